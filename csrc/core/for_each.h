@@ -1,0 +1,162 @@
+// The loop over the voxels of a batch, one skeleton per device.
+//
+//   for_each_voxel(device, space, body)
+//
+// calls, for each batch element (group g, item n), `auto element = body.element(g, n)` and then
+// `element(voxel)` for each of its voxels. `element` is where per-item values (an affine, base
+// pointers) are computed once and kept.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/check.h"
+#include "core/host_device.h"
+#include "core/thread_pool.h"
+#include "core/vec.h"
+#ifdef __CUDACC__
+#include "core/cuda_runtime.h"
+#endif
+
+namespace reg {
+
+struct VoxelSpace {
+  int64_t groups;
+  int64_t items;
+  int z, y, x;
+
+  REG_HD int64_t batch() const { return groups * items; }
+  REG_HD int64_t rows() const { return static_cast<int64_t>(z) * y; }
+};
+
+inline VoxelSpace voxel_space(int64_t groups, int64_t items, const Sizes& sizes) {
+  return {groups, items, static_cast<int>(sizes.z), static_cast<int>(sizes.y),
+          static_cast<int>(sizes.x)};
+}
+
+// One voxel, with what its neighbours in the warp are doing: on CUDA a warp works on 32 voxels of a
+// row together, and a lane past the end of the row repeats the last voxel with `active` unset, so
+// that it can help to move the row's data.
+struct Voxel {
+  int z, y, x;
+  bool active;
+  int tile_x;    // x of the warp's first voxel
+  int row_size;  // voxels in the row
+
+  template <int D>
+  REG_HD Vec<int, D> index() const {
+    Vec<int, D> result;
+    result[0] = x;
+    result[1] = y;
+    if constexpr (D == 3) result[2] = z;
+    return result;
+  }
+};
+
+inline constexpr int kWarp = 32;
+inline constexpr int kRowsPerBlock = 8;
+
+// Writes one vector per voxel to a row of packed vectors. On CUDA the warp's vectors go through
+// shared memory, so that each store instruction fills whole sectors. Every lane of the warp must
+// take part.
+template <class T, int D>
+REG_HD void store_packed(T* row, const Voxel& voxel, const Vec<T, D>& value) {
+#ifdef __CUDA_ARCH__
+  __shared__ T stage[kRowsPerBlock][kWarp * D];
+  T* mine = stage[threadIdx.y];
+  __syncwarp();
+  REG_UNROLL
+  for (int k = 0; k < D; ++k) mine[threadIdx.x * D + k] = value[k];
+  __syncwarp();
+  const int remaining = voxel.row_size - voxel.tile_x;
+  const int count = (remaining < kWarp ? remaining : kWarp) * D;
+  T* tile = row + static_cast<int64_t>(voxel.tile_x) * D;
+  REG_UNROLL
+  for (int k = 0; k < D; ++k) {
+    const int element = k * kWarp + threadIdx.x;
+    if (element < count) tile[element] = mine[element];
+  }
+#else
+  T* target = row + static_cast<int64_t>(voxel.x) * D;
+  for (int k = 0; k < D; ++k) target[k] = value[k];
+#endif
+}
+
+struct Cpu {
+  explicit Cpu(const Context&) {}
+};
+
+template <class Body>
+void for_each_voxel(const Cpu&, const VoxelSpace& space, const Body& body) {
+  if (space.batch() == 0) return;
+  // Pieces of at least some 4,000 voxels are worth a thread's attention.
+  const int64_t grain = std::max<int64_t>(1, 4096 / space.x);
+  parallel_for(space.batch() * space.rows(), grain, [&](int64_t begin, int64_t end) {
+    int64_t row = begin;
+    while (row < end) {
+      const int64_t b = row / space.rows();
+      const int64_t last = std::min(end, (b + 1) * space.rows());
+      auto element = body.element(b / space.items, b % space.items);
+      for (; row < last; ++row) {
+        const int in_batch = static_cast<int>(row - b * space.rows());
+        const int z = in_batch / space.y, y = in_batch % space.y;
+        for (int x = 0; x < space.x; ++x) element(Voxel{z, y, x, true, x, space.x});
+      }
+    }
+  });
+}
+
+#ifdef __CUDACC__
+
+struct Cuda {
+  DeviceGuard guard;
+  cudaStream_t stream;
+  explicit Cuda(const Context& context)
+      : guard(context.device), stream(static_cast<cudaStream_t>(context.stream)) {}
+};
+
+template <int kDepth, class Body>
+__global__ void __launch_bounds__(kWarp* kRowsPerBlock)
+    for_each_voxel_kernel(const __grid_constant__ Body body,
+                          const __grid_constant__ VoxelSpace space, int tiles_x) {
+  const int tile_y = blockIdx.x / tiles_x;
+  const int tile_x = (blockIdx.x - tile_y * tiles_x) * kWarp;
+  const int y = tile_y * kRowsPerBlock + threadIdx.y;
+  if (y >= space.y) return;  // a whole warp at a time
+  const int lane_x = tile_x + threadIdx.x;
+  const bool active = lane_x < space.x;
+  const int x = active ? lane_x : space.x - 1;
+  const int64_t batch = space.batch();
+  for (int64_t b = blockIdx.z; b < batch; b += gridDim.z) {
+    const int64_t group = space.items == 1 ? b : b / space.items;
+    const int64_t item = space.items == 1 ? 0 : b - group * space.items;
+    auto element = body.element(group, item);
+    for (int z0 = blockIdx.y * kDepth; z0 < space.z; z0 += gridDim.y * kDepth) {
+      REG_UNROLL
+      for (int k = 0; k < kDepth; ++k) {
+        const int z = z0 + k;
+        if (z < space.z) element(Voxel{z, y, x, active, tile_x, space.x});
+      }
+    }
+  }
+}
+
+// Body::kDepth: how many voxels along z one thread takes, to spread the cost of `element`.
+template <class Body>
+void for_each_voxel(const Cuda& device, const VoxelSpace& space, const Body& body) {
+  if (space.batch() == 0) return;
+  const int64_t tiles_x = (space.x + kWarp - 1) / kWarp;
+  const int64_t tiles_y = (space.y + kRowsPerBlock - 1) / kRowsPerBlock;
+  const int64_t tiles_z = (space.z + Body::kDepth - 1) / Body::kDepth;
+  const dim3 grid(static_cast<unsigned>(tiles_x * tiles_y),
+                  static_cast<unsigned>(std::min<int64_t>(tiles_z, 65535)),
+                  static_cast<unsigned>(std::min<int64_t>(space.batch(), 65535)));
+  const dim3 block(kWarp, kRowsPerBlock);
+  for_each_voxel_kernel<Body::kDepth>
+      <<<grid, block, 0, device.stream>>>(body, space, static_cast<int>(tiles_x));
+  check_launch();
+}
+
+#endif
+
+}  // namespace reg

@@ -1,0 +1,15 @@
+// Marks functions that are compiled for the CPU and for CUDA alike.
+#pragma once
+
+#ifdef __CUDACC__
+#define REG_HD __host__ __device__ __forceinline__
+#else
+#define REG_HD inline __attribute__((always_inline))
+#endif
+
+// Unrolls the loop that follows, so that arrays indexed by its counter can live in registers.
+#ifdef __CUDA_ARCH__
+#define REG_UNROLL _Pragma("unroll")
+#else
+#define REG_UNROLL _Pragma("GCC unroll 8")
+#endif

@@ -1,0 +1,102 @@
+// What an op is: its name, inputs, outputs and attributes, its shape inference with all checks, and
+// one launch per device. The frontends know ops only through this.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "core/errors.h"
+#include "core/tensor.h"
+
+namespace reg {
+
+inline constexpr int kMaxOperands = 8;
+
+enum class AttrKind { kBool, kInt, kFloat, kChoice, kInts, kFloats };
+
+struct AttrSpec {
+  const char* name;
+  AttrKind kind;
+  std::vector<const char*> choices = {};  // kChoice only; stored as the index into this list
+};
+
+struct InputSpec {
+  const char* name;
+  bool optional = false;
+};
+
+// A result is what the user asked for; a residual is kept for the gradient; a workspace is scratch
+// memory, an output only so that the framework's allocator owns it.
+enum class OutputRole { kResult, kResidual, kWorkspace };
+
+struct OutputSpec {
+  const char* name;
+  OutputRole role = OutputRole::kResult;
+};
+
+// Booleans and choices are held as integers.
+using AttrValue = std::variant<int64_t, double, std::vector<int64_t>, std::vector<double>>;
+
+struct Op;
+
+// One call: every input and output of the op in the order of its declaration (absent ones
+// included), and every attribute in the order of its declaration.
+struct Call {
+  const Op* op = nullptr;
+  std::array<Tensor, kMaxOperands> inputs;
+  std::array<Tensor, kMaxOperands> outputs;
+  std::vector<AttrValue> attributes;
+  uint32_t wanted = ~0u;  // bit i: output i is asked for
+
+  bool wants(int output) const { return (wanted >> output) & 1u; }
+  const Tensor& input(const char* name) const;
+  const Tensor& output(const char* name) const;
+  int64_t integer(const char* name) const;
+  bool flag(const char* name) const { return integer(name) != 0; }
+  double number(const char* name) const;
+  const std::vector<int64_t>& integers(const char* name) const;
+  const std::vector<double>& numbers(const char* name) const;
+  template <class Enum>
+  Enum choice(const char* name) const {
+    return static_cast<Enum>(integer(name));
+  }
+};
+
+// Where a call runs. On the CPU the stream is unused.
+struct Context {
+  int device = -1;  // CUDA device ordinal; -1: the current one
+  void* stream = nullptr;
+};
+
+struct Op {
+  const char* name;
+  const char* gradient;  // name of the op that computes the gradients, or null
+  std::vector<InputSpec> inputs;
+  std::vector<OutputSpec> outputs;
+  std::vector<AttrSpec> attributes;
+  // Checks the inputs and attributes and fills in call.outputs (present, dtype, shape).
+  void (*infer)(Call& call);
+  void (*launch_cpu)(const Context& context, const Call& call);
+  void (*launch_cuda)(const Context& context, const Call& call);  // null in a CPU-only build
+};
+
+// The gradient of an op takes, by name, whatever it needs of the op's inputs and outputs, and the
+// cotangent of an output `x` as `grad_x`; it returns the gradient of an input `y` as `grad_y`.
+
+// Names an op's CUDA launch in its declaration; a CPU-only build has none.
+#ifdef REGCORE_CUDA
+#define REG_CUDA_LAUNCH(function) &function
+#else
+#define REG_CUDA_LAUNCH(function) nullptr
+#endif
+
+const std::vector<Op>& op_table();
+const Op* find_op(const std::string& name);  // null when there is none
+
+// Runs shape inference and checks that the outputs in hand are what it found.
+void check_outputs(const Call& call);
+
+}  // namespace reg

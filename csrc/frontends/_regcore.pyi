@@ -1,0 +1,43 @@
+"""The extension module of jaxreg and torchreg. Private: its functions may change at any time."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+__version__: str
+
+_Spec = tuple[str, tuple[int, ...]]
+_Array = tuple[int, str, tuple[int, ...]]
+
+class _Op(TypedDict):
+    inputs: tuple[tuple[str, bool], ...]
+    outputs: tuple[tuple[str, str], ...]
+    attributes: tuple[tuple[str, str, tuple[str, ...]], ...]
+    gradient: str | None
+
+def ops() -> dict[str, _Op]: ...
+def infer(
+    op: str, inputs: Sequence[_Spec | None], attributes: Mapping[str, Any], wanted: int
+) -> list[_Spec | None]: ...
+def launch(
+    op: str,
+    inputs: Sequence[_Array | None],
+    attributes: Mapping[str, Any],
+    wanted: int,
+    outputs: Sequence[_Array | None],
+    cuda_device: int,
+    stream: int,
+) -> None: ...
+def displacement_factors(
+    shape: Sequence[int],
+    source: str,
+    target: str,
+    spacing: Sequence[float] | None,
+    align_corners: bool,
+    source_channels: str,
+    target_channels: str,
+) -> list[float]: ...
+def xla_registrations(platform: str) -> dict[str, object]: ...
+def xla_ffi_api_version() -> tuple[int, int]: ...
+def cuda_architectures() -> list[str]: ...
+def cuda_device_count() -> int: ...
+def num_threads() -> int: ...

@@ -1,0 +1,172 @@
+#include "frontends/xla.h"
+
+#include <xla/ffi/api/ffi.h>
+
+#include <cstring>
+#include <exception>
+#include <utility>
+
+#include "core/op.h"
+#include "ops/table.h"
+
+namespace reg {
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+DType dtype_of(ffi::DataType type) {
+  switch (type) {
+    case ffi::DataType::F32:
+      return DType::kFloat32;
+    case ffi::DataType::F64:
+      return DType::kFloat64;
+    case ffi::DataType::S32:
+      return DType::kInt32;
+    default:
+      return DType::kInvalid;
+  }
+}
+
+Tensor tensor_of(const ffi::AnyBuffer& buffer) {
+  const auto dims = buffer.dimensions();
+  if (dims.size() > kMaxRank) throw ValueError("an array has too many axes");
+  Tensor tensor;
+  tensor.present = true;
+  tensor.dtype = dtype_of(buffer.element_type());
+  for (int64_t dim : dims) tensor.shape.append(dim);
+  tensor.data = buffer.untyped_data();
+  return tensor;
+}
+
+template <class T>
+T attribute(const ffi::Dictionary& attributes, const char* name) {
+  auto value = attributes.get<T>(name);
+  if (value.has_error()) {
+    throw ValueError(concat("attribute ", name, ": ", value.error().message()));
+  }
+  return *value;
+}
+
+AttrValue attribute_value(const ffi::Dictionary& attributes, const AttrSpec& spec) {
+  switch (spec.kind) {
+    case AttrKind::kBool:
+    case AttrKind::kInt:
+    case AttrKind::kChoice:
+      return attribute<int64_t>(attributes, spec.name);
+    case AttrKind::kFloat:
+      return attribute<double>(attributes, spec.name);
+    case AttrKind::kInts: {
+      const auto values = attribute<ffi::Span<const int64_t>>(attributes, spec.name);
+      return std::vector<int64_t>(values.begin(), values.end());
+    }
+    case AttrKind::kFloats: {
+      const auto values = attribute<ffi::Span<const double>>(attributes, spec.name);
+      return std::vector<double>(values.begin(), values.end());
+    }
+  }
+  throw std::logic_error("unknown attribute kind");
+}
+
+// Which inputs are there and which outputs are asked for travel as the attributes `present` and
+// `wanted`, bit masks in the order of declaration; arguments and results hold only those.
+ffi::Error run(const Op& op, bool cuda, void* stream, const ffi::RemainingArgs& args,
+               const ffi::RemainingRets& rets, const ffi::Dictionary& attributes) try {
+  Call call;
+  call.op = &op;
+  call.wanted = static_cast<uint32_t>(attribute<int64_t>(attributes, "wanted"));
+  const auto present = static_cast<uint32_t>(attribute<int64_t>(attributes, "present"));
+  size_t next = 0;
+  for (size_t i = 0; i < op.inputs.size(); ++i) {
+    if (!(present >> i & 1u)) continue;
+    auto buffer = args.get<ffi::AnyBuffer>(next++);
+    if (buffer.has_error()) return buffer.error();
+    call.inputs[i] = tensor_of(*buffer);
+  }
+  for (const AttrSpec& spec : op.attributes) {
+    call.attributes.push_back(attribute_value(attributes, spec));
+  }
+  op.infer(call);
+  next = 0;
+  for (size_t i = 0; i < op.outputs.size(); ++i) {
+    Tensor& output = call.outputs[i];
+    if (!output.present) continue;
+    auto buffer = rets.get<ffi::AnyBuffer>(next++);
+    if (buffer.has_error()) return buffer.error();
+    const Tensor given = tensor_of(**buffer);
+    if (given.dtype != output.dtype || given.shape != output.shape) {
+      return ffi::Error::InvalidArgument(
+          concat(op.name, ": result ", op.outputs[i].name, " has the wrong type or shape"));
+    }
+    output = given;
+  }
+  Context context;
+  context.stream = stream;
+  (cuda ? op.launch_cuda : op.launch_cpu)(context, call);
+  return ffi::Error::Success();
+} catch (const ValueError& error) {
+  return ffi::Error::InvalidArgument(error.what());
+} catch (const TypeError& error) {
+  return ffi::Error::InvalidArgument(error.what());
+} catch (const std::exception& error) {
+  return ffi::Error::Internal(error.what());
+}
+
+// XLA calls a plain function without state, so each op has one of its own.
+template <size_t kOp>
+XLA_FFI_Error* handle_cpu(XLA_FFI_CallFrame* frame) {
+  static auto* handler =
+      ffi::Ffi::Bind()
+          .RemainingArgs()
+          .RemainingRets()
+          .Attrs()
+          .To([](ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attributes) {
+            return run(op_table()[kOp], false, nullptr, args, rets, attributes);
+          })
+          .release();
+  return handler->Call(frame);
+}
+
+template <size_t kOp>
+XLA_FFI_Error* handle_cuda(XLA_FFI_CallFrame* frame) {
+  static auto* handler =
+      ffi::Ffi::Bind()
+          .Ctx<ffi::PlatformStream<void*>>()
+          .RemainingArgs()
+          .RemainingRets()
+          .Attrs()
+          .To(
+              [](void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                 ffi::Dictionary attributes) {
+                return run(op_table()[kOp], true, stream, args, rets, attributes);
+              },
+              {ffi::Traits::kCmdBufferCompatible})
+          .release();
+  return handler->Call(frame);
+}
+
+template <size_t... kIndices>
+std::vector<XlaHandler> handlers(bool cuda, std::index_sequence<kIndices...>) {
+  const std::vector<Op>& table = op_table();
+  if (table.size() != sizeof...(kIndices)) {
+    throw std::logic_error("kOps in ops/table.h is not the number of ops in the table");
+  }
+  std::vector<XlaHandler> result;
+  auto add = [&](const Op& op, XLA_FFI_Handler* function) {
+    if (cuda ? op.launch_cuda != nullptr : op.launch_cpu != nullptr) {
+      result.push_back({op.name, reinterpret_cast<void*>(function)});
+    }
+  };
+  (add(table[kIndices], cuda ? &handle_cuda<kIndices> : &handle_cpu<kIndices>), ...);
+  return result;
+}
+
+}  // namespace
+
+std::vector<XlaHandler> xla_handlers(const std::string& platform) {
+  return handlers(platform == "cuda", std::make_index_sequence<kOps>());
+}
+
+std::pair<int, int> xla_ffi_api_version() { return {XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR}; }
+
+}  // namespace reg

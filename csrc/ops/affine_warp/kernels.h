@@ -1,0 +1,183 @@
+#pragma once
+
+#include "core/dispatch.h"
+#include "core/for_each.h"
+#include "core/geometry.h"
+#include "core/operand.h"
+#include "core/reduce.h"
+#include "ops/affine_warp/affine_warp.h"
+#include "ops/affine_warp/geometry.h"
+
+namespace reg {
+
+// The normalised coordinate of a voxel.
+template <class T, int D>
+REG_HD Vec<T, D> normalised(const Frame<T, D>& frame, const Voxel& voxel) {
+  const Vec<int, D> index = voxel.index<D>();
+  Vec<T, D> x;
+  REG_UNROLL
+  for (int k = 0; k < D; ++k)
+    x[k] = (static_cast<T>(index[k]) - frame.centre[k]) * frame.inverse[k];
+  return x;
+}
+
+template <class T, int D>
+REG_HD int64_t field_row(const Frame<T, D>& frame, const Voxel& voxel) {
+  return static_cast<int64_t>(voxel.z * frame.size[1] + voxel.y) * frame.size[0] * D;
+}
+
+template <class Scalar, int D>
+struct AffineWarpForward {
+  using T = Scalar;
+  static constexpr int kDepth = 4;
+  Frame<T, D> frame;
+  Operand<const T> affine, displacement;
+  Operand<T> output;
+
+  struct Element {
+    const AffineWarpForward* self;
+    T matrix[D][D + 1];
+    const T* displacement;
+    T* output;
+
+    REG_HD void operator()(const Voxel& voxel) const {
+      const int64_t row = field_row(self->frame, voxel);
+      const Vec<T, D> x = normalised(self->frame, voxel);
+      Vec<T, D> value = load_vec<T, D>(displacement + row + static_cast<int64_t>(voxel.x) * D);
+      REG_UNROLL
+      for (int j = 0; j < D; ++j) {
+        T sum = matrix[j][D];
+        REG_UNROLL
+        for (int k = 0; k < D; ++k) sum += matrix[j][k] * x[k];
+        value[j] += sum;
+      }
+      store_packed(output + row, voxel, value);
+    }
+  };
+
+  REG_HD Element element(int64_t group, int64_t item) const {
+    Element result;
+    result.self = this;
+    const T* entries = affine.at(group, item);
+    REG_UNROLL
+    for (int j = 0; j < D; ++j) {
+      REG_UNROLL
+      for (int k = 0; k <= D; ++k) result.matrix[j][k] = entries[j * (D + 1) + k];
+    }
+    result.displacement = displacement.at(group, item);
+    result.output = output.at(group, item);
+    return result;
+  }
+};
+
+// The displacement's gradient is the cotangent, summed over the items that share it.
+template <class Scalar, int D>
+struct SumOverItems {
+  using T = Scalar;
+  static constexpr int kDepth = 1;
+  Frame<T, D> frame;
+  Operand<const T> grad_output;
+  Operand<T> grad_displacement;
+  int64_t shared_items;
+
+  struct Element {
+    const SumOverItems* self;
+    int64_t group, item;
+
+    REG_HD void operator()(const Voxel& voxel) const {
+      const int64_t row = field_row(self->frame, voxel);
+      Vec<T, D> sum{};
+      for (int64_t n = item; n < item + self->shared_items; ++n) {
+        const Vec<T, D> g = load_vec<T, D>(self->grad_output.at(group, n) + row +
+                                           static_cast<int64_t>(voxel.x) * D);
+        REG_UNROLL
+        for (int k = 0; k < D; ++k) sum[k] += g[k];
+      }
+      store_packed(self->grad_displacement.at(group, item) + row, voxel, sum);
+    }
+  };
+
+  REG_HD Element element(int64_t group, int64_t item) const { return {this, group, item}; }
+};
+
+template <class Scalar, int D>
+struct AffineWarpMoments {
+  using T = Scalar;
+  static constexpr int kSums = D * (D + 1);
+  Frame<T, D> frame;
+  Operand<const T> grad_output;
+
+  struct Element {
+    const AffineWarpMoments* self;
+    const T* grad;
+
+    REG_HD void operator()(const Voxel& voxel, T (&sums)[kSums]) const {
+      const Vec<T, D> x = normalised(self->frame, voxel);
+      const Vec<T, D> g =
+          load_vec<T, D>(grad + field_row(self->frame, voxel) + static_cast<int64_t>(voxel.x) * D);
+      REG_UNROLL
+      for (int j = 0; j < D; ++j) {
+        REG_UNROLL
+        for (int k = 0; k < D; ++k) sums[j * (D + 1) + k] += g[j] * x[k];
+        sums[j * (D + 1) + D] += g[j];
+      }
+    }
+  };
+
+  REG_HD Element element(int64_t group, int64_t item) const {
+    return {this, grad_output.at(group, item)};
+  }
+  REG_HD double scale(int) const { return 1; }
+};
+
+template <class T, int D>
+Frame<T, D> affine_warp_frame(const Call& call, const Sizes& sizes) {
+  const int64_t extent[3] = {sizes.x, sizes.y, sizes.z};
+  return make_frame<T, D>(extent, call.flag("align_corners"));
+}
+
+template <class Device>
+void affine_warp(const Device& device, const Call& call) {
+  const AffineWarpGeometry geometry = affine_warp_geometry(call);
+  dispatch_dtype(geometry.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    dispatch_dimensions(geometry.dimensions, [&](auto dimensions) {
+      constexpr int D = decltype(dimensions)::value;
+      for_each_voxel(
+          device, voxel_space(geometry.batch.groups, geometry.batch.items, geometry.sizes),
+          AffineWarpForward<T, D>{
+              affine_warp_frame<T, D>(call, geometry.sizes), Operand<const T>(call.input("affine")),
+              Operand<const T>(call.input("displacement")), Operand<T>(call.output("output"))});
+    });
+  });
+}
+
+template <class Device>
+void affine_warp_grad(const Device& device, const Call& call) {
+  const AffineWarpGeometry geometry = affine_warp_geometry(call);
+  const Tensor& grad_affine = call.output("grad_affine");
+  const Tensor& grad_displacement = call.output("grad_displacement");
+  const VoxelSpace space = voxel_space(geometry.batch.groups, geometry.batch.items, geometry.sizes);
+  dispatch_dtype(geometry.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    dispatch_dimensions(geometry.dimensions, [&](auto dimensions) {
+      constexpr int D = decltype(dimensions)::value;
+      const Frame<T, D> frame = affine_warp_frame<T, D>(call, geometry.sizes);
+      const Operand<const T> grad_output(call.input("grad_output"));
+      if (grad_displacement.present) {
+        const bool shared = grad_displacement.shape[1] != space.items;
+        VoxelSpace outer = space;
+        if (shared) outer.items = 1;
+        for_each_voxel(device, outer,
+                       SumOverItems<T, D>{frame, grad_output, Operand<T>(grad_displacement),
+                                          shared ? space.items : 1});
+      }
+      if (grad_affine.present) {
+        reduce_voxels(device, space, AffineWarpMoments<T, D>{frame, grad_output},
+                      call.output("partial_sums"), grad_affine);
+      }
+    });
+  });
+}
+
+}  // namespace reg

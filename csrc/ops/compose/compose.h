@@ -1,0 +1,13 @@
+// compose: v + u(A x + v), the displacement of one warp after another, and its gradients.
+#pragma once
+
+#include "core/op.h"
+
+namespace reg {
+
+void compose_cpu(const Context& context, const Call& call);
+void compose_cuda(const Context& context, const Call& call);
+void compose_grad_cpu(const Context& context, const Call& call);
+void compose_grad_cuda(const Context& context, const Call& call);
+
+}  // namespace reg

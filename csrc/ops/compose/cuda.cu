@@ -1,0 +1,10 @@
+#include "ops/compose/kernels.h"
+
+namespace reg {
+
+void compose_cuda(const Context& context, const Call& call) { compose(Cuda(context), call); }
+void compose_grad_cuda(const Context& context, const Call& call) {
+  compose_grad(Cuda(context), call);
+}
+
+}  // namespace reg

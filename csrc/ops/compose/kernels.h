@@ -1,0 +1,44 @@
+#pragma once
+
+#include "core/resample.h"
+#include "ops/compose/compose.h"
+#include "ops/compose/geometry.h"
+
+namespace reg {
+
+inline ResampleCall compose_call(const Call& call) {
+  const ComposeGeometry geometry = compose_geometry(call);
+  ResampleCall resample;
+  resample.input = &call.input("u");
+  resample.affine = &call.input("affine");
+  resample.field = &call.input("v");
+  resample.in_sizes = geometry.in_sizes;
+  resample.out_sizes = geometry.out_sizes;
+  resample.dimensions = geometry.dimensions;
+  resample.placement = Placement::kAffineFirst;
+  resample.sampling = {Mode::kBilinear, call.choice<Padding>("padding_mode"),
+                       call.flag("align_corners")};
+  resample.add_field = call.flag("add");
+  resample.groups = geometry.batch.groups;
+  resample.items = geometry.batch.items;
+  return resample;
+}
+
+template <class Device>
+void compose(const Device& device, const Call& call) {
+  resample_forward<true>(device, compose_call(call), call.output("output"));
+}
+
+template <class Device>
+void compose_grad(const Device& device, const Call& call) {
+  ResampleCall resample = compose_call(call);
+  resample.grad_output = &call.input("grad_output");
+  resample.grad_input = &call.output("grad_u");
+  resample.grad_affine = &call.output("grad_affine");
+  resample.grad_field = &call.output("grad_v");
+  resample.row_bounds = &call.output("row_bounds");
+  resample.partial_sums = &call.output("partial_sums");
+  resample_backward<true>(device, resample);
+}
+
+}  // namespace reg

@@ -1,0 +1,109 @@
+#include <cmath>
+
+#include "core/check.h"
+#include "ops/gaussian_smooth/gaussian_smooth.h"
+#include "ops/gaussian_smooth/geometry.h"
+#include "ops/table.h"
+
+namespace reg {
+
+SmoothingPlan smoothing_plan(const Call& call, const char* input) {
+  SmoothingPlan plan;
+  plan.dtype = check_dtypes(call);
+  const Shape& shape = call.input(input).shape;
+  const bool channel_last = call.flag("channel_last");
+  const int dimensions = shape.rank() - 3;
+  if (dimensions != 2 && dimensions != 3) {
+    fail_shape(
+        call, input,
+        channel_last ? "(N, Y, X, C) or (N, Z, Y, X, C)" : "(N, C, Y, X) or (N, C, Z, Y, X)");
+  }
+  const std::vector<double>& sigma = call.numbers("sigma");
+  if (sigma.size() != 1 && sigma.size() != static_cast<size_t>(dimensions)) {
+    fail_value(call, "sigma", concat("one number or ", dimensions, " of them"),
+               concat(sigma.size(), " numbers"));
+  }
+  for (double value : sigma) {
+    if (!std::isfinite(value) || value < 0) {
+      fail_value(call, "sigma", "finite numbers of at least 0", concat(value));
+    }
+  }
+  const double truncate = call.number("truncate");
+  if (!std::isfinite(truncate) || truncate <= 0) {
+    fail_value(call, "truncate", "a finite number above 0", concat(truncate));
+  }
+
+  plan.weights = 0;
+  const int first_axis = channel_last ? 2 : 3;
+  for (int k = 0; k < dimensions; ++k) {
+    const double width = sigma[sigma.size() == 1 ? 0 : k];
+    const int64_t size = shape[first_axis + k];
+    if (size < 1) fail_shape(call, input, "with spatial axes of at least 1");
+    if (width == 0) continue;
+    if (truncate * width > 1e6) {
+      fail_value(call, "sigma", "truncate * sigma of at most 1e6", concat(truncate * width));
+    }
+    const auto full_radius = static_cast<int64_t>(std::ceil(truncate * width));
+    double sum = 1;
+    for (int64_t d = 1; d <= full_radius; ++d) {
+      sum += 2 * std::exp(-0.5 * (d / width) * (d / width));
+    }
+    SmoothingPass pass;
+    pass.size = size;
+    pass.stride = shape.count(first_axis + k + 1);
+    pass.outer = size * pass.stride == 0 ? 0 : shape.count() / (size * pass.stride);
+    pass.radius = std::min(full_radius, size - 1);
+    pass.sigma = width;
+    pass.normalisation = 1 / sum;
+    pass.first_weight = plan.weights;
+    plan.weights += pass.radius + 1;
+    plan.passes.push_back(pass);
+  }
+  return plan;
+}
+
+namespace {
+
+// The weights, and a volume to pass the data back and forth where there is more than one pass.
+void infer_smoothed(Call& call, const char* input) {
+  const SmoothingPlan plan = smoothing_plan(call, input);
+  const Shape& shape = call.input(input).shape;
+  call.outputs[0] = tensor_spec(plan.dtype, shape);
+  if (!plan.passes.empty()) {
+    call.outputs[1] = tensor_spec(plan.dtype, {1, plan.weights});
+  }
+  if (plan.passes.size() > 1) call.outputs[2] = tensor_spec(plan.dtype, shape);
+}
+
+void infer(Call& call) { infer_smoothed(call, "x"); }
+void infer_grad(Call& call) { infer_smoothed(call, "grad_output"); }
+
+}  // namespace
+
+std::vector<Op> gaussian_smooth_ops() {
+  const std::vector<AttrSpec> attributes = {
+      {"sigma", AttrKind::kFloats},
+      {"truncate", AttrKind::kFloat},
+      {"channel_last", AttrKind::kBool},
+  };
+  return {
+      {"gaussian_smooth",
+       "gaussian_smooth_grad",
+       {{"x"}},
+       {{"output"}, {"weights", OutputRole::kWorkspace}, {"scratch", OutputRole::kWorkspace}},
+       attributes,
+       infer,
+       gaussian_smooth_cpu,
+       REG_CUDA_LAUNCH(gaussian_smooth_cuda)},
+      {"gaussian_smooth_grad",
+       nullptr,
+       {{"grad_output"}},
+       {{"grad_x"}, {"weights", OutputRole::kWorkspace}, {"scratch", OutputRole::kWorkspace}},
+       attributes,
+       infer_grad,
+       gaussian_smooth_grad_cpu,
+       REG_CUDA_LAUNCH(gaussian_smooth_grad_cuda)},
+  };
+}
+
+}  // namespace reg

@@ -1,0 +1,12 @@
+#include "ops/interpolate/kernels.h"
+
+namespace reg {
+
+void interpolate_cuda(const Context& context, const Call& call) {
+  interpolate(Cuda(context), call);
+}
+void interpolate_grad_cuda(const Context& context, const Call& call) {
+  interpolate_grad(Cuda(context), call);
+}
+
+}  // namespace reg

@@ -1,0 +1,13 @@
+// interpolate: an image sampled at A x + u, A (x + u) or v, and its gradients.
+#pragma once
+
+#include "core/op.h"
+
+namespace reg {
+
+void interpolate_cpu(const Context& context, const Call& call);
+void interpolate_cuda(const Context& context, const Call& call);
+void interpolate_grad_cpu(const Context& context, const Call& call);
+void interpolate_grad_cuda(const Context& context, const Call& call);
+
+}  // namespace reg

@@ -1,0 +1,26 @@
+// The op table: one line per op.
+#include "ops/table.h"
+
+#include <iterator>
+
+namespace reg {
+
+const std::vector<Op>& op_table() {
+  static const std::vector<Op> table = [] {
+    std::vector<Op> all;
+    auto add = [&all](std::vector<Op> ops) {
+      all.insert(all.end(), std::make_move_iterator(ops.begin()),
+                 std::make_move_iterator(ops.end()));
+    };
+    add(interpolate_ops());
+    add(compose_ops());
+    add(affine_warp_ops());
+    add(scale_velocity_ops());
+    add(gaussian_smooth_ops());
+    add(jacobian_determinant_ops());
+    return all;
+  }();
+  return table;
+}
+
+}  // namespace reg

@@ -1,0 +1,20 @@
+// What each op's folder offers: its declarations, the op and its gradient.
+#pragma once
+
+#include <vector>
+
+#include "core/op.h"
+
+namespace reg {
+
+std::vector<Op> interpolate_ops();
+std::vector<Op> compose_ops();
+std::vector<Op> affine_warp_ops();
+std::vector<Op> scale_velocity_ops();
+std::vector<Op> gaussian_smooth_ops();
+std::vector<Op> jacobian_determinant_ops();
+
+// The number of ops, known to the compiler so that the XLA frontend can make one handler for each.
+inline constexpr int kOps = 12;
+
+}  // namespace reg

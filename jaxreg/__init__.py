@@ -1,0 +1,21 @@
+"""Fused image-registration kernels for JAX, on CUDA and CPU."""
+
+from jaxreg.smooth import gaussian_smooth
+from jaxreg.warp import (
+    affine_warp,
+    compose,
+    convert_displacement,
+    interpolate,
+    jacobian_determinant,
+    scaling_and_squaring,
+)
+
+__all__ = [
+    "affine_warp",
+    "compose",
+    "convert_displacement",
+    "gaussian_smooth",
+    "interpolate",
+    "jacobian_determinant",
+    "scaling_and_squaring",
+]

@@ -1,0 +1,270 @@
+"""The only module of this package that talks to the extension.
+
+An op of the extension's table is called through :func:`apply`: jitted, differentiable in reverse
+mode, and mappable. Inside the table every array has one more axis in front, the group axis, which is
+where ``vmap`` puts its mapped axis; nothing is ever summed across groups.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import _regcore
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_TABLE = _regcore.ops()
+_PLATFORMS = ("cpu", "cuda")
+
+Attributes = tuple[Any, ...]
+Operands = tuple[jax.Array | None, ...]
+
+
+def _target(op: str) -> str:
+    return f"jaxreg.{op}"
+
+
+def _register() -> None:
+    for platform in _PLATFORMS:
+        for op, handler in _regcore.xla_registrations(platform).items():
+            jax.ffi.register_ffi_target(
+                _target(op), handler, platform="CUDA" if platform == "cuda" else platform
+            )
+
+
+_register()
+
+
+@jax.tree_util.register_static
+class _Perturbed(tuple):
+    """Which operands a gradient is asked for; static, so that the choice is made at trace time."""
+
+
+def _spec(array: jax.Array | None) -> tuple[str, tuple[int, ...]] | None:
+    return None if array is None else (np.dtype(array.dtype).name, array.shape)
+
+
+def _ffi_attribute(value: Any, kind: str, choices: Sequence[str]) -> Any:
+    if kind == "choice":
+        return np.int64(choices.index(value))
+    if kind in ("bool", "int"):
+        return np.int64(value)
+    if kind == "float":
+        return np.float64(value)
+    return np.asarray(value, np.int64 if kind == "ints" else np.float64)
+
+
+def _mask(flags: Sequence[bool]) -> int:
+    return sum(1 << i for i, flag in enumerate(flags) if flag)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel(
+    op: str, attributes: Attributes, wanted: int, present: tuple[bool, ...]
+) -> Callable[..., tuple[jax.Array, ...]]:
+    """A function of the operands that are present, with the group axis, to the wanted results."""
+    entry = _TABLE[op]
+    specs = entry["attributes"]
+    named = {name: value for (name, _, _), value in zip(specs, attributes, strict=True)}
+    ffi_attributes = {
+        name: _ffi_attribute(value, kind, choices)
+        for (name, kind, choices), value in zip(specs, attributes, strict=True)
+    }
+    ffi_attributes["wanted"] = np.int64(wanted)
+    ffi_attributes["present"] = np.int64(_mask(present))
+
+    def call(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        remaining = iter(arrays)
+        inputs = [_spec(next(remaining)) if there else None for there in present]
+        outputs = _regcore.infer(op, inputs, named, wanted)
+        types = [
+            jax.ShapeDtypeStruct(spec[1], np.dtype(spec[0])) for spec in outputs if spec is not None
+        ]
+        values = jax.ffi.ffi_call(_target(op), types, vmap_method=None)(*arrays, **ffi_attributes)
+        roles = [
+            role
+            for (_, role), spec in zip(entry["outputs"], outputs, strict=True)
+            if spec is not None
+        ]
+        return tuple(
+            value for value, role in zip(values, roles, strict=True) if role != "workspace"
+        )
+
+    mapped_call = jax.custom_batching.custom_vmap(call)
+
+    @mapped_call.def_vmap
+    def _fold(
+        size: int, batched: Sequence[bool], *arrays: jax.Array
+    ) -> tuple[tuple[jax.Array, ...], tuple[bool, ...]]:
+        # (mapped, groups, ...) becomes (mapped * groups, ...). An operand with one group serves all
+        # of them; only one that is mapped by some but not all of several nested maps is copied.
+        groups = max(
+            array.shape[1 if is_batched else 0]
+            for array, is_batched in zip(arrays, batched, strict=True)
+        )
+
+        def fold(array: jax.Array, is_batched: bool) -> jax.Array:
+            if not is_batched:
+                if array.shape[0] == 1:
+                    return array
+                array = array[None]
+            elif array.shape[1] == groups:
+                return array.reshape(size * groups, *array.shape[2:])
+            array = jnp.broadcast_to(array, (size, groups, *array.shape[2:]))
+            return array.reshape(size * groups, *array.shape[2:])
+
+        results = mapped_call(*(fold(a, b) for a, b in zip(arrays, batched, strict=True)))
+        unfolded = tuple(r.reshape(size, groups, *r.shape[1:]) for r in results)
+        return unfolded, (True,) * len(unfolded)
+
+    return mapped_call
+
+
+@functools.lru_cache(maxsize=4096)
+def _gradient_kernel(
+    op: str, attributes: Attributes, wanted: int, present: tuple[bool, ...]
+) -> Callable[..., tuple[jax.Array, ...]]:
+    """As `_kernel`, for the op of a gradient: refuses clearly to be differentiated itself."""
+    call = jax.custom_jvp(_kernel(op, attributes, wanted, present))
+
+    @call.defjvp
+    def _refuse(*_: Any) -> Any:
+        raise NotImplementedError(
+            f"jaxreg: {op.removesuffix('_grad')} can be differentiated once, not twice"
+        )
+
+    return call
+
+
+def _run(
+    op: str, attributes: Attributes, wanted: int, operands: Operands, *, gradient: bool = False
+) -> tuple[jax.Array, ...]:
+    """Call an op on arrays as the user has them, without the group axis."""
+    present = tuple(operand is not None for operand in operands)
+    make = _gradient_kernel if gradient else _kernel
+    arrays = [operand[None] for operand in operands if operand is not None]
+    return tuple(result[0] for result in make(op, attributes, wanted, present)(*arrays))
+
+
+def _all_results(op: str) -> int:
+    return _mask([role != "workspace" for _, role in _TABLE[op]["outputs"]])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(op: str, attributes: Attributes, operands: Operands) -> tuple[jax.Array, ...]:
+    return _run(op, attributes, _all_results(op), operands)
+
+
+def _forward(op: str, attributes: Attributes, operands: Any) -> Any:
+    perturbed = _Perturbed(x is not None and x.perturbed for x in operands)
+    values = tuple(None if x is None else x.value for x in operands)
+    outputs = _run(op, attributes, _all_results(op), values)
+    # Kept: what the gradient's op names among this op's inputs.
+    gradient_inputs = {name for name, _ in _TABLE[_TABLE[op]["gradient"]]["inputs"]}
+    kept = tuple(
+        value if name in gradient_inputs else None
+        for (name, _), value in zip(_TABLE[op]["inputs"], values, strict=True)
+    )
+    return outputs, (kept, perturbed)
+
+
+def _backward(op: str, attributes: Attributes, residuals: Any, cotangents: Any) -> Any:
+    kept, perturbed = residuals
+    (cotangent,) = cotangents
+    nothing = (None,) * len(perturbed)
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero) or not any(perturbed):
+        return (nothing,)
+    gradient_op = _TABLE[op]["gradient"]
+    entry = _TABLE[gradient_op]
+    names = [name for name, _ in _TABLE[op]["inputs"]]
+    values = dict(zip(names, kept, strict=True))
+    values["grad_output"] = cotangent
+    operands = tuple(values[name] for name, _ in entry["inputs"])
+    asked = {f"grad_{name}" for name, p in zip(names, perturbed, strict=True) if p}
+    outputs = [name for name, _ in entry["outputs"]]
+    wanted = _mask([name in asked for name in outputs])
+    results = _run(gradient_op, attributes, wanted, operands, gradient=True)
+    by_name = dict(zip([name for name in outputs if name in asked], results, strict=True))
+    return (tuple(by_name.get(f"grad_{name}") for name in names),)
+
+
+_differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
+
+_jitted = jax.jit(_differentiable, static_argnums=(0, 1))
+
+
+def static_tuple(value: Any) -> tuple[Any, ...]:
+    """One value or several, as a tuple of Python values that can be part of a jit's key."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _check_operand(op: str, name: str, optional: bool, value: Any) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, jax.Array | np.ndarray):
+        raise TypeError(
+            f"{op}: {name}: expected a JAX or NumPy array{' or None' if optional else ''}, "
+            f"got {type(value).__name__}"
+        )
+
+
+def apply(op: str, operands: Sequence[Any], attributes: Mapping[str, Any]) -> jax.Array:
+    """Call an op of the table.
+
+    Parameters
+    ----------
+    op
+        Its name.
+    operands
+        Its inputs in the order of the table, ``None`` where an optional one is absent.
+    attributes
+        All its attributes by name, as plain hashable Python values.
+
+    Returns
+    -------
+    The op's result.
+
+    Raises
+    ------
+    ValueError, TypeError
+        What the op's checks find, naming the argument.
+    """
+    entry = _TABLE[op]
+    for (name, optional), value in zip(entry["inputs"], operands, strict=True):
+        _check_operand(op, name, optional, value)
+    ordered = tuple(attributes[name] for name, _, _ in entry["attributes"])
+    try:
+        hash(ordered)
+    except TypeError:
+        # Something that is no plain value: the op's checks say which.
+        specs = [None if x is None else (np.dtype(x.dtype).name, (1, *x.shape)) for x in operands]
+        _regcore.infer(op, specs, dict(attributes), 1)
+        raise
+    (result,) = _jitted(op, ordered, tuple(operands))
+    return result
+
+
+def convert(
+    displacement: Any,
+    source: str,
+    target: str,
+    spacing: tuple[Any, ...] | None,
+    align_corners: bool,
+    source_channels: str,
+    target_channels: str,
+) -> jax.Array:
+    """Scale a displacement field to another unit; see :func:`jaxreg.convert_displacement`."""
+    _check_operand("convert_displacement", "displacement", False, displacement)
+    factors = _regcore.displacement_factors(
+        displacement.shape, source, target, spacing, align_corners, source_channels, target_channels
+    )
+    last = jnp.asarray(displacement)
+    if source_channels == "first":
+        last = jnp.moveaxis(last, 1, -1)
+    last = last * jnp.asarray(factors, last.dtype)
+    return last if target_channels == "last" else jnp.moveaxis(last, -1, 1)

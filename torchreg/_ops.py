@@ -1,0 +1,343 @@
+"""The only module of this package that talks to the extension.
+
+An op of the extension's table is registered as ``torch.ops.torchreg.<op>`` and called through
+:func:`apply`, which makes it differentiable and mappable. Inside the table every array has one more
+axis in front, the group axis, which is where ``vmap`` puts its mapped axis; nothing is ever summed
+across groups. A call with ``grouped=False`` leaves that axis out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import _regcore
+import torch
+from torch.autograd.function import once_differentiable
+
+_TABLE = _regcore.ops()
+_DTYPE_NAMES = {
+    getattr(torch, name): name
+    for name in (
+        *("float16", "bfloat16", "float32", "float64", "bool", "complex64", "complex128"),
+        *("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
+    )
+}
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+_SCHEMA_TYPES = {
+    "bool": "bool",
+    "int": "int",
+    "float": "float",
+    "choice": "str",
+    "ints": "int[]",
+    "floats": "float[]",
+}
+_library = torch.library.Library("torchreg", "DEF")
+
+
+def _mask(flags: Sequence[bool]) -> int:
+    return sum(1 << i for i, flag in enumerate(flags) if flag)
+
+
+class _Signature:
+    """The positional arguments of ``torch.ops.torchreg.<op>``.
+
+    The op's inputs, its attributes, the mask of wanted outputs, and whether there is a group axis.
+    """
+
+    def __init__(self, op: str) -> None:
+        entry = _TABLE[op]
+        self.op = op
+        self.inputs = [name for name, _ in entry["inputs"]]
+        self.attributes = [name for name, _, _ in entry["attributes"]]
+        self.outputs = [name for name, _ in entry["outputs"]]
+        self.is_workspace = [role == "workspace" for _, role in entry["outputs"]]
+        self.gradient = entry["gradient"]
+        arguments = [
+            f"Tensor{'?' if optional else ''} {name}" for name, optional in entry["inputs"]
+        ]
+        arguments += [f"{_SCHEMA_TYPES[kind]} {name}" for name, kind, _ in entry["attributes"]]
+        arguments += ["int wanted", "bool grouped"]
+        self.schema = f"{op}({', '.join(arguments)}) -> Tensor[]"
+
+    def split(self, arguments: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any], int, bool]:
+        count = len(self.inputs)
+        attributes = dict(zip(self.attributes, arguments[count:-2], strict=True))
+        return arguments[:count], attributes, arguments[-2], arguments[-1]
+
+
+def _shape(tensor: torch.Tensor, grouped: bool) -> tuple[int, ...]:
+    return tuple(tensor.shape) if grouped else (1, *tensor.shape)
+
+
+def _infer(
+    signature: _Signature, arguments: Sequence[Any]
+) -> list[tuple[str, tuple[int, ...]] | None]:
+    operands, attributes, wanted, grouped = signature.split(arguments)
+    specs = [
+        None if x is None else (_DTYPE_NAMES.get(x.dtype, str(x.dtype)), _shape(x, grouped))
+        for x in operands
+    ]
+    return _regcore.infer(signature.op, specs, attributes, wanted)
+
+
+def _allocate(
+    specs: Sequence[tuple[str, tuple[int, ...]] | None],
+    skip: Sequence[bool],
+    grouped: bool,
+    device: torch.device,
+) -> list[torch.Tensor | None]:
+    return [
+        None
+        if spec is None or skipped
+        else torch.empty(
+            spec[1] if grouped or skipped else spec[1][1:], dtype=_DTYPES[spec[0]], device=device
+        )
+        for spec, skipped in zip(specs, skip, strict=True)
+    ]
+
+
+def _make_implementation(signature: _Signature) -> Callable[..., list[torch.Tensor]]:
+    def implementation(*arguments: Any) -> list[torch.Tensor]:
+        operands, attributes, wanted, grouped = signature.split(arguments)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
+            raise RuntimeError(
+                f"torch.ops.torchreg.{signature.op} has no derivative of its own: "
+                "call the function of the same name in torchreg"
+            )
+        device = next(x.device for x in operands if x is not None)
+        specs = _infer(signature, arguments)
+        # Workspaces go back to the allocator as soon as the launch is queued: it hands them out
+        # again only to work that comes later on this stream.
+        outputs = _allocate(specs, [False] * len(specs), True, device)
+        is_cuda = device.type == "cuda"
+        _regcore.launch(
+            signature.op,
+            [
+                None
+                if x is None
+                else (x.data_ptr(), _DTYPE_NAMES.get(x.dtype, str(x.dtype)), _shape(x, grouped))
+                for x in operands
+            ],
+            attributes,
+            wanted,
+            [
+                None if x is None else (x.data_ptr(), spec[0], spec[1])
+                for x, spec in zip(outputs, specs, strict=True)
+            ],
+            device.index if is_cuda else -1,
+            torch._C._cuda_getCurrentRawStream(device.index) if is_cuda else 0,
+        )
+        return [
+            x if grouped else x.squeeze(0)
+            for x, workspace in zip(outputs, signature.is_workspace, strict=True)
+            if x is not None and not workspace
+        ]
+
+    return implementation
+
+
+def _make_fake(signature: _Signature) -> Callable[..., list[torch.Tensor]]:
+    def fake(*arguments: Any) -> list[torch.Tensor]:
+        operands, _, _, grouped = signature.split(arguments)
+        device = next(x.device for x in operands if x is not None)
+        outputs = _allocate(_infer(signature, arguments), signature.is_workspace, grouped, device)
+        return [x for x in outputs if x is not None]
+
+    return fake
+
+
+_SIGNATURES = {op: _Signature(op) for op in _TABLE}
+
+
+def _register() -> None:
+    for signature in _SIGNATURES.values():
+        _library.define(signature.schema)
+        implementation = _make_implementation(signature)
+        for key in ("CPU", "CUDA"):
+            _library.impl(signature.op, implementation, key)
+        torch.library.register_fake(
+            f"torchreg::{signature.op}", _make_fake(signature), lib=_library
+        )
+
+
+_register()
+
+
+def _call(
+    op: str, operands: Sequence[Any], attributes: tuple[Any, ...], wanted: int, grouped: bool
+) -> list[torch.Tensor]:
+    return getattr(torch.ops.torchreg, op)(*operands, *attributes, wanted, grouped)
+
+
+def _all_results(signature: _Signature) -> int:
+    return _mask([not workspace for workspace in signature.is_workspace])
+
+
+class _Apply(torch.autograd.Function):
+    """Any op of the table, with its gradient op as the backward pass."""
+
+    @staticmethod
+    def forward(
+        op: str, attributes: tuple[Any, ...], grouped: bool, *operands: torch.Tensor | None
+    ) -> torch.Tensor:
+        (result,) = _call(op, operands, attributes, _all_results(_SIGNATURES[op]), grouped)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        op, attributes, grouped, *operands = inputs
+        signature = _SIGNATURES[op]
+        needed = _SIGNATURES[signature.gradient].inputs
+        ctx.op, ctx.attributes, ctx.grouped = op, attributes, grouped
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            *(
+                x if name in needed else None
+                for name, x in zip(signature.inputs, operands, strict=True)
+            )
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple[Any, ...]:
+        signature = _SIGNATURES[ctx.op]
+        gradients: dict[str, torch.Tensor] = {}
+        asked = {
+            f"grad_{name}"
+            for name, need in zip(signature.inputs, ctx.needs_input_grad[3:], strict=True)
+            if need
+        }
+        if grad_output is not None and asked:
+            gradient = _SIGNATURES[signature.gradient]
+            values = dict(zip(signature.inputs, ctx.saved_tensors, strict=True))
+            values["grad_output"] = grad_output.contiguous()
+            wanted = [name in asked for name in gradient.outputs]
+            results = _call(
+                gradient.op,
+                [values[name] for name in gradient.inputs],
+                ctx.attributes,
+                _mask(wanted),
+                ctx.grouped,
+            )
+            names = [name for name, want in zip(gradient.outputs, wanted, strict=True) if want]
+            gradients = dict(zip(names, results, strict=True))
+        return (None, None, None, *(gradients.get(f"grad_{name}") for name in signature.inputs))
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        op: str,
+        attributes: tuple[Any, ...],
+        grouped: bool,
+        *operands: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, int]:
+        # (mapped, groups, ...) becomes (mapped * groups, ...). An operand with one group serves all
+        # of them; only one that is mapped by some but not all of several nested maps is copied.
+        size = info.batch_size
+        moved = [
+            x if x is None or dim is None else x.movedim(dim, 0)
+            for x, dim in zip(operands, in_dims[3:], strict=True)
+        ]
+        mapped = [dim is not None for dim in in_dims[3:]]
+        if not grouped:
+            moved = [
+                x if x is None else x.unsqueeze(1 if m else 0)
+                for x, m in zip(moved, mapped, strict=True)
+            ]
+        groups = max(
+            x.shape[1 if m else 0] for x, m in zip(moved, mapped, strict=True) if x is not None
+        )
+
+        def fold(x: torch.Tensor | None, is_mapped: bool) -> torch.Tensor | None:
+            if x is None or (not is_mapped and x.shape[0] == 1):
+                return x
+            if not is_mapped:
+                x = x.unsqueeze(0)
+            return x.expand(size, groups, *x.shape[2:]).reshape(size * groups, *x.shape[2:])
+
+        folded = [fold(x, m) for x, m in zip(moved, mapped, strict=True)]
+        result = _Apply.apply(
+            op, attributes, True, *(x if x is None else x.contiguous() for x in folded)
+        )
+        result = result.reshape(size, groups, *result.shape[1:])
+        return (result if grouped else result.squeeze(1)), 0
+
+
+def static_tuple(value: Any) -> tuple[Any, ...]:
+    """One value or several, as a tuple."""
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+
+
+def _check_operand(op: str, name: str, optional: bool, value: Any) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"{op}: {name}: expected a tensor{' or None' if optional else ''}, "
+            f"got {type(value).__name__}"
+        )
+    if value.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{op}: {name}: expected a tensor on cpu or cuda, got {value.device}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {name}: expected a dense tensor, got {value.layout}")
+
+
+def apply(op: str, operands: Sequence[Any], attributes: Mapping[str, Any]) -> torch.Tensor:
+    """Call an op of the table.
+
+    Parameters
+    ----------
+    op
+        Its name.
+    operands
+        Its inputs in the order of the table, ``None`` where an optional one is absent.
+    attributes
+        All its attributes by name.
+
+    Returns
+    -------
+    The op's result.
+
+    Raises
+    ------
+    ValueError, TypeError
+        What the op's checks find, naming the argument.
+    """
+    first_name, first = "", None
+    for (name, optional), value in zip(_TABLE[op]["inputs"], operands, strict=True):
+        _check_operand(op, name, optional, value)
+        if value is None:
+            continue
+        if first is None:
+            first_name, first = name, value
+        elif value.device != first.device:
+            raise ValueError(
+                f"{op}: {name}: expected a tensor on {first.device}, as {first_name}, "
+                f"got {value.device}"
+            )
+    signature = _SIGNATURES[op]
+    ordered = tuple(attributes[name] for name in signature.attributes)
+    return _Apply.apply(op, ordered, False, *(x if x is None else x.contiguous() for x in operands))
+
+
+def convert(
+    displacement: Any,
+    source: str,
+    target: str,
+    spacing: tuple[Any, ...] | None,
+    align_corners: bool,
+    source_channels: str,
+    target_channels: str,
+) -> torch.Tensor:
+    """Scale a displacement field to another unit; see :func:`torchreg.convert_displacement`."""
+    _check_operand("convert_displacement", "displacement", False, displacement)
+    factors = _regcore.displacement_factors(
+        displacement.shape, source, target, spacing, align_corners, source_channels, target_channels
+    )
+    last = displacement
+    if source_channels == "first":
+        last = last.movedim(1, -1)
+    last = last * torch.tensor(factors, dtype=last.dtype, device=last.device)
+    return last if target_channels == "last" else last.movedim(-1, 1)

@@ -1,0 +1,298 @@
+"""Sampling images through transforms, and composing transforms.
+
+Conventions: images are ``(N, C, [Z,] Y, X)``; vector fields are ``(N, [Z,] Y, X, D)``, channel
+last, components in x, y, z order, in normalised coordinates: [-1, 1] spans the volume, between the
+centres of the first and last voxel with ``align_corners=True``, between the outer edges otherwise,
+as in ``torch.nn.functional.grid_sample``. Affines ``(N, D, D+1)`` map output coordinates to input
+coordinates. Each operand's batch size is 1 or N; 1 is broadcast without a copy, and its gradient is
+the sum over the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from torchreg._ops import apply, convert, static_tuple
+
+Unit = Literal["normalised", "voxel", "mm"]
+Channels = Literal["first", "last"]
+PaddingMode = Literal["zeros", "border", "reflection"]
+
+
+def interpolate(
+    image: torch.Tensor,
+    affine: torch.Tensor | None = None,
+    grid: torch.Tensor | None = None,
+    *,
+    affine_last: bool = False,
+    is_displacement: bool = True,
+    out_shape: Sequence[int] | None = None,
+    mode: Literal["bilinear", "nearest"] = "bilinear",
+    padding_mode: PaddingMode = "zeros",
+    align_corners: bool = True,
+) -> torch.Tensor:
+    """Sample an image through an affine, a displacement field, or both.
+
+    With ``x`` the normalised coordinates of the output grid, ``A`` the affine and ``u`` the grid:
+    ``I(Ax + u)``, where an absent affine is the identity and an absent grid is 0;
+    ``I(A(x + u))`` with ``affine_last``; ``I(u)`` with ``is_displacement=False``, when the affine
+    is ignored. A zero displacement returns the image bit for bit.
+
+    Parameters
+    ----------
+    image
+        ``(N, C, [Z,] Y, X)``, float32 or float64.
+    affine
+        ``(N, D, D+1)``: from output to input coordinates, normalised, of the image's dtype.
+    grid
+        ``(N, [Z',] Y', X', D)``, normalised, components x, y, z, of the image's dtype.
+    affine_last
+        Apply the affine after the displacement instead of before.
+    is_displacement
+        Whether ``grid`` is added to coordinates or holds coordinates itself.
+    out_shape
+        Spatial sizes of the output, or a full shape of which the last D entries count. Without it
+        the output has the grid's size, or without a grid the image's.
+    mode
+        ``"bilinear"`` (trilinear in 3-D) or ``"nearest"`` (rounding half to even; its gradient
+        goes to the image only).
+    padding_mode
+        What lies outside the image: ``"zeros"``, its ``"border"`` or its ``"reflection"``. A
+        coordinate that is not finite lies outside.
+    align_corners
+        Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
+
+    Returns
+    -------
+    torch.Tensor
+        ``(N, C, [Z',] Y', X')``, of the image's dtype. Differentiable with respect to image, affine
+        and grid; at integer positions the derivative is the right-sided one.
+
+    Raises
+    ------
+    ValueError
+        A shape, mode or size that does not fit; the message names the argument.
+    TypeError
+        A dtype or an argument's type that is not supported.
+
+    Notes
+    -----
+    Boundary rules and rounding are those of ``torch.nn.functional.grid_sample``.
+    """
+    return apply(
+        "interpolate",
+        (image, affine, grid),
+        {
+            "affine_last": affine_last,
+            "is_displacement": is_displacement,
+            "out_shape": () if out_shape is None else static_tuple(out_shape),
+            "mode": mode,
+            "padding_mode": padding_mode,
+            "align_corners": align_corners,
+        },
+    )
+
+
+def compose(
+    u: torch.Tensor,
+    v: torch.Tensor,
+    affine: torch.Tensor | None = None,
+    *,
+    add: bool = True,
+    padding_mode: PaddingMode = "border",
+    align_corners: bool = True,
+) -> torch.Tensor:
+    """Compose displacement fields: ``v + u(Ax + v)``.
+
+    The result ``w`` is the displacement with ``Ax + w = (id + u) o (Ax + v)``: sampling an image
+    at ``Ax + w`` warps it by ``u``, then by the affine and ``v``.
+
+    Parameters
+    ----------
+    u
+        ``(N, [Z,] Y, X, D)``: the displacement that is sampled, normalised, float32 or float64.
+    v
+        ``(N, [Z',] Y', X', D)``: the displacement that is applied first, of the same dtype.
+    affine
+        ``(N, D, D+1)``, normalised; the identity when absent.
+    add
+        ``False`` returns ``u(Ax + v)`` alone.
+    padding_mode
+        What ``u`` is outside its grid. ``"zeros"`` tears a composed field at the border.
+    align_corners
+        Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
+
+    Returns
+    -------
+    torch.Tensor
+        ``(N, [Z',] Y', X', D)``. Differentiable with respect to u, v and affine.
+
+    Raises
+    ------
+    ValueError
+        A shape or mode that does not fit; the message names the argument.
+    TypeError
+        A dtype or an argument's type that is not supported.
+    """
+    return apply(
+        "compose",
+        (u, v, affine),
+        {"add": add, "padding_mode": padding_mode, "align_corners": align_corners},
+    )
+
+
+def affine_warp(
+    affine: torch.Tensor, displacement: torch.Tensor, *, align_corners: bool = True
+) -> torch.Tensor:
+    """One field of coordinates from an affine and a displacement: ``Ax + u``.
+
+    Parameters
+    ----------
+    affine
+        ``(N, D, D+1)``, normalised, float32 or float64.
+    displacement
+        ``(N, [Z,] Y, X, D)``, normalised, of the same dtype.
+    align_corners
+        Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
+
+    Returns
+    -------
+    torch.Tensor
+        ``(N, [Z,] Y, X, D)``: coordinates for ``interpolate(..., is_displacement=False)``.
+        Differentiable with respect to both.
+
+    Raises
+    ------
+    ValueError
+        A shape that does not fit; the message names the argument.
+    TypeError
+        A dtype or an argument's type that is not supported.
+    """
+    return apply("affine_warp", (affine, displacement), {"align_corners": align_corners})
+
+
+def scaling_and_squaring(
+    velocity: torch.Tensor,
+    num_steps: int = 6,
+    *,
+    padding_mode: PaddingMode = "border",
+    align_corners: bool = True,
+) -> torch.Tensor:
+    """Integrate a stationary velocity field over unit time: its exponential.
+
+    ``u <- v / 2^n``, then n times ``u <- compose(u, u)``.
+
+    Parameters
+    ----------
+    velocity
+        ``(N, [Z,] Y, X, D)``, normalised coordinates per unit time, float32 or float64.
+    num_steps
+        The number n of squarings, 0 to 64.
+    padding_mode
+        What the field is outside its grid.
+    align_corners
+        Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
+
+    Returns
+    -------
+    torch.Tensor
+        The displacement ``(N, [Z,] Y, X, D)``. Differentiable with respect to the velocity.
+
+    Raises
+    ------
+    ValueError
+        A shape, mode or number of steps that does not fit; the message names the argument.
+    TypeError
+        A dtype or an argument's type that is not supported.
+
+    Notes
+    -----
+    Arsigny et al., "A Log-Euclidean Framework for Statistics on Diffeomorphisms", MICCAI 2006.
+    """
+    displacement = apply("scale_velocity", (velocity,), {"num_steps": num_steps})
+    for _ in range(num_steps):
+        displacement = compose(
+            displacement, displacement, padding_mode=padding_mode, align_corners=align_corners
+        )
+    return displacement
+
+
+def jacobian_determinant(displacement: torch.Tensor, *, align_corners: bool = True) -> torch.Tensor:
+    """Jacobian determinant of ``x + u(x)``: the local change of volume, not positive at a fold.
+
+    In voxel units, by central differences inside the volume and one-sided ones at its border; an
+    axis of length 1 contributes no derivative.
+
+    Parameters
+    ----------
+    displacement
+        ``(N, [Z,] Y, X, D)``, normalised, float32 or float64.
+    align_corners
+        Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
+
+    Returns
+    -------
+    torch.Tensor
+        ``(N, [Z,] Y, X)``. Differentiable with respect to the displacement.
+
+    Raises
+    ------
+    ValueError
+        A shape that does not fit; the message names the argument.
+    TypeError
+        A dtype or an argument's type that is not supported.
+    """
+    return apply("jacobian_determinant", (displacement,), {"align_corners": align_corners})
+
+
+def convert_displacement(
+    displacement: torch.Tensor,
+    source: Unit,
+    target: Unit,
+    *,
+    spacing: Sequence[float] | None = None,
+    align_corners: bool = True,
+    source_channels: Channels = "last",
+    target_channels: Channels = "last",
+) -> torch.Tensor:
+    """Change the unit of a displacement field and the place of its components.
+
+    Parameters
+    ----------
+    displacement
+        ``(N, [Z,] Y, X, D)``, or ``(N, D, [Z,] Y, X)`` with ``source_channels="first"``; components
+        in x, y, z order.
+    source, target
+        Units: ``"normalised"`` (half the volume is 1), ``"voxel"`` or ``"mm"`` (along the voxel
+        axes).
+    spacing
+        mm per voxel in x, y, z order; needed to or from ``"mm"``.
+    align_corners
+        Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
+    source_channels, target_channels
+        ``"last"`` or ``"first"``: where the components are and shall be.
+
+    Returns
+    -------
+    torch.Tensor
+        The field in the new unit and layout.
+
+    Raises
+    ------
+    ValueError
+        A shape, unit or spacing that does not fit; the message names the argument.
+    TypeError
+        A displacement that is no tensor.
+    """
+    return convert(
+        displacement,
+        source,
+        target,
+        None if spacing is None else static_tuple(spacing),
+        align_corners,
+        source_channels,
+        target_channels,
+    )
