@@ -1,14 +1,14 @@
 """The only module of this package that talks to the extension.
 
 An op of the extension's table is called through :func:`apply`: jitted, differentiable in reverse
-mode, and mappable. Inside the table every array has one more axis in front, the group axis, which is
-where ``vmap`` puts its mapped axis; nothing is ever summed across groups.
+mode, and mappable. Inside the table every array has one more axis in front, the group axis, which
+is where ``vmap`` puts its mapped axis; nothing is ever summed across groups.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import _regcore
@@ -36,11 +36,6 @@ def _register() -> None:
 
 
 _register()
-
-
-@jax.tree_util.register_static
-class _Perturbed(tuple):
-    """Which operands a gradient is asked for; static, so that the choice is made at trace time."""
 
 
 def _spec(array: jax.Array | None) -> tuple[str, tuple[int, ...]] | None:
@@ -120,33 +115,23 @@ def _kernel(
         unfolded = tuple(r.reshape(size, groups, *r.shape[1:]) for r in results)
         return unfolded, (True,) * len(unfolded)
 
-    return mapped_call
+    # The custom_vjp below takes every first derivative. What gets here is a second one.
+    once = jax.custom_jvp(mapped_call)
 
-
-@functools.lru_cache(maxsize=4096)
-def _gradient_kernel(
-    op: str, attributes: Attributes, wanted: int, present: tuple[bool, ...]
-) -> Callable[..., tuple[jax.Array, ...]]:
-    """As `_kernel`, for the op of a gradient: refuses clearly to be differentiated itself."""
-    call = jax.custom_jvp(_kernel(op, attributes, wanted, present))
-
-    @call.defjvp
+    @once.defjvp
     def _refuse(*_: Any) -> Any:
         raise NotImplementedError(
             f"jaxreg: {op.removesuffix('_grad')} can be differentiated once, not twice"
         )
 
-    return call
+    return once
 
 
-def _run(
-    op: str, attributes: Attributes, wanted: int, operands: Operands, *, gradient: bool = False
-) -> tuple[jax.Array, ...]:
+def _run(op: str, attributes: Attributes, wanted: int, operands: Operands) -> tuple[jax.Array, ...]:
     """Call an op on arrays as the user has them, without the group axis."""
     present = tuple(operand is not None for operand in operands)
-    make = _gradient_kernel if gradient else _kernel
     arrays = [operand[None] for operand in operands if operand is not None]
-    return tuple(result[0] for result in make(op, attributes, wanted, present)(*arrays))
+    return tuple(result[0] for result in _kernel(op, attributes, wanted, present)(*arrays))
 
 
 def _all_results(op: str) -> int:
@@ -159,7 +144,6 @@ def _differentiable(op: str, attributes: Attributes, operands: Operands) -> tupl
 
 
 def _forward(op: str, attributes: Attributes, operands: Any) -> Any:
-    perturbed = _Perturbed(x is not None and x.perturbed for x in operands)
     values = tuple(None if x is None else x.value for x in operands)
     outputs = _run(op, attributes, _all_results(op), values)
     # Kept: what the gradient's op names among this op's inputs.
@@ -168,15 +152,19 @@ def _forward(op: str, attributes: Attributes, operands: Any) -> Any:
         value if name in gradient_inputs else None
         for (name, _), value in zip(_TABLE[op]["inputs"], values, strict=True)
     )
-    return outputs, (kept, perturbed)
+    # Which gradients are asked for is known now and needed at the backward pass's trace. It travels
+    # as the shape of an empty array: JAX may trace this rule for one choice, reuse it for another,
+    # and keep the residuals' structure (also static values in it) of only one of them.
+    perturbed = _mask([x is not None and x.perturbed for x in operands])
+    return outputs, (kept, jnp.empty((perturbed, 0), jnp.int8))
 
 
 def _backward(op: str, attributes: Attributes, residuals: Any, cotangents: Any) -> Any:
-    kept, perturbed = residuals
+    kept, mask = residuals
     (cotangent,) = cotangents
-    nothing = (None,) * len(perturbed)
+    perturbed = [bool(mask.shape[0] >> i & 1) for i in range(len(kept))]
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero) or not any(perturbed):
-        return (nothing,)
+        return ((None,) * len(kept),)
     gradient_op = _TABLE[op]["gradient"]
     entry = _TABLE[gradient_op]
     names = [name for name, _ in _TABLE[op]["inputs"]]
@@ -186,7 +174,7 @@ def _backward(op: str, attributes: Attributes, residuals: Any, cotangents: Any) 
     asked = {f"grad_{name}" for name, p in zip(names, perturbed, strict=True) if p}
     outputs = [name for name, _ in entry["outputs"]]
     wanted = _mask([name in asked for name in outputs])
-    results = _run(gradient_op, attributes, wanted, operands, gradient=True)
+    results = _run(gradient_op, attributes, wanted, operands)
     by_name = dict(zip([name for name in outputs if name in asked], results, strict=True))
     return (tuple(by_name.get(f"grad_{name}") for name in names),)
 
@@ -197,10 +185,17 @@ _jitted = jax.jit(_differentiable, static_argnums=(0, 1))
 
 
 def static_tuple(value: Any) -> tuple[Any, ...]:
-    """One value or several, as a tuple of Python values that can be part of a jit's key."""
-    if isinstance(value, np.ndarray | np.generic):
+    """One value or several, as a tuple."""
+    if isinstance(value, np.ndarray):
         value = value.tolist()
     return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _plain(value: Any) -> Any:
+    """Python's own number for a NumPy one."""
+    if isinstance(value, tuple):
+        return tuple(_plain(v) for v in value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _check_operand(op: str, name: str, optional: bool, value: Any) -> None:
@@ -213,7 +208,7 @@ def _check_operand(op: str, name: str, optional: bool, value: Any) -> None:
         )
 
 
-def apply(op: str, operands: Sequence[Any], attributes: Mapping[str, Any]) -> jax.Array:
+def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> jax.Array:
     """Call an op of the table.
 
     Parameters
@@ -223,7 +218,7 @@ def apply(op: str, operands: Sequence[Any], attributes: Mapping[str, Any]) -> ja
     operands
         Its inputs in the order of the table, ``None`` where an optional one is absent.
     attributes
-        All its attributes by name, as plain hashable Python values.
+        All its attributes by name, as plain Python values.
 
     Returns
     -------
@@ -237,34 +232,11 @@ def apply(op: str, operands: Sequence[Any], attributes: Mapping[str, Any]) -> ja
     entry = _TABLE[op]
     for (name, optional), value in zip(entry["inputs"], operands, strict=True):
         _check_operand(op, name, optional, value)
+    arrays = tuple(None if x is None else jnp.asarray(x) for x in operands)
+    attributes = {name: _plain(value) for name, value in attributes.items()}
+    # The op's own checks come before jit: what they refuse may not even be hashable.
+    specs = [None if x is None else (np.dtype(x.dtype).name, (1, *x.shape)) for x in arrays]
+    _regcore.infer(op, specs, attributes, _all_results(op))
     ordered = tuple(attributes[name] for name, _, _ in entry["attributes"])
-    try:
-        hash(ordered)
-    except TypeError:
-        # Something that is no plain value: the op's checks say which.
-        specs = [None if x is None else (np.dtype(x.dtype).name, (1, *x.shape)) for x in operands]
-        _regcore.infer(op, specs, dict(attributes), 1)
-        raise
-    (result,) = _jitted(op, ordered, tuple(operands))
+    (result,) = _jitted(op, ordered, arrays)
     return result
-
-
-def convert(
-    displacement: Any,
-    source: str,
-    target: str,
-    spacing: tuple[Any, ...] | None,
-    align_corners: bool,
-    source_channels: str,
-    target_channels: str,
-) -> jax.Array:
-    """Scale a displacement field to another unit; see :func:`jaxreg.convert_displacement`."""
-    _check_operand("convert_displacement", "displacement", False, displacement)
-    factors = _regcore.displacement_factors(
-        displacement.shape, source, target, spacing, align_corners, source_channels, target_channels
-    )
-    last = jnp.asarray(displacement)
-    if source_channels == "first":
-        last = jnp.moveaxis(last, 1, -1)
-    last = last * jnp.asarray(factors, last.dtype)
-    return last if target_channels == "last" else jnp.moveaxis(last, -1, 1)

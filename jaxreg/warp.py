@@ -15,7 +15,7 @@ from typing import Literal
 
 import jax
 
-from jaxreg._ops import apply, convert, static_tuple
+from jaxreg._ops import apply, static_tuple
 
 Unit = Literal["normalised", "voxel", "mm"]
 Channels = Literal["first", "last"]
@@ -278,21 +278,24 @@ def convert_displacement(
     Returns
     -------
     jax.Array
-        The field in the new unit and layout.
+        The field in the new unit and layout. Differentiable.
 
     Raises
     ------
     ValueError
         A shape, unit or spacing that does not fit; the message names the argument.
     TypeError
-        A displacement that is no array.
+        A dtype or an argument's type that is not supported.
     """
-    return convert(
-        displacement,
-        source,
-        target,
-        None if spacing is None else static_tuple(spacing),
-        align_corners,
-        source_channels,
-        target_channels,
+    return apply(
+        "convert_displacement",
+        (displacement,),
+        {
+            "source": source,
+            "target": target,
+            "spacing": () if spacing is None else static_tuple(spacing),
+            "align_corners": align_corners,
+            "source_channels": source_channels,
+            "target_channels": target_channels,
+        },
     )

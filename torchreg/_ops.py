@@ -8,12 +8,12 @@ across groups. A call with ``grouped=False`` leaves that axis out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import _regcore
+import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
 
 _TABLE = _regcore.ops()
 _DTYPE_NAMES = {
@@ -66,34 +66,36 @@ class _Signature:
         return arguments[:count], attributes, arguments[-2], arguments[-1]
 
 
-def _shape(tensor: torch.Tensor, grouped: bool) -> tuple[int, ...]:
-    return tuple(tensor.shape) if grouped else (1, *tensor.shape)
+def _spec(tensor: torch.Tensor, grouped: bool) -> tuple[str, tuple[int, ...]]:
+    shape = tuple(tensor.shape) if grouped else (1, *tensor.shape)
+    return _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), shape
 
 
 def _infer(
     signature: _Signature, arguments: Sequence[Any]
 ) -> list[tuple[str, tuple[int, ...]] | None]:
     operands, attributes, wanted, grouped = signature.split(arguments)
-    specs = [
-        None if x is None else (_DTYPE_NAMES.get(x.dtype, str(x.dtype)), _shape(x, grouped))
-        for x in operands
-    ]
+    specs = [None if x is None else _spec(x, grouped) for x in operands]
     return _regcore.infer(signature.op, specs, attributes, wanted)
 
 
 def _allocate(
-    specs: Sequence[tuple[str, tuple[int, ...]] | None],
-    skip: Sequence[bool],
-    grouped: bool,
-    device: torch.device,
+    specs: Sequence[tuple[str, tuple[int, ...]] | None], device: torch.device
 ) -> list[torch.Tensor | None]:
     return [
-        None
-        if spec is None or skipped
-        else torch.empty(
-            spec[1] if grouped or skipped else spec[1][1:], dtype=_DTYPES[spec[0]], device=device
-        )
-        for spec, skipped in zip(specs, skip, strict=True)
+        None if spec is None else torch.empty(spec[1], dtype=_DTYPES[spec[0]], device=device)
+        for spec in specs
+    ]
+
+
+def _results(
+    signature: _Signature, outputs: Sequence[torch.Tensor | None], grouped: bool
+) -> list[torch.Tensor]:
+    """What the caller gets: no workspaces, and no group axis unless it knows of it."""
+    return [
+        x if grouped else x.squeeze(0)
+        for x, workspace in zip(outputs, signature.is_workspace, strict=True)
+        if x is not None and not workspace
     ]
 
 
@@ -106,33 +108,20 @@ def _make_implementation(signature: _Signature) -> Callable[..., list[torch.Tens
                 "call the function of the same name in torchreg"
             )
         device = next(x.device for x in operands if x is not None)
-        specs = _infer(signature, arguments)
         # Workspaces go back to the allocator as soon as the launch is queued: it hands them out
         # again only to work that comes later on this stream.
-        outputs = _allocate(specs, [False] * len(specs), True, device)
+        outputs = _allocate(_infer(signature, arguments), device)
         is_cuda = device.type == "cuda"
         _regcore.launch(
             signature.op,
-            [
-                None
-                if x is None
-                else (x.data_ptr(), _DTYPE_NAMES.get(x.dtype, str(x.dtype)), _shape(x, grouped))
-                for x in operands
-            ],
+            [None if x is None else (x.data_ptr(), *_spec(x, grouped)) for x in operands],
             attributes,
             wanted,
-            [
-                None if x is None else (x.data_ptr(), spec[0], spec[1])
-                for x, spec in zip(outputs, specs, strict=True)
-            ],
+            [None if x is None else (x.data_ptr(), *_spec(x, True)) for x in outputs],
             device.index if is_cuda else -1,
             torch._C._cuda_getCurrentRawStream(device.index) if is_cuda else 0,
         )
-        return [
-            x if grouped else x.squeeze(0)
-            for x, workspace in zip(outputs, signature.is_workspace, strict=True)
-            if x is not None and not workspace
-        ]
+        return _results(signature, outputs, grouped)
 
     return implementation
 
@@ -141,8 +130,7 @@ def _make_fake(signature: _Signature) -> Callable[..., list[torch.Tensor]]:
     def fake(*arguments: Any) -> list[torch.Tensor]:
         operands, _, _, grouped = signature.split(arguments)
         device = next(x.device for x in operands if x is not None)
-        outputs = _allocate(_infer(signature, arguments), signature.is_workspace, grouped, device)
-        return [x for x in outputs if x is not None]
+        return _results(signature, _allocate(_infer(signature, arguments), device), grouped)
 
     return fake
 
@@ -174,6 +162,28 @@ def _all_results(signature: _Signature) -> int:
     return _mask([not workspace for workspace in signature.is_workspace])
 
 
+class _Once(torch.autograd.Function):
+    """Gradients that must not be differentiated again, tied to what they were computed from.
+
+    Without this tie PyTorch would take them for constants, and leave out a part of the second
+    derivative without a word.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: str, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"torchreg: {ctx.op} can be differentiated once, not twice")
+
+
 class _Apply(torch.autograd.Function):
     """Any op of the table, with its gradient op as the backward pass."""
 
@@ -199,30 +209,28 @@ class _Apply(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple[Any, ...]:
         signature = _SIGNATURES[ctx.op]
-        gradients: dict[str, torch.Tensor] = {}
         asked = {
             f"grad_{name}"
             for name, need in zip(signature.inputs, ctx.needs_input_grad[3:], strict=True)
             if need
         }
-        if grad_output is not None and asked:
-            gradient = _SIGNATURES[signature.gradient]
-            values = dict(zip(signature.inputs, ctx.saved_tensors, strict=True))
-            values["grad_output"] = grad_output.contiguous()
-            wanted = [name in asked for name in gradient.outputs]
-            results = _call(
-                gradient.op,
-                [values[name] for name in gradient.inputs],
-                ctx.attributes,
-                _mask(wanted),
-                ctx.grouped,
-            )
-            names = [name for name, want in zip(gradient.outputs, wanted, strict=True) if want]
-            gradients = dict(zip(names, results, strict=True))
-        return (None, None, None, *(gradients.get(f"grad_{name}") for name in signature.inputs))
+        if grad_output is None or not asked:
+            return (None,) * (3 + len(signature.inputs))
+        gradient = _SIGNATURES[signature.gradient]
+        values = dict(zip(signature.inputs, ctx.saved_tensors, strict=True))
+        values["grad_output"] = grad_output.contiguous()
+        operands = [values[name] for name in gradient.inputs]
+        wanted = [name in asked for name in gradient.outputs]
+        with torch.no_grad():
+            results = _call(gradient.op, operands, ctx.attributes, _mask(wanted), ctx.grouped)
+        if torch.is_grad_enabled():
+            sources = (x for x in (*ctx.saved_tensors, grad_output) if x is not None)
+            results = _Once.apply(ctx.op, len(results), *results, *sources)
+        names = [name for name, want in zip(gradient.outputs, wanted, strict=True) if want]
+        by_name = dict(zip(names, results, strict=True))
+        return (None, None, None, *(by_name.get(f"grad_{name}") for name in signature.inputs))
 
     @staticmethod
     def vmap(
@@ -267,7 +275,16 @@ class _Apply(torch.autograd.Function):
 
 def static_tuple(value: Any) -> tuple[Any, ...]:
     """One value or several, as a tuple."""
-    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _plain(value: Any) -> Any:
+    """Python's own number for a NumPy one."""
+    if isinstance(value, tuple):
+        return tuple(_plain(v) for v in value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _check_operand(op: str, name: str, optional: bool, value: Any) -> None:
@@ -284,7 +301,7 @@ def _check_operand(op: str, name: str, optional: bool, value: Any) -> None:
         raise TypeError(f"{op}: {name}: expected a dense tensor, got {value.layout}")
 
 
-def apply(op: str, operands: Sequence[Any], attributes: Mapping[str, Any]) -> torch.Tensor:
+def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> torch.Tensor:
     """Call an op of the table.
 
     Parameters
@@ -318,26 +335,9 @@ def apply(op: str, operands: Sequence[Any], attributes: Mapping[str, Any]) -> to
                 f"got {value.device}"
             )
     signature = _SIGNATURES[op]
+    attributes = {name: _plain(value) for name, value in attributes.items()}
+    if not torch.compiler.is_compiling():  # a compiler meets the checks in the fake implementation
+        specs = [None if x is None else _spec(x, False) for x in operands]
+        _regcore.infer(op, specs, attributes, _all_results(signature))
     ordered = tuple(attributes[name] for name in signature.attributes)
     return _Apply.apply(op, ordered, False, *(x if x is None else x.contiguous() for x in operands))
-
-
-def convert(
-    displacement: Any,
-    source: str,
-    target: str,
-    spacing: tuple[Any, ...] | None,
-    align_corners: bool,
-    source_channels: str,
-    target_channels: str,
-) -> torch.Tensor:
-    """Scale a displacement field to another unit; see :func:`torchreg.convert_displacement`."""
-    _check_operand("convert_displacement", "displacement", False, displacement)
-    factors = _regcore.displacement_factors(
-        displacement.shape, source, target, spacing, align_corners, source_channels, target_channels
-    )
-    last = displacement
-    if source_channels == "first":
-        last = last.movedim(1, -1)
-    last = last * torch.tensor(factors, dtype=last.dtype, device=last.device)
-    return last if target_channels == "last" else last.movedim(-1, 1)

@@ -8,8 +8,10 @@
 #endif
 
 // Unrolls the loop that follows, so that arrays indexed by its counter can live in registers.
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__)
 #define REG_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)
+#define REG_UNROLL  // the host pass of nvcc knows neither spelling
 #else
 #define REG_UNROLL _Pragma("GCC unroll 8")
 #endif

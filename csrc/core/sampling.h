@@ -139,6 +139,16 @@ struct Neighbourhood {
     for (int k = 1; k < D; ++k) result *= axis[k].weight[corner >> k & 1];
     return result;
   }
+  // All corners are there and count. On the CPU one branch then saves one for each corner; on CUDA
+  // the loads are predicated and there is nothing to save.
+  REG_HD bool full() const {
+    bool result = true;
+    REG_UNROLL
+    for (int k = 0; k < D; ++k) {
+      result = result && axis[k].weight[0] != 0 && axis[k].weight[1] != 0;
+    }
+    return result;
+  }
   REG_HD bool inside(int corner) const {
     bool result = true;
     REG_UNROLL

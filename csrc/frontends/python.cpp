@@ -8,10 +8,8 @@
 #include <vector>
 
 #include "core/check.h"
-#include "core/geometry.h"
 #include "core/op.h"
 #include "core/thread_pool.h"
-#include "frontends/displacement.h"
 #include "frontends/xla.h"
 #ifdef REGCORE_CUDA
 #include "core/cuda_runtime.h"
@@ -267,9 +265,6 @@ PYBIND11_MODULE(_regcore, module) {
              py::arg("wanted"));
   module.def("launch", &launch, py::arg("op"), py::arg("inputs"), py::arg("attributes"),
              py::arg("wanted"), py::arg("outputs"), py::arg("cuda_device"), py::arg("stream"));
-  module.def("displacement_factors", &displacement_factors, py::arg("shape"), py::arg("source"),
-             py::arg("target"), py::arg("spacing"), py::arg("align_corners"),
-             py::arg("source_channels"), py::arg("target_channels"));
   module.def("xla_registrations", &xla_registrations, py::arg("platform"));
   module.def("xla_ffi_api_version", &xla_ffi_api_version);
   module.def("cuda_architectures", &cuda_architectures);

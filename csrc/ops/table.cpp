@@ -18,6 +18,7 @@ const std::vector<Op>& op_table() {
     add(scale_velocity_ops());
     add(gaussian_smooth_ops());
     add(jacobian_determinant_ops());
+    add(convert_displacement_ops());
     return all;
   }();
   return table;

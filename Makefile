@@ -1,0 +1,61 @@
+# Everything from a fresh checkout, with python3 >= 3.11 and a C++ compiler. `make help` lists the targets.
+
+PYTHON ?= python3
+# CUDA kernels: AUTO (when a CUDA compiler is found), ON or OFF.
+CUDA ?= AUTO
+# CUDA architectures, such as 90 or "80;90"; empty: the default list of CMakeLists.txt.
+CUDA_ARCHS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+BUILD_SETTINGS := --config-settings=cmake.define.REGCORE_CUDA=$(CUDA) \
+  $(if $(CUDA_ARCHS),"--config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHS)")
+SOURCES := $(shell find csrc jaxreg torchreg -type f -not -path '*/__pycache__/*') \
+  CMakeLists.txt pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test bench wheel format lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  variables: PYTHON=$(PYTHON) CUDA=$(CUDA) CUDA_ARCHS=$(CUDA_ARCHS) PYTEST_ARGS=$(PYTEST_ARGS)"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned: a range would take the newest build with all its CUDA packages.
+$(VENV)/.installed: $(BIN)/python $(SOURCES)
+	$(PIP) install -c constraints.txt torch==2.13.0
+	$(PIP) install -c constraints.txt $(BUILD_SETTINGS) ".[jax,torch,cli,test,dev]"
+	@touch $@
+
+install: $(VENV)/.installed ## both packages with everything they can use, in .venv
+
+demo: $(VENV)/.installed ## register two brains; pictures and volumes in ./jaxreg-demo
+	$(BIN)/jaxreg demo
+
+test: $(VENV)/.installed ## the tests that this machine can run
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed ## speed and memory beside what one would otherwise use
+	$(BIN)/python benchmarks/warp.py
+
+wheel: ## a wheel for PYTHON in wheelhouse/, for CUDA_ARCHS if given
+	$(PYTHON) -m pip --disable-pip-version-check wheel . --no-deps --wheel-dir wheelhouse $(BUILD_SETTINGS)
+
+format: $(VENV)/.installed ## ruff and clang-format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+lint: $(VENV)/.installed ## check the format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean: ## remove what was built
+	rm -rf $(VENV) build dist wheelhouse

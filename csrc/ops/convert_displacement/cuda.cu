@@ -1,0 +1,12 @@
+#include "ops/convert_displacement/kernels.h"
+
+namespace reg {
+
+void convert_displacement_cuda(const Context& context, const Call& call) {
+  convert_displacement(Cuda(context), call);
+}
+void convert_displacement_grad_cuda(const Context& context, const Call& call) {
+  convert_displacement_grad(Cuda(context), call);
+}
+
+}  // namespace reg

@@ -1,0 +1,83 @@
+#pragma once
+
+#include "core/dispatch.h"
+#include "core/for_each.h"
+#include "ops/convert_displacement/convert_displacement.h"
+#include "ops/convert_displacement/geometry.h"
+
+namespace reg {
+
+template <class Scalar, int D>
+struct Conversion {
+  using T = Scalar;
+  static constexpr int kDepth = 1;
+  const T* input;
+  T* output;
+  int64_t items;
+  int64_t volume;  // voxels
+  int rows;        // voxels along y
+  bool source_last, target_last;
+  T factor[D];
+
+  struct Element {
+    const Conversion* self;
+    const T* input;
+    T* output;
+    REG_HD void operator()(const Voxel& voxel) const {
+      const int64_t row = static_cast<int64_t>(voxel.z) * self->rows + voxel.y;
+      const int64_t here = row * voxel.row_size + voxel.x;
+      Vec<T, D> value;
+      REG_UNROLL
+      for (int k = 0; k < D; ++k) {
+        value[k] = input[self->source_last ? here * D + k : k * self->volume + here];
+        value[k] *= self->factor[k];
+      }
+      if (self->target_last) {
+        store_packed(output + row * voxel.row_size * D, voxel, value);
+      } else if (voxel.active) {
+        REG_UNROLL
+        for (int k = 0; k < D; ++k) output[k * self->volume + here] = value[k];
+      }
+    }
+  };
+
+  REG_HD Element element(int64_t group, int64_t item) const {
+    const int64_t start = (group * items + item) * volume * D;
+    return {this, input + start, output + start};
+  }
+};
+
+template <class Device>
+void convert(const Device& device, const Call& call, const char* input, const char* output,
+             bool gradient) {
+  const DisplacementConversion conversion = displacement_conversion(call, input, gradient);
+  const Shape& shape = call.input(input).shape;
+  dispatch_dtype(conversion.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    dispatch_dimensions(conversion.dimensions, [&](auto dimensions) {
+      constexpr int D = decltype(dimensions)::value;
+      Conversion<T, D> body{call.input(input).as<T>(),
+                            call.output(output).template as<T>(),
+                            shape[1],
+                            conversion.sizes.voxels(),
+                            static_cast<int>(conversion.sizes.y),
+                            conversion.source_last,
+                            conversion.target_last,
+                            {}};
+      for (int k = 0; k < D; ++k) body.factor[k] = static_cast<T>(conversion.factor[k]);
+      for_each_voxel(device, voxel_space(shape[0], shape[1], conversion.sizes), body);
+    });
+  });
+}
+
+template <class Device>
+void convert_displacement(const Device& device, const Call& call) {
+  convert(device, call, "displacement", "output", false);
+}
+
+template <class Device>
+void convert_displacement_grad(const Device& device, const Call& call) {
+  convert(device, call, "grad_output", "grad_displacement", true);
+}
+
+}  // namespace reg

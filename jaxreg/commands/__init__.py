@@ -1,0 +1,23 @@
+"""The subcommands of ``jaxreg``, one module each."""
+
+from __future__ import annotations
+
+import typer
+
+from jaxreg.commands.demo import demo
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Image registration in JAX.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+
+
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context) -> None:
+    """Image registration in JAX, on the CPU and the GPU."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())

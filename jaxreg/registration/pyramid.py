@@ -1,0 +1,112 @@
+"""Image pyramids in align-corners-true geometry.
+
+Every level spans the same volume: the centres of its first and last voxels stay where they are, so
+normalised coordinates, displacements and affines keep their numbers from level to level.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg import gaussian_smooth, interpolate
+
+__all__ = ["downsample", "level_shape", "resize_field", "resize_image"]
+
+_TRUNCATE = 4.0
+
+
+def level_shape(shape: Sequence[int], factor: float, minimum: int = 16) -> tuple[int, ...]:
+    """Return the spatial shape of a level.
+
+    Parameters
+    ----------
+    shape
+        Spatial shape of the full resolution.
+    factor
+        How many times wider a voxel of the level is, at least 1.
+    minimum
+        No axis gets shorter than this (nor longer than it was).
+
+    Raises
+    ------
+    ValueError
+        If the factor is below 1.
+    """
+    if not factor >= 1:
+        raise ValueError(f"factor: expected at least 1, got {factor}")
+    return tuple(max(min(n, minimum), round((n - 1) / factor) + 1) for n in shape)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def resize_image(image: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Interpolate images linearly on a grid of another shape over the same volume.
+
+    Parameters
+    ----------
+    image
+        ``(N, C, [Z,] Y, X)``.
+    shape
+        New spatial shape.
+
+    Returns
+    -------
+    Array
+        ``(N, C, *shape)``.
+    """
+    if image.shape[2:] == tuple(shape):
+        return image
+    return interpolate(image, out_shape=tuple(shape), padding_mode="border")
+
+
+def resize_field(field: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Interpolate vector fields, ``(N, [Z,] Y, X, D)``, on a grid of another shape.
+
+    The components are in normalised coordinates, which mean the same on every grid: only the
+    sampling changes.
+    """
+    return jnp.moveaxis(resize_image(jnp.moveaxis(field, -1, 1), shape), 1, -1)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def downsample(image: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Smooth images against aliasing and sample them on a coarser grid.
+
+    The Gaussian widens a point spread of half an old voxel to half a new one:
+    ``sigma = sqrt(f**2 - 1) / 2`` old voxels along an axis whose voxels become ``f`` times wider.
+    At the borders the image is continued by point reflection, so that a linear ramp stays the same
+    ramp up to its ends.
+
+    Parameters
+    ----------
+    image
+        ``(N, C, [Z,] Y, X)``.
+    shape
+        New spatial shape, no longer than the image along any axis.
+
+    Returns
+    -------
+    Array
+        ``(N, C, *shape)``.
+
+    Raises
+    ------
+    ValueError
+        If an axis would become longer.
+    """
+    old = image.shape[2:]
+    if len(shape) != len(old) or any(new > n for new, n in zip(shape, old, strict=True)):
+        raise ValueError(f"shape: expected at most {old}, got {shape}")
+    factors = [max(n - 1, 1) / max(new - 1, 1) for n, new in zip(old, shape, strict=True)]
+    sigma = [math.sqrt(f**2 - 1) / 2 for f in factors]
+    radius = [math.ceil(_TRUNCATE * s) for s in sigma]
+    padded = jnp.pad(
+        image, [(0, 0), (0, 0), *((r, r) for r in radius)], mode="reflect", reflect_type="odd"
+    )
+    smooth = gaussian_smooth(padded, tuple(sigma), truncate=_TRUNCATE)
+    inside = tuple(slice(r, r + n) for r, n in zip(radius, old, strict=True))
+    return resize_image(smooth[(..., *inside)], tuple(shape))

@@ -1,0 +1,383 @@
+"""Volumes with a place in the world: voxels, spacing, origin and direction, as ITK keeps them.
+
+Three coordinate systems meet here, all with components in x, y, z order:
+
+- *voxel*: the index of a voxel centre, x along the last array axis;
+- *physical*: millimetres in the patient's LPS frame (x to the left, y to the back, z up);
+- *normalised*: ``[-1, 1]`` between the centres of the first and the last voxel of an axis
+  (``align_corners=True``), which is what the operations of this package work in.
+
+Matrices are homogeneous, ``(D + 1, D + 1)``, float64, and applied to column vectors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from jaxreg import interpolate
+from jaxreg.registration.files import atomic_path
+
+__all__ = [
+    "Volume",
+    "centre_of_mass",
+    "displacement_to_physical",
+    "normalised_affine",
+    "normalised_to_voxel",
+    "read_volume",
+    "resample",
+    "rigid_motion",
+    "write_displacement",
+    "write_volume",
+]
+
+Matrix = NDArray[np.float64]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Volume:
+    """A scalar image on a regular grid in physical space; a JAX pytree.
+
+    Attributes
+    ----------
+    array
+        Intensities, ``([Z,] Y, X)``.
+    spacing
+        Distance between voxel centres in millimetres, ``(D,)``, x first.
+    origin
+        Physical position of the first voxel's centre in millimetres, ``(D,)``, LPS.
+    direction
+        ``(D, D)``; column ``k`` is the unit vector along which voxel axis ``k`` (x first) runs.
+    """
+
+    array: Any
+    spacing: Any
+    origin: Any
+    direction: Any
+
+    @classmethod
+    def create(
+        cls,
+        array: ArrayLike,
+        spacing: Sequence[float] | None = None,
+        origin: Sequence[float] | None = None,
+        direction: ArrayLike | None = None,
+    ) -> Volume:
+        """Build a volume and check that its parts fit together.
+
+        Parameters
+        ----------
+        array
+            Intensities, ``([Z,] Y, X)``; converted to float32.
+        spacing
+            Millimetres, x first; 1 by default.
+        origin
+            Millimetres, LPS; 0 by default.
+        direction
+            ``(D, D)``; the identity by default.
+
+        Raises
+        ------
+        ValueError
+            If the array is not 2-D or 3-D, is empty or holds a value that is not finite, if the
+            spacing is not positive, if the direction cannot be inverted, or if a size is wrong.
+        """
+        values = np.asarray(array, dtype=np.float32)
+        ndim = values.ndim
+        if ndim not in (2, 3):
+            raise ValueError(f"array: expected 2 or 3 dimensions, got {ndim}")
+        if values.size == 0:
+            raise ValueError(f"array: expected voxels, got shape {values.shape}")
+        if not np.isfinite(values).all():
+            raise ValueError("array: expected finite values, got NaN or infinity")
+        header = {
+            "spacing": (np.ones(ndim) if spacing is None else spacing, (ndim,)),
+            "origin": (np.zeros(ndim) if origin is None else origin, (ndim,)),
+            "direction": (np.eye(ndim) if direction is None else direction, (ndim, ndim)),
+        }
+        parts = {}
+        for name, (value, shape) in header.items():
+            part = np.asarray(value, dtype=np.float64)
+            if part.shape != shape or not np.isfinite(part).all():
+                raise ValueError(f"{name}: expected {shape} finite numbers, got {value!r}")
+            parts[name] = part
+        if (parts["spacing"] <= 0).any():
+            raise ValueError(f"spacing: expected positive numbers, got {spacing!r}")
+        if abs(np.linalg.det(parts["direction"])) < 1e-6:
+            raise ValueError(f"direction: expected independent columns, got {direction!r}")
+        return cls(values, **parts)
+
+    @property
+    def ndim(self) -> int:
+        """Number of spatial dimensions."""
+        return len(self.array.shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Array shape, ``([Z,] Y, X)``."""
+        return tuple(self.array.shape)
+
+    def voxel_to_physical(self) -> Matrix:
+        """Return the matrix from voxel to physical coordinates."""
+        matrix = np.eye(self.ndim + 1)
+        matrix[:-1, :-1] = np.asarray(self.direction) * np.asarray(self.spacing)
+        matrix[:-1, -1] = self.origin
+        return matrix
+
+    def normalised_to_physical(self) -> Matrix:
+        """Return the matrix from normalised to physical coordinates."""
+        return self.voxel_to_physical() @ normalised_to_voxel(self.shape)
+
+    def centre(self) -> NDArray[np.float64]:
+        """Return the physical position of the middle of the grid in millimetres, ``(D,)``."""
+        return self.normalised_to_physical()[:-1, -1]
+
+    def batched(self) -> jax.Array:
+        """Return the intensities as a batch of one, ``(1, 1, [Z,] Y, X)``, float32."""
+        return jnp.asarray(self.array, jnp.float32)[None, None]
+
+    def with_array(self, array: ArrayLike) -> Volume:
+        """Return a volume on the same grid with other intensities."""
+        if np.shape(array) != self.shape:
+            raise ValueError(f"array: expected shape {self.shape}, got {np.shape(array)}")
+        return dataclasses.replace(self, array=np.asarray(array, dtype=np.float32))
+
+    def moved_by(self, motion: ArrayLike) -> Volume:
+        """Return the same voxels at another place: a change of the header, without resampling.
+
+        Parameters
+        ----------
+        motion
+            ``(D + 1, D + 1)`` rigid motion in physical space; a point ``p`` of this volume is at
+            ``motion @ p`` afterwards.
+        """
+        motion = np.asarray(motion, dtype=np.float64)
+        return dataclasses.replace(
+            self,
+            origin=motion[:-1, :-1] @ self.origin + motion[:-1, -1],
+            direction=motion[:-1, :-1] @ self.direction,
+        )
+
+
+def normalised_to_voxel(shape: Sequence[int]) -> Matrix:
+    """Return the matrix from normalised to voxel coordinates of a grid.
+
+    Parameters
+    ----------
+    shape
+        Array shape, ``([Z,] Y, X)``. An axis of length 1 counts as one voxel long.
+    """
+    size = np.array(shape[::-1], dtype=np.float64)
+    matrix = np.diag([*np.maximum(size - 1, 1) / 2, 1.0])
+    matrix[:-1, -1] = (size - 1) / 2
+    return matrix
+
+
+def normalised_affine(transform: ArrayLike, fixed: Volume, moving: Volume) -> Matrix:
+    """Express a physical transform in the normalised coordinates of two volumes.
+
+    The chain is fixed normalised -> fixed voxel -> physical -> (transform) -> physical -> moving
+    voxel -> moving normalised.
+
+    Parameters
+    ----------
+    transform
+        ``(D + 1, D + 1)``; maps physical points of the fixed space to the moving space.
+    fixed, moving
+        Volumes that may differ in size, spacing, origin and direction.
+
+    Returns
+    -------
+    ndarray
+        ``(1, D, D + 1)``, the ``affine`` of `jaxreg.interpolate`.
+    """
+    chain = np.asarray(transform, dtype=np.float64) @ fixed.normalised_to_physical()
+    affine = np.linalg.solve(moving.normalised_to_physical(), chain)
+    return np.asarray(affine[None, :-1], dtype=np.float64)
+
+
+def centre_of_mass(volume: Volume) -> NDArray[np.float64]:
+    """Return the physical centre of mass of the intensities above their minimum, ``(D,)`` in mm.
+
+    A constant volume has its centre of mass in the middle of the grid.
+    """
+    weights = np.asarray(volume.array, dtype=np.float64)
+    weights = weights - weights.min()
+    total = weights.sum()
+    if total == 0:
+        return volume.centre()
+    axes = range(volume.ndim)
+    index = [
+        np.arange(volume.shape[axis])
+        @ weights.sum(axis=tuple(a for a in axes if a != axis))
+        / total
+        for axis in reversed(axes)
+    ]
+    return (volume.voxel_to_physical() @ [*index, 1.0])[:-1]
+
+
+def rigid_motion(
+    angle_degrees: float, axis: ArrayLike, shift: ArrayLike, centre: ArrayLike
+) -> Matrix:
+    """Return a 3-D rotation about a centre, followed by a shift, as a ``(4, 4)`` matrix.
+
+    Parameters
+    ----------
+    angle_degrees
+        Angle of the right-handed rotation (Rodrigues' formula).
+    axis
+        Direction of the rotation axis; need not have length 1.
+    shift
+        Millimetres.
+    centre
+        Physical point that the rotation leaves in place, millimetres.
+    """
+    x, y, z = np.asarray(axis, dtype=np.float64) / np.linalg.norm(np.asarray(axis))
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    angle = np.deg2rad(angle_degrees)
+    rotation = np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+    motion = np.eye(4)
+    motion[:3, :3] = rotation
+    motion[:3, 3] = np.asarray(centre) - rotation @ np.asarray(centre) + np.asarray(shift)
+    return motion
+
+
+def resample(
+    moving: Volume,
+    fixed: Volume,
+    transform: ArrayLike | None = None,
+    displacement: jax.Array | None = None,
+) -> Volume:
+    """Sample the moving volume on the fixed grid.
+
+    Parameters
+    ----------
+    moving
+        The volume to sample; zero outside its grid.
+    fixed
+        Gives the grid of the result.
+    transform
+        ``(D + 1, D + 1)``, physical fixed -> physical moving; the identity by default.
+    displacement
+        ``(1, [Z,] Y, X, D)`` on the fixed grid in normalised coordinates, applied before the
+        transform: the sample at ``x`` is taken at ``A(x + d(x))``.
+
+    Returns
+    -------
+    Volume
+        On the fixed grid, linearly interpolated.
+    """
+    transform = np.eye(fixed.ndim + 1) if transform is None else transform
+    affine = jnp.asarray(normalised_affine(transform, fixed, moving), jnp.float32)
+    moved = interpolate(
+        moving.batched(), affine, displacement, affine_last=True, out_shape=fixed.shape
+    )
+    return fixed.with_array(np.asarray(moved)[0, 0])
+
+
+def displacement_to_physical(
+    displacement: ArrayLike, transform: ArrayLike, fixed: Volume
+) -> NDArray[np.float64]:
+    """Express ``A(x + d(x))`` as one displacement in millimetres, as ITK reads it.
+
+    Parameters
+    ----------
+    displacement
+        ``([Z,] Y, X, D)`` on the fixed grid in normalised coordinates.
+    transform
+        ``(D + 1, D + 1)``, physical fixed -> physical moving.
+    fixed
+        Gives the grid.
+
+    Returns
+    -------
+    ndarray
+        ``([Z,] Y, X, D)``: with ``p`` a voxel's physical position, ``p + result`` is where the
+        moving image is sampled. Millimetres, LPS.
+    """
+    to_physical = fixed.normalised_to_physical()
+    axes = [np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in fixed.shape]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij")[::-1], axis=-1)
+    # An axis of length 1 has the coordinate 0 alone: a displacement along it has no effect.
+    extended = np.array([n > 1 for n in fixed.shape[::-1]], dtype=np.float64)
+    warped = grid + np.asarray(displacement, dtype=np.float64) * extended
+    total = np.asarray(transform, dtype=np.float64) @ to_physical
+    target = warped @ total[:-1, :-1].T + total[:-1, -1]
+    return target - (grid @ to_physical[:-1, :-1].T + to_physical[:-1, -1])
+
+
+def read_volume(path: str | os.PathLike[str]) -> Volume:
+    """Read a scalar 2-D or 3-D image (NIfTI, MHA, NRRD, ...) through SimpleITK.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is not an image, has several channels or holds values that are not finite.
+    """
+    import SimpleITK as sitk  # noqa: N813
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not an image that SimpleITK can read") from error
+    if image.GetNumberOfComponentsPerPixel() != 1:
+        raise ValueError(f"{path}: expected one value per voxel")
+    ndim = image.GetDimension()
+    try:
+        return Volume.create(
+            sitk.GetArrayFromImage(image),
+            image.GetSpacing(),
+            image.GetOrigin(),
+            np.reshape(image.GetDirection(), (ndim, ndim)),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def write_volume(volume: Volume, path: str | os.PathLike[str]) -> None:
+    """Write a volume through SimpleITK, as float32; the file appears complete or not at all."""
+    import SimpleITK as sitk  # noqa: N813
+
+    _write(sitk.GetImageFromArray(np.asarray(volume.array, dtype=np.float32)), volume, path)
+
+
+def write_displacement(field: ArrayLike, reference: Volume, path: str | os.PathLike[str]) -> None:
+    """Write a displacement field as an ITK displacement image.
+
+    Parameters
+    ----------
+    field
+        ``([Z,] Y, X, D)`` in millimetres, LPS (see `displacement_to_physical`).
+    reference
+        Gives the grid.
+    path
+        Where to; the suffix chooses the format. The file appears complete or not at all.
+    """
+    import SimpleITK as sitk  # noqa: N813
+
+    image = sitk.GetImageFromArray(np.asarray(field, dtype=np.float32), isVector=True)
+    _write(image, reference, path)
+
+
+def _write(image: Any, reference: Volume, path: str | os.PathLike[str]) -> None:
+    import SimpleITK as sitk  # noqa: N813
+
+    image.SetSpacing(np.asarray(reference.spacing).tolist())
+    image.SetOrigin(np.asarray(reference.origin).tolist())
+    image.SetDirection(np.ravel(reference.direction).tolist())
+    with atomic_path(path) as beside:
+        sitk.WriteImage(image, str(beside), useCompression=True)

@@ -1,0 +1,138 @@
+"""The two packages behind one NumPy interface, so that each case is written once."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+
+
+def cuda_device_exists() -> bool:
+    """Whether the CUDA driver has a device, whatever the frameworks make of it."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return (
+        driver.cuInit(0) == 0
+        and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+        and count.value > 0
+    )
+
+
+class Backend:
+    """The public functions of one package on one device, taking and returning NumPy arrays."""
+
+    framework: str
+    package: str
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def __repr__(self) -> str:
+        return f"{self.framework}-{self.device}"
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """The public function itself."""
+        return getattr(importlib.import_module(self.package), name)
+
+    def array(self, value: Any) -> Any:
+        """A NumPy array as the framework's array on the device; anything else unchanged."""
+        raise NotImplementedError
+
+    def call(self, name: str, *args: Any, **options: Any) -> Array:
+        """What the public function returns."""
+        raise NotImplementedError
+
+    def vjp(
+        self, name: str, args: Sequence[Any], cotangent: Array, wrt: Sequence[int], **options: Any
+    ) -> tuple[Array, ...]:
+        """Gradients of ``sum(cotangent * function(*args))`` to the arguments numbered ``wrt``."""
+        raise NotImplementedError
+
+
+class JaxBackend(Backend):
+    framework = "jax"
+    package = "jaxreg"
+
+    def scope(self, args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+        """64-bit types exactly where an argument has them; the device for what is created."""
+        import jax
+
+        wide = any(isinstance(a, np.ndarray) and a.dtype == np.float64 for a in args)
+        stack = contextlib.ExitStack()
+        stack.enter_context(jax.enable_x64(wide))
+        stack.enter_context(jax.default_device(jax.devices(self.device)[0]))
+        return stack
+
+    def array(self, value: Any) -> Any:
+        import jax
+
+        if not isinstance(value, np.ndarray):
+            return value
+        return jax.device_put(value, jax.devices(self.device)[0])
+
+    def call(self, name: str, *args: Any, **options: Any) -> Array:
+        with self.scope(args):
+            return np.asarray(self.function(name)(*map(self.array, args), **options))
+
+    def vjp(
+        self, name: str, args: Sequence[Any], cotangent: Array, wrt: Sequence[int], **options: Any
+    ) -> tuple[Array, ...]:
+        import jax
+
+        with self.scope(args):
+            operands = [self.array(a) for a in args]
+
+            def function(*chosen: Any) -> Any:
+                merged = list(operands)
+                for k, operand in zip(wrt, chosen, strict=True):
+                    merged[k] = operand
+                return self.function(name)(*merged, **options)
+
+            _, pullback = jax.vjp(function, *[operands[k] for k in wrt])
+            return tuple(np.asarray(g) for g in pullback(self.array(cotangent)))
+
+
+class TorchBackend(Backend):
+    framework = "torch"
+    package = "torchreg"
+
+    def array(self, value: Any) -> Any:
+        import torch
+
+        return torch.tensor(value, device=self.device) if isinstance(value, np.ndarray) else value
+
+    def call(self, name: str, *args: Any, **options: Any) -> Array:
+        result = self.function(name)(*map(self.array, args), **options)
+        assert result.device.type == self.device
+        return result.numpy(force=True)
+
+    def vjp(
+        self, name: str, args: Sequence[Any], cotangent: Array, wrt: Sequence[int], **options: Any
+    ) -> tuple[Array, ...]:
+        import torch
+
+        operands = [self.array(a) for a in args]
+        chosen = [operands[k].requires_grad_() for k in wrt]
+        result = self.function(name)(*operands, **options)
+        # An operand that the result does not depend on may have no gradient: that is zero.
+        gradients = torch.autograd.grad(
+            result, chosen, self.array(cotangent), allow_unused=True, materialize_grads=True
+        )
+        return tuple(g.numpy(force=True) for g in gradients)
+
+
+BACKENDS: dict[tuple[str, str], Backend] = {
+    ("jax", "cpu"): JaxBackend("cpu"),
+    ("torch", "cpu"): TorchBackend("cpu"),
+    ("jax", "cuda"): JaxBackend("cuda"),
+    ("torch", "cuda"): TorchBackend("cuda"),
+}

@@ -1,0 +1,41 @@
+"""Every case that takes ``backend`` runs through both packages, on the CPU and on a CUDA device."""
+
+from __future__ import annotations
+
+import os
+
+# JAX must leave room on the device for the other framework in this process.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import pytest
+from backends import BACKENDS, cuda_device_exists
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; deselected where there is none")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "backend",
+            [
+                pytest.param(
+                    backend, id=repr(backend), marks=[pytest.mark.gpu] if device == "cuda" else []
+                )
+                for (_, device), backend in BACKENDS.items()
+            ],
+        )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a CUDA device the cases marked ``gpu`` are deselected, and counted as such.
+
+    Only the driver is asked: a framework that fails to see an existing device fails its cases.
+    """
+    if cuda_device_exists():
+        return
+    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if needs_gpu:
+        config.hook.pytest_deselected(items=needs_gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]

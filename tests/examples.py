@@ -1,0 +1,80 @@
+"""One small call of every op, for tests of how calls behave and not of what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import reference
+from inputs import random_affine, random_array, small_displacement
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Example:
+    """A call of the public function ``name`` with array operands and keyword options."""
+
+    name: str
+    operands: tuple[Array, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return len(self.operands)
+
+    def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function of the operands alone."""
+        return lambda *operands: function(*operands, **self.options)
+
+    def reference(self) -> Array:
+        return self.bind(getattr(reference, self.name))(*self.operands)
+
+
+OPS = [
+    "interpolate",
+    "compose",
+    "affine_warp",
+    "scaling_and_squaring",
+    "gaussian_smooth",
+    "jacobian_determinant",
+    "convert_displacement",
+]
+
+OPERANDS = {
+    "interpolate": ("image", "affine", "grid"),
+    "compose": ("u", "v", "affine"),
+    "affine_warp": ("affine", "displacement"),
+    "scaling_and_squaring": ("velocity",),
+    "gaussian_smooth": ("x",),
+    "jacobian_determinant": ("displacement",),
+    "convert_displacement": ("displacement",),
+}
+
+
+def example(
+    name: str, *, shape: tuple[int, ...] = (3, 4, 5), dtype: object = np.float64, seed: int = 0
+) -> Example:
+    """The op with every operand it can take, batch 2. Seeds give different values."""
+    dim = len(shape)
+    base = 10 * seed
+    first = small_displacement(base + 1, 2, shape, 0.3, dtype)
+    second = small_displacement(base + 2, 2, shape, 0.3, dtype)
+    affine = random_affine(base + 3, 2, dim, dtype)
+    image = random_array(base + 4, 2, 2, *shape, dtype=dtype)
+    spacing = (0.5, 2.0, 3.5)[:dim]
+    return {
+        "interpolate": Example("interpolate", (image, affine, first)),
+        "compose": Example("compose", (first, second, affine)),
+        "affine_warp": Example("affine_warp", (affine, first)),
+        "scaling_and_squaring": Example("scaling_and_squaring", (first,), {"num_steps": 3}),
+        "gaussian_smooth": Example("gaussian_smooth", (image,), {"sigma": 0.8}),
+        "jacobian_determinant": Example("jacobian_determinant", (first,)),
+        "convert_displacement": Example(
+            "convert_displacement",
+            (first,),
+            {"source": "normalised", "target": "mm", "spacing": spacing},
+        ),
+    }[name]

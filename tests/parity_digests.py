@@ -1,0 +1,68 @@
+"""Prints, as JSON, a digest of every result and gradient of every op in both packages.
+
+A program and not a test: the number of threads is settled at the first call of a process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+
+import numpy as np
+from backends import BACKENDS
+from examples import OPERANDS, OPS, Example, example
+from inputs import random_array
+
+# Large enough for every loop to be divided among threads, and odd enough to be divided unevenly.
+SHAPES = {2: (181, 203), 3: (29, 37, 43)}
+
+
+def cases() -> dict[str, Example]:
+    """Calls by a name that says what is special about them."""
+    result = {}
+    for name, dim in itertools.product(OPS, SHAPES):
+        result[f"{name} {dim}-D"] = example(name, shape=SHAPES[dim], dtype=np.float32)
+    for name in ("interpolate", "compose"):
+        result[f"{name} float64"] = example(name, shape=SHAPES[3])
+    for padding, align in [("border", True), ("reflection", False)]:
+        case = example("interpolate", shape=SHAPES[3], dtype=np.float32)
+        case.options.update(padding_mode=padding, align_corners=align, affine_last=True)
+        result[f"interpolate {padding}, align_corners={align}, affine last"] = case
+    case = example("interpolate", shape=SHAPES[3], dtype=np.float32)
+    case.options.update(mode="nearest")
+    result["interpolate nearest"] = case
+    image, affine, grid = example("interpolate", shape=SHAPES[3], dtype=np.float32).operands
+    result["interpolate with broadcast image and affine"] = Example(
+        "interpolate", (image[:1], affine[:1], grid)
+    )
+    u, v, affine = example("compose", shape=SHAPES[3], dtype=np.float32).operands
+    result["compose with a broadcast field"] = Example("compose", (u[:1], v, affine))
+    return result
+
+
+def digest(array: np.ndarray) -> str:
+    return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()[:16]
+
+
+def main() -> None:
+    digests: dict[str, dict[str, dict[str, str]]] = {}
+    for title, case in cases().items():
+        digests[title] = {}
+        for framework in ("jax", "torch"):
+            backend = BACKENDS[framework, "cpu"]
+            value = backend.call(case.name, *case.operands, **case.options)
+            assert np.isfinite(value).all()
+            cotangent = random_array(7, *value.shape, dtype=value.dtype)
+            gradients = backend.vjp(
+                case.name, case.operands, cotangent, range(case.count), **case.options
+            )
+            named = zip(OPERANDS[case.name], gradients, strict=True)
+            digests[title][framework] = {"value": digest(value)} | {
+                f"gradient of {operand}": digest(gradient) for operand, gradient in named
+            }
+    print(json.dumps(digests))
+
+
+if __name__ == "__main__":
+    main()

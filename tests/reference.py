@@ -1,0 +1,475 @@
+"""The definition of every op, as float64 NumPy that can be read and run.
+
+Nothing here is fast and nothing is clever: a test that disagrees with this file is a test of the
+kernels, so the file has to be trusted by reading it.
+
+Conventions. Images are ``(N, C, [Z,] Y, X)``. Vector fields are ``(N, [Z,] Y, X, D)`` with their
+components in x, y, z order. Affines are ``(N, D, D+1)`` and map output to input coordinates. Every
+operand has a batch size of 1 or N. Coordinates are normalised: along an axis of ``n`` voxels, the
+coordinate ``v`` is the voxel position ``c + s v`` with the centre ``c = (n - 1) / 2`` and the half
+extent ``s = (n - 1) / 2`` (``align_corners=True``) or ``s = n / 2`` (``align_corners=False``).
+
+Small vectors over the axes (sizes, centres, half extents) are in x, y, z order throughout; array
+shapes are in z, y, x order, as NumPy has them.
+
+An op's derivative comes in one of two ways: ``interpolate_vjp``, ``compose_vjp`` and
+``scaling_and_squaring_vjp`` are written out, with the right-sided derivative where the
+interpolation has a kink; ``vjp_by_central_differences`` serves any function away from kinks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+Array = np.ndarray
+Shape = tuple[int, ...]
+
+
+# ------------------------------------------------------------------------------------ coordinates
+
+
+def centre(shape: Shape) -> Array:
+    """Voxel position of the volume's centre, per axis."""
+    return (np.array(shape[::-1], np.float64) - 1) / 2
+
+
+def half_extent(shape: Shape, align_corners: bool) -> Array:
+    """Voxels from the centre to the normalised coordinate 1, per axis."""
+    size = np.array(shape[::-1], np.float64)
+    return (size - 1) / 2 if align_corners else size / 2
+
+
+def offsets_from_centre(shape: Shape) -> Array:
+    """Of every voxel, in voxels: ``(*shape, D)``."""
+    zyx = np.meshgrid(*[np.arange(n, dtype=np.float64) for n in shape], indexing="ij")
+    return np.stack(zyx[::-1], axis=-1) - centre(shape)
+
+
+def divide_or_zero(numerator: Array, denominator: Array) -> Array:
+    """``numerator / denominator``, and 0 where the denominator is 0."""
+    safe = np.where(denominator == 0, 1, denominator)
+    return np.where(denominator == 0, 0, numerator / safe)
+
+
+def normalised_coordinates(shape: Shape, align_corners: bool = True) -> Array:
+    """Of every voxel: ``(*shape, D)``; 0 along an axis that has no extent."""
+    return divide_or_zero(offsets_from_centre(shape), half_extent(shape, align_corners))
+
+
+def sampling_positions(
+    in_shape: Shape,
+    out_shape: Shape,
+    affine: Array | None,
+    grid: Array | None,
+    affine_last: bool,
+    is_displacement: bool,
+    align_corners: bool,
+) -> Array:
+    """Voxel positions in the input at which the output's voxels are sampled: ``(*out_shape, D)``.
+
+    One batch item: ``affine`` is ``(D, D+1)``, ``grid`` is ``(*out_shape, D)``. Everything is
+    taken relative to the centres and in voxels, so that where input and output have the same
+    shape a zero displacement gives exactly the voxel itself. A displacement along an axis without
+    extent has no effect; what it displaces is the output point in ``A(x + u)``, and otherwise the
+    input point.
+    """
+    s_in = half_extent(in_shape, align_corners)
+    s_out = half_extent(out_shape, align_corners)
+    if grid is not None and not is_displacement:
+        return centre(in_shape) + s_in * grid
+
+    dim = len(in_shape)
+    u = np.zeros((*out_shape, dim)) if grid is None else grid
+    matrix = np.eye(dim) if affine is None else affine[:, :dim]
+    shift = np.zeros(dim) if affine is None else affine[:, dim]
+    if affine_last:
+        # A(x + u) = Ax + matrix u
+        u = np.where(s_out == 0, 0, u) @ matrix.T
+
+    voxel_matrix = divide_or_zero(s_in[:, None] * matrix, s_out[None, :])
+    return centre(in_shape) + offsets_from_centre(out_shape) @ voxel_matrix.T + s_in * (shift + u)
+
+
+# --------------------------------------------------------------------------------------- sampling
+
+
+def pad(index: Array, size: int, padding_mode: str, align_corners: bool) -> tuple[Array, Array]:
+    """Where along an axis of ``size`` voxels a voxel index outside finds its value.
+
+    Returns the index inside, and whether there is a value at all (zero padding has none outside).
+    """
+    everywhere = np.ones(index.shape, bool)
+    if padding_mode == "zeros":
+        inside = (index >= 0) & (index <= size - 1)
+        return np.where(inside, index, 0), inside
+    if padding_mode == "border":
+        return np.clip(index, 0, size - 1), everywhere
+    if padding_mode == "reflection":
+        # Mirrors stand at the centres of the first and last voxel, or at their outer edges.
+        first, length = (0, size - 1) if align_corners else (-0.5, size)
+        if length == 0:
+            return np.zeros_like(index), everywhere
+        travelled = np.mod(index - first, 2 * length)
+        folded = first + np.minimum(travelled, 2 * length - travelled)
+        return np.clip(folded, 0, size - 1), everywhere
+    raise ValueError(f"padding_mode {padding_mode!r}")
+
+
+def replace_non_finite(position: Array, shape: Shape, padding_mode: str) -> Array:
+    """Finite stand-ins for NaN and infinite positions.
+
+    They sample as outside: nothing with zero padding, the edge that an infinity points to with
+    border padding; and the first voxel for what has no direction.
+    """
+    for_nan, for_minus, for_plus = {
+        "zeros": (-2, -2, -2),
+        "border": (0, 0, np.array(shape[::-1]) - 1),
+        "reflection": (0, 0, 0),
+    }[padding_mode]
+    position = np.where(np.isnan(position), for_nan, position)
+    position = np.where(position == -np.inf, for_minus, position)
+    return np.where(position == np.inf, for_plus, position)
+
+
+def corners(
+    position: Array, shape: Shape, mode: str, padding_mode: str, align_corners: bool
+) -> Iterator[tuple[tuple[Array, ...], Array, Array]]:
+    """The voxels that contribute to a sample at ``position`` ``(..., D)``.
+
+    Yields, one contributor at a time, its index (a tuple of arrays in z, y, x order), its weight
+    ``(...)``, and the weight's derivatives by the position ``(..., D)``. Bilinear interpolation
+    continues the image to all integers by padding and takes the cell to the right of the position,
+    ``[floor(p), floor(p) + 1]``: hence the right-sided derivative at integers.
+    """
+    dim = len(shape)
+    sizes = shape[::-1]
+    finite = np.isfinite(position)
+    position = replace_non_finite(position, shape, padding_mode)
+
+    if mode == "nearest":
+        if padding_mode == "reflection":  # fold first, then round, as grid_sample does
+            folded = [
+                pad(position[..., a], sizes[a], padding_mode, align_corners) for a in range(dim)
+            ]
+            position = np.stack([inside for inside, _ in folded], axis=-1)
+        base, neighbours = np.round(position), (0,)  # np.round rounds half to even
+    elif mode == "bilinear":
+        base, neighbours = np.floor(position), (0, 1)
+    else:
+        raise ValueError(f"mode {mode!r}")
+    fraction = position - base
+
+    for offsets in itertools.product(neighbours, repeat=dim):
+        index, factor, slope = [], [], []
+        exists = np.ones(position.shape[:-1], bool)
+        for a in range(dim):
+            inside, there = pad(base[..., a] + offsets[a], sizes[a], padding_mode, align_corners)
+            index.append(inside.astype(np.int64))
+            exists &= there
+            if mode == "nearest":
+                factor.append(np.ones_like(fraction[..., a]))
+                slope.append(np.zeros_like(fraction[..., a]))
+            else:
+                factor.append(fraction[..., a] if offsets[a] else 1 - fraction[..., a])
+                slope.append(np.where(finite[..., a], 1.0 if offsets[a] else -1.0, 0.0))
+        weight = np.prod(factor, axis=0) * exists
+        slopes = [
+            np.prod([slope[a] if a == b else factor[b] for b in range(dim)], axis=0) * exists
+            for a in range(dim)
+        ]
+        yield tuple(index[::-1]), weight, np.stack(slopes, axis=-1)
+
+
+def times(weight: Array, value: Array) -> Array:
+    """``weight * value``, where a weight of 0 silences even an infinite or NaN value."""
+    return np.multiply(weight, value, where=weight != 0, out=np.zeros(value.shape))
+
+
+# -------------------------------------------------------------------------------------------- ops
+
+
+def batch_size(*operands: Array | None) -> int:
+    """N, where each operand's batch size is 1 or N."""
+    sizes = {operand.shape[0] for operand in operands if operand is not None} - {1}
+    if len(sizes) > 1:
+        raise ValueError(f"batch sizes {sorted(sizes)}")
+    return sizes.pop() if sizes else 1
+
+
+def item(operand: Array | None, n: int) -> Array | None:
+    """Batch item ``n`` of an operand whose batch size is 1 or N."""
+    return None if operand is None else operand[n if operand.shape[0] > 1 else 0]
+
+
+def float64(operand: Array | None) -> Array | None:
+    return None if operand is None else np.asarray(operand, np.float64)
+
+
+def output_shape(image: Array, grid: Array | None, out_shape: Sequence[int] | None) -> Shape:
+    """Spatial shape of what ``interpolate`` returns."""
+    if grid is not None:
+        return grid.shape[1:-1]
+    return image.shape[2:] if out_shape is None else tuple(out_shape)[-(image.ndim - 2) :]
+
+
+def interpolate(
+    image: Array,
+    affine: Array | None = None,
+    grid: Array | None = None,
+    *,
+    affine_last: bool = False,
+    is_displacement: bool = True,
+    out_shape: Sequence[int] | None = None,
+    mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool = True,
+) -> Array:
+    """The image sampled at ``Ax + u``, at ``A(x + u)`` or at ``v``: ``(N, C, *out)``."""
+    image, affine, grid = float64(image), float64(affine), float64(grid)
+    shape, out = image.shape[2:], output_shape(image, grid, out_shape)
+    result = np.zeros((batch_size(image, affine, grid), image.shape[1], *out))
+    for n in range(result.shape[0]):
+        position = sampling_positions(
+            shape, out, item(affine, n), item(grid, n), affine_last, is_displacement, align_corners
+        )
+        for index, weight, _ in corners(position, shape, mode, padding_mode, align_corners):
+            for c in range(image.shape[1]):
+                result[n, c] += times(weight, item(image, n)[c][index])
+    return result
+
+
+def interpolate_vjp(
+    cotangent: Array,
+    image: Array,
+    affine: Array | None = None,
+    grid: Array | None = None,
+    *,
+    affine_last: bool = False,
+    is_displacement: bool = True,
+    out_shape: Sequence[int] | None = None,
+    mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool = True,
+) -> tuple[Array, Array | None, Array | None]:
+    """Gradients of ``sum(cotangent * interpolate(image, affine, grid))``.
+
+    To image, affine and grid; None for an operand that is absent. An operand with a batch size of
+    1 receives the sum over the batch.
+    """
+    image, affine, grid = float64(image), float64(affine), float64(grid)
+    shape, out = image.shape[2:], output_shape(image, grid, out_shape)
+    dim = len(shape)
+    x, s_in = normalised_coordinates(out, align_corners), half_extent(shape, align_corners)
+    to_image = np.zeros(image.shape)
+    to_affine = None if affine is None else np.zeros(affine.shape)
+    to_grid = None if grid is None else np.zeros(grid.shape)
+
+    for n in range(batch_size(image, affine, grid)):
+        position = sampling_positions(
+            shape, out, item(affine, n), item(grid, n), affine_last, is_displacement, align_corners
+        )
+        to_position = np.zeros((*out, dim))
+        for index, weight, slope in corners(position, shape, mode, padding_mode, align_corners):
+            for c in range(image.shape[1]):
+                np.add.at(item(to_image, n)[c], index, weight * cotangent[n, c])
+                value = item(image, n)[c][index]
+                to_position += slope * (value * cotangent[n, c])[..., None]
+
+        # The position is, up to constants, s_in * y for the normalised coordinate y, and y is one
+        # of v, Ax + u, A(x + u).
+        to_y = s_in * to_position
+        affine_acts = affine is not None and (grid is None or is_displacement)
+        moves_output_point = affine_acts and affine_last and grid is not None
+        has_extent = half_extent(out, align_corners) > 0
+        if affine_acts:
+            source = x + np.where(has_extent, item(grid, n), 0) if moves_output_point else x
+            homogeneous = np.concatenate([source, np.ones((*out, 1))], axis=-1)
+            rows, columns = to_y.reshape(-1, dim), homogeneous.reshape(-1, dim + 1)
+            item(to_affine, n)[...] += rows.T @ columns
+        if grid is not None:
+            if moves_output_point:
+                to_y = np.where(has_extent, to_y @ item(affine, n)[:, :dim], 0)
+            item(to_grid, n)[...] += to_y
+    return to_image, to_affine, to_grid
+
+
+def compose(
+    u: Array,
+    v: Array,
+    affine: Array | None = None,
+    *,
+    add: bool = True,
+    padding_mode: str = "border",
+    align_corners: bool = True,
+) -> Array:
+    """``v + u(Ax + v)``, or ``u(Ax + v)`` alone with ``add=False``; on the grid of ``v``."""
+    u, v = float64(u), float64(v)
+    options = {"padding_mode": padding_mode, "align_corners": align_corners}
+    moved = np.moveaxis(interpolate(np.moveaxis(u, -1, 1), affine, v, **options), 1, -1)
+    return v + moved if add else moved
+
+
+def compose_vjp(
+    cotangent: Array,
+    u: Array,
+    v: Array,
+    affine: Array | None = None,
+    *,
+    add: bool = True,
+    padding_mode: str = "border",
+    align_corners: bool = True,
+) -> tuple[Array, Array, Array | None]:
+    """Gradients of ``sum(cotangent * compose(u, v, affine))`` to u, v and affine."""
+    options = {"padding_mode": padding_mode, "align_corners": align_corners}
+    to_u, to_affine, to_v = interpolate_vjp(
+        np.moveaxis(cotangent, -1, 1), np.moveaxis(float64(u), -1, 1), affine, v, **options
+    )
+    if add:
+        to_v = to_v + (cotangent.sum(axis=0, keepdims=True) if v.shape[0] == 1 else cotangent)
+    return np.moveaxis(to_u, 1, -1), to_v, to_affine
+
+
+def affine_warp(affine: Array, displacement: Array, *, align_corners: bool = True) -> Array:
+    """The normalised coordinates ``Ax + u``: ``(N, [Z,] Y, X, D)``."""
+    affine, displacement = float64(affine), float64(displacement)
+    dim = displacement.shape[-1]
+    x = normalised_coordinates(displacement.shape[1:-1], align_corners)
+    moved = [x @ item(affine, n)[:, :dim].T + item(affine, n)[:, dim] for n in range(len(affine))]
+    return np.array(moved).reshape(len(affine), *x.shape) + displacement
+
+
+def scaling_and_squaring(
+    velocity: Array, num_steps: int = 6, *, padding_mode: str = "border", align_corners: bool = True
+) -> Array:
+    """The displacement after unit time: ``v / 2**num_steps``, doubled by composition as often."""
+    u = float64(velocity) / 2**num_steps
+    for _ in range(num_steps):
+        u = compose(u, u, padding_mode=padding_mode, align_corners=align_corners)
+    return u
+
+
+def scaling_and_squaring_vjp(
+    cotangent: Array,
+    velocity: Array,
+    num_steps: int = 6,
+    *,
+    padding_mode: str = "border",
+    align_corners: bool = True,
+) -> Array:
+    """Gradient of ``sum(cotangent * scaling_and_squaring(velocity))``."""
+    options = {"padding_mode": padding_mode, "align_corners": align_corners}
+    stages = [float64(velocity) / 2**num_steps]
+    for _ in range(num_steps):
+        stages.append(compose(stages[-1], stages[-1], **options))
+    for u in stages[-2::-1]:
+        to_u, to_v, _ = compose_vjp(cotangent, u, u, **options)
+        cotangent = to_u + to_v
+    return cotangent / 2**num_steps
+
+
+def gaussian_weights(sigma: float, truncate: float) -> Array:
+    """A Gaussian at the integers up to ``ceil(truncate * sigma)``, with a sum of 1."""
+    if sigma == 0:
+        return np.ones(1)
+    radius = math.ceil(truncate * sigma)
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    return weights / weights.sum()
+
+
+def gaussian_smooth(
+    x: Array,
+    sigma: float | Sequence[float],
+    *,
+    truncate: float = 4.0,
+    channel_last: bool = False,
+) -> Array:
+    """Convolved along each spatial axis with a Gaussian of ``sigma`` voxels; zero outside.
+
+    ``sigma`` is one number, or one per axis in (z, y, x) order.
+    """
+    x = float64(x)
+    first = 1 if channel_last else 2
+    sigmas = [sigma] * (x.ndim - 2) if np.isscalar(sigma) else sigma
+    for axis, sigma_of_axis in enumerate(sigmas, start=first):
+        weights = gaussian_weights(sigma_of_axis, truncate)
+        radius, size = len(weights) // 2, x.shape[axis]
+        padded = np.pad(x, [(radius, radius) if a == axis else (0, 0) for a in range(x.ndim)])
+        x = sum(w * padded.take(range(k, k + size), axis) for k, w in enumerate(weights))
+    return x
+
+
+def jacobian_determinant(displacement: Array, *, align_corners: bool = True) -> Array:
+    """Determinant of the Jacobian of ``x + u(x)`` in voxels: ``(N, [Z,] Y, X)``.
+
+    Central differences inside, one-sided ones at the first and last voxel; an axis of one voxel
+    has no derivative along it.
+    """
+    displacement = float64(displacement)
+    shape, dim = displacement.shape[1:-1], displacement.shape[-1]
+    in_voxels = displacement * half_extent(shape, align_corners)
+    jacobian = np.zeros((*displacement.shape, dim)) + np.eye(dim)
+    for component in range(dim):
+        for along in range(dim):
+            axis = dim - along  # x is the last spatial axis; axis 0 is the batch
+            if displacement.shape[axis] > 1:
+                slope = np.gradient(in_voxels[..., component], axis=axis)
+                jacobian[..., component, along] += slope
+    return np.linalg.det(jacobian)
+
+
+def convert_displacement(
+    displacement: Array,
+    source: str,
+    target: str,
+    *,
+    spacing: Sequence[float] | None = None,
+    align_corners: bool = True,
+    source_channels: str = "last",
+    target_channels: str = "last",
+) -> Array:
+    """The same displacements in other units and with their components on another axis.
+
+    ``"voxel"`` is ``"normalised"`` times the half extent, where an axis of one voxel counts as one
+    voxel long; ``"mm"`` is ``"voxel"`` times the spacing (x, y, z).
+    """
+    field = float64(displacement)
+    if source_channels == "first":
+        field = np.moveaxis(field, 1, -1)
+    size = np.array(field.shape[-2:0:-1], np.float64)  # x, y, z
+    voxels_per_unit = {
+        "normalised": np.maximum(size - 1, 1) / 2 if align_corners else size / 2,
+        "voxel": np.ones_like(size),
+        "mm": None if spacing is None else 1 / np.array(spacing, np.float64),
+    }
+    field = field * (voxels_per_unit[source] / voxels_per_unit[target])
+    return np.moveaxis(field, -1, 1) if target_channels == "first" else field
+
+
+# ------------------------------------------------------------------------------------ derivatives
+
+
+def vjp_by_central_differences(
+    function: Callable[..., Array],
+    args: Sequence[Array | None],
+    cotangent: Array,
+    wrt: Sequence[int],
+    step: float = 1e-6,
+) -> tuple[Array, ...]:
+    """Gradients of ``sum(cotangent * function(*args))`` to the arguments numbered ``wrt``."""
+    gradients = []
+    for k in wrt:
+        gradient = np.zeros(args[k].shape)
+        for element in np.ndindex(*args[k].shape):
+            sides = []
+            for h in (step, -step):
+                moved = [float64(a) if isinstance(a, np.ndarray) else a for a in args]
+                moved[k] = moved[k].copy()
+                moved[k][element] += h
+                sides.append(np.sum(cotangent * function(*moved)))
+            gradient[element] = (sides[0] - sides[1]) / (2 * step)
+        gradients.append(gradient)
+    return tuple(gradients)

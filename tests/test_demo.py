@@ -1,0 +1,159 @@
+"""The shipped brains and ``jaxreg demo``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+
+from jaxreg import cli
+from jaxreg.data import copyright_notice, load_pair_paths
+from jaxreg.registration import Volume, ncc, read_volume
+from jaxreg.registration.report import View
+
+
+def run(*arguments: object) -> int:
+    """Run the command line in this process; return its exit status."""
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(argument) for argument in arguments])
+    return int(end.value.code or 0)
+
+
+def test_the_brains_ship_with_the_package() -> None:
+    paths = load_pair_paths()
+    assert sum(path.stat().st_size for path in paths) < 600_000
+    for path in paths:
+        image = sitk.ReadImage(str(path))
+        assert image.GetPixelID() == sitk.sitkUInt8
+        volume = read_volume(path)
+        np.testing.assert_allclose(volume.spacing, 2.0)
+        assert volume.array.max() > 100
+        # The origin of MNI space, the anterior commissure, is inside the brain.
+        inside = image.TransformPhysicalPointToIndex((0.0, 0.0, 0.0))
+        assert image[inside] > 0
+        # Brain only: the outermost voxels are empty.
+        assert all(not volume.array.take((0, -1), axis).any() for axis in range(3))
+    assert "provided that the above copyright\nnotice appear in all copies" in copyright_notice()
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a quick demo writes, into a folder that it makes."""
+    folder = tmp_path_factory.mktemp("demo") / "new" / "folder"
+    assert run("demo", "--quick", "--device", "cpu", "--output-dir", folder) == 0
+    return folder
+
+
+def test_the_demo_writes_its_three_files_and_nothing_else(output: Path) -> None:
+    names = sorted(path.name for path in output.iterdir())
+    assert names == ["displacement.nii.gz", "moved.nii.gz", "report.png"]
+    assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demo_aligns_the_brains(output: Path) -> None:
+    fixed = read_volume(load_pair_paths().fixed)
+    moved = read_volume(output / "moved.nii.gz")
+    assert moved.shape == fixed.shape
+    np.testing.assert_allclose(moved.voxel_to_physical(), fixed.voxel_to_physical(), atol=1e-4)
+    assert float(ncc(moved.batched(), fixed.batched())[0, 0]) > 0.97
+
+
+def test_simpleitk_moves_the_brain_through_the_demos_field(output: Path) -> None:
+    from jaxreg.commands.demo import load
+
+    _, moving = load(rotation=15.0, shift=20.0)
+    image = sitk.GetImageFromArray(np.asarray(moving.array))
+    image.SetSpacing(moving.spacing.tolist())
+    image.SetOrigin(moving.origin.tolist())
+    image.SetDirection(moving.direction.ravel().tolist())
+    field = sitk.ReadImage(str(output / "displacement.nii.gz"), sitk.sitkVectorFloat64)
+    ours = sitk.ReadImage(str(output / "moved.nii.gz"))
+    theirs = sitk.Resample(
+        image, ours, sitk.DisplacementFieldTransform(field), sitk.sitkLinear, 0.0
+    )
+    difference = sitk.GetArrayFromImage(theirs) - sitk.GetArrayFromImage(ours)
+    assert np.abs(difference).max() < 1e-3 * moving.array.max()
+
+
+def test_the_demo_says_what_it_found(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    # The stages are compiled for these shapes already.
+    assert run("demo", "--quick", "--device", "cpu", "--output-dir", tmp_path, "--shift", 5) == 0
+    text = capsys.readouterr().out
+    for words in ("NCC before", "NCC after affine", "NCC after deformable", "determinant", "CPU"):
+        assert words in text
+    assert str(tmp_path / "moved.nii.gz") in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--output-dir", "{file}"], "--output-dir {file}: cannot write there"),
+        (["demo", "--output-dir", "{file}/below"], "cannot write there"),
+        (["demo", "--rotation", "nan"], "--rotation: expected a finite number"),
+        (["demo", "--shift", "far"], "--shift"),
+        (["demo", "--device", "abacus"], "--device"),
+        (["demo", "--unheard-of"], "--unheard-of"),
+        (["undo"], "undo"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr_and_exit_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert run(*(argument.format(file=file) for argument in arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("jaxreg: error: ")
+    assert captured.err.count("\n") == 1
+    assert message.format(file=file) in captured.err
+    assert captured.out == ""
+
+
+def test_a_missing_package_is_named_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = cli.importlib.util.find_spec
+    monkeypatch.setattr(
+        cli.importlib.util, "find_spec", lambda name: None if name == "typer" else find(name)
+    )
+    assert run("demo") == 2
+    error = capsys.readouterr().err
+    assert "needs typer: pip install 'regkernels[jax,cli]'" in error
+
+
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "jaxreg", "demo", "--help"]
+    completed = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--output-dir" in completed.stdout
+
+
+@pytest.mark.parametrize("signs", [(1, 1, 1), (-1, -1, 1), (1, -1, -1)])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 0, 2)])
+def test_the_report_shows_every_orientation_the_same_way(
+    order: tuple[int, int, int], signs: tuple[int, int, int]
+) -> None:
+    direction = np.zeros((3, 3))
+    for physical, (axis, sign) in enumerate(zip(order, signs, strict=True)):
+        direction[physical, axis] = sign
+    volume = Volume.create(np.zeros((4, 5, 6)), (1, 2, 3), (7, 8, 9), direction)
+    view = View.of(volume)
+    index = np.stack(np.indices(volume.shape)[::-1], axis=-1)
+    matrix = volume.voxel_to_physical()
+    physical = view.arrange(index @ matrix[:3, :3].T + matrix[:3, 3])
+    # Along the axes superior, posterior, left of the turned array these coordinates grow.
+    for axis, component in ((0, 2), (1, 1), (2, 0)):
+        steps = np.diff(physical[..., component], axis=axis)
+        np.testing.assert_allclose(steps, view.spacing[component])
+
+    # A displacement is shown along the direction in which it points in the world.
+    voxels = np.zeros((4, 5, 6, 3), np.float32)
+    for axis in range(3):
+        size = volume.shape[::-1][axis]
+        voxels[..., axis] = (axis + 1) * 2 / (size - 1)  # axis + 1 voxels, normalised
+    shown = view.deformed_points(voxels) - view.deformed_points(0 * voxels)
+    expected = matrix[:3, :3] @ [1, 2, 3]
+    np.testing.assert_allclose(shown, np.broadcast_to(expected, shown.shape), rtol=1e-5)

@@ -1,0 +1,204 @@
+"""What is installed: an extension that stands alone, and packages that do not need each other."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGES = {"jaxreg": "torch", "torchreg": "jax"}
+
+
+def run_python(code: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter, away from the source tree."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def extension_file() -> Path:
+    file = importlib.import_module("_regcore").__file__
+    assert file is not None
+    return Path(file)
+
+
+@pytest.mark.parametrize(("package", "other_framework"), PACKAGES.items())
+def test_importing_one_package_leaves_the_other_framework_alone(
+    package: str, other_framework: str, tmp_path: Path
+) -> None:
+    code = f"import {package}, sys; sys.exit({other_framework!r} in sys.modules)"
+    done = run_python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["_regcore", *PACKAGES])
+def test_importing_prints_nothing(module: str, tmp_path: Path) -> None:
+    done = run_python(f"import {module}", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("module", ["_regcore", *PACKAGES])
+def test_importing_needs_no_device(module: str, tmp_path: Path) -> None:
+    done = run_python(f"import {module}", tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_jaxreg_starts_no_backend(tmp_path: Path) -> None:
+    """A platform that does not exist is an error as soon as JAX looks for devices."""
+    nowhere = {"JAX_PLATFORMS": "nowhere"}
+    done = run_python("import jaxreg", tmp_path, **nowhere)
+    assert done.returncode == 0, done.stderr
+    assert run_python("import jax; jax.devices()", tmp_path, **nowhere).returncode != 0
+
+
+def test_importing_torchreg_does_not_initialise_cuda(tmp_path: Path) -> None:
+    code = "import torchreg, torch, sys; sys.exit(torch.cuda.is_initialized())"
+    done = run_python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch", "numpy"])
+def test_the_extension_loads_without_any_framework(framework: str, tmp_path: Path) -> None:
+    code = f"import sys; sys.modules[{framework!r}] = None; import _regcore"
+    done = run_python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def needed_libraries(file: Path) -> list[str]:
+    """The shared libraries that an ELF file asks the loader for."""
+    done = subprocess.run(
+        ["readelf", "-dW", str(file)],
+        env={**os.environ, "LC_ALL": "C"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return re.findall(r"\(NEEDED\)\s+Shared library: \[([^\]]+)\]", done.stdout)
+
+
+def test_the_extension_links_the_system_only() -> None:
+    """No libtorch, no jaxlib, no CUDA runtime or driver: it imports where none is installed."""
+    libraries = needed_libraries(extension_file())
+    assert libraries
+    system = r"(lib(c|m|gcc_s|stdc\+\+|pthread|dl|rt)\.so\.\d+|ld-linux.*\.so\.\d+)"
+    assert [name for name in libraries if not re.fullmatch(system, name)] == []
+
+
+def test_the_extension_has_no_path_into_the_machine_that_built_it() -> None:
+    done = subprocess.run(
+        ["readelf", "-dW", str(extension_file())], capture_output=True, text=True, check=True
+    )
+    for line in done.stdout.splitlines():
+        if "RPATH" in line or "RUNPATH" in line:
+            assert "$ORIGIN" in line, line
+
+
+def names_in(stub: Path) -> set[str]:
+    names = set()
+    for node in ast.parse(stub.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+def test_the_extension_has_a_stub_with_its_every_public_name() -> None:
+    module = importlib.import_module("_regcore")
+    stub = extension_file().parent / "_regcore.pyi"
+    public = {name for name in dir(module) if not name.startswith("_")}
+    assert public
+    assert {name for name in names_in(stub) if not name.startswith("_")} == public
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_are_typed(package: str) -> None:
+    file = importlib.import_module(package).__file__
+    assert file is not None
+    assert (Path(file).parent / "py.typed").is_file()
+
+
+def test_info_tells_versions_and_what_was_compiled(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxreg.info"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    facts = ["jax ", "jaxlib", "torch", "FFI API", "CUDA architectures", "devices", "backends"]
+    for fact in facts:
+        assert re.search(rf"^.*{fact}.*\S", done.stdout, re.MULTILINE), done.stdout
+
+
+@pytest.mark.parametrize("setting", ["0", "-2", "many"])
+def test_a_thread_count_that_makes_no_sense_is_an_error_or_ignored_but_never_a_crash(
+    setting: str, tmp_path: Path
+) -> None:
+    code = (
+        "import torch, torchreg\n"
+        "try:\n    print(torchreg.gaussian_smooth(torch.ones(1, 1, 3, 4), 1.0).shape)\n"
+        "except ValueError as error:\n    assert 'REGCORE_NUM_THREADS' in str(error)\n"
+    )
+    done = run_python(code, tmp_path, REGCORE_NUM_THREADS=setting)
+    assert done.returncode == 0, done.stderr
+
+
+def test_calls_work_in_a_forked_child(tmp_path: Path) -> None:
+    """As in the workers of a torch DataLoader: the pool of threads does not survive a fork."""
+    code = """
+import os, torch, torchreg
+x = torch.rand(1, 1, 64, 64, 64)
+expected = torchreg.gaussian_smooth(x, 1.0)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(torchreg.gaussian_smooth(x, 1.0), expected) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "REGCORE_NUM_THREADS": "3"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_calls_from_several_threads_give_the_same_results(tmp_path: Path) -> None:
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+import torch, torchreg
+images = [torch.rand(1, 1, 40, 40, 40) for _ in range(8)]
+expected = [torchreg.gaussian_smooth(image, 1.0) for image in images]
+with ThreadPoolExecutor(8) as pool:
+    for _ in range(5):
+        actual = list(pool.map(lambda image: torchreg.gaussian_smooth(image, 1.0), images))
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "REGCORE_NUM_THREADS": "3"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

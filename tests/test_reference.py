@@ -1,0 +1,225 @@
+"""The reference agrees with what others compute, and its gradients with its own differences."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import reference
+import scipy.ndimage
+import torch
+from inputs import (
+    SHAPES,
+    coordinates_of,
+    off_grid_positions,
+    random_affine,
+    random_array,
+    small_displacement,
+)
+
+MODES = ["bilinear", "nearest"]
+PADDINGS = ["zeros", "border", "reflection"]
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("padding_mode", PADDINGS)
+@pytest.mark.parametrize("mode", MODES)
+def test_interpolation_and_its_gradients_are_those_of_grid_sample(
+    mode: str, padding_mode: str, align_corners: bool, dim: int
+) -> None:
+    shape, out = SHAPES[dim], SHAPES[dim][::-1]
+    image = random_array(0, 2, 3, *shape)
+    warp = coordinates_of(off_grid_positions(1, 2, shape, out, reach=12), shape, align_corners)
+    cotangent = random_array(2, 2, 3, *out)
+    options = {"mode": mode, "padding_mode": padding_mode, "align_corners": align_corners}
+
+    image_torch = torch.tensor(image, requires_grad=True)
+    warp_torch = torch.tensor(warp, requires_grad=True)
+    expected = torch.nn.functional.grid_sample(image_torch, warp_torch, **options)
+    expected.backward(torch.tensor(cotangent))
+
+    options["is_displacement"] = False
+    actual = reference.interpolate(image, None, warp, **options)
+    to_image, _, to_warp = reference.interpolate_vjp(cotangent, image, None, warp, **options)
+    np.testing.assert_allclose(actual, expected.detach().numpy(), atol=1e-12)
+    np.testing.assert_allclose(to_image, image_torch.grad.numpy(), atol=1e-12)
+    np.testing.assert_allclose(to_warp, warp_torch.grad.numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize(
+    ("padding_mode", "align_corners", "scipy_mode"),
+    [
+        ("zeros", True, "grid-constant"),
+        ("border", True, "nearest"),
+        ("reflection", True, "mirror"),
+        ("reflection", False, "reflect"),
+    ],
+)
+def test_interpolation_is_that_of_map_coordinates(
+    padding_mode: str, align_corners: bool, scipy_mode: str, dim: int
+) -> None:
+    shape = SHAPES[dim]
+    image = random_array(0, 1, 1, *shape)
+    position = off_grid_positions(1, 1, shape, shape, reach=8)
+    expected = scipy.ndimage.map_coordinates(
+        image[0, 0], np.moveaxis(position[0], -1, 0)[::-1], order=1, mode=scipy_mode
+    )
+    actual = reference.interpolate(
+        image,
+        None,
+        coordinates_of(position, shape, align_corners),
+        is_displacement=False,
+        padding_mode=padding_mode,
+        align_corners=align_corners,
+    )
+    np.testing.assert_allclose(actual[0, 0], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("affine_last", [True, False])
+def test_affine_and_displacement_combine_as_their_formulas_say(
+    affine_last: bool, align_corners: bool
+) -> None:
+    shape, out = (4, 5, 6), (3, 6, 5)
+    image, affine = random_array(0, 2, 1, *shape), random_affine(1, 2, 3)
+    u = small_displacement(2, 2, out)
+    x = reference.normalised_coordinates(out, align_corners)
+
+    def apply(points: np.ndarray) -> np.ndarray:
+        return (
+            np.einsum("nrc,n...c->n...r", affine[:, :, :3], points)
+            + affine[:, None, None, None, :, 3]
+        )
+
+    x = np.broadcast_to(x, u.shape)
+    warp = apply(x + u) if affine_last else apply(x) + u
+    actual = reference.interpolate(
+        image, affine, u, affine_last=affine_last, align_corners=align_corners
+    )
+    expected = reference.interpolate(
+        image, None, warp, is_displacement=False, align_corners=align_corners
+    )
+    np.testing.assert_allclose(actual, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("affine_last", "is_displacement"), [(False, True), (True, True), (False, False)]
+)
+@pytest.mark.parametrize("padding_mode", PADDINGS)
+def test_interpolation_gradients_are_the_differences_of_its_values(
+    padding_mode: str, affine_last: bool, is_displacement: bool
+) -> None:
+    shape, out = (2, 3, 4), (3, 2, 3)
+    image, affine = random_array(0, 2, 2, *shape), random_affine(1, 1, 3)
+    grid = 0.7 * random_array(2, 2, *out, 3)
+    cotangent = random_array(3, 2, 2, *out)
+    options = {
+        "affine_last": affine_last,
+        "is_displacement": is_displacement,
+        "padding_mode": padding_mode,
+        "align_corners": False,
+    }
+    expected = reference.vjp_by_central_differences(
+        lambda *args: reference.interpolate(*args, **options),
+        (image, affine, grid),
+        cotangent,
+        (0, 1, 2),
+    )
+    actual = reference.interpolate_vjp(cotangent, image, affine, grid, **options)
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, e, atol=1e-8)
+
+
+@pytest.mark.parametrize("add", [True, False])
+def test_composition_gradients_are_the_differences_of_its_values(add: bool) -> None:
+    shape = (3, 4)
+    u, v = small_displacement(0, 2, shape, 0.4), small_displacement(1, 1, shape, 0.4)
+    affine, cotangent = random_affine(2, 1, 2), random_array(3, 2, *shape, 2)
+    expected = reference.vjp_by_central_differences(
+        lambda *args: reference.compose(*args, add=add), (u, v, affine), cotangent, (0, 1, 2)
+    )
+    actual = reference.compose_vjp(cotangent, u, v, affine, add=add)
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, e, atol=1e-8)
+
+
+def test_scaling_and_squaring_gradient_is_the_difference_of_its_values() -> None:
+    velocity = small_displacement(0, 1, (4, 5), 0.5)
+    cotangent = random_array(1, 1, 4, 5, 2)
+    (expected,) = reference.vjp_by_central_differences(
+        lambda v: reference.scaling_and_squaring(v, 3), (velocity,), cotangent, (0,)
+    )
+    actual = reference.scaling_and_squaring_vjp(cotangent, velocity, 3)
+    np.testing.assert_allclose(actual, expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("padding_mode", PADDINGS)
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_derivatives_at_voxel_centres_are_right_sided(
+    align_corners: bool, padding_mode: str
+) -> None:
+    shape = (3, 4)
+    image, zero = random_array(0, 1, 1, *shape), np.zeros((1, *shape, 2))
+    cotangent = random_array(1, 1, 1, *shape)
+    options = {"padding_mode": padding_mode, "align_corners": align_corners}
+    _, _, actual = reference.interpolate_vjp(cotangent, image, None, zero, **options)
+    step = 1e-6
+    for axis in range(2):
+        moved = zero.copy()
+        moved[..., axis] += step
+        slope = (reference.interpolate(image, None, moved, **options) - image) / step
+        np.testing.assert_allclose(actual[..., axis], (cotangent * slope)[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_affine_warp_is_affine_grid(dim: int, align_corners: bool) -> None:
+    affine, shape = random_affine(0, 2, dim), SHAPES[dim]
+    expected = torch.nn.functional.affine_grid(
+        torch.tensor(affine), (2, 1, *shape), align_corners=align_corners
+    )
+    actual = reference.affine_warp(affine, np.zeros((1, *shape, dim)), align_corners=align_corners)
+    np.testing.assert_allclose(actual, expected.numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("truncate", [1.0, 4.0])
+def test_gaussian_smooth_is_gaussian_filter(truncate: float) -> None:
+    x, sigma = random_array(0, 2, 3, 5, 6, 7), (0.5, 1.3, 3.0)
+    expected = scipy.ndimage.gaussian_filter(
+        x,
+        (0, 0, *sigma),
+        mode="constant",
+        radius=[0, 0, *[int(np.ceil(truncate * s)) for s in sigma]],
+    )
+    actual = reference.gaussian_smooth(x, sigma, truncate=truncate)
+    np.testing.assert_allclose(actual, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_jacobian_determinant_of_a_linear_map_is_its_determinant(
+    dim: int, align_corners: bool
+) -> None:
+    shape = SHAPES[dim]
+    matrix = 0.3 * random_array(0, dim, dim)
+    x = reference.normalised_coordinates(shape, align_corners)
+    s = reference.half_extent(shape, align_corners)
+    voxel_matrix = s[:, None] * matrix / s
+    determinant = reference.jacobian_determinant((x @ matrix.T)[None], align_corners=align_corners)
+    np.testing.assert_allclose(determinant, np.linalg.det(np.eye(dim) + voxel_matrix), atol=1e-12)
+
+
+def test_conversions_between_units_undo_each_other() -> None:
+    field, spacing = random_array(0, 2, 1, 4, 5, 3), (0.5, 2.0, 3.0)
+    units = ["normalised", "voxel", "mm"]
+    for source, target in itertools.product(units, units):
+        there = reference.convert_displacement(
+            field, source, target, spacing=spacing, target_channels="first"
+        )
+        back = reference.convert_displacement(
+            there, target, source, spacing=spacing, source_channels="first"
+        )
+        np.testing.assert_allclose(back, field, atol=1e-12)

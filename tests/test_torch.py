@@ -1,0 +1,455 @@
+"""``torchreg`` under PyTorch's autograd, dispatcher and storage."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from examples import OPS, Example, example
+from inputs import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import torchreg
+
+Tensor = torch.Tensor
+Function = Callable[..., Tensor]
+
+# The fused ops; conversions are ordinary array operations, with every derivative torch has.
+FUSED = [name for name in OPS if name != "convert_displacement"]
+
+LINEAR = ["affine_warp", "gaussian_smooth"]
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """Without this, a function compiled often in other tests is not compiled any more."""
+    torch._dynamo.reset()
+
+
+def bound(case: Example) -> Function:
+    return case.bind(getattr(torchreg, case.name))
+
+
+def leaves(case: Example, device: str = "cpu") -> list[Tensor]:
+    return [torch.tensor(op, device=device, requires_grad=True) for op in case.operands]
+
+
+def weights_of(value: Tensor) -> Tensor:
+    """A cotangent that tells every output element apart."""
+    count = torch.arange(value.numel(), dtype=value.dtype, device=value.device)
+    return torch.cos(count).reshape(value.shape)
+
+
+def value_and_gradients(
+    function: Function, operands: Sequence[Tensor], cotangent: Tensor | None = None
+) -> list[Tensor]:
+    value = function(*operands)
+    cotangent = weights_of(value) if cotangent is None else cotangent
+    return [value.detach(), *torch.autograd.grad(value, operands, cotangent)]
+
+
+def assert_equal(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=0)
+
+
+def assert_rounds_equal(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Up to the order of additions: GPU gradients of images are sums of atomics."""
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a.numpy(force=True), e.numpy(force=True), e.numpy(force=True).dtype)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_gradients_pass_gradcheck(name: str) -> None:
+    case = example(name, shape=(2, 3, 4))
+    assert torch.autograd.gradcheck(bound(case), leaves(case))
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_sampling_passes_gradcheck_in_every_mode_and_padding(mode: str, padding_mode: str) -> None:
+    image, affine, grid = leaves(example("interpolate", shape=(3, 4)))
+    grid = (3 * grid.detach()).requires_grad_()
+
+    def sample(*operands: Tensor) -> Tensor:
+        return torchreg.interpolate(*operands, mode=mode, padding_mode=padding_mode)
+
+    assert torch.autograd.gradcheck(sample, (image, affine, grid))
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps every call of an op of this library, and lets it happen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "torchreg":
+            copies = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
+            self.calls.append((func, tuple(copies), dict(kwargs)))
+        return func(*args, **kwargs)
+
+
+def recorded_calls(case: Example, device: str = "cpu") -> list[Any]:
+    with Recorder() as recorder:
+        value_and_gradients(bound(case), leaves(case, device))
+    return recorder.calls
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", FUSED)
+def test_every_registered_op_passes_opcheck(name: str, device: str) -> None:
+    """The forward and the backward ops that a call with gradients goes through."""
+    calls = recorded_calls(example(name, dtype=np.float32), device)
+    assert len({str(op) for op, _, _ in calls}) >= 2
+    for op, args, kwargs in calls:
+        torch.library.opcheck(op, args, kwargs)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_differentiating_a_registered_op_itself_is_an_error(name: str) -> None:
+    """PyTorch would otherwise return zero gradients with a mere warning."""
+    for op, args, kwargs in recorded_calls(example(name)):
+        grown = [
+            a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+            for a in args
+        ]
+        with warnings.catch_warnings(), pytest.raises((RuntimeError, NotImplementedError)):
+            warnings.simplefilter("ignore")
+            result = op(*grown, **kwargs)
+            outputs = [result] if isinstance(result, Tensor) else list(result)
+            sum(output.sum() for output in outputs).backward()
+
+
+def strided_copies(tensor: Tensor) -> dict[str, Tensor]:
+    """The same values in other layouts of memory."""
+    permuted = tensor.permute(*reversed(range(tensor.ndim))).contiguous()
+    spread = torch.zeros((*tensor.shape, 3), dtype=tensor.dtype, device=tensor.device)
+    spread[..., 1] = tensor
+    shifted = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+    shifted[1:] = tensor.flatten()
+    return {
+        "permuted": permuted.permute(*reversed(range(tensor.ndim))),
+        "with gaps": spread[..., 1],
+        "not aligned": shifted[1:].view(tensor.shape),
+    }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["permuted", "with gaps", "not aligned"])
+@pytest.mark.parametrize("name", OPS)
+def test_operands_and_cotangents_may_have_any_strides(name: str, layout: str, device: str) -> None:
+    case = example(name, dtype=np.float32)
+    plain = leaves(case, device)
+    cotangent = weights_of(bound(case)(*plain).detach())
+    expected = value_and_gradients(bound(case), plain, cotangent)
+    strided = [strided_copies(op.detach())[layout].requires_grad_() for op in plain]
+    actual = value_and_gradients(bound(case), strided, strided_copies(cotangent)[layout])
+    check = assert_equal if device == "cpu" else assert_rounds_equal
+    check(actual, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", OPS)
+def test_operands_and_cotangents_may_be_expanded(name: str, device: str) -> None:
+    """With strides of 0, as ``expand`` and ``out.sum().backward()`` make them."""
+    case = example(name, dtype=np.float32)
+    single = [op[:1].detach() for op in leaves(case, device)]
+    expanded = [op.expand(2, *op.shape[1:]).requires_grad_() for op in single]
+    repeated = [op.repeat(2, *[1] * (op.ndim - 1)).requires_grad_() for op in single]
+    bound(case)(*expanded).sum().backward()
+    ones = torch.ones_like(bound(case)(*repeated).detach())
+    expected = value_and_gradients(bound(case), repeated, ones)[1:]
+    check = assert_equal if device == "cpu" else assert_rounds_equal
+    check([op.grad for op in expanded], expected)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_retained_graph_can_be_used_again(name: str) -> None:
+    case = example(name)
+    operands = leaves(case)
+    value = bound(case)(*operands)
+    value.backward(weights_of(value.detach()), retain_graph=True)
+    once = [op.grad.clone() for op in operands]
+    value.backward(weights_of(value.detach()))
+    assert_equal([op.grad for op in operands], [2 * gradient for gradient in once])
+
+
+@pytest.mark.parametrize("cotangent_needs_gradient", [False, True])
+@pytest.mark.parametrize("name", FUSED)
+def test_differentiating_twice_is_refused(name: str, cotangent_needs_gradient: bool) -> None:
+    """Also where another term has a second derivative, and silence would mean a missing part."""
+    case = example(name)
+    for first, second in itertools.product(range(case.count), repeat=2):
+        operands = leaves(case)
+        value = bound(case)(*operands)
+        cotangent = weights_of(value.detach()).requires_grad_(cotangent_needs_gradient)
+        (slope,) = torch.autograd.grad(value, operands[first], cotangent, create_graph=True)
+        penalty = slope.square().sum() + operands[second].square().sum()
+        try:
+            (actual,) = torch.autograd.grad(penalty, operands[second])
+        except RuntimeError as error:
+            assert "twice" in str(error)
+        else:
+            # Of a linear op, the gradient does not depend on the operand.
+            assert name in LINEAR
+            assert_equal([actual], [2 * operands[second].detach()])
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_differentiating_the_gradient_by_its_cotangent_is_refused(name: str) -> None:
+    case = example(name)
+    operands = leaves(case)
+    value = bound(case)(*operands)
+    cotangent = weights_of(value.detach()).requires_grad_()
+    slopes = torch.autograd.grad(value, operands, cotangent, create_graph=True)
+    penalty = sum(slope.sum() for slope in slopes) + cotangent.sum()
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.grad(penalty, cotangent)
+
+
+SUBSETS = [
+    (name, chosen)
+    for name in OPS
+    for k in range(1, example(name).count + 1)
+    for chosen in itertools.combinations(range(example(name).count), k)
+]
+
+
+@pytest.mark.parametrize(("name", "chosen"), SUBSETS)
+def test_gradients_of_any_choice_of_operands_are_those_of_all(
+    name: str, chosen: tuple[int, ...]
+) -> None:
+    case = example(name)
+    everything = value_and_gradients(bound(case), leaves(case))[1:]
+    operands = [op.requires_grad_(k in chosen) for k, op in enumerate(leaves(case))]
+    value = bound(case)(*operands)
+    value.backward(weights_of(value.detach()))
+    for k, operand in enumerate(operands):
+        if k in chosen:
+            assert_equal([operand.grad], [everything[k]])
+        else:
+            assert operand.grad is None
+
+
+class OutputShapes(TorchDispatchMode):
+    """Shapes of all that the ops of this library return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "torchreg":
+            outputs = [result] if isinstance(result, Tensor) else result
+            self.shapes += [tuple(o.shape) for o in outputs if isinstance(o, Tensor) and o.numel()]
+        return result
+
+
+@pytest.mark.parametrize("chosen", [chosen for name, chosen in SUBSETS if name == "interpolate"])
+def test_only_the_gradients_asked_for_are_computed(chosen: tuple[int, ...]) -> None:
+    """No op of the backward pass returns the gradient of an operand that is held fixed."""
+    operands = [
+        op.requires_grad_(k in chosen) for k, op in enumerate(leaves(example("interpolate")))
+    ]
+    value = torchreg.interpolate(*operands)
+    with OutputShapes() as outputs:
+        value.sum().backward()
+    for k, operand in enumerate(operands):
+        assert (tuple(operand.shape) in outputs.shapes) == (k in chosen)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_operands_stay_as_they_are(name: str) -> None:
+    case = example(name)
+    operands = leaves(case)
+    value_and_gradients(bound(case), operands)
+    for operand, before in zip(operands, case.operands, strict=True):
+        np.testing.assert_array_equal(operand.numpy(force=True), before)
+
+
+def test_the_result_is_a_tensor_of_its_own() -> None:
+    """Even where an op is the identity, writing to its result does not change the operand."""
+    field, image = torch.ones(1, 3, 4, 2), torch.ones(1, 1, 3, 4)
+    for operand, result in [
+        (field, torchreg.scaling_and_squaring(field, 0)),
+        (image, torchreg.gaussian_smooth(image, 0)),
+        (image, torchreg.interpolate(image)),
+    ]:
+        result.zero_()
+        assert operand.min() == 1
+
+
+def test_an_operand_overwritten_before_the_backward_pass_is_noticed() -> None:
+    image, affine, grid = leaves(example("interpolate"))
+    held = image.detach().clone()
+    value = torchreg.interpolate(held, affine, grid)
+    held.zero_()
+    with pytest.raises(RuntimeError, match="inplace"):
+        value.sum().backward()
+
+
+def test_no_gradient_is_recorded_where_none_is_wanted() -> None:
+    operands = leaves(example("interpolate"))
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert not torchreg.interpolate(*operands).requires_grad
+    assert not torchreg.interpolate(*[op.detach() for op in operands]).requires_grad
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_compiled_call_gives_the_same_values_and_gradients(name: str) -> None:
+    case = example(name, dtype=np.float32)
+    compiled = torch.compile(bound(case), backend="aot_eager", fullgraph=True)
+    actual = value_and_gradients(compiled, leaves(case))
+    assert_equal(actual, value_and_gradients(bound(case), leaves(case)))
+
+
+def refused_or_right(compute: Callable[[], Any], expected: Sequence[Tensor]) -> None:
+    try:
+        actual = compute()
+    except (RuntimeError, NotImplementedError, TypeError):
+        return
+    assert_rounds_equal(actual if isinstance(actual, tuple) else (actual,), expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", FUSED)
+def test_functional_transforms_are_refused_or_right(name: str, compiled: bool) -> None:
+    case = example(name)
+    operands = leaves(case)
+    everything = tuple(range(case.count))
+    value, *gradients = value_and_gradients(bound(case), operands)
+    plain = [op.detach() for op in operands]
+
+    def wrap(function: Function) -> Function:
+        return torch.compile(function, backend="aot_eager") if compiled else function
+
+    def loss(*args: Tensor) -> Tensor:
+        result = bound(case)(*args)
+        return (result * weights_of(value)).sum()
+
+    refused_or_right(lambda: wrap(torch.func.grad(loss, everything))(*plain), gradients)
+    stacked = [torch.stack([op, op]) for op in plain]
+    refused_or_right(
+        lambda: wrap(torch.func.vmap(bound(case)))(*stacked), [torch.stack([value, value])]
+    )
+    refused_or_right(
+        lambda: wrap(torch.func.vmap(torch.func.grad(loss, everything)))(*stacked),
+        [torch.stack([gradient, gradient]) for gradient in gradients],
+    )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", [name for name in FUSED if name not in LINEAR])
+def test_a_gradient_of_a_gradient_is_refused(name: str, compiled: bool) -> None:
+    """``torch.func.grad`` of ``torch.func.grad``, traced or not, is no silent zero."""
+    case = example(name)
+    plain = [op.detach() for op in leaves(case)]
+
+    def slope(*operands: Tensor) -> Tensor:
+        return torch.func.grad(lambda *ops: bound(case)(*ops).square().sum())(*operands).sum()
+
+    second = torch.func.grad(slope)
+    if compiled:
+        second = torch.compile(second, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="twice"):
+        second(*plain)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_differentiating_a_compiled_call_twice_is_refused(name: str) -> None:
+    case = example(name)
+    operands = leaves(case)
+    compiled = torch.compile(bound(case), backend="aot_eager")
+    (slope,) = torch.autograd.grad(
+        compiled(*operands).square().sum(), operands[0], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match=r"twice|double backward"):
+        torch.autograd.grad(slope.square().sum() + operands[0].sum(), operands[0])
+
+
+@pytest.mark.parametrize("name", ["interpolate", "gaussian_smooth"])
+def test_a_compiled_call_follows_changing_shapes(name: str) -> None:
+    function = example(name).bind(getattr(torchreg, name))
+    compiled = torch.compile(function, backend="aot_eager")
+    for shape in [(3, 4), (5, 4), (6, 7)]:
+        case = example(name, shape=shape)
+        actual = value_and_gradients(compiled, leaves(case))
+        assert_equal(actual, value_and_gradients(function, leaves(case)))
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_forward_mode_is_refused(name: str) -> None:
+    case = example(name)
+    plain = tuple(op.detach() for op in leaves(case))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(bound(case), plain, plain)
+
+
+@pytest.mark.parametrize("argument", ["image", "affine", "grid"])
+def test_numpy_arrays_are_not_tensors(argument: str) -> None:
+    operands = dict(zip(["image", "affine", "grid"], leaves(example("interpolate")), strict=True))
+    operands[argument] = operands[argument].numpy(force=True)
+    with pytest.raises(TypeError, match=rf"\b{argument}\b"):
+        torchreg.interpolate(**operands)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in OPS if example(name).count > 1])
+def test_operands_on_different_devices_are_refused(name: str) -> None:
+    case = example(name, dtype=np.float32)
+    operands = leaves(case)
+    operands[-1] = operands[-1].detach().cuda()
+    with pytest.raises(ValueError, match=r"device|cuda"):
+        bound(case)(*operands)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPS)
+def test_work_is_queued_on_the_current_stream(name: str) -> None:
+    """A side stream that is busy first: work on another stream would read stale operands."""
+    case = example(name, shape=(20, 24, 28), dtype=np.float32)
+    expected = value_and_gradients(bound(case), leaves(case, "cuda"))
+    stream = torch.cuda.Stream()
+    fresh = leaves(case, "cuda")
+    late = [torch.zeros_like(op) for op in fresh]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        operands = [(a + b.detach()).requires_grad_() for a, b in zip(late, fresh, strict=True)]
+        actual = value_and_gradients(bound(case), operands)
+    torch.cuda.synchronize()
+    assert_rounds_equal(actual, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPS)
+def test_a_cuda_graph_replays_values_and_gradients(name: str) -> None:
+    case, other = (example(name, dtype=np.float32, seed=seed) for seed in (0, 1))
+    operands = leaves(case, "cuda")
+    value_and_gradients(bound(case), operands)  # whatever a first call sets up
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = value_and_gradients(bound(case), operands)
+    with torch.no_grad():
+        for operand, values in zip(operands, leaves(other, "cuda"), strict=True):
+            operand.copy_(values)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_rounds_equal(captured, value_and_gradients(bound(other), leaves(other, "cuda")))
