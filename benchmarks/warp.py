@@ -45,8 +45,10 @@ def smooth_field(rng: np.random.Generator, size: tuple[int, ...], voxels: float)
 
 
 class Bench:
-    def __init__(self, device: str, size: tuple[int, int, int], repeats: int) -> None:
-        self.device, self.size, self.repeats = device, size, repeats
+    def __init__(
+        self, device: str, size: tuple[int, int, int], repeats: int, only: str = ""
+    ) -> None:
+        self.device, self.size, self.repeats, self.only = device, size, repeats, only
         self.voxels = int(np.prod(size))
         rng = np.random.default_rng(0)
         angle = np.float32(0.1)
@@ -170,6 +172,9 @@ class Bench:
         wrt: tuple[str, ...] = (),
         cotangent: str = "g",
     ) -> None:
+        if self.only not in who:
+            return
+
         def call(s: dict[str, torch.Tensor]) -> Any:
             if not wrt:
                 with torch.no_grad():
@@ -193,7 +198,7 @@ class Bench:
         wrt: tuple[str, ...] = (),
         cotangent: str = "g",
     ) -> None:
-        if not self.jax:
+        if not self.jax or self.only not in who:
             return
         if not wrt:
             ms, memory = self.time_jax(forward, names)
@@ -287,11 +292,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", nargs=3, type=int, metavar=("Z", "Y", "X"))
     parser.add_argument("--repeats", type=int)
+    parser.add_argument("--only", help="measure only what has this in its name, such as torchreg")
     parser.add_argument("--json")
     args = parser.parse_args()
     cuda = args.device == "cuda"
     size = tuple(args.size or ((192, 160, 224) if cuda else (96, 96, 96)))
-    bench = Bench(args.device, size, args.repeats or (30 if cuda else 7))
+    bench = Bench(args.device, size, args.repeats or (30 if cuda else 7), args.only or "")
     name = torch.cuda.get_device_name() if cuda else f"{platform.processor()} x{os.cpu_count()}"
     about = {
         "device": name,

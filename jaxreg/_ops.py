@@ -75,8 +75,11 @@ def _kernel(
         remaining = iter(arrays)
         inputs = [_spec(next(remaining)) if there else None for there in present]
         outputs = _regcore.infer(op, inputs, named, wanted)
+        like = jax.typeof(arrays[0])  # which carries the axes of shard_map it varies over
         types = [
-            jax.ShapeDtypeStruct(spec[1], np.dtype(spec[0])) for spec in outputs if spec is not None
+            like.update(shape=spec[1], dtype=np.dtype(spec[0]), weak_type=False)
+            for spec in outputs
+            if spec is not None
         ]
         values = jax.ffi.ffi_call(_target(op), types, vmap_method=None)(*arrays, **ffi_attributes)
         roles = [
@@ -208,6 +211,26 @@ def _check_operand(op: str, name: str, optional: bool, value: Any) -> None:
         )
 
 
+def _varying(array: Any) -> frozenset[str]:
+    kind = jax.typeof(array)
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+
+
+def _vary_alike(arrays: Operands) -> Operands:
+    """Inside ``shard_map``: operands that are replicated join those that are not.
+
+    Outside of the differentiated function, so that their gradients are summed over the devices.
+    """
+    axes = [frozenset() if x is None else _varying(x) for x in arrays]
+    everywhere = frozenset().union(*axes)
+    return tuple(
+        x
+        if x is None or own == everywhere
+        else jax.lax.pcast(x, tuple(everywhere - own), to="varying")
+        for x, own in zip(arrays, axes, strict=True)
+    )
+
+
 def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> jax.Array:
     """Call an op of the table.
 
@@ -238,5 +261,5 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> jax.A
     specs = [None if x is None else (np.dtype(x.dtype).name, (1, *x.shape)) for x in arrays]
     _regcore.infer(op, specs, attributes, _all_results(op))
     ordered = tuple(attributes[name] for name, _, _ in entry["attributes"])
-    (result,) = _jitted(op, ordered, arrays)
+    (result,) = _jitted(op, ordered, _vary_alike(arrays))
     return result

@@ -301,6 +301,16 @@ def _check_operand(op: str, name: str, optional: bool, value: Any) -> None:
         raise TypeError(f"{op}: {name}: expected a dense tensor, got {value.layout}")
 
 
+def _grad_levels() -> int:
+    """How many ``torch.func.grad`` are being taken, one inside the other."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return sum(level.key() == torch._C._functorch.TransformType.Grad for level in stack)
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler for it (1 s).
+_grad_levels._dynamo_marked_constant = True
+
+
 def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> torch.Tensor:
     """Call an op of the table.
 
@@ -339,5 +349,8 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> torch
     if not torch.compiler.is_compiling():  # a compiler meets the checks in the fake implementation
         specs = [None if x is None else _spec(x, False) for x in operands]
         _regcore.infer(op, specs, attributes, _all_results(signature))
+    # A compiler traces a backward pass without its tie to the second derivative.
+    if torch.compiler.is_compiling() and _grad_levels() > 1:
+        raise RuntimeError(f"torchreg: {op} can be differentiated once, not twice")
     ordered = tuple(attributes[name] for name in signature.attributes)
     return _Apply.apply(op, ordered, False, *(x if x is None else x.contiguous() for x in operands))

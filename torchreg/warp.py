@@ -214,8 +214,9 @@ def scaling_and_squaring(
     """
     displacement = apply("scale_velocity", (velocity,), {"num_steps": num_steps})
     for _ in range(num_steps):
+        again = displacement.view_as(displacement)  # torch.compile takes no tensor twice
         displacement = compose(
-            displacement, displacement, padding_mode=padding_mode, align_corners=align_corners
+            displacement, again, padding_mode=padding_mode, align_corners=align_corners
         )
     return displacement
 

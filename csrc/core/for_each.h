@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/check.h"
 #include "core/host_device.h"
@@ -42,6 +43,12 @@ struct Voxel {
   bool active;
   int tile_x;    // x of the warp's first voxel
   int row_size;  // voxels in the row
+
+  // Offset of the row in a volume of the given sizes (x, y, z), in voxels.
+  template <int D>
+  REG_HD int64_t row(const int (&size)[D]) const {
+    return static_cast<int64_t>(z * size[1] + y) * size[0];
+  }
 
   template <int D>
   REG_HD Vec<int, D> index() const {
@@ -115,10 +122,25 @@ struct Cuda {
       : guard(context.device), stream(static_cast<cudaStream_t>(context.stream)) {}
 };
 
-template <int kDepth, class Body>
-__global__ void __launch_bounds__(kWarp* kRowsPerBlock)
+// What a body may say about how it likes to run; the defaults suit cheap ones.
+//   kDepth: voxels along z that one thread takes, to spread the cost of `element`
+//   kUnroll: how many of them at a time
+//   kMinBlocks: blocks per multiprocessor that the compiler must leave registers for
+template <class Body, class = void>
+struct Tuning {
+  static constexpr int kDepth = 1, kUnroll = 1, kMinBlocks = 4;
+};
+template <class Body>
+struct Tuning<Body, std::void_t<decltype(Body::kDepth)>> {
+  static constexpr int kDepth = Body::kDepth, kUnroll = Body::kUnroll,
+                       kMinBlocks = Body::kMinBlocks;
+};
+
+template <class Body>
+__global__ void __launch_bounds__(kWarp* kRowsPerBlock, Tuning<Body>::kMinBlocks)
     for_each_voxel_kernel(const __grid_constant__ Body body,
                           const __grid_constant__ VoxelSpace space, int tiles_x) {
+  constexpr int kDepth = Tuning<Body>::kDepth;
   const int tile_y = blockIdx.x / tiles_x;
   const int tile_x = (blockIdx.x - tile_y * tiles_x) * kWarp;
   const int y = tile_y * kRowsPerBlock + threadIdx.y;
@@ -132,28 +154,25 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
     const int64_t item = space.items == 1 ? 0 : b - group * space.items;
     auto element = body.element(group, item);
     for (int z0 = blockIdx.y * kDepth; z0 < space.z; z0 += gridDim.y * kDepth) {
-      REG_UNROLL
-      for (int k = 0; k < kDepth; ++k) {
-        const int z = z0 + k;
-        if (z < space.z) element(Voxel{z, y, x, active, tile_x, space.x});
-      }
+      const int last = min(z0 + kDepth, space.z);
+#pragma unroll(Tuning<Body>::kUnroll)
+      for (int z = z0; z < last; ++z) element(Voxel{z, y, x, active, tile_x, space.x});
     }
   }
 }
 
-// Body::kDepth: how many voxels along z one thread takes, to spread the cost of `element`.
 template <class Body>
 void for_each_voxel(const Cuda& device, const VoxelSpace& space, const Body& body) {
   if (space.batch() == 0) return;
   const int64_t tiles_x = (space.x + kWarp - 1) / kWarp;
   const int64_t tiles_y = (space.y + kRowsPerBlock - 1) / kRowsPerBlock;
-  const int64_t tiles_z = (space.z + Body::kDepth - 1) / Body::kDepth;
+  constexpr int kDepth = Tuning<Body>::kDepth;
+  const int64_t tiles_z = (space.z + kDepth - 1) / kDepth;
   const dim3 grid(static_cast<unsigned>(tiles_x * tiles_y),
                   static_cast<unsigned>(std::min<int64_t>(tiles_z, 65535)),
                   static_cast<unsigned>(std::min<int64_t>(space.batch(), 65535)));
   const dim3 block(kWarp, kRowsPerBlock);
-  for_each_voxel_kernel<Body::kDepth>
-      <<<grid, block, 0, device.stream>>>(body, space, static_cast<int>(tiles_x));
+  for_each_voxel_kernel<<<grid, block, 0, device.stream>>>(body, space, static_cast<int>(tiles_x));
   check_launch();
 }
 

@@ -84,25 +84,29 @@ struct PositionMap {
   }
 
   // i' = i - c_out, and for kAffineLast displaced by u in output voxels: what the matrix acts on.
+  template <bool kField = true>
   REG_HD Vec<T, D> source(const Vec<int, D>& voxel, const Vec<T, D>& u) const {
     Vec<T, D> q;
     REG_UNROLL
     for (int k = 0; k < D; ++k) {
       q[k] = static_cast<T>(voxel[k]) - out.centre[k];
-      if (kAffine && placement == Placement::kAffineLast) q[k] += u[k] * out.half[k];
+      if (kField && kAffine && placement == Placement::kAffineLast) q[k] += u[k] * out.half[k];
     }
     return q;
   }
 
+  // Without a field, terms that do not change along z come first, for the compiler to move out of
+  // loops.
+  template <bool kField = true>
   REG_HD Vec<T, D> position(const Item& item, const Vec<int, D>& voxel, const Vec<T, D>& u) const {
     Vec<T, D> p;
-    if (placement == Placement::kFull) {
+    if (kField && placement == Placement::kFull) {
       REG_UNROLL
       for (int j = 0; j < D; ++j) p[j] = in.centre[j] + in.half[j] * u[j];
       return p;
     }
-    const Vec<T, D> q = source(voxel, u);
-    const bool add = !kAffine || placement == Placement::kAffineFirst;
+    const Vec<T, D> q = source<kField>(voxel, u);
+    const bool add = kField && (!kAffine || placement == Placement::kAffineFirst);
     REG_UNROLL
     for (int j = 0; j < D; ++j) {
       if constexpr (kAffine) {

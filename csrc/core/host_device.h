@@ -15,3 +15,10 @@
 #else
 #define REG_UNROLL _Pragma("GCC unroll 8")
 #endif
+
+// Keeps the compiler from unrolling a loop that mostly runs once.
+#if defined(__CUDA_ARCH__)
+#define REG_NO_UNROLL _Pragma("unroll 1")
+#else
+#define REG_NO_UNROLL
+#endif

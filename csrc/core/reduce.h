@@ -97,7 +97,7 @@ __device__ __forceinline__ T warp_sum(T value) {
 
 // One block per part: register, then warp, then block.
 template <class Body>
-__global__ void __launch_bounds__(kWarp* kRowsPerBlock)
+__global__ void __launch_bounds__(kWarp* kRowsPerBlock, Body::kMinBlocks)
     reduce_parts_kernel(const __grid_constant__ Body body, const __grid_constant__ VoxelSpace space,
                         int parts, typename Body::T* partial) {
   using T = typename Body::T;

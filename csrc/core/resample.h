@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "core/dispatch.h"
 #include "core/for_each.h"
 #include "core/geometry.h"
 #include "core/operand.h"
@@ -15,30 +16,56 @@
 
 namespace reg {
 
-// Where the channels of a voxel lie. Offsets count voxels.
+// Where the channels of a voxel lie: at(voxel, channel) is an element's offset, step(voxels) the
+// distance of voxels so many apart.
 struct ChannelsFirst {
+  static constexpr bool kLast = false;
   int64_t channels;
   int64_t volume;  // voxels from one channel to the next
   REG_HD int64_t count() const { return channels; }
   REG_HD int64_t at(int64_t voxel, int64_t channel) const { return channel * volume + voxel; }
+  REG_HD int64_t step(int64_t voxels) const { return voxels; }
 };
 
 template <int D>
 struct ChannelsLast {
+  static constexpr bool kLast = true;
   REG_HD constexpr int count() const { return D; }
   REG_HD int64_t at(int64_t voxel, int channel) const { return voxel * D + channel; }
+  REG_HD int64_t step(int64_t voxels) const { return voxels * D; }
 };
 
-template <class Scalar, int kD, bool kHasAffine, class InLayout>
+// Calls body(channel). Channels that lie last are few and known to the compiler, which unrolls.
+// Those that lie first are mostly one: it is peeled off, so that its offset costs nothing.
+template <class Layout, class Body>
+REG_HD void for_each_channel(const Layout& layout, const Body& body) {
+  if constexpr (Layout::kLast) {
+    constexpr int kCount = Layout().count();
+    REG_UNROLL
+    for (int channel = 0; channel < kCount; ++channel) body(channel);
+  } else {
+    if (layout.count() > 0) body(IntTag<0>::value);
+    REG_NO_UNROLL
+    for (int64_t channel = 1; channel < layout.count(); ++channel) body(channel);
+  }
+}
+
+// kField is false where an affine alone places the samples: then most of a position is the same for
+// all voxels along z, and the compiler sees it.
+template <class Scalar, int kD, bool kHasAffine, bool kHasField, class InLayout>
 struct Resampling {
   using T = Scalar;
   static constexpr int D = kD;
   static constexpr bool kAffine = kHasAffine;
+  static constexpr bool kField = kHasField;
   using Layout = InLayout;
   using Map = PositionMap<T, D, kAffine>;
 
   Map map;
   Sampling sampling;
+  Vec<T, D> inner_limit;  // see find_inner_cell
+  Vec<T, D> edge_limit;   // see find_edge_cell
+  int64_t stride[D];      // of the input, in voxels
   Layout in_layout;
   Layout out_layout;
   Operand<const T> input;
@@ -57,20 +84,133 @@ struct Resampling {
       return static_cast<int64_t>(voxel.z * size[1] + voxel.y) * size[0] + voxel.x;
     }
     REG_HD Vec<T, D> vector(const Voxel& voxel) const {
-      if (field == nullptr) return Vec<T, D>{};
+      if (!kField || field == nullptr) return Vec<T, D>{};
       return load_vec<T, D>(field + voxel_offset(voxel) * D);
     }
-    REG_HD Neighbourhood<T, D> locate(const Voxel& voxel, const Vec<T, D>& u) const {
-      return neighbourhood(self->map.position(item, voxel.index<D>(), u), self->map.in.size,
-                           self->sampling);
+    REG_HD Vec<T, D> position(const Voxel& voxel, const Vec<T, D>& u) const {
+      return self->map.template position<kField>(item, voxel.index<D>(), u);
+    }
+    REG_HD bool inner(const Vec<T, D>& p, InnerCell<T, D>& cell) const {
+      return find_inner_cell(p, self->inner_limit, cell);
+    }
+    REG_HD bool edge(const Vec<T, D>& p, InnerCell<T, D>& cell) const {
+      return find_edge_cell(p, self->edge_limit, cell);
+    }
+    // Zero padding, and so far out (or not a number) that nothing is touched.
+    REG_HD bool outside(const Vec<T, D>& p) const {
+      bool inside = true;
+      REG_UNROLL
+      for (int k = 0; k < D; ++k) {
+        inside = inside & (p[k] >= T(-1)) & (p[k] < static_cast<T>(self->map.in.size[k]));
+      }
+      return !inside && self->sampling.padding == Padding::kZeros;
+    }
+    REG_HD Neighbourhood<T, D> locate(const Vec<T, D>& p) const {
+      return neighbourhood(p, self->map.in.size, self->sampling);
+    }
+
+    // Values at the corners of an inner cell.
+    REG_HD void load_corners(const InnerCell<T, D>& cell, int64_t channel,
+                             T (&value)[1 << D]) const {
+      const T* corner0 = input + self->in_layout.at(self->voxel_offset(cell.index), channel);
+      REG_UNROLL
+      for (int corner = 0; corner < (1 << D); ++corner) {
+        value[corner] = corner0[self->in_layout.step(self->corner_offset(corner))];
+      }
+    }
+
+    // Values at the corners of an edge cell.
+    REG_HD void load_edge_corners(const InnerCell<T, D>& cell, int64_t channel,
+                                  T (&value)[1 << D]) const {
+      const T* corner0 = input + self->in_layout.at(self->voxel_offset(cell.index), channel);
+      REG_UNROLL
+      for (int corner = 0; corner < (1 << D); ++corner) {
+        bool inside = true;
+        REG_UNROLL
+        for (int k = 0; k < D; ++k) {
+          inside = inside & (corner >> k & 1 ? cell.index[k] < self->map.in.size[k] - 1
+                                             : cell.index[k] >= 0);
+        }
+        value[corner] = 0;
+        if (inside) value[corner] = corner0[self->in_layout.step(self->corner_offset(corner))];
+      }
+    }
+
+    // The weights of the corners, 0 where one lies outside; returns the voxel of corner 0.
+    REG_HD Vec<int, D> corner_weights(const Vec<T, D>& p, T (&weight)[1 << D]) const {
+      InnerCell<T, D> cell;
+      if (inner(p, cell)) {
+        REG_UNROLL
+        for (int i = 0; i < (1 << D); ++i) weight[i] = inner_weight(cell, i);
+        return cell.index;
+      }
+      const auto at = locate(p);
+      REG_UNROLL
+      for (int i = 0; i < (1 << D); ++i) weight[i] = at.weight(i);
+      Vec<int, D> index;
+      REG_UNROLL
+      for (int k = 0; k < D; ++k) index[k] = at.axis[k].index;
+      return index;
+    }
+
+    // Gradient with respect to the position, of the channels weighted with their cotangents.
+    REG_HD Vec<T, D> position_gradient(const Vec<T, D>& p, const T* grad, int64_t here) const {
+      T dot[1 << D] = {};
+      InnerCell<T, D> cell;
+      if (inner(p, cell)) {
+        for_each_channel(self->in_layout, [&](auto channel) {
+          const T g = grad[self->out_layout.at(here, channel)];
+          T value[1 << D];
+          load_corners(cell, channel, value);
+          REG_UNROLL
+          for (int corner = 0; corner < (1 << D); ++corner) dot[corner] += g * value[corner];
+        });
+        return inner_gradient(cell, dot);
+      }
+      if (outside(p)) return Vec<T, D>{};
+      if (edge(p, cell)) {
+        for_each_channel(self->in_layout, [&](auto channel) {
+          const T g = grad[self->out_layout.at(here, channel)];
+          T value[1 << D];
+          load_edge_corners(cell, channel, value);
+          REG_UNROLL
+          for (int corner = 0; corner < (1 << D); ++corner) dot[corner] += g * value[corner];
+        });
+        return inner_gradient(cell, dot);
+      }
+      const auto at = locate(p);
+      for_each_channel(self->in_layout, [&](auto channel) {
+        const T g = grad[self->out_layout.at(here, channel)];
+        REG_UNROLL
+        for (int corner = 0; corner < (1 << D); ++corner) {
+          if (at.inside(corner)) {
+            dot[corner] += g * input[self->in_layout.at(at.offset(corner), channel)];
+          }
+        }
+      });
+      return reg::position_gradient(at, dot);
     }
   };
+
+  // Row numbers fit 32 bits (checked), their products with the row length may not.
+  REG_HD int64_t voxel_offset(const Vec<int, D>& index) const {
+    int row = index[D - 1];
+    REG_UNROLL
+    for (int k = D - 2; k > 0; --k) row = row * map.in.size[k] + index[k];
+    return static_cast<int64_t>(row) * map.in.size[0] + index[0];
+  }
+  REG_HD int64_t corner_offset(int corner) const {
+    int64_t offset = 0;
+    REG_UNROLL
+    for (int k = 0; k < D; ++k) offset += corner >> k & 1 ? stride[k] : 0;
+    return offset;
+  }
 
   REG_HD Element element(int64_t group, int64_t n) const {
     Element result;
     result.self = this;
     result.input = input.at(group, n);
-    result.field = field.data == nullptr ? nullptr : field.at(group, n);
+    result.field = !kField || field.data == nullptr ? nullptr : field.at(group, n);
     result.item = map.item(kAffine ? affine.at(group, n) : nullptr);
     return result;
   }
@@ -80,7 +220,9 @@ template <class R>
 struct ResampleForward {
   using T = typename R::T;
   static constexpr int D = R::D;
-  static constexpr int kDepth = R::kAffine ? 4 : 1;
+  static constexpr int kDepth = R::kField ? 8 : 16;
+  static constexpr int kUnroll = 1;
+  static constexpr int kMinBlocks = R::kAffine || R::Layout::kLast ? 5 : 6;
 
   R resampling;
   Operand<T> output;
@@ -91,50 +233,56 @@ struct ResampleForward {
     const ResampleForward* self;
     T* output;
 
+    // Calls store(channel, value) for each channel.
+    template <class Store>
+    REG_HD void sample(const Vec<T, D>& p, const Store& store) const {
+      const auto& layout = self->resampling.in_layout;
+      InnerCell<T, D> cell;
+      if (source.inner(p, cell)) {
+        for_each_channel(layout, [&](auto channel) {
+          T value[1 << D];
+          source.load_corners(cell, channel, value);
+          store(channel, inner_value(cell, value));
+        });
+        return;
+      }
+      if (source.outside(p)) {
+        for_each_channel(layout, [&](auto channel) { store(channel, T(0)); });
+        return;
+      }
+      if (source.edge(p, cell)) {
+        for_each_channel(layout, [&](auto channel) {
+          T value[1 << D];
+          source.load_edge_corners(cell, channel, value);
+          store(channel, inner_value(cell, value));
+        });
+        return;
+      }
+      const auto at = source.locate(p);
+      for_each_channel(layout, [&](auto channel) {
+        T sum = 0;
+        REG_UNROLL
+        for (int corner = 0; corner < (1 << D); ++corner) {
+          const T weight = at.weight(corner);
+          if (weight != 0) sum += weight * source.input[layout.at(at.offset(corner), channel)];
+        }
+        store(channel, sum);
+      });
+    }
+
     REG_HD void operator()(const Voxel& voxel) const {
       const R& r = self->resampling;
       const Vec<T, D> u = source.vector(voxel);
-      const auto at = source.locate(voxel, u);
-      T weight[1 << D];
-      int64_t offset[1 << D];
-      REG_UNROLL
-      for (int corner = 0; corner < (1 << D); ++corner) {
-        weight[corner] = at.weight(corner);
-        offset[corner] = at.offset(corner);
-      }
-#ifndef __CUDA_ARCH__
-      const bool full = at.full();
-#endif
-      auto sample = [&](auto channel) {
-        T sum = 0;
-#ifndef __CUDA_ARCH__
-        if (full) {
-          for (int corner = 0; corner < (1 << D); ++corner) {
-            sum += weight[corner] * source.input[r.in_layout.at(offset[corner], channel)];
-          }
-          return sum;
-        }
-#endif
-        REG_UNROLL
-        for (int corner = 0; corner < (1 << D); ++corner) {
-          if (weight[corner] != 0) {
-            sum += weight[corner] * source.input[r.in_layout.at(offset[corner], channel)];
-          }
-        }
-        return sum;
-      };
-      if constexpr (std::is_same_v<typename R::Layout, ChannelsFirst>) {
-        const int64_t target = source.voxel_offset(voxel);
-        for (int64_t channel = 0; channel < r.in_layout.count(); ++channel) {
-          const T value = sample(channel);
-          if (voxel.active) output[r.out_layout.at(target, channel)] = value;
-        }
-      } else {
+      const Vec<T, D> p = source.position(voxel, u);
+      if constexpr (R::Layout::kLast) {
         Vec<T, D> value;
-        REG_UNROLL
-        for (int k = 0; k < D; ++k) value[k] = sample(k) + (self->add_field ? u[k] : T(0));
-        const int64_t row = static_cast<int64_t>(voxel.z * r.map.out.size[1] + voxel.y);
-        store_packed(output + row * voxel.row_size * D, voxel, value);
+        sample(p, [&](auto k, T sampled) { value[k] = sampled + (self->add_field ? u[k] : T(0)); });
+        store_packed(output + voxel.row(r.map.out.size) * D, voxel, value);
+      } else {
+        const int64_t target = source.voxel_offset(voxel);
+        sample(p, [&](auto channel, T sampled) {
+          if (voxel.active) output[r.out_layout.at(target, channel)] = sampled;
+        });
       }
     }
   };
@@ -144,35 +292,15 @@ struct ResampleForward {
   }
 };
 
-// dot[corner] += g * value at the corner, for one channel: what derivatives with respect to the
-// position are made of.
-template <class R>
-REG_HD void accumulate_corners(const R& r, const typename R::Element& source,
-                               const Neighbourhood<typename R::T, R::D>& at, int64_t channel,
-                               typename R::T g, typename R::T (&dot)[1 << R::D]) {
-#ifndef __CUDA_ARCH__
-  if (at.full()) {
-    for (int corner = 0; corner < (1 << R::D); ++corner) {
-      dot[corner] += g * source.input[r.in_layout.at(at.offset(corner), channel)];
-    }
-    return;
-  }
-#endif
-  REG_UNROLL
-  for (int corner = 0; corner < (1 << R::D); ++corner) {
-    if (at.inside(corner)) {
-      dot[corner] += g * source.input[r.in_layout.at(at.offset(corner), channel)];
-    }
-  }
-}
-
 // The gradient with respect to the field. A field shared by all items (`shared_items` > 1) sums
 // over them here, in one thread, so that nobody else writes to it.
 template <class R>
 struct FieldGradient {
   using T = typename R::T;
   static constexpr int D = R::D;
-  static constexpr int kDepth = R::kAffine ? 4 : 1;
+  static constexpr int kDepth = 4;
+  static constexpr int kUnroll = 1;
+  static constexpr int kMinBlocks = R::kAffine ? 3 : 4;
 
   R resampling;
   Operand<const T> grad_output;
@@ -187,32 +315,29 @@ struct FieldGradient {
 
     REG_HD void add_item(const typename R::Element& source, int64_t n, const Voxel& voxel,
                          Vec<T, D>& total) const {
-      const R& r = self->resampling;
       const T* grad = self->grad_output.at(group, n);
-      const auto at = source.locate(voxel, source.vector(voxel));
       const int64_t here = source.voxel_offset(voxel);
-      T dot[1 << D] = {};
-      for (int channel = 0; channel < r.in_layout.count(); ++channel) {
-        const T g = grad[r.out_layout.at(here, channel)];
-        accumulate_corners(r, source, at, channel, g, dot);
-        if constexpr (!std::is_same_v<typename R::Layout, ChannelsFirst>) {
-          if (self->add_field) total[channel] += g;
+      const Vec<T, D> p = source.position(voxel, source.vector(voxel));
+      const Vec<T, D> grad_u =
+          self->resampling.map.pull_back(source.item, source.position_gradient(p, grad, here));
+      REG_UNROLL
+      for (int k = 0; k < D; ++k) {
+        total[k] += grad_u[k];
+        if constexpr (R::Layout::kLast) {
+          if (self->add_field) total[k] += grad[self->resampling.out_layout.at(here, k)];
         }
       }
-      const Vec<T, D> grad_u = r.map.pull_back(source.item, position_gradient(at, dot));
-      REG_UNROLL
-      for (int k = 0; k < D; ++k) total[k] += grad_u[k];
     }
 
     REG_HD void operator()(const Voxel& voxel) const {
       Vec<T, D> total{};
       add_item(first, item, voxel, total);
+      REG_NO_UNROLL
       for (int64_t n = 1; n < self->shared_items; ++n) {
         add_item(self->resampling.element(group, n), n, voxel, total);
       }
-      const int64_t row =
-          static_cast<int64_t>(voxel.z * self->resampling.map.out.size[1] + voxel.y);
-      store_packed(self->grad_field.at(group, item) + row * voxel.row_size * D, voxel, total);
+      store_packed(self->grad_field.at(group, item) + voxel.row(self->resampling.map.out.size) * D,
+                   voxel, total);
     }
   };
 
@@ -228,6 +353,7 @@ struct AffineMoments {
   using T = typename R::T;
   static constexpr int D = R::D;
   static constexpr int kSums = D * (D + 1);
+  static constexpr int kMinBlocks = 3;
 
   R resampling;
   Operand<const T> grad_output;
@@ -240,14 +366,9 @@ struct AffineMoments {
     REG_HD void operator()(const Voxel& voxel, T (&sums)[kSums]) const {
       const R& r = self->resampling;
       const Vec<T, D> u = source.vector(voxel);
-      const auto at = source.locate(voxel, u);
-      const int64_t here = source.voxel_offset(voxel);
-      T dot[1 << D] = {};
-      for (int channel = 0; channel < r.in_layout.count(); ++channel) {
-        accumulate_corners(r, source, at, channel, grad[r.out_layout.at(here, channel)], dot);
-      }
-      const Vec<T, D> grad_p = position_gradient(at, dot);
-      const Vec<T, D> q = r.map.source(voxel.index<D>(), u);
+      const Vec<T, D> grad_p =
+          source.position_gradient(source.position(voxel, u), grad, source.voxel_offset(voxel));
+      const Vec<T, D> q = r.map.template source<R::kField>(voxel.index<D>(), u);
       REG_UNROLL
       for (int j = 0; j < D; ++j) {
         REG_UNROLL
@@ -283,18 +404,19 @@ inline void scatter_voxel(const R& resampling, const typename R::Element& source
                           typename R::T* target) {
   using T = typename R::T;
   constexpr int D = R::D;
-  auto at = source.locate(voxel, source.vector(voxel));
-  Cell<T>& slow = at.axis[D - 1];
-  if (slow.index + 1 < low || slow.index >= high) return;
-  if (slow.index < low) slow.weight[0] = 0;
-  if (slow.index + 1 >= high) slow.weight[1] = 0;
+  const Vec<T, D> p = source.position(voxel, source.vector(voxel));
+  const int slow = locate(p[D - 1], resampling.map.in.size[D - 1], resampling.sampling).index;
+  if (slow + 1 < low || slow >= high) return;
   T weight[1 << D];
   int64_t offset[1 << D];
+  const int64_t base = resampling.voxel_offset(source.corner_weights(p, weight));
+  bool full = true;
   for (int corner = 0; corner < (1 << D); ++corner) {
-    weight[corner] = at.weight(corner);
-    offset[corner] = at.offset(corner);
+    const int index = slow + (corner >> (D - 1) & 1);
+    if (index < low || index >= high) weight[corner] = 0;
+    full = full && weight[corner] != 0;
+    offset[corner] = base + resampling.corner_offset(corner);
   }
-  const bool full = at.full();
   const int64_t here = source.voxel_offset(voxel);
   for (int channel = 0; channel < resampling.in_layout.count(); ++channel) {
     const T g = grad[resampling.out_layout.at(here, channel)];
@@ -332,8 +454,7 @@ void scatter(const Cpu&, const VoxelSpace& space, const R& resampling,
       int32_t low = INT32_MAX, high = INT32_MIN;
       for (int x = 0; x < space.x; ++x) {
         const Voxel voxel = voxel_at(i - b * rows, x);
-        const Vec<T, D> p =
-            resampling.map.position(source.item, voxel.index<D>(), source.vector(voxel));
+        const Vec<T, D> p = source.position(voxel, source.vector(voxel));
         const int index = locate(p[D - 1], slow_size, resampling.sampling).index;
         low = std::min(low, index);
         high = std::max(high, index + 1);
@@ -388,144 +509,145 @@ void scatter(const Cpu&, const VoxelSpace& space, const R& resampling,
 
 // ---- Scatter on CUDA ----------------------------------------------------------------------------
 //
-// Neighbouring voxels of a smooth warp add to mostly the same targets. A warp takes 8 x 4 voxels of
-// a plane and walks along z; each thread holds the contributions to the corners of its cell, and
-// before anything goes to memory they are merged: the upper plane of a cell with the lower plane of
-// the next one along z, the right corners with the left ones of the next thread, the far row with
-// the near row of the next. Of eight atomic additions per voxel and channel little more than one is
-// left. Merging compares addresses, so a field that is not smooth only merges less.
+// A block of voxels adds, by way of a warp that does not vary much, to a block of targets of about
+// the same size. It accumulates them in shared memory, in a tile placed about where its central
+// voxel goes, and then adds each touched target to global memory once, in whole rows. What falls
+// outside the tile goes to global memory directly: a wild warp is slower, not wrong.
 
-inline constexpr int kScatterTileX = 8;
-inline constexpr int kScatterTileY = 4;
-inline constexpr int kScatterWarpsX = 2;
-inline constexpr int kScatterWarpsY = 4;
-inline constexpr int kScatterDepth = 16;
-inline constexpr int64_t kNowhere = INT64_MIN / 2;
-
-// The contributions of one thread to a plane of its cell: corners (x, y) = 00, 10, 01, 11.
-template <class T, int kChannels>
-struct CellPlane {
-  T value[4][kChannels];
+template <class T, int D>
+struct ScatterShape;
+template <class T>
+struct ScatterShape<T, 3> {
+  static constexpr int kBlockX = 16, kBlockY = 8, kBlockZ = sizeof(T) == 4 ? 8 : 2;
+  static constexpr int kTileX = 22, kTileY = 14, kTileZ = sizeof(T) == 4 ? 12 : 6;
 };
-
-template <class T, int kChannels, class Layout>
-__device__ __forceinline__ void add_plane(const CellPlane<T, kChannels>& plane, int64_t base,
-                                          int64_t stride_y, const Layout& layout, int64_t channel,
-                                          T* target) {
-  REG_UNROLL
-  for (int corner = 0; corner < 4; ++corner) {
-    const int64_t voxel = base + (corner & 1) + (corner >> 1) * stride_y;
-    REG_UNROLL
-    for (int c = 0; c < kChannels; ++c) {
-      const T value = plane.value[corner][c];
-      if (value != 0) atomicAdd(target + layout.at(voxel, channel + c), value);
-    }
-  }
-}
-
-// Moves what threads next to each other add to the same voxel to one of them. All lanes take part.
-template <class T, int kChannels>
-__device__ __forceinline__ void merge_plane(CellPlane<T, kChannels>& plane, int64_t base,
-                                            int64_t stride_y) {
-  constexpr unsigned kAll = 0xffffffffu;
-  const int lane = threadIdx.x & 31;
-  const bool sends_right =
-      lane % kScatterTileX < kScatterTileX - 1 && __shfl_down_sync(kAll, base, 1) == base + 1;
-  REG_UNROLL
-  for (int row = 0; row < 4; row += 2) {
-    REG_UNROLL
-    for (int c = 0; c < kChannels; ++c) {
-      const T sent = sends_right ? plane.value[row + 1][c] : T(0);
-      const T received = __shfl_up_sync(kAll, sent, 1);
-      if (lane > 0) plane.value[row][c] += received;
-      if (sends_right) plane.value[row + 1][c] = 0;
-    }
-  }
-  const bool sends_up = lane < kWarp - kScatterTileX &&
-                        __shfl_down_sync(kAll, base, kScatterTileX) == base + stride_y;
-  REG_UNROLL
-  for (int side = 0; side < 2; ++side) {
-    REG_UNROLL
-    for (int c = 0; c < kChannels; ++c) {
-      const T sent = sends_up ? plane.value[2 + side][c] : T(0);
-      const T received = __shfl_up_sync(kAll, sent, kScatterTileX);
-      if (lane >= kScatterTileX) plane.value[side][c] += received;
-      if (sends_up) plane.value[2 + side][c] = 0;
-    }
-  }
-}
+template <class T>
+struct ScatterShape<T, 2> {
+  static constexpr int kBlockX = 32, kBlockY = 32, kBlockZ = 1;
+  static constexpr int kTileX = 44, kTileY = 44, kTileZ = 1;
+};
+inline constexpr int kScatterThreads = 256;
 
 template <class R>
-__global__ void __launch_bounds__(kWarp * kScatterWarpsX * kScatterWarpsY)
+__global__ void __launch_bounds__(kScatterThreads, 4)
     scatter_kernel(const __grid_constant__ R resampling,
                    const __grid_constant__ Operand<const typename R::T> grad_output,
                    const __grid_constant__ Operand<typename R::T> grad_input,
                    const __grid_constant__ VoxelSpace space, int tiles_x) {
   using T = typename R::T;
   constexpr int D = R::D;
-  constexpr bool kFirst = std::is_same_v<typename R::Layout, ChannelsFirst>;
-  constexpr int kChannels = kFirst ? 1 : D;  // held in registers at a time
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  using Shape = ScatterShape<T, D>;
+  constexpr int kChannels = R::Layout::kLast ? D : 1;  // accumulated at a time
+  constexpr int kTileSize[3] = {Shape::kTileX, Shape::kTileY, Shape::kTileZ};
+  constexpr int kTileStride[3] = {1, Shape::kTileX, Shape::kTileX * Shape::kTileY};
+  constexpr int kTile = Shape::kTileX * Shape::kTileY * Shape::kTileZ * kChannels;
+  constexpr int kRow = Shape::kTileX * kChannels;
+  constexpr int kBlockVoxels = Shape::kBlockX * Shape::kBlockY * Shape::kBlockZ;
+  static_assert(kTile % 4 == 0);
+  __shared__ alignas(16) T tile[kTile];
+  __shared__ int shared_origin[D];
+
   const int tile_y = blockIdx.x / tiles_x, tile_x = blockIdx.x - tile_y * tiles_x;
-  const int x =
-      (tile_x * kScatterWarpsX + warp % kScatterWarpsX) * kScatterTileX + lane % kScatterTileX;
-  const int y =
-      (tile_y * kScatterWarpsY + warp / kScatterWarpsX) * kScatterTileY + lane / kScatterTileX;
-  const bool active = x < space.x && y < space.y;
+  const int x0 = tile_x * Shape::kBlockX, y0 = tile_y * Shape::kBlockY;
   const int64_t batch = space.batch();
   for (int64_t b = blockIdx.z; b < batch; b += gridDim.z) {
-    const int64_t group = b / space.items, item = b - group * space.items;
+    const int64_t group = space.items == 1 ? b : b / space.items;
+    const int64_t item = space.items == 1 ? 0 : b - group * space.items;
     const auto source = resampling.element(group, item);
     const T* grad = grad_output.at(group, item);
     T* target = grad_input.at(group, item);
-    for (int64_t channel = 0; channel < resampling.in_layout.count(); channel += kChannels) {
-      for (int z0 = blockIdx.y * kScatterDepth; z0 < space.z; z0 += gridDim.y * kScatterDepth) {
-        CellPlane<T, kChannels> above = {};  // waits to be merged with the next plane
-        int64_t above_base = kNowhere;
-        int64_t stride_y = 0;
-        const int last = min(z0 + kScatterDepth, space.z);
-        for (int z = z0; z < last; ++z) {
-          CellPlane<T, kChannels> plane = {}, next = {};
-          int64_t base = kNowhere, stride_z = 0;
-          if (active) {
-            const Voxel voxel{z, y, x, true, x, space.x};
-            const auto at = source.locate(voxel, source.vector(voxel));
-            const int64_t here = source.voxel_offset(voxel);
-            base = at.base;
+    for (int z0 = blockIdx.y * Shape::kBlockZ; z0 < space.z; z0 += gridDim.y * Shape::kBlockZ) {
+      if (threadIdx.x == 0) {
+        const int x = min(x0 + Shape::kBlockX / 2, space.x - 1);
+        const Voxel centre{min(z0 + Shape::kBlockZ / 2, space.z - 1),
+                           min(y0 + Shape::kBlockY / 2, space.y - 1),
+                           x,
+                           true,
+                           x,
+                           space.x};
+        T unused[1 << D];
+        const Vec<int, D> middle =
+            source.corner_weights(source.position(centre, source.vector(centre)), unused);
+        REG_UNROLL
+        for (int k = 0; k < D; ++k) shared_origin[k] = middle[k] - (kTileSize[k] / 2 - 1);
+      }
+#pragma unroll 1
+      for (int64_t channel = 0; channel < resampling.in_layout.count(); channel += kChannels) {
+        for (int i = 4 * threadIdx.x; i < kTile; i += 4 * kScatterThreads) {
+          REG_UNROLL
+          for (int j = 0; j < 4; ++j) tile[i + j] = 0;
+        }
+        __syncthreads();
+        Vec<int, D> origin;  // the first voxel of the tile
+        REG_UNROLL
+        for (int k = 0; k < D; ++k) origin[k] = shared_origin[k];
+
+#pragma unroll 1
+        for (int i = threadIdx.x; i < kBlockVoxels; i += kScatterThreads) {
+          const int x = x0 + i % Shape::kBlockX;
+          const int y = y0 + i / Shape::kBlockX % Shape::kBlockY;
+          const int z = z0 + i / (Shape::kBlockX * Shape::kBlockY);
+          if (x >= space.x || y >= space.y || z >= space.z) continue;
+          const Voxel voxel{z, y, x, true, x, space.x};
+          const Vec<T, D> p = source.position(voxel, source.vector(voxel));
+          if (source.outside(p)) continue;
+          const int64_t here = source.voxel_offset(voxel);
+          T g[kChannels], weight[1 << D];
+          REG_UNROLL
+          for (int c = 0; c < kChannels; ++c) {
+            g[c] = grad[resampling.out_layout.at(here, channel + c)];
+          }
+          const Vec<int, D> cell = source.corner_weights(p, weight);
+          int in_tile = 0;
+          bool fits = true;
+          REG_UNROLL
+          for (int k = 0; k < D; ++k) {
+            const int offset = cell[k] - origin[k];
+            fits = fits & (offset >= 0) & (offset < kTileSize[k] - 1);
+            in_tile += offset * kTileStride[k];
+          }
+          if (fits) {
+            T* corner0 = tile + in_tile * kChannels;
             REG_UNROLL
-            for (int c = 0; c < kChannels; ++c) {
-              const T g = grad[resampling.out_layout.at(here, channel + c)];
+            for (int corner = 0; corner < (1 << D); ++corner) {
+              if (weight[corner] == 0) continue;
+              int step = 0;
               REG_UNROLL
-              for (int corner = 0; corner < 4; ++corner) {
-                plane.value[corner][c] = at.weight(corner) * g;
-                if constexpr (D == 3) next.value[corner][c] = at.weight(corner + 4) * g;
+              for (int k = 0; k < D; ++k) step += corner >> k & 1 ? kTileStride[k] : 0;
+              REG_UNROLL
+              for (int c = 0; c < kChannels; ++c) {
+                atomicAdd(corner0 + step * kChannels + c, weight[corner] * g[c]);
               }
             }
-          }
-          stride_y = resampling.map.in.size[0];
-          if constexpr (D == 3) {
-            stride_z = stride_y * resampling.map.in.size[1];
-            if (base == above_base) {
+          } else {
+            const int64_t corner0 = resampling.voxel_offset(cell);
+            REG_UNROLL
+            for (int corner = 0; corner < (1 << D); ++corner) {
+              if (weight[corner] == 0) continue;
+              T* place = target + resampling.in_layout.at(
+                                      corner0 + resampling.corner_offset(corner), channel);
               REG_UNROLL
-              for (int corner = 0; corner < 4; ++corner) {
-                REG_UNROLL
-                for (int c = 0; c < kChannels; ++c) {
-                  plane.value[corner][c] += above.value[corner][c];
-                }
-              }
-            } else {
-              add_plane(above, above_base, stride_y, resampling.in_layout, channel, target);
+              for (int c = 0; c < kChannels; ++c) atomicAdd(place + c, weight[corner] * g[c]);
             }
           }
-          merge_plane(plane, base, stride_y);
-          add_plane(plane, base, stride_y, resampling.in_layout, channel, target);
-          above = next;
-          above_base = base + stride_z;
         }
-        if constexpr (D == 3) {
-          merge_plane(above, above_base, stride_y);
-          add_plane(above, above_base, stride_y, resampling.in_layout, channel, target);
+        __syncthreads();
+
+        // Row by row, a warp each. What was not touched is 0, and may lie outside of the array.
+        for (int row = threadIdx.x / kWarp; row < Shape::kTileY * Shape::kTileZ;
+             row += kScatterThreads / kWarp) {
+          Vec<int, D> first = origin;
+          first[1] += row % Shape::kTileY;
+          if constexpr (D == 3) first[2] += row / Shape::kTileY;
+          T* start = target + resampling.in_layout.at(resampling.voxel_offset(first), channel);
+          REG_UNROLL
+          for (int e = 0; e < kRow; e += kWarp) {
+            const int element = e + threadIdx.x % kWarp;
+            const T value = element < kRow ? tile[row * kRow + element] : T(0);
+            if (value != 0) atomicAdd(start + element, value);
+          }
         }
+        __syncthreads();
       }
     }
   }
@@ -534,18 +656,18 @@ __global__ void __launch_bounds__(kWarp * kScatterWarpsX * kScatterWarpsY)
 template <class R>
 void scatter(const Cuda& device, const VoxelSpace& space, const R& resampling,
              const Operand<const typename R::T>& grad_output, const Tensor& grad_input, int32_t*) {
+  using Shape = ScatterShape<typename R::T, R::D>;
   clear(device, grad_input);
   if (space.batch() == 0) return;
-  constexpr int kBlockX = kScatterTileX * kScatterWarpsX, kBlockY = kScatterTileY * kScatterWarpsY;
-  const int64_t tiles_x = (space.x + kBlockX - 1) / kBlockX;
-  const int64_t tiles_y = (space.y + kBlockY - 1) / kBlockY;
-  const int64_t tiles_z = (space.z + kScatterDepth - 1) / kScatterDepth;
+  const int64_t tiles_x = (space.x + Shape::kBlockX - 1) / Shape::kBlockX;
+  const int64_t tiles_y = (space.y + Shape::kBlockY - 1) / Shape::kBlockY;
+  const int64_t tiles_z = (space.z + Shape::kBlockZ - 1) / Shape::kBlockZ;
   const dim3 grid(static_cast<unsigned>(tiles_x * tiles_y),
                   static_cast<unsigned>(std::min<int64_t>(tiles_z, 65535)),
                   static_cast<unsigned>(std::min<int64_t>(space.batch(), 65535)));
-  scatter_kernel<<<grid, kWarp * kScatterWarpsX * kScatterWarpsY, 0, device.stream>>>(
-      resampling, grad_output, Operand<typename R::T>(grad_input), space,
-      static_cast<int>(tiles_x));
+  scatter_kernel<<<grid, kScatterThreads, 0, device.stream>>>(resampling, grad_output,
+                                                              Operand<typename R::T>(grad_input),
+                                                              space, static_cast<int>(tiles_x));
   check_launch();
 }
 
@@ -576,10 +698,10 @@ struct ResampleCall {
   const Tensor* partial_sums = nullptr;
 };
 
-template <class T, int D, bool kAffine, class Layout>
-Resampling<T, D, kAffine, Layout> make_resampling(const ResampleCall& call, Layout in_layout,
-                                                  Layout out_layout) {
-  Resampling<T, D, kAffine, Layout> r;
+template <class T, int D, bool kAffine, bool kField, class Layout>
+Resampling<T, D, kAffine, kField, Layout> make_resampling(const ResampleCall& call,
+                                                          Layout in_layout, Layout out_layout) {
+  Resampling<T, D, kAffine, kField, Layout> r;
   const int64_t in[3] = {call.in_sizes.x, call.in_sizes.y, call.in_sizes.z};
   const int64_t out[3] = {call.out_sizes.x, call.out_sizes.y, call.out_sizes.z};
   r.map.placement = call.placement;
@@ -589,6 +711,13 @@ Resampling<T, D, kAffine, Layout> make_resampling(const ResampleCall& call, Layo
     r.map.ratio[k] = in[k] == out[k] ? T(1) : r.map.in.half[k] * r.map.out.inverse[k];
   }
   r.sampling = call.sampling;
+  for (int k = 0; k < D; ++k) {
+    r.inner_limit[k] = call.sampling.mode == Mode::kNearest ? T(0) : static_cast<T>(in[k] - 1);
+    const bool has_edges =
+        call.sampling.mode == Mode::kBilinear && call.sampling.padding == Padding::kZeros;
+    r.edge_limit[k] = static_cast<T>(has_edges ? in[k] : -1);
+    r.stride[k] = k == 0 ? 1 : r.stride[k - 1] * in[k - 1];
+  }
   r.in_layout = in_layout;
   r.out_layout = out_layout;
   r.input = Operand<const T>(*call.input);
@@ -608,11 +737,17 @@ void with_resampling(const ResampleCall& call, const Body& body) {
       dispatch_bool(affine, [&](auto has_affine) {
         constexpr bool kAffine = decltype(has_affine)::value;
         if constexpr (kChannelsLast) {
-          body(make_resampling<T, D, kAffine>(call, ChannelsLast<D>{}, ChannelsLast<D>{}));
+          body(make_resampling<T, D, kAffine, true>(call, ChannelsLast<D>{}, ChannelsLast<D>{}));
         } else {
           const int64_t channels = call.input->shape[2];
-          body(make_resampling<T, D, kAffine>(call, ChannelsFirst{channels, call.in_sizes.voxels()},
-                                              ChannelsFirst{channels, call.out_sizes.voxels()}));
+          const ChannelsFirst in{channels, call.in_sizes.voxels()};
+          const ChannelsFirst out{channels, call.out_sizes.voxels()};
+          if constexpr (kAffine) {
+            if (!call.field->present) {
+              return body(make_resampling<T, D, true, false>(call, in, out));
+            }
+          }
+          body(make_resampling<T, D, kAffine, true>(call, in, out));
         }
       });
     });

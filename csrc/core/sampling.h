@@ -139,16 +139,6 @@ struct Neighbourhood {
     for (int k = 1; k < D; ++k) result *= axis[k].weight[corner >> k & 1];
     return result;
   }
-  // All corners are there and count. On the CPU one branch then saves one for each corner; on CUDA
-  // the loads are predicated and there is nothing to save.
-  REG_HD bool full() const {
-    bool result = true;
-    REG_UNROLL
-    for (int k = 0; k < D; ++k) {
-      result = result && axis[k].weight[0] != 0 && axis[k].weight[1] != 0;
-    }
-    return result;
-  }
   REG_HD bool inside(int corner) const {
     bool result = true;
     REG_UNROLL
@@ -171,6 +161,110 @@ REG_HD Neighbourhood<T, D> neighbourhood(const Vec<T, D>& p, const int (&size)[D
   result.stride[0] = 1;
   REG_UNROLL
   for (int k = 1; k < D; ++k) result.stride[k] = result.stride[k - 1] * size[k - 1];
+  return result;
+}
+
+// The place of a sample whose corners all lie inside and all count. Nearly every sample is one, and
+// no boundary rule applies to it: these few lines are what the kernels spend their time in.
+template <class T, int D>
+struct InnerCell {
+  Vec<int, D> index;   // the voxel of corner 0
+  Vec<T, D> fraction;  // strictly between 0 and 1
+};
+
+// `limit` is the last position of each axis, or 0 where there are no inner cells (nearest
+// sampling).
+template <class T, int D>
+REG_HD bool find_inner_cell(const Vec<T, D>& p, const Vec<T, D>& limit, InnerCell<T, D>& cell) {
+  bool inside = true;
+  REG_UNROLL
+  for (int k = 0; k < D; ++k) inside = inside & (p[k] > 0) & (p[k] < limit[k]);
+#ifndef __CUDA_ARCH__
+  if (!inside) return false;  // on CUDA a branch costs more than the few instructions it saves
+#endif
+  T product = 1;
+  REG_UNROLL
+  for (int k = 0; k < D; ++k) {
+    cell.index[k] = static_cast<int>(p[k]);
+    cell.fraction[k] = p[k] - static_cast<T>(cell.index[k]);
+    product *= cell.fraction[k];
+  }
+  return inside & (product != 0);
+}
+
+// The same for a sample at the edge of a zero-padded volume: some corners lie outside and are 0.
+// `limit` is the size of each axis, or -1 where there are no such cells (other padding or
+// sampling).
+template <class T, int D>
+REG_HD bool find_edge_cell(const Vec<T, D>& p, const Vec<T, D>& limit, InnerCell<T, D>& cell) {
+  bool near = true;
+  REG_UNROLL
+  for (int k = 0; k < D; ++k) near = near & (p[k] > T(-1)) & (p[k] < limit[k]);
+  if (!near) return false;
+  T product = 1;
+  REG_UNROLL
+  for (int k = 0; k < D; ++k) {
+    const T below = fast_floor(p[k]);
+    cell.index[k] = static_cast<int>(below);
+    cell.fraction[k] = p[k] - below;
+    product *= cell.fraction[k];
+  }
+  return product != 0;
+}
+
+template <class T, int D>
+REG_HD T inner_weight(const InnerCell<T, D>& cell, int corner) {
+  T result = 1;
+  REG_UNROLL
+  for (int k = 0; k < D; ++k) {
+    result *= corner >> k & 1 ? cell.fraction[k] : 1 - cell.fraction[k];
+  }
+  return result;
+}
+
+template <class T>
+REG_HD T lerp(T a, T b, T fraction) {
+  return a + fraction * (b - a);
+}
+
+// The sample from the values at the corners: axis after axis, pairs become one.
+template <class T, int D>
+REG_HD T inner_value(const InnerCell<T, D>& cell, const T (&corners)[1 << D]) {
+  T value[1 << D];
+  REG_UNROLL
+  for (int i = 0; i < (1 << D); ++i) value[i] = corners[i];
+  REG_UNROLL
+  for (int k = 0; k < D; ++k) {
+    REG_UNROLL
+    for (int i = 0; i < (1 << (D - 1 - k)); ++i) {
+      value[i] = lerp(value[2 * i], value[2 * i + 1], cell.fraction[k]);
+    }
+  }
+  return value[0];
+}
+
+// Its derivative with respect to the position, in the same way.
+template <class T, int D>
+REG_HD Vec<T, D> inner_gradient(const InnerCell<T, D>& cell, const T (&corners)[1 << D]) {
+  T value[1 << D];
+  T slope[D][1 << (D - 1)];
+  REG_UNROLL
+  for (int i = 0; i < (1 << D); ++i) value[i] = corners[i];
+  REG_UNROLL
+  for (int k = 0; k < D; ++k) {
+    REG_UNROLL
+    for (int i = 0; i < (1 << (D - 1 - k)); ++i) {
+      REG_UNROLL
+      for (int j = 0; j < k; ++j) {
+        slope[j][i] = lerp(slope[j][2 * i], slope[j][2 * i + 1], cell.fraction[k]);
+      }
+      slope[k][i] = value[2 * i + 1] - value[2 * i];
+      value[i] = lerp(value[2 * i], value[2 * i + 1], cell.fraction[k]);
+    }
+  }
+  Vec<T, D> result;
+  REG_UNROLL
+  for (int k = 0; k < D; ++k) result[k] = slope[k][0];
   return result;
 }
 

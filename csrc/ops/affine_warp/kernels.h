@@ -29,7 +29,7 @@ REG_HD int64_t field_row(const Frame<T, D>& frame, const Voxel& voxel) {
 template <class Scalar, int D>
 struct AffineWarpForward {
   using T = Scalar;
-  static constexpr int kDepth = 4;
+  static constexpr int kDepth = 4, kUnroll = 1, kMinBlocks = 4;
   Frame<T, D> frame;
   Operand<const T> affine, displacement;
   Operand<T> output;
@@ -74,7 +74,6 @@ struct AffineWarpForward {
 template <class Scalar, int D>
 struct SumOverItems {
   using T = Scalar;
-  static constexpr int kDepth = 1;
   Frame<T, D> frame;
   Operand<const T> grad_output;
   Operand<T> grad_displacement;
@@ -104,6 +103,7 @@ template <class Scalar, int D>
 struct AffineWarpMoments {
   using T = Scalar;
   static constexpr int kSums = D * (D + 1);
+  static constexpr int kMinBlocks = 4;
   Frame<T, D> frame;
   Operand<const T> grad_output;
 

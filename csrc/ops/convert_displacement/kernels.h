@@ -10,7 +10,6 @@ namespace reg {
 template <class Scalar, int D>
 struct Conversion {
   using T = Scalar;
-  static constexpr int kDepth = 1;
   const T* input;
   T* output;
   int64_t items;

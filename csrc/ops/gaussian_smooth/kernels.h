@@ -82,17 +82,30 @@ __global__ void __launch_bounds__(256)
   const int64_t row = pass.size * pass.stride;
   const int64_t e = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (e >= row) return;
+  const int radius = static_cast<int>(pass.radius);
+  const bool inside = e >= radius * pass.stride && e + radius * pass.stride < row;
   for (int64_t slab = blockIdx.y; slab < pass.outer; slab += gridDim.y) {
-    const T* source = in + slab * row + e;
-    T sum = weights[0] * source[0];
-    int64_t reach = 0;
+    const T* low = in + slab * row + e;
+    const T* high = low;
+    T sum = weights[0] * *low;
+    if (inside) {
 #pragma unroll 4
-    for (int d = 1; d <= pass.radius; ++d) {
-      reach += pass.stride;
-      T pair = 0;
-      if (e >= reach) pair = source[-reach];
-      if (e + reach < row) pair += source[reach];
-      sum += weights[d] * pair;
+      for (int d = 1; d <= radius; ++d) {
+        low -= pass.stride;
+        high += pass.stride;
+        sum += weights[d] * (*low + *high);
+      }
+    } else {
+      int64_t reach = 0;
+      for (int d = 1; d <= radius; ++d) {
+        low -= pass.stride;
+        high += pass.stride;
+        reach += pass.stride;
+        T pair = 0;
+        if (e >= reach) pair = *low;
+        if (e + reach < row) pair += *high;
+        sum += weights[d] * pair;
+      }
     }
     out[slab * row + e] = sum;
   }

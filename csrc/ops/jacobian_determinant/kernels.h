@@ -72,7 +72,6 @@ struct Differences {
 template <class Scalar, int D>
 struct JacobianForward {
   using T = Scalar;
-  static constexpr int kDepth = 1;
   Differences<T, D> differences;
   Operand<const T> displacement;
   Operand<T> output;
@@ -98,7 +97,6 @@ struct JacobianForward {
 template <class Scalar, int D>
 struct JacobianBackward {
   using T = Scalar;
-  static constexpr int kDepth = 1;
   Differences<T, D> differences;
   Operand<const T> displacement;
   Operand<const T> grad_output;

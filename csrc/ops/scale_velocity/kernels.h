@@ -11,7 +11,6 @@ namespace reg {
 template <class Scalar>
 struct Scale {
   using T = Scalar;
-  static constexpr int kDepth = 1;
   const T* input;
   T* output;
   T factor;  // a power of two: exact
