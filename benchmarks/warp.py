@@ -46,9 +46,10 @@ def smooth_field(rng: np.random.Generator, size: tuple[int, ...], voxels: float)
 
 class Bench:
     def __init__(
-        self, device: str, size: tuple[int, int, int], repeats: int, only: str = ""
+        self, device: str, size: tuple[int, int, int], repeats: int, only: str, work: str
     ) -> None:
-        self.device, self.size, self.repeats, self.only = device, size, repeats, only
+        self.device, self.size, self.repeats = device, size, repeats
+        self.only, self.work = only, work
         self.voxels = int(np.prod(size))
         rng = np.random.default_rng(0)
         angle = np.float32(0.1)
@@ -172,7 +173,7 @@ class Bench:
         wrt: tuple[str, ...] = (),
         cotangent: str = "g",
     ) -> None:
-        if self.only not in who:
+        if self.only not in who or self.work not in work:
             return
 
         def call(s: dict[str, torch.Tensor]) -> Any:
@@ -198,7 +199,7 @@ class Bench:
         wrt: tuple[str, ...] = (),
         cotangent: str = "g",
     ) -> None:
-        if not self.jax or self.only not in who:
+        if not self.jax or self.only not in who or self.work not in work:
             return
         if not wrt:
             ms, memory = self.time_jax(forward, names)
@@ -293,11 +294,14 @@ def main() -> None:
     parser.add_argument("--size", nargs=3, type=int, metavar=("Z", "Y", "X"))
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--only", help="measure only what has this in its name, such as torchreg")
+    parser.add_argument("--work", help="measure only work with this in its name, such as affine")
     parser.add_argument("--json")
     args = parser.parse_args()
     cuda = args.device == "cuda"
     size = tuple(args.size or ((192, 160, 224) if cuda else (96, 96, 96)))
-    bench = Bench(args.device, size, args.repeats or (30 if cuda else 7), args.only or "")
+    bench = Bench(
+        args.device, size, args.repeats or (30 if cuda else 7), args.only or "", args.work or ""
+    )
     name = torch.cuda.get_device_name() if cuda else f"{platform.processor()} x{os.cpu_count()}"
     about = {
         "device": name,

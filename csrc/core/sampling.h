@@ -200,7 +200,9 @@ REG_HD bool find_edge_cell(const Vec<T, D>& p, const Vec<T, D>& limit, InnerCell
   bool near = true;
   REG_UNROLL
   for (int k = 0; k < D; ++k) near = near & (p[k] > T(-1)) & (p[k] < limit[k]);
+#ifndef __CUDA_ARCH__
   if (!near) return false;
+#endif
   T product = 1;
   REG_UNROLL
   for (int k = 0; k < D; ++k) {
@@ -209,7 +211,7 @@ REG_HD bool find_edge_cell(const Vec<T, D>& p, const Vec<T, D>& limit, InnerCell
     cell.fraction[k] = p[k] - below;
     product *= cell.fraction[k];
   }
-  return product != 0;
+  return near & (product != 0);
 }
 
 template <class T, int D>
