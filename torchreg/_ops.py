@@ -32,6 +32,7 @@ _SCHEMA_TYPES = {
     "ints": "int[]",
     "floats": "float[]",
 }
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 _library = torch.library.Library("torchreg", "DEF")
 
 
@@ -53,6 +54,7 @@ class _Signature:
         self.outputs = [name for name, _ in entry["outputs"]]
         self.is_workspace = [role == "workspace" for _, role in entry["outputs"]]
         self.gradient = entry["gradient"]
+        self.all_results = _mask([not workspace for workspace in self.is_workspace])
         arguments = [
             f"Tensor{'?' if optional else ''} {name}" for name, optional in entry["inputs"]
         ]
@@ -71,29 +73,20 @@ def _spec(tensor: torch.Tensor, grouped: bool) -> tuple[str, tuple[int, ...]]:
     return _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), shape
 
 
-def _infer(
-    signature: _Signature, arguments: Sequence[Any]
-) -> list[tuple[str, tuple[int, ...]] | None]:
-    operands, attributes, wanted, grouped = signature.split(arguments)
-    specs = [None if x is None else _spec(x, grouped) for x in operands]
-    return _regcore.infer(signature.op, specs, attributes, wanted)
-
-
 def _allocate(
-    specs: Sequence[tuple[str, tuple[int, ...]] | None], device: torch.device
+    specs: Sequence[tuple[str, tuple[int, ...]] | None], grouped: bool, device: torch.device
 ) -> list[torch.Tensor | None]:
     return [
-        None if spec is None else torch.empty(spec[1], dtype=_DTYPES[spec[0]], device=device)
+        None
+        if spec is None
+        else torch.empty(spec[1] if grouped else spec[1][1:], dtype=_DTYPES[spec[0]], device=device)
         for spec in specs
     ]
 
 
-def _results(
-    signature: _Signature, outputs: Sequence[torch.Tensor | None], grouped: bool
-) -> list[torch.Tensor]:
-    """What the caller gets: no workspaces, and no group axis unless it knows of it."""
+def _results(signature: _Signature, outputs: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
     return [
-        x if grouped else x.squeeze(0)
+        x
         for x, workspace in zip(outputs, signature.is_workspace, strict=True)
         if x is not None and not workspace
     ]
@@ -102,48 +95,59 @@ def _results(
 def _make_implementation(signature: _Signature) -> Callable[..., list[torch.Tensor]]:
     def implementation(*arguments: Any) -> list[torch.Tensor]:
         operands, attributes, wanted, grouped = signature.split(arguments)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
+        present = [x for x in operands if x is not None]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in present):
             raise RuntimeError(
                 f"torch.ops.torchreg.{signature.op} has no derivative of its own: "
                 "call the function of the same name in torchreg"
             )
-        device = next(x.device for x in operands if x is not None)
+        device = present[0].device
+        inputs = [None if x is None else _spec(x, grouped) for x in operands]
+        specs = _regcore.infer(signature.op, inputs, attributes, wanted)
         # Workspaces go back to the allocator as soon as the launch is queued: it hands them out
         # again only to work that comes later on this stream.
-        outputs = _allocate(_infer(signature, arguments), device)
+        outputs = _allocate(specs, grouped, device)
         is_cuda = device.type == "cuda"
         _regcore.launch(
             signature.op,
-            [None if x is None else (x.data_ptr(), *_spec(x, grouped)) for x in operands],
+            [
+                None if x is None else (x.data_ptr(), *spec)
+                for x, spec in zip(operands, inputs, strict=True)
+            ],
             attributes,
             wanted,
-            [None if x is None else (x.data_ptr(), *_spec(x, True)) for x in outputs],
+            [
+                None if x is None else (x.data_ptr(), *spec)
+                for x, spec in zip(outputs, specs, strict=True)
+            ],
             device.index if is_cuda else -1,
             torch._C._cuda_getCurrentRawStream(device.index) if is_cuda else 0,
         )
-        return _results(signature, outputs, grouped)
+        return _results(signature, outputs)
 
     return implementation
 
 
 def _make_fake(signature: _Signature) -> Callable[..., list[torch.Tensor]]:
     def fake(*arguments: Any) -> list[torch.Tensor]:
-        operands, _, _, grouped = signature.split(arguments)
+        operands, attributes, wanted, grouped = signature.split(arguments)
         device = next(x.device for x in operands if x is not None)
-        return _results(signature, _allocate(_infer(signature, arguments), device), grouped)
+        inputs = [None if x is None else _spec(x, grouped) for x in operands]
+        specs = _regcore.infer(signature.op, inputs, attributes, wanted)
+        return _results(signature, _allocate(specs, grouped, device))
 
     return fake
 
 
 _SIGNATURES = {op: _Signature(op) for op in _TABLE}
+_IMPLEMENTATIONS = {op: _make_implementation(s) for op, s in _SIGNATURES.items()}
 
 
 def _register() -> None:
     for signature in _SIGNATURES.values():
         _library.define(signature.schema)
-        implementation = _make_implementation(signature)
         for key in ("CPU", "CUDA"):
-            _library.impl(signature.op, implementation, key)
+            _library.impl(signature.op, _IMPLEMENTATIONS[signature.op], key)
         torch.library.register_fake(
             f"torchreg::{signature.op}", _make_fake(signature), lib=_library
         )
@@ -152,14 +156,23 @@ def _register() -> None:
 _register()
 
 
+def _is_eager(operands: Sequence[Any]) -> bool:
+    """Whether nobody listens in: no compiler, no functional transform, no mode, no subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(x is None or type(x) in _PLAIN_TYPES for x in operands)
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 def _call(
     op: str, operands: Sequence[Any], attributes: tuple[Any, ...], wanted: int, grouped: bool
 ) -> list[torch.Tensor]:
+    # The dispatcher costs more than the rest of a call; it is for those who listen in.
+    if _is_eager(operands):
+        return _IMPLEMENTATIONS[op](*operands, *attributes, wanted, grouped)
     return getattr(torch.ops.torchreg, op)(*operands, *attributes, wanted, grouped)
-
-
-def _all_results(signature: _Signature) -> int:
-    return _mask([not workspace for workspace in signature.is_workspace])
 
 
 class _Once(torch.autograd.Function):
@@ -191,7 +204,7 @@ class _Apply(torch.autograd.Function):
     def forward(
         op: str, attributes: tuple[Any, ...], grouped: bool, *operands: torch.Tensor | None
     ) -> torch.Tensor:
-        (result,) = _call(op, operands, attributes, _all_results(_SIGNATURES[op]), grouped)
+        (result,) = _call(op, operands, attributes, _SIGNATURES[op].all_results, grouped)
         return result
 
     @staticmethod
@@ -273,6 +286,24 @@ class _Apply(torch.autograd.Function):
         return (result if grouped else result.squeeze(1)), 0
 
 
+class _EagerApply(torch.autograd.Function):
+    """`_Apply` in the older style, which knows no functional transforms and takes half the time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        op: str,
+        attributes: tuple[Any, ...],
+        grouped: bool,
+        *operands: torch.Tensor | None,
+    ) -> torch.Tensor:
+        result = _Apply.forward(op, attributes, grouped, *operands)
+        _Apply.setup_context(ctx, (op, attributes, grouped, *operands), result)
+        return result
+
+    backward = staticmethod(_Apply.backward)
+
+
 def static_tuple(value: Any) -> tuple[Any, ...]:
     """One value or several, as a tuple."""
     if isinstance(value, np.ndarray):
@@ -282,6 +313,8 @@ def static_tuple(value: Any) -> tuple[Any, ...]:
 
 def _plain(value: Any) -> Any:
     """Python's own number for a NumPy one."""
+    if type(value) in (bool, int, float, str):
+        return value
     if isinstance(value, tuple):
         return tuple(_plain(v) for v in value)
     return value.item() if isinstance(value, np.generic) else value
@@ -346,11 +379,20 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> torch
             )
     signature = _SIGNATURES[op]
     attributes = {name: _plain(value) for name, value in attributes.items()}
-    if not torch.compiler.is_compiling():  # a compiler meets the checks in the fake implementation
-        specs = [None if x is None else _spec(x, False) for x in operands]
-        _regcore.infer(op, specs, attributes, _all_results(signature))
-    # A compiler traces a backward pass without its tie to the second derivative.
-    if torch.compiler.is_compiling() and _grad_levels() > 1:
-        raise RuntimeError(f"torchreg: {op} can be differentiated once, not twice")
     ordered = tuple(attributes[name] for name in signature.attributes)
-    return _Apply.apply(op, ordered, False, *(x if x is None else x.contiguous() for x in operands))
+    arguments = [x if x is None else x.contiguous() for x in operands]
+    if torch.compiler.is_compiling():
+        # The checks come with the fake implementation. A compiler traces a backward pass without
+        # its tie to the second derivative.
+        if _grad_levels() > 1:
+            raise RuntimeError(f"torchreg: {op} can be differentiated once, not twice")
+    elif _is_eager(arguments):
+        # The checks come with the launch.
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
+            return _EagerApply.apply(op, ordered, False, *arguments)
+        (result,) = _call(op, arguments, ordered, signature.all_results, False)
+        return result
+    else:
+        specs = [None if x is None else _spec(x, False) for x in operands]
+        _regcore.infer(op, specs, attributes, signature.all_results)
+    return _Apply.apply(op, ordered, False, *arguments)
