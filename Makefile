@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 BUILD_SETTINGS := --config-settings=cmake.define.REGCORE_CUDA=$(CUDA) \
   $(if $(CUDA_ARCHS),"--config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHS)")
-SOURCES := $(shell find csrc jaxreg torchreg -type f -not -path '*/__pycache__/*') \
+SOURCES := $(shell find csrc jaxreg torchreg -type f -not -path '*/__pycache__/*' -not -name '*.md') \
   CMakeLists.txt pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
@@ -36,10 +36,7 @@ install: $(VENV)/.installed ## both packages with everything they can use, in .v
 demo: $(VENV)/.installed ## register two brains; pictures and volumes in ./jaxreg-demo
 	$(BIN)/jaxreg demo
 
-test: $(VENV)/.installed ## the tests that this machine can run
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+test: lint ## the tests that this machine can run
 	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed ## speed and memory beside what one would otherwise use
@@ -56,6 +53,7 @@ format: $(VENV)/.installed ## ruff and clang-format
 lint: $(VENV)/.installed ## check the format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 clean: ## remove what was built
 	rm -rf $(VENV) build dist wheelhouse

@@ -302,7 +302,11 @@ def main() -> None:
     bench = Bench(
         args.device, size, args.repeats or (30 if cuda else 7), args.only or "", args.work or ""
     )
-    name = torch.cuda.get_device_name() if cuda else f"{platform.processor()} x{os.cpu_count()}"
+    name = (
+        torch.cuda.get_device_name()
+        if cuda
+        else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    )
     about = {
         "device": name,
         "torch": torch.__version__,

@@ -263,3 +263,17 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> jax.A
     ordered = tuple(attributes[name] for name, _, _ in entry["attributes"])
     (result,) = _jitted(op, ordered, _vary_alike(arrays))
     return result
+
+
+def build_facts() -> dict[str, str]:
+    """What the extension was built for and sees, by name, as short texts."""
+    architectures = _regcore.cuda_architectures()
+    backends = [platform for platform in _PLATFORMS if _regcore.xla_registrations(platform)]
+    return {
+        "regkernels": _regcore.__version__,
+        "XLA FFI API": ".".join(str(part) for part in _regcore.xla_ffi_api_version()),
+        "registered backends": ", ".join(backends),
+        "CUDA architectures": ", ".join(architectures) or "none (CPU-only build)",
+        "CUDA devices": str(_regcore.cuda_device_count()),
+        "CPU threads": str(_regcore.num_threads()),
+    }

@@ -208,6 +208,20 @@ def test_differentiating_twice_is_refused(name: str, cotangent_needs_gradient: b
 
 
 @pytest.mark.parametrize("name", FUSED)
+def test_dual_numbers_are_refused(name: str) -> None:
+    """A tangent that got lost would be a derivative of zero."""
+    case = example(name)
+    for chosen in range(case.count):
+        operands = [op.detach() for op in leaves(case)]
+        with torch.autograd.forward_ad.dual_level():
+            operands[chosen] = torch.autograd.forward_ad.make_dual(
+                operands[chosen], torch.ones_like(operands[chosen])
+            )
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                bound(case)(*operands)
+
+
+@pytest.mark.parametrize("name", FUSED)
 def test_differentiating_the_gradient_by_its_cotangent_is_refused(name: str) -> None:
     case = example(name)
     operands = leaves(case)

@@ -14,6 +14,7 @@ from typing import Any
 import _regcore
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 _TABLE = _regcore.ops()
 _DTYPE_NAMES = {
@@ -157,9 +158,10 @@ _register()
 
 
 def _is_eager(operands: Sequence[Any]) -> bool:
-    """Whether nobody listens in: no compiler, no functional transform, no mode, no subclass."""
+    """Whether nobody listens in: no compiler, transform, dual number, mode or subclass."""
     return (
         not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
         and all(x is None or type(x) in _PLAIN_TYPES for x in operands)
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0

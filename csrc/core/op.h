@@ -28,9 +28,9 @@ struct InputSpec {
   bool optional = false;
 };
 
-// A result is what the user asked for; a residual is kept for the gradient; a workspace is scratch
-// memory, an output only so that the framework's allocator owns it.
-enum class OutputRole { kResult, kResidual, kWorkspace };
+// A result is what the user asked for; a workspace is scratch memory, an output only so that the
+// framework's allocator owns it.
+enum class OutputRole { kResult, kWorkspace };
 
 struct OutputSpec {
   const char* name;
@@ -83,8 +83,8 @@ struct Op {
   void (*launch_cuda)(const Context& context, const Call& call);  // null in a CPU-only build
 };
 
-// The gradient of an op takes, by name, whatever it needs of the op's inputs and outputs, and the
-// cotangent of an output `x` as `grad_x`; it returns the gradient of an input `y` as `grad_y`.
+// The gradient of an op takes, by name, whatever it needs of the op's inputs, and the cotangent of
+// its result as `grad_output`; it returns the gradient of an input `y` as `grad_y`.
 
 // Names an op's CUDA launch in its declaration; a CPU-only build has none.
 #ifdef REGCORE_CUDA

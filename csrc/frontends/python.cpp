@@ -180,8 +180,6 @@ const char* role_name(OutputRole role) {
   switch (role) {
     case OutputRole::kResult:
       return "result";
-    case OutputRole::kResidual:
-      return "residual";
     case OutputRole::kWorkspace:
       return "workspace";
   }
