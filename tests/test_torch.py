@@ -467,3 +467,51 @@ def test_a_cuda_graph_replays_values_and_gradients(name: str) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert_rounds_equal(captured, value_and_gradients(bound(other), leaves(other, "cuda")))
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_vmap_of_a_gradient_is_that_of_each_item(name: str) -> None:
+    """With every combination of mapped and unmapped operands."""
+    case = example(name)
+    plain = [op.detach() for op in leaves(case)]
+    everything = tuple(range(case.count))
+
+    def loss(*args: Tensor) -> Tensor:
+        return bound(case)(*args).square().sum()
+
+    slope = torch.func.grad(loss, everything)
+    for mapped in itertools.product([False, True], repeat=case.count):
+        if not any(mapped):
+            continue
+        operands = [
+            torch.stack([op, 0.5 * op]) if m else op for op, m in zip(plain, mapped, strict=True)
+        ]
+        dims = tuple(0 if m else None for m in mapped)
+        actual = torch.func.vmap(slope, in_dims=dims)(*operands)
+        each = [
+            slope(*(op[i] if m else op for op, m in zip(operands, mapped, strict=True)))
+            for i in range(2)
+        ]
+        for k in everything:
+            expected = torch.stack([gradients[k] for gradients in each])
+            assert_close(actual[k].numpy(), expected.numpy(), np.float64)
+
+
+def test_lazily_negated_and_zero_tensors_are_what_they_stand_for() -> None:
+    image, grid = torch.rand(1, 1, 6, 7), 0.2 * torch.rand(1, 6, 7, 2)
+    negated = torchreg.interpolate(torch._neg_view(image), grid=grid)
+    assert torch.equal(negated, torchreg.interpolate(-image, grid=grid))
+    zeros = torch._efficientzerotensor((1, 1, 6, 7))
+    assert torch.equal(torchreg.interpolate(zeros, grid=grid), torch.zeros(1, 1, 6, 7))
+    leaf = image.requires_grad_()
+    value = torchreg.interpolate(leaf, grid=grid)
+    cotangent = torch.rand_like(value)
+    (plain,) = torch.autograd.grad(value, leaf, -cotangent, retain_graph=True)
+    (lazy,) = torch.autograd.grad(value, leaf, torch._neg_view(cotangent), retain_graph=True)
+    assert torch.equal(plain, lazy)
+
+
+def test_a_traced_call_computes_anew() -> None:
+    image, other = torch.rand(1, 1, 6, 7), torch.rand(1, 1, 6, 7)
+    traced = torch.jit.trace(lambda x: torchreg.gaussian_smooth(x, 1.0), image, check_trace=False)
+    assert torch.equal(traced(other), torchreg.gaussian_smooth(other, 1.0))

@@ -165,7 +165,17 @@ def _is_eager(operands: Sequence[Any]) -> bool:
         and all(x is None or type(x) in _PLAIN_TYPES for x in operands)
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._get_tracing_state() is None
     )
+
+
+def _plain_memory(x: torch.Tensor) -> torch.Tensor:
+    """The tensor with its elements in order in memory, as they are: no lazy sign, no lazy zeros."""
+    x = x.contiguous()
+    if torch.compiler.is_compiling():
+        return x
+    return (x.clone() if x._is_zerotensor() else x).resolve_neg()
 
 
 def _call(
@@ -175,6 +185,63 @@ def _call(
     if _is_eager(operands):
         return _IMPLEMENTATIONS[op](*operands, *attributes, wanted, grouped)
     return getattr(torch.ops.torchreg, op)(*operands, *attributes, wanted, grouped)
+
+
+def _fold(
+    size: int, dims: Sequence[int | None], operands: Sequence[torch.Tensor | None], grouped: bool
+) -> tuple[list[torch.Tensor | None], int]:
+    """Put a mapped axis into the group axis; also returns how many groups there were.
+
+    (mapped, groups, ...) becomes (mapped * groups, ...). An operand with one group serves all of
+    them; only one that is mapped by some but not all of several nested maps is copied.
+    """
+    mapped = [dim is not None for dim in dims]
+    moved = [
+        x if x is None or dim is None else x.movedim(dim, 0)
+        for x, dim in zip(operands, dims, strict=True)
+    ]
+    if not grouped:
+        moved = [
+            x if x is None else x.unsqueeze(1 if m else 0)
+            for x, m in zip(moved, mapped, strict=True)
+        ]
+    groups = max(
+        x.shape[1 if m else 0] for x, m in zip(moved, mapped, strict=True) if x is not None
+    )
+
+    def fold(x: torch.Tensor | None, is_mapped: bool) -> torch.Tensor | None:
+        if x is None:
+            return None
+        if is_mapped or x.shape[0] > 1:
+            if not is_mapped:
+                x = x.unsqueeze(0)
+            x = x.expand(size, groups, *x.shape[2:]).reshape(size * groups, *x.shape[2:])
+        return x.contiguous()
+
+    return [fold(x, m) for x, m in zip(moved, mapped, strict=True)], groups
+
+
+def _unfold(result: torch.Tensor, size: int, groups: int, grouped: bool) -> torch.Tensor:
+    result = result.reshape(size, groups, *result.shape[1:])
+    return result if grouped else result.squeeze(1)
+
+
+def _make_vmap_rule(signature: _Signature) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        operands, _, wanted, grouped = signature.split(arguments)
+        count = len(operands)
+        folded, groups = _fold(info.batch_size, in_dims[:count], operands, grouped)
+        results = _call(signature.op, folded, tuple(arguments[count:-2]), wanted, True)
+        unfolded = [_unfold(result, info.batch_size, groups, grouped) for result in results]
+        return unfolded, [0] * len(unfolded)
+
+    return rule
+
+
+for _signature in _SIGNATURES.values():
+    torch.library.register_vmap(
+        f"torchreg::{_signature.op}", _make_vmap_rule(_signature), lib=_library
+    )
 
 
 class _Once(torch.autograd.Function):
@@ -235,7 +302,11 @@ class _Apply(torch.autograd.Function):
             return (None,) * (3 + len(signature.inputs))
         gradient = _SIGNATURES[signature.gradient]
         values = dict(zip(signature.inputs, ctx.saved_tensors, strict=True))
-        values["grad_output"] = grad_output.contiguous()
+        values["grad_output"] = _plain_memory(grad_output)
+        if forward_ad._current_level >= 0 and any(
+            x is not None and forward_ad.unpack_dual(x).tangent is not None for x in values.values()
+        ):
+            raise NotImplementedError(f"torchreg: {ctx.op}: forward mode is not supported")
         operands = [values[name] for name in gradient.inputs]
         wanted = [name in asked for name in gradient.outputs]
         with torch.no_grad():
@@ -256,36 +327,9 @@ class _Apply(torch.autograd.Function):
         grouped: bool,
         *operands: torch.Tensor | None,
     ) -> tuple[torch.Tensor, int]:
-        # (mapped, groups, ...) becomes (mapped * groups, ...). An operand with one group serves all
-        # of them; only one that is mapped by some but not all of several nested maps is copied.
-        size = info.batch_size
-        moved = [
-            x if x is None or dim is None else x.movedim(dim, 0)
-            for x, dim in zip(operands, in_dims[3:], strict=True)
-        ]
-        mapped = [dim is not None for dim in in_dims[3:]]
-        if not grouped:
-            moved = [
-                x if x is None else x.unsqueeze(1 if m else 0)
-                for x, m in zip(moved, mapped, strict=True)
-            ]
-        groups = max(
-            x.shape[1 if m else 0] for x, m in zip(moved, mapped, strict=True) if x is not None
-        )
-
-        def fold(x: torch.Tensor | None, is_mapped: bool) -> torch.Tensor | None:
-            if x is None or (not is_mapped and x.shape[0] == 1):
-                return x
-            if not is_mapped:
-                x = x.unsqueeze(0)
-            return x.expand(size, groups, *x.shape[2:]).reshape(size * groups, *x.shape[2:])
-
-        folded = [fold(x, m) for x, m in zip(moved, mapped, strict=True)]
-        result = _Apply.apply(
-            op, attributes, True, *(x if x is None else x.contiguous() for x in folded)
-        )
-        result = result.reshape(size, groups, *result.shape[1:])
-        return (result if grouped else result.squeeze(1)), 0
+        folded, groups = _fold(info.batch_size, in_dims[3:], operands, grouped)
+        result = _Apply.apply(op, attributes, True, *folded)
+        return _unfold(result, info.batch_size, groups, grouped), 0
 
 
 class _EagerApply(torch.autograd.Function):
@@ -382,7 +426,7 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> torch
     signature = _SIGNATURES[op]
     attributes = {name: _plain(value) for name, value in attributes.items()}
     ordered = tuple(attributes[name] for name in signature.attributes)
-    arguments = [x if x is None else x.contiguous() for x in operands]
+    arguments = [x if x is None else _plain_memory(x) for x in operands]
     if torch.compiler.is_compiling():
         # The checks come with the fake implementation. A compiler traces a backward pass without
         # its tie to the second derivative.
