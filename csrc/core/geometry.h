@@ -90,7 +90,9 @@ struct PositionMap {
     REG_UNROLL
     for (int k = 0; k < D; ++k) {
       q[k] = static_cast<T>(voxel[k]) - out.centre[k];
-      if (kField && kAffine && placement == Placement::kAffineLast) q[k] += u[k] * out.half[k];
+      if (kField && kAffine && placement == Placement::kAffineLast && out.half[k] != 0) {
+        q[k] += u[k] * out.half[k];
+      }
     }
     return q;
   }
@@ -131,7 +133,10 @@ struct PositionMap {
         T sum = 0;
         if constexpr (kAffine) {
           REG_UNROLL
-          for (int j = 0; j < D; ++j) sum += item.matrix[j][k] * grad_p[j];
+          for (int j = 0; j < D; ++j) {
+            // An infinite entry places all samples outside, where their gradient is 0.
+            if (grad_p[j] != 0) sum += item.matrix[j][k] * grad_p[j];
+          }
         }
         grad_u[k] = sum * out.half[k];
       }

@@ -22,3 +22,12 @@
 #else
 #define REG_NO_UNROLL
 #endif
+
+// Whether all threads of the warp that are here say yes; one thread decides for itself on the CPU.
+REG_HD bool warp_agrees(bool yes) {
+#ifdef __CUDA_ARCH__
+  return __all_sync(__activemask(), yes);
+#else
+  return yes;
+#endif
+}

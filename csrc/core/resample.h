@@ -50,10 +50,6 @@ REG_HD void for_each_channel(const Layout& layout, const Body& body) {
   }
 }
 
-// A displacement field mostly stays inside. An affine alone turns whole rows across the edge, where
-// a warp's threads part unless all of them treat their sample as one at the edge.
-enum class Edges { kFirst, kAfterInner, kGeneral };
-
 // kField is false where an affine alone places the samples: then most of a position is the same for
 // all voxels along z, and the compiler sees it.
 template <class Scalar, int kD, bool kHasAffine, bool kHasField, class InLayout>
@@ -67,9 +63,8 @@ struct Resampling {
 
   Map map;
   Sampling sampling;
-  Vec<T, D> inner_limit;  // see find_inner_cell
-  Vec<T, D> edge_limit;   // see find_edge_cell
-  int64_t stride[D];      // of the input, in voxels
+  Vec<int, D> inner_limit;  // see find_inner_cell
+  int64_t stride[D];        // of the input, in voxels
   Layout in_layout;
   Layout out_layout;
   Operand<const T> input;
@@ -103,96 +98,76 @@ struct Resampling {
       }
       return !inside && self->sampling.padding == Padding::kZeros;
     }
-    // Values at the corners of an inner cell, or of an edge cell.
-    template <bool kEdge>
-    REG_HD void load_corners(const InnerCell<T, D>& cell, int64_t channel,
-                             T (&value)[1 << D]) const {
+    // Values at the corners; `kChecked`: of a cell that may lie partly outside.
+    template <bool kChecked>
+    REG_HD void load_corners(const Cell<T, D>& cell, int64_t channel, T (&value)[1 << D]) const {
       const T* corner0 = input + self->in_layout.at(self->voxel_offset(cell.index), channel);
       REG_UNROLL
       for (int corner = 0; corner < (1 << D); ++corner) {
-        bool inside = true;
-        if constexpr (kEdge) {
-          REG_UNROLL
-          for (int k = 0; k < D; ++k) {
-            inside = inside & (corner >> k & 1 ? cell.index[k] < self->map.in.size[k] - 1
-                                               : cell.index[k] >= 0);
-          }
-        }
         value[corner] = 0;
-        if (inside) value[corner] = corner0[self->in_layout.step(self->corner_offset(corner))];
+        if (!kChecked || cell.inside(corner, self->map.in.size)) {
+          value[corner] = corner0[self->in_layout.step(self->corner_offset(corner))];
+        }
       }
     }
 
-    // Finds out how a sample is to be taken and calls one of
-    //   linear(cell, IntTag<edge>), zero(), general(neighbourhood).
-    // `kEdges`: when to look for edge cells. Every order gives the same; which is fastest was
-    // measured.
-    template <Edges kEdges, class Linear, class Zero, class General>
-    REG_HD auto sample(const Vec<T, D>& p, const Linear& linear, const Zero& zero,
-                       const General& general) const {
-      InnerCell<T, D> cell;
-      if constexpr (kEdges == Edges::kFirst) {
-        if (find_edge_cell(p, self->edge_limit, cell)) return linear(cell, IntTag<1>{});
-      }
-      if (find_inner_cell(p, self->inner_limit, cell)) return linear(cell, IntTag<0>{});
+    // Calls inner(cell) for a sample to which no boundary rule applies, zero() for one that touches
+    // nothing, and checked(cell, slope) for any other. A warp whose samples are not all inner ones
+    // takes them all as if they were not: it would have to follow both paths anyway. Either gives
+    // the same.
+    template <class Inner, class Zero, class Checked>
+    REG_HD auto sample(const Vec<T, D>& p, const Inner& inner, const Zero& zero,
+                       const Checked& checked) const {
+      Cell<T, D> cell;
+      if (warp_agrees(find_inner_cell(p, self->inner_limit, cell))) return inner(cell);
       if (outside(p)) return zero();
-      if constexpr (kEdges == Edges::kAfterInner) {
-        if (find_edge_cell(p, self->edge_limit, cell)) return linear(cell, IntTag<1>{});
-      }
-      return general(neighbourhood(p, self->map.in.size, self->sampling));
+      Vec<T, D> slope;
+      cell = find_cell(p, self->map.in.size, self->sampling, slope);
+      return checked(cell, slope);
     }
 
     // The weights of the corners, 0 where one lies outside; returns the voxel of corner 0.
     REG_HD Vec<int, D> corner_weights(const Vec<T, D>& p, T (&weight)[1 << D]) const {
-      InnerCell<T, D> cell;
+      Cell<T, D> cell;
       if (find_inner_cell(p, self->inner_limit, cell)) {
         REG_UNROLL
-        for (int i = 0; i < (1 << D); ++i) weight[i] = inner_weight(cell, i);
+        for (int i = 0; i < (1 << D); ++i) weight[i] = cell.weight(i);
         return cell.index;
       }
-      const auto at = neighbourhood(p, self->map.in.size, self->sampling);
+      Vec<T, D> slope;
+      cell = find_cell(p, self->map.in.size, self->sampling, slope);
       REG_UNROLL
-      for (int i = 0; i < (1 << D); ++i) weight[i] = at.weight(i);
-      Vec<int, D> index;
-      REG_UNROLL
-      for (int k = 0; k < D; ++k) index[k] = at.axis[k].index;
-      return index;
+      for (int i = 0; i < (1 << D); ++i) {
+        weight[i] = cell.inside(i, self->map.in.size) ? cell.weight(i) : T(0);
+      }
+      return cell.index;
     }
 
     // Gradient with respect to the position, of the channels weighted with their cotangents.
     REG_HD Vec<T, D> position_gradient(const Vec<T, D>& p, const T* grad, int64_t here) const {
       // For each corner, the sum over channels of cotangent times value.
-      auto dot_corners = [&](const auto& load) {
+      auto dot_corners = [&](const Cell<T, D>& cell, auto checked) {
         Vec<T, 1 << D> dot{};
         for_each_channel(self->in_layout, [&](auto channel) {
           const T g = grad[self->out_layout.at(here, channel)];
           T value[1 << D];
-          load(channel, value);
+          load_corners<decltype(checked)::value>(cell, channel, value);
           REG_UNROLL
           for (int corner = 0; corner < (1 << D); ++corner) dot[corner] += g * value[corner];
         });
         return dot;
       };
-      return sample<kField ? Edges::kAfterInner : Edges::kFirst>(
+      return sample(
           p,
-          [&](const InnerCell<T, D>& cell, auto edge) {
-            const auto dot = dot_corners([&](auto channel, T(&value)[1 << D]) {
-              load_corners<decltype(edge)::value>(cell, channel, value);
-            });
-            return inner_gradient(cell, dot.v);
+          [&](const Cell<T, D>& cell) {
+            return sample_gradient<false>(cell, dot_corners(cell, IntTag<0>{}).v);
           },
           [] { return Vec<T, D>{}; },
-          [&](const Neighbourhood<T, D>& at) {
-            const auto dot = dot_corners([&](auto channel, T(&value)[1 << D]) {
-              REG_UNROLL
-              for (int corner = 0; corner < (1 << D); ++corner) {
-                value[corner] = 0;
-                if (at.inside(corner)) {
-                  value[corner] = input[self->in_layout.at(at.offset(corner), channel)];
-                }
-              }
-            });
-            return reg::position_gradient(at, dot.v);
+          [&](const Cell<T, D>& cell, const Vec<T, D>& slope) {
+            Vec<T, D> gradient = sample_gradient<true>(cell, dot_corners(cell, IntTag<1>{}).v);
+            REG_UNROLL
+            for (int k = 0; k < D; ++k) gradient[k] = slope[k] == 0 ? T(0) : slope[k] * gradient[k];
+            return gradient;
           });
     }
   };
@@ -242,30 +217,18 @@ struct ResampleForward {
     template <class Store>
     REG_HD void sample(const Vec<T, D>& p, const Store& store) const {
       const auto& layout = self->resampling.in_layout;
-      source.template sample<R::kField ? Edges::kAfterInner : Edges::kGeneral>(
-          p,
-          [&](const InnerCell<T, D>& cell, auto edge) {
-            for_each_channel(layout, [&](auto channel) {
-              T value[1 << D];
-              source.template load_corners<decltype(edge)::value>(cell, channel, value);
-              store(channel, inner_value(cell, value));
-            });
-          },
+      auto linear = [&](const Cell<T, D>& cell, auto checked) {
+        constexpr bool kChecked = decltype(checked)::value;
+        for_each_channel(layout, [&](auto channel) {
+          T value[1 << D];
+          source.template load_corners<kChecked>(cell, channel, value);
+          store(channel, sample_value<kChecked>(cell, value));
+        });
+      };
+      source.sample(
+          p, [&](const Cell<T, D>& cell) { linear(cell, IntTag<0>{}); },
           [&] { for_each_channel(layout, [&](auto channel) { store(channel, T(0)); }); },
-          [&](const Neighbourhood<T, D>& at) {
-            for_each_channel(layout, [&](auto channel) {
-              T sum = 0;
-              REG_UNROLL
-              for (int corner = 0; corner < (1 << D); ++corner) {
-                const T weight = at.weight(corner);
-                // Not even read where it does not count: see Neighbourhood.
-                if (weight != 0) {
-                  sum += weight * source.input[layout.at(at.offset(corner), channel)];
-                }
-              }
-              store(channel, sum);
-            });
-          });
+          [&](const Cell<T, D>& cell, const Vec<T, D>&) { linear(cell, IntTag<1>{}); });
     }
 
     REG_HD void operator()(const Voxel& voxel) const {
@@ -370,7 +333,11 @@ struct AffineMoments {
       REG_UNROLL
       for (int j = 0; j < D; ++j) {
         REG_UNROLL
-        for (int k = 0; k < D; ++k) sums[j * (D + 1) + k] += grad_p[j] * q[k];
+        for (int k = 0; k < D; ++k) {
+          // Where a displacement is not finite, the sample is outside and its gradient 0.
+          const bool counts = !R::kField || grad_p[j] != 0;
+          sums[j * (D + 1) + k] += counts ? grad_p[j] * q[k] : T(0);
+        }
         sums[j * (D + 1) + D] += grad_p[j];
       }
     }
@@ -710,10 +677,7 @@ Resampling<T, D, kAffine, kField, Layout> make_resampling(const ResampleCall& ca
   }
   r.sampling = call.sampling;
   for (int k = 0; k < D; ++k) {
-    r.inner_limit[k] = call.sampling.mode == Mode::kNearest ? T(0) : static_cast<T>(in[k] - 1);
-    const bool has_edges =
-        call.sampling.mode == Mode::kBilinear && call.sampling.padding == Padding::kZeros;
-    r.edge_limit[k] = static_cast<T>(has_edges ? in[k] : -1);
+    r.inner_limit[k] = inner_limit(in[k], call.sampling.mode);
     r.stride[k] = k == 0 ? 1 : r.stride[k - 1] * in[k - 1];
   }
   r.in_layout = in_layout;
