@@ -148,9 +148,11 @@ void append_sizes(Shape& shape, const Sizes& sizes, int dimensions) {
 }
 
 void check_sizes(const Call& call, const char* argument, const Sizes& sizes) {
-  constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / 4;
-  if (sizes.z > kLimit || sizes.y > kLimit || sizes.x > kLimit || sizes.rows() > kLimit) {
-    fail_value(call, argument, concat("fewer than ", kLimit, " rows and columns"),
+  constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max() / 4;
+  constexpr int64_t kMaxColumns = 1 << 26;  // the bytes of a row of vectors fit 32 bits
+  if (sizes.z > kMaxRows || sizes.y > kMaxRows || sizes.rows() > kMaxRows ||
+      sizes.x > kMaxColumns) {
+    fail_value(call, argument, concat("at most ", kMaxRows, " rows of ", kMaxColumns, " voxels"),
                concat(sizes.rows(), " rows of ", sizes.x));
   }
 }

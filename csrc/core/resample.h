@@ -16,27 +16,30 @@
 
 namespace reg {
 
-// Where the channels of a voxel lie: at(voxel, channel) is an element's offset, step(voxels) the
-// distance of voxels so many apart.
+// How an array of voxels with channels lies in memory: kPixel elements from one voxel to the next,
+// at(voxel, channel) is an element's offset, channel(c) that of a voxel's channel from its first.
 struct ChannelsFirst {
   static constexpr bool kLast = false;
-  int64_t channels;
+  static constexpr int kPixel = 1;
+  int channels;
   int64_t volume;  // voxels from one channel to the next
-  REG_HD int64_t count() const { return channels; }
-  REG_HD int64_t at(int64_t voxel, int64_t channel) const { return channel * volume + voxel; }
-  REG_HD int64_t step(int64_t voxels) const { return voxels; }
+  REG_HD int count() const { return channels; }
+  REG_HD int64_t channel(int c) const { return c * volume; }
+  REG_HD int64_t at(int64_t voxel, int c) const { return channel(c) + voxel; }
 };
 
 template <int D>
 struct ChannelsLast {
   static constexpr bool kLast = true;
+  static constexpr int kPixel = D;
   REG_HD constexpr int count() const { return D; }
-  REG_HD int64_t at(int64_t voxel, int channel) const { return voxel * D + channel; }
-  REG_HD int64_t step(int64_t voxels) const { return voxels * D; }
+  REG_HD int64_t channel(int c) const { return c; }
+  REG_HD int64_t at(int64_t voxel, int c) const { return voxel * D + c; }
 };
 
 // Calls body(channel). Channels that lie last are few and known to the compiler, which unrolls.
-// Those that lie first are mostly one: it is peeled off, so that its offset costs nothing.
+// Those that lie first are mostly one: it is peeled off, so that its offset costs nothing. There
+// always is one: see resample_forward.
 template <class Layout, class Body>
 REG_HD void for_each_channel(const Layout& layout, const Body& body) {
   if constexpr (Layout::kLast) {
@@ -44,9 +47,9 @@ REG_HD void for_each_channel(const Layout& layout, const Body& body) {
     REG_UNROLL
     for (int channel = 0; channel < kCount; ++channel) body(channel);
   } else {
-    if (layout.count() > 0) body(IntTag<0>::value);
+    body(IntTag<0>::value);
     REG_NO_UNROLL
-    for (int64_t channel = 1; channel < layout.count(); ++channel) body(channel);
+    for (int channel = 1; channel < layout.count(); ++channel) body(channel);
   }
 }
 
@@ -62,9 +65,9 @@ struct Resampling {
   using Map = PositionMap<T, D, kAffine>;
 
   Map map;
-  Sampling sampling;
-  Vec<int, D> inner_limit;  // see find_inner_cell
-  int64_t stride[D];        // of the input, in voxels
+  Boundary<T, D> boundary;
+  int64_t stride[D];  // of the input, in voxels
+  int64_t step[D];    // of the input, in bytes
   Layout in_layout;
   Layout out_layout;
   Operand<const T> input;
@@ -78,64 +81,78 @@ struct Resampling {
     const T* field;
     typename Map::Item item;
 
-    REG_HD int64_t voxel_offset(const Voxel& voxel) const {
+    // An output voxel's place in an array of kPixel elements a voxel.
+    template <int kPixel, class Value>
+    REG_HD Value* out_pointer(Value* base, const Voxel& voxel) const {
       const auto& size = self->map.out.size;
-      return static_cast<int64_t>(voxel.z * size[1] + voxel.y) * size[0] + voxel.x;
+      return voxel_pointer<kPixel>(base, voxel.z * size[1] + voxel.y, size[0], voxel.x);
+    }
+    REG_HD int64_t voxel_offset(const Voxel& voxel) const {
+      return voxel.row(self->map.out.size) + voxel.x;
     }
     REG_HD Vec<T, D> vector(const Voxel& voxel) const {
       if (!kField || field == nullptr) return Vec<T, D>{};
-      return load_vec<T, D>(field + voxel_offset(voxel) * D);
+      return load_vec<T, D>(out_pointer<D>(field, voxel));
     }
     REG_HD Vec<T, D> position(const Voxel& voxel, const Vec<T, D>& u) const {
       return self->map.template position<kField>(item, voxel.index<D>(), u);
     }
-    // Zero padding, and so far out (or not a number) that nothing is touched.
-    REG_HD bool outside(const Vec<T, D>& p) const {
-      bool inside = true;
-      REG_UNROLL
-      for (int k = 0; k < D; ++k) {
-        inside = inside & (p[k] >= T(-1)) & (p[k] < static_cast<T>(self->map.in.size[k]));
-      }
-      return !inside && self->sampling.padding == Padding::kZeros;
-    }
     // Values at the corners; `kChecked`: of a cell that may lie partly outside.
     template <bool kChecked>
-    REG_HD void load_corners(const Cell<T, D>& cell, int64_t channel, T (&value)[1 << D]) const {
-      const T* corner0 = input + self->in_layout.at(self->voxel_offset(cell.index), channel);
+    REG_HD void load_corners(const Cell<T, D>& cell, int channel, T (&value)[1 << D]) const {
+      const auto& size = self->map.in.size;
+      constexpr int kRows = 1 << (D - 1);
+      const T* row[kRows];
+      row[0] = voxel_pointer<Layout::kPixel>(input + self->in_layout.channel(channel),
+                                             self->row_number(cell.index), size[0], cell.index[0]);
+      bool row_inside[kRows] = {true};
       REG_UNROLL
-      for (int corner = 0; corner < (1 << D); ++corner) {
-        value[corner] = 0;
-        if (!kChecked || cell.inside(corner, self->map.in.size)) {
-          value[corner] = corner0[self->in_layout.step(self->corner_offset(corner))];
+      for (int k = 1; k < D; ++k) {
+        const bool lower = unsigned(cell.index[k]) < unsigned(size[k]);
+        const bool upper = cell.index[k] + 1u < unsigned(size[k]);
+        REG_UNROLL
+        for (int i = 0; i < 1 << (k - 1); ++i) {
+          const int next = i | 1 << (k - 1);
+          row[next] = advance_bytes(row[i], self->step[k]);
+          row_inside[next] = row_inside[i] & upper;
+          row_inside[i] = row_inside[i] & lower;
         }
+      }
+      const bool lower = unsigned(cell.index[0]) < unsigned(size[0]);
+      const bool upper = cell.index[0] + 1u < unsigned(size[0]);
+      REG_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        value[2 * i] = value[2 * i + 1] = 0;
+        if (!kChecked || (row_inside[i] & lower)) value[2 * i] = row[i][0];
+        if (!kChecked || (row_inside[i] & upper)) value[2 * i + 1] = row[i][Layout::kPixel];
       }
     }
 
-    // Calls inner(cell) for a sample to which no boundary rule applies, zero() for one that touches
-    // nothing, and checked(cell, slope) for any other. A warp whose samples are not all inner ones
-    // takes them all as if they were not: it would have to follow both paths anyway. Either gives
-    // the same.
-    template <class Inner, class Zero, class Checked>
-    REG_HD auto sample(const Vec<T, D>& p, const Inner& inner, const Zero& zero,
-                       const Checked& checked) const {
+    // Calls take(cell, IntTag<0>, unused) for a sample to which no boundary rule applies and
+    // take(cell, IntTag<1>, slope) for any other. A warp whose samples are not all inner ones takes
+    // them all as if they were not: it would have to follow both paths anyway. Either gives the
+    // same.
+    template <class Take>
+    REG_HD auto sample(const Vec<T, D>& p, const Take& take) const {
       Cell<T, D> cell;
-      if (warp_agrees(find_inner_cell(p, self->inner_limit, cell))) return inner(cell);
-      if (outside(p)) return zero();
-      Vec<T, D> slope;
-      cell = find_cell(p, self->map.in.size, self->sampling, slope);
-      return checked(cell, slope);
+      Vec<T, D> slope{};
+      if (warp_agrees(self->boundary.find_inner_cell(p, cell))) {
+        return take(cell, IntTag<0>{}, slope);
+      }
+      cell = self->boundary.find_cell(p, slope);
+      return take(cell, IntTag<1>{}, slope);
     }
 
     // The weights of the corners, 0 where one lies outside; returns the voxel of corner 0.
     REG_HD Vec<int, D> corner_weights(const Vec<T, D>& p, T (&weight)[1 << D]) const {
       Cell<T, D> cell;
-      if (find_inner_cell(p, self->inner_limit, cell)) {
+      if (self->boundary.find_inner_cell(p, cell)) {
         REG_UNROLL
         for (int i = 0; i < (1 << D); ++i) weight[i] = cell.weight(i);
         return cell.index;
       }
       Vec<T, D> slope;
-      cell = find_cell(p, self->map.in.size, self->sampling, slope);
+      cell = self->boundary.find_cell(p, slope);
       REG_UNROLL
       for (int i = 0; i < (1 << D); ++i) {
         weight[i] = cell.inside(i, self->map.in.size) ? cell.weight(i) : T(0);
@@ -143,41 +160,39 @@ struct Resampling {
       return cell.index;
     }
 
-    // Gradient with respect to the position, of the channels weighted with their cotangents.
-    REG_HD Vec<T, D> position_gradient(const Vec<T, D>& p, const T* grad, int64_t here) const {
-      // For each corner, the sum over channels of cotangent times value.
-      auto dot_corners = [&](const Cell<T, D>& cell, auto checked) {
+    // Gradient with respect to the position, of the channels weighted with their cotangents, which
+    // begin at `grad`.
+    REG_HD Vec<T, D> position_gradient(const Vec<T, D>& p, const T* grad) const {
+      return sample(p, [&](const Cell<T, D>& cell, auto checked, const Vec<T, D>& slope) {
+        constexpr bool kChecked = decltype(checked)::value;
+        // For each corner, the sum over channels of cotangent times value.
         Vec<T, 1 << D> dot{};
         for_each_channel(self->in_layout, [&](auto channel) {
-          const T g = grad[self->out_layout.at(here, channel)];
+          const T g = grad[self->out_layout.channel(channel)];
           T value[1 << D];
-          load_corners<decltype(checked)::value>(cell, channel, value);
+          load_corners<kChecked>(cell, channel, value);
           REG_UNROLL
           for (int corner = 0; corner < (1 << D); ++corner) dot[corner] += g * value[corner];
         });
-        return dot;
-      };
-      return sample(
-          p,
-          [&](const Cell<T, D>& cell) {
-            return sample_gradient<false>(cell, dot_corners(cell, IntTag<0>{}).v);
-          },
-          [] { return Vec<T, D>{}; },
-          [&](const Cell<T, D>& cell, const Vec<T, D>& slope) {
-            Vec<T, D> gradient = sample_gradient<true>(cell, dot_corners(cell, IntTag<1>{}).v);
-            REG_UNROLL
-            for (int k = 0; k < D; ++k) gradient[k] = slope[k] == 0 ? T(0) : slope[k] * gradient[k];
-            return gradient;
-          });
+        Vec<T, D> gradient = sample_gradient<kChecked>(cell, dot.v);
+        if (kChecked) {
+          REG_UNROLL
+          for (int k = 0; k < D; ++k) gradient[k] = slope[k] == 0 ? T(0) : slope[k] * gradient[k];
+        }
+        return gradient;
+      });
     }
   };
 
   // Row numbers fit 32 bits (checked), their products with the row length may not.
-  REG_HD int64_t voxel_offset(const Vec<int, D>& index) const {
+  REG_HD int row_number(const Vec<int, D>& index) const {
     int row = index[D - 1];
     REG_UNROLL
     for (int k = D - 2; k > 0; --k) row = row * map.in.size[k] + index[k];
-    return static_cast<int64_t>(row) * map.in.size[0] + index[0];
+    return row;
+  }
+  REG_HD int64_t voxel_offset(const Vec<int, D>& index) const {
+    return static_cast<int64_t>(row_number(index)) * map.in.size[0] + index[0];
   }
   REG_HD int64_t corner_offset(int corner) const {
     int64_t offset = 0;
@@ -189,8 +204,8 @@ struct Resampling {
   REG_HD Element element(int64_t group, int64_t n) const {
     Element result;
     result.self = this;
-    result.input = input.at(group, n);
-    result.field = !kField || field.data == nullptr ? nullptr : field.at(group, n);
+    result.input = settled(input.at(group, n));
+    result.field = !kField || field.data == nullptr ? nullptr : settled(field.at(group, n));
     result.item = map.item(kAffine ? affine.at(group, n) : nullptr);
     return result;
   }
@@ -216,19 +231,14 @@ struct ResampleForward {
     // Calls store(channel, value) for each channel.
     template <class Store>
     REG_HD void sample(const Vec<T, D>& p, const Store& store) const {
-      const auto& layout = self->resampling.in_layout;
-      auto linear = [&](const Cell<T, D>& cell, auto checked) {
+      source.sample(p, [&](const Cell<T, D>& cell, auto checked, const Vec<T, D>&) {
         constexpr bool kChecked = decltype(checked)::value;
-        for_each_channel(layout, [&](auto channel) {
+        for_each_channel(self->resampling.in_layout, [&](auto channel) {
           T value[1 << D];
           source.template load_corners<kChecked>(cell, channel, value);
           store(channel, sample_value<kChecked>(cell, value));
         });
-      };
-      source.sample(
-          p, [&](const Cell<T, D>& cell) { linear(cell, IntTag<0>{}); },
-          [&] { for_each_channel(layout, [&](auto channel) { store(channel, T(0)); }); },
-          [&](const Cell<T, D>& cell, const Vec<T, D>&) { linear(cell, IntTag<1>{}); });
+      });
     }
 
     REG_HD void operator()(const Voxel& voxel) const {
@@ -240,16 +250,16 @@ struct ResampleForward {
         sample(p, [&](auto k, T sampled) { value[k] = sampled + (self->add_field ? u[k] : T(0)); });
         store_packed(output + voxel.row(r.map.out.size) * D, voxel, value);
       } else {
-        const int64_t target = source.voxel_offset(voxel);
+        T* target = source.template out_pointer<1>(output, voxel);
         sample(p, [&](auto channel, T sampled) {
-          if (voxel.active) output[r.out_layout.at(target, channel)] = sampled;
+          if (voxel.active) target[r.out_layout.channel(channel)] = sampled;
         });
       }
     }
   };
 
   REG_HD Element element(int64_t group, int64_t item) const {
-    return {resampling.element(group, item), this, output.at(group, item)};
+    return {resampling.element(group, item), this, settled(output.at(group, item))};
   }
 };
 
@@ -276,16 +286,16 @@ struct FieldGradient {
 
     REG_HD void add_item(const typename R::Element& source, int64_t n, const Voxel& voxel,
                          Vec<T, D>& total) const {
-      const T* grad = self->grad_output.at(group, n);
-      const int64_t here = source.voxel_offset(voxel);
+      const T* grad =
+          source.template out_pointer<R::Layout::kPixel>(self->grad_output.at(group, n), voxel);
       const Vec<T, D> p = source.position(voxel, source.vector(voxel));
       const Vec<T, D> grad_u =
-          self->resampling.map.pull_back(source.item, source.position_gradient(p, grad, here));
+          self->resampling.map.pull_back(source.item, source.position_gradient(p, grad));
       REG_UNROLL
       for (int k = 0; k < D; ++k) {
         total[k] += grad_u[k];
         if constexpr (R::Layout::kLast) {
-          if (self->add_field) total[k] += grad[self->resampling.out_layout.at(here, k)];
+          if (self->add_field) total[k] += grad[k];
         }
       }
     }
@@ -327,8 +337,8 @@ struct AffineMoments {
     REG_HD void operator()(const Voxel& voxel, T (&sums)[kSums]) const {
       const R& r = self->resampling;
       const Vec<T, D> u = source.vector(voxel);
-      const Vec<T, D> grad_p =
-          source.position_gradient(source.position(voxel, u), grad, source.voxel_offset(voxel));
+      const Vec<T, D> grad_p = source.position_gradient(
+          source.position(voxel, u), source.template out_pointer<R::Layout::kPixel>(grad, voxel));
       const Vec<T, D> q = r.map.template source<R::kField>(voxel.index<D>(), u);
       REG_UNROLL
       for (int j = 0; j < D; ++j) {
@@ -344,7 +354,7 @@ struct AffineMoments {
   };
 
   REG_HD Element element(int64_t group, int64_t item) const {
-    return {resampling.element(group, item), this, grad_output.at(group, item)};
+    return {resampling.element(group, item), this, settled(grad_output.at(group, item))};
   }
 
   // From a sum to the gradient of entry (j, k), in normalised units.
@@ -370,7 +380,8 @@ inline void scatter_voxel(const R& resampling, const typename R::Element& source
   using T = typename R::T;
   constexpr int D = R::D;
   const Vec<T, D> p = source.position(voxel, source.vector(voxel));
-  const int slow = locate(p[D - 1], resampling.map.in.size[D - 1], resampling.sampling).index;
+  const int slow =
+      locate(p[D - 1], resampling.map.in.size[D - 1], resampling.boundary.sampling).index;
   if (slow + 1 < low || slow >= high) return;
   T weight[1 << D];
   int64_t offset[1 << D];
@@ -420,7 +431,7 @@ void scatter(const Cpu&, const VoxelSpace& space, const R& resampling,
       for (int x = 0; x < space.x; ++x) {
         const Voxel voxel = voxel_at(i - b * rows, x);
         const Vec<T, D> p = source.position(voxel, source.vector(voxel));
-        const int index = locate(p[D - 1], slow_size, resampling.sampling).index;
+        const int index = locate(p[D - 1], slow_size, resampling.boundary.sampling).index;
         low = std::min(low, index);
         high = std::max(high, index + 1);
       }
@@ -447,7 +458,7 @@ void scatter(const Cpu&, const VoxelSpace& space, const R& resampling,
       const int low = static_cast<int>(std::min<int64_t>(task % pieces * slab, slow_size));
       const int high = static_cast<int>(std::min<int64_t>(low + slab, slow_size));
       T* target = target_operand.at(group, target_item);
-      for (int64_t channel = 0; channel < resampling.in_layout.count(); ++channel) {
+      for (int channel = 0; channel < resampling.in_layout.count(); ++channel) {
         for (int64_t v = low * slow_stride; v < high * slow_stride; ++v) {
           target[resampling.in_layout.at(v, channel)] = 0;
         }
@@ -537,7 +548,7 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
         for (int k = 0; k < D; ++k) shared_origin[k] = middle[k] - (kTileSize[k] / 2 - 1);
       }
 #pragma unroll 1
-      for (int64_t channel = 0; channel < resampling.in_layout.count(); channel += kChannels) {
+      for (int channel = 0; channel < resampling.in_layout.count(); channel += kChannels) {
         for (int i = 4 * threadIdx.x; i < kTile; i += 4 * kScatterThreads) {
           REG_UNROLL
           for (int j = 0; j < 4; ++j) tile[i + j] = 0;
@@ -555,7 +566,6 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
           if (x >= space.x || y >= space.y || z >= space.z) continue;
           const Voxel voxel{z, y, x, true, x, space.x};
           const Vec<T, D> p = source.position(voxel, source.vector(voxel));
-          if (source.outside(p)) continue;
           const int64_t here = source.voxel_offset(voxel);
           T g[kChannels], weight[1 << D];
           REG_UNROLL
@@ -675,10 +685,10 @@ Resampling<T, D, kAffine, kField, Layout> make_resampling(const ResampleCall& ca
   for (int k = 0; k < D; ++k) {
     r.map.ratio[k] = in[k] == out[k] ? T(1) : r.map.in.half[k] * r.map.out.inverse[k];
   }
-  r.sampling = call.sampling;
+  r.boundary = make_boundary<T, D>(in, call.sampling);
   for (int k = 0; k < D; ++k) {
-    r.inner_limit[k] = inner_limit(in[k], call.sampling.mode);
     r.stride[k] = k == 0 ? 1 : r.stride[k - 1] * in[k - 1];
+    r.step[k] = r.stride[k] * Layout::kPixel * static_cast<int64_t>(sizeof(T));
   }
   r.in_layout = in_layout;
   r.out_layout = out_layout;
@@ -701,7 +711,7 @@ void with_resampling(const ResampleCall& call, const Body& body) {
         if constexpr (kChannelsLast) {
           body(make_resampling<T, D, kAffine, true>(call, ChannelsLast<D>{}, ChannelsLast<D>{}));
         } else {
-          const int64_t channels = call.input->shape[2];
+          const int channels = static_cast<int>(call.input->shape[2]);
           const ChannelsFirst in{channels, call.in_sizes.voxels()};
           const ChannelsFirst out{channels, call.out_sizes.voxels()};
           if constexpr (kAffine) {
@@ -718,6 +728,7 @@ void with_resampling(const ResampleCall& call, const Body& body) {
 
 template <bool kChannelsLast, class Device>
 void resample_forward(const Device& device, const ResampleCall& call, const Tensor& output) {
+  if (output.shape.count() == 0) return;
   const VoxelSpace space = voxel_space(call.groups, call.items, call.out_sizes);
   with_resampling<kChannelsLast>(call, [&](const auto& resampling) {
     using R = std::decay_t<decltype(resampling)>;
@@ -728,6 +739,12 @@ void resample_forward(const Device& device, const ResampleCall& call, const Tens
 
 template <bool kChannelsLast, class Device>
 void resample_backward(const Device& device, const ResampleCall& call) {
+  if (call.grad_output->shape.count() == 0) {
+    for (const Tensor* gradient : {call.grad_input, call.grad_affine, call.grad_field}) {
+      if (gradient->present) clear(device, *gradient);
+    }
+    return;
+  }
   const VoxelSpace space = voxel_space(call.groups, call.items, call.out_sizes);
   with_resampling<kChannelsLast>(call, [&](const auto& resampling) {
     using R = std::decay_t<decltype(resampling)>;
@@ -737,13 +754,9 @@ void resample_backward(const Device& device, const ResampleCall& call) {
       const bool shared = call.grad_field->shape[1] != call.items;
       VoxelSpace outer = space;
       if (shared) outer.items = 1;
-      if (space.items > 0) {
-        for_each_voxel(device, outer,
-                       FieldGradient<R>{resampling, grad_output, Operand<T>(*call.grad_field),
-                                        call.add_field, shared ? space.items : 1});
-      } else {
-        clear(device, *call.grad_field);
-      }
+      for_each_voxel(device, outer,
+                     FieldGradient<R>{resampling, grad_output, Operand<T>(*call.grad_field),
+                                      call.add_field, shared ? space.items : 1});
     }
     if (call.grad_input->present) {
       scatter(device, space, resampling, grad_output, *call.grad_input,

@@ -60,8 +60,8 @@ REG_HD T reflect(T p, int n, bool align_corners, bool* mirrored) {
 }
 
 // Where a sample lies along one axis: between the voxels `index` and `index + 1`, `fraction` (0 to
-// 1) of the way, with the derivative of the in-volume coordinate with respect to the position: 1, -1
-// where reflected, 0 where clamped or rounded.
+// 1) of the way, with the derivative of the in-volume coordinate with respect to the position: 1,
+// -1 where reflected, 0 where clamped or rounded.
 template <class T>
 struct AxisCell {
   int index;
@@ -139,69 +139,117 @@ struct Cell {
   }
 };
 
-// Boundary rules applied: where any sample lies, in any mode and padding.
-template <class T, int D>
-REG_HD Cell<T, D> find_cell(const Vec<T, D>& p, const int (&size)[D], const Sampling& sampling,
-                            Vec<T, D>& slope) {
-  Cell<T, D> cell;
-  REG_UNROLL
-  for (int k = 0; k < D; ++k) {
-    const AxisCell<T> axis = locate(p[k], size[k], sampling);
-    cell.index[k] = axis.index;
-    cell.fraction[k] = axis.fraction;
-    slope[k] = axis.slope;
-  }
-  return cell;
-}
-
-// Splits a position strictly between 0 and `limit` into voxel and fraction; false for any other.
-// Conversions between floating point and integers are slow on GPUs: adding 1.5 * 2^23 leaves the
-// integer in the low bits, and one that is negative, or no number, is too large when unsigned.
-REG_HD bool split(float p, int limit, int* index, float* fraction) {
+// Floor and fraction of a position of at most 2^22 in size. Conversions between floating point and
+// integers are slow on GPUs: adding 1.5 * 2^23, rounded down, leaves the integer in the low bits.
+// Of a larger position, or one that is not a number, comes an index that is beyond 2^22 when
+// unsigned.
+inline constexpr int kMaxSplit = 1 << 22;
+REG_HD void split(float p, int* index, float* fraction) {
 #ifdef __CUDA_ARCH__
   const float shifted = __fadd_rd(p, 12582912.0f);
   *index = __float_as_int(shifted) - 0x4B400000;
   *fraction = p - (shifted - 12582912.0f);
-  return static_cast<unsigned>(*index) < static_cast<unsigned>(limit);
 #else
-  if (!(p > 0 && p < static_cast<float>(limit))) return false;
-  *index = static_cast<int>(p);
-  *fraction = p - static_cast<float>(*index);
-  return true;
+  const float below = fast_floor(p);
+  *index = static_cast<int>(below);
+  *fraction = p - below;
 #endif
 }
-REG_HD bool split(double p, int limit, int* index, double* fraction) {
+REG_HD void split(double p, int* index, double* fraction) {
+  const double below = fast_floor(p);
+  *index = static_cast<int>(below);
+  *fraction = p - below;
+}
+
+// Whether a position is strictly between 0 and `limit`; then also its split.
+REG_HD bool split_inside(float p, int limit, int* index, float* fraction) {
+#ifndef __CUDA_ARCH__
+  if (!(p > 0 && p < static_cast<float>(limit))) return false;
+#endif
+  split(p, index, fraction);
+  return static_cast<unsigned>(*index) < static_cast<unsigned>(limit);
+}
+REG_HD bool split_inside(double p, int limit, int* index, double* fraction) {
   if (!(p > 0 && p < static_cast<double>(limit))) return false;
   *index = static_cast<int>(p);
   *fraction = p - static_cast<double>(*index);
   return true;
 }
 
-// The place of a sample whose corners all lie inside and all count, or false. Nearly every sample is
-// one, and no boundary rule applies to it: these few lines are what the kernels spend their time in.
-// `limit`: see inner_limit.
+// A volume and its boundary rules, with what follows from them.
 template <class T, int D>
-REG_HD bool find_inner_cell(const Vec<T, D>& p, const Vec<int, D>& limit, Cell<T, D>& cell) {
-  bool inside = true;
-  T product = 1;
-  REG_UNROLL
-  for (int k = 0; k < D; ++k) {
-    inside = split(p[k], limit[k], &cell.index[k], &cell.fraction[k]) & inside;
+struct Boundary {
+  Sampling sampling;
+  int size[D];
+  int inner_limit[D];  // positions below are those of inner cells; 0: there are none
+  bool is_clamp;       // the boundary rule is no more than a clamp to [low, high]
+  T low[D], high[D];
+
+  // The place of a sample whose corners all lie inside and all count, or false. Nearly every sample
+  // is one, and no boundary rule applies to it: these few lines are what the kernels spend their
+  // time in.
+  REG_HD bool find_inner_cell(const Vec<T, D>& p, Cell<T, D>& cell) const {
+    bool inside = true;
+    T product = 1;
+    REG_UNROLL
+    for (int k = 0; k < D; ++k) {
+      inside = split_inside(p[k], inner_limit[k], &cell.index[k], &cell.fraction[k]) & inside;
 #ifndef __CUDA_ARCH__  // on CUDA a branch costs more than the few instructions it saves
-    if (!inside) return false;
+      if (!inside) return false;
 #endif
-    product *= cell.fraction[k];
+      product *= cell.fraction[k];
+    }
+    return inside & (product != 0);
   }
-  return inside & (product != 0);
+
+  // Boundary rules applied: where any sample lies, in any mode and padding. For `slope` see
+  // AxisCell.
+  REG_HD Cell<T, D> find_cell(const Vec<T, D>& p, Vec<T, D>& slope) const {
+    Cell<T, D> cell;
+    if (is_clamp) {
+      REG_UNROLL
+      for (int k = 0; k < D; ++k) {
+        T q = p[k] > low[k] ? p[k] : low[k];  // low also where p is not a number
+        q = q < high[k] ? q : high[k];
+        split(q, &cell.index[k], &cell.fraction[k]);
+        slope[k] = q == p[k] && q != high[k] ? 1 : 0;
+      }
+    } else {
+      REG_UNROLL
+      for (int k = 0; k < D; ++k) {
+        const AxisCell<T> axis = locate(p[k], size[k], sampling);
+        cell.index[k] = axis.index;
+        cell.fraction[k] = axis.fraction;
+        slope[k] = axis.slope;
+      }
+    }
+    return cell;
+  }
+};
+
+// `sizes` are in x, y, z order.
+template <class T, int D>
+Boundary<T, D> make_boundary(const int64_t (&sizes)[3], const Sampling& sampling) {
+  Boundary<T, D> result;
+  result.sampling = sampling;
+  const bool linear = sampling.mode == Mode::kBilinear;
+  const bool zeros = sampling.padding == Padding::kZeros;
+  result.is_clamp = linear && sampling.padding != Padding::kReflection;
+  for (int k = 0; k < D; ++k) {
+    const int64_t n = sizes[k];
+    result.size[k] = static_cast<int>(n);
+    result.inner_limit[k] = linear && n < kMaxSplit ? static_cast<int>(n) - 1 : 0;
+    if (n + 1 >= kMaxSplit) result.is_clamp = false;
+    // Far outside is as good as just outside. The only coordinate of an axis of length 1 is 0.
+    const bool pinned = n == 1 && sampling.align_corners;
+    result.low[k] = static_cast<T>(zeros && !pinned ? -2 : 0);
+    result.high[k] = static_cast<T>(pinned ? 0 : zeros ? n + 1 : n - 1);
+  }
+  return result;
 }
 
-// Positions below this may be those of inner cells: the last voxel of an axis, or 0 for none.
-inline int inner_limit(int64_t size, Mode mode) {
-  const bool splittable = size <= 1 << 22;  // by adding to a float: see split
-  return mode == Mode::kBilinear && splittable ? static_cast<int>(size) - 1 : 0;
-}
-
-// (1 - fraction) a + fraction b. A value that does not count is not touched where it may be anything
+// (1 - fraction) a + fraction b. A value that does not count is not touched where it may be
+// anything
 // (`kChecked`): NaN times 0 is not 0.
 template <bool kChecked, class T>
 REG_HD T lerp(T a, T b, T fraction) {

@@ -1,5 +1,8 @@
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
 #include "core/host_device.h"
 
 namespace reg {
@@ -18,6 +21,33 @@ REG_HD Vec<T, D> load_vec(const T* p) {
   REG_UNROLL
   for (int i = 0; i < D; ++i) result[i] = p[i];
   return result;
+}
+
+// A pointer that the compiler takes as it is. It would otherwise carry the parts that it was computed
+// from into loops, and add them up for each voxel again.
+template <class T>
+REG_HD T* settled(T* pointer) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+l"(pointer));
+#endif
+  return pointer;
+}
+
+// The element `bytes` further on.
+template <class T>
+REG_HD T* advance_bytes(T* pointer, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(pointer) + bytes);
+}
+
+// Voxel x of a row, in an array of kPixel elements a voxel. In bytes and in this order, CUDA needs
+// one multiply-add for the row and one for x, 64-bit as the result is. (The bytes of a row fit 32
+// bits, which check_sizes sees to.)
+template <int kPixel, class T>
+REG_HD T* voxel_pointer(T* base, int row, int row_size, int x) {
+  constexpr int kBytes = kPixel * static_cast<int>(sizeof(T));
+  T* start = advance_bytes(base, static_cast<int64_t>(row) * (row_size * kBytes));
+  return advance_bytes(start, static_cast<int64_t>(x) * kBytes);
 }
 
 }  // namespace reg
