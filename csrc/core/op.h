@@ -28,9 +28,14 @@ struct InputSpec {
   bool optional = false;
 };
 
-// A result is what the user asked for; a workspace is scratch memory, an output only so that the
-// framework's allocator owns it.
-enum class OutputRole { kResult, kWorkspace };
+// A result is what the user asked for; each op has one, called `output`. A workspace is scratch
+// memory, an output only so that the framework's allocator owns it. The other two are computed in
+// the forward pass for the sake of the backward one, when the call's `wanted` asks for them:
+//   kUnitGradient, named grad_<input>: the gradient for a cotangent of 1. Where shape inference
+//     leaves it present, the backward pass is its product with the cotangent, nothing else. The
+//     result is then one number per group, or per item with the unit gradient's leading axes.
+//   kSaved: anything that the gradient op takes again as an input of the same name.
+enum class OutputRole { kResult, kWorkspace, kUnitGradient, kSaved };
 
 struct OutputSpec {
   const char* name;
@@ -83,8 +88,8 @@ struct Op {
   void (*launch_cuda)(const Context& context, const Call& call);  // null in a CPU-only build
 };
 
-// The gradient of an op takes, by name, whatever it needs of the op's inputs, and the cotangent of
-// its result as `grad_output`; it returns the gradient of an input `y` as `grad_y`.
+// The gradient of an op takes, by name, whatever it needs of the op's inputs and saved outputs, and
+// the cotangent of its result as `grad_output`; it returns the gradient of an input `y` as `grad_y`.
 
 // Names an op's CUDA launch in its declaration; a CPU-only build has none.
 #ifdef REGCORE_CUDA

@@ -182,6 +182,10 @@ const char* role_name(OutputRole role) {
       return "result";
     case OutputRole::kWorkspace:
       return "workspace";
+    case OutputRole::kUnitGradient:
+      return "unit_gradient";
+    case OutputRole::kSaved:
+      return "saved";
   }
   return "";
 }
