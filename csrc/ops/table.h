@@ -14,8 +14,9 @@ std::vector<Op> scale_velocity_ops();
 std::vector<Op> gaussian_smooth_ops();
 std::vector<Op> jacobian_determinant_ops();
 std::vector<Op> convert_displacement_ops();
+std::vector<Op> lncc_loss_ops();
 
 // The number of ops, known to the compiler so that the XLA frontend can make one handler for each.
-inline constexpr int kOps = 14;
+inline constexpr int kOps = 16;
 
 }  // namespace reg

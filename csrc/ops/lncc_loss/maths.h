@@ -1,0 +1,94 @@
+// What a window's sums say about one voxel: its correlation and the derivatives of that.
+#pragma once
+
+#include <cstdint>
+
+#include "core/host_device.h"
+
+namespace reg {
+
+inline constexpr int kMaxWindow = 31;
+inline constexpr int kMaxRadius = kMaxWindow / 2;
+inline constexpr int kWindowSums = 5;  // of I, J, I², J² and I J
+
+// The window and the constants of the formula. Weights are those of the offsets 0, 1, ... along an
+// axis; they are the same on both sides.
+template <class T>
+struct Window {
+  int radius;
+  int radius_z;  // 0 in 2-D
+  T weight[kMaxRadius + 1];
+  T inverse_mass;  // 1 / (sum of the window's weights)
+  T smooth_nr, smooth_dr;
+  // A variance below this share of the sum of squares is no more than the rounding of its own sums.
+  T rounding;
+};
+
+// With c = ΣIJ - ΣI ΣJ / m and the variances v, raised to smooth_dr at least,
+//   ncc = (c² + smooth_nr) / (v_I v_J).
+// Its derivatives: `cross` with respect to c, `variance_*` with respect to ΣI² and ΣJ². A window
+// that is constant as far as its sums can tell has no correlation; a variance that was raised has
+// no derivative.
+template <class T>
+struct Correlation {
+  T ncc;
+  T mean_i, mean_j;
+  T cross;
+  T variance_i, variance_j;
+};
+
+template <class T>
+REG_HD T window_variance(T sum, T mean, T squares, const Window<T>& window, bool* flat) {
+  const T variance = squares - sum * mean;
+  // Squares beyond the range of T count as flat too; what is not a number stays so.
+  *flat = !(variance > window.rounding * squares) && squares == squares;
+  return *flat ? T(0) : variance;
+}
+
+template <class T>
+REG_HD Correlation<T> correlate(const T (&sums)[kWindowSums], const Window<T>& window) {
+  Correlation<T> result;
+  result.mean_i = sums[0] * window.inverse_mass;
+  result.mean_j = sums[1] * window.inverse_mass;
+  bool flat_i, flat_j;
+  const T raw_i = window_variance(sums[0], result.mean_i, sums[2], window, &flat_i);
+  const T raw_j = window_variance(sums[1], result.mean_j, sums[3], window, &flat_j);
+  const bool clamped_i = raw_i < window.smooth_dr, clamped_j = raw_j < window.smooth_dr;
+  const T inverse_i = 1 / (clamped_i ? window.smooth_dr : raw_i);
+  const T inverse_j = 1 / (clamped_j ? window.smooth_dr : raw_j);
+  const T c = flat_i || flat_j ? T(0) : sums[4] - sums[0] * result.mean_j;
+  // In this order nothing overflows that the result does not.
+  const T by_j = c * inverse_j;
+  result.ncc = c * inverse_i * by_j + window.smooth_nr * inverse_i * inverse_j;
+  result.cross = 2 * inverse_i * by_j;
+  result.variance_i = clamped_i ? T(0) : -result.ncc * inverse_i;
+  result.variance_j = clamped_j ? T(0) : -result.ncc * inverse_j;
+  return result;
+}
+
+// The gradient with respect to I(y) sums, over the windows x that hold y and with their weights,
+//   cross(x) (J(y) - mean_J(x)) + 2 variance_I(x) (I(y) - mean_I(x)),
+// that is J(y) Σ cross + 2 I(y) Σ variance_I - Σ (cross mean_J + 2 variance_I mean_I): window sums
+// of three adjoint fields. With the gradient with respect to J, which shares the first, there are
+// five. The order: cross, variance_i, offset_i, variance_j, offset_j; a single gradient is that of
+// the image called I, whichever that is.
+template <class T, int kFields>
+REG_HD void adjoint_fields(const Correlation<T>& at, T weight, T mean_i, T mean_j,
+                           T (&fields)[kFields]) {
+  const T cross = weight * at.cross;
+  fields[0] = cross;
+  fields[1] = weight * at.variance_i;
+  fields[2] = cross * mean_j + 2 * fields[1] * mean_i;
+  if constexpr (kFields == 5) {
+    fields[3] = weight * at.variance_j;
+    fields[4] = cross * mean_i + 2 * fields[3] * mean_j;
+  }
+}
+
+// The gradient at a voxel from the window sums of the adjoint fields there.
+template <class T>
+REG_HD T assemble(T own, T other, T cross, T variance, T offset) {
+  return other * cross + 2 * own * variance - offset;
+}
+
+}  // namespace reg

@@ -1,0 +1,216 @@
+#include <cmath>
+#include <limits>
+
+#include "core/check.h"
+#include "core/dispatch.h"
+#include "ops/lncc_loss/geometry.h"
+#include "ops/lncc_loss/lncc_loss.h"
+#include "ops/table.h"
+
+namespace reg {
+
+namespace {
+
+void check_same_axes(const Call& call, const char* argument, const Tensor& reference,
+                     const char* reference_name, bool one_channel_will_do) {
+  const Tensor& tensor = call.input(argument);
+  bool same = tensor.shape.rank() == reference.shape.rank();
+  for (int axis = 2; same && axis < reference.shape.rank(); ++axis) {
+    const bool broadcast = axis == 2 && one_channel_will_do && tensor.shape[axis] == 1;
+    same = tensor.shape[axis] == reference.shape[axis] || broadcast;
+  }
+  if (!same) {
+    fail_shape(
+        call, argument,
+        concat("with the ", one_channel_will_do ? "spatial axes of " : "axes of ", reference_name,
+               " after the batch axis", one_channel_will_do ? " and one channel or as many" : ""));
+  }
+}
+
+}  // namespace
+
+LnccGeometry lncc_geometry(const Call& call) {
+  LnccGeometry geometry;
+  geometry.dtype = check_dtypes(call);
+  geometry.dimensions = check_image(call, "pred");
+  const Tensor& pred = call.input("pred");
+  check_same_axes(call, "target", pred, "pred", false);
+  if (call.input("mask").present) check_same_axes(call, "mask", pred, "pred", true);
+  geometry.sizes = image_sizes(pred);
+  geometry.channels = pred.shape[2];
+  geometry.reduction = call.choice<Reduction>("reduction");
+
+  const int64_t kernel_size = call.integer("kernel_size");
+  if (kernel_size < 3 || kernel_size > kMaxWindow || kernel_size % 2 == 0) {
+    fail_value(call, "kernel_size", concat("an odd number from 3 to ", kMaxWindow),
+               concat(kernel_size));
+  }
+  geometry.kernel_size = static_cast<int>(kernel_size);
+  const double sigma = call.number("sigma");
+  if (!std::isfinite(sigma) || sigma <= 0) {
+    fail_value(call, "sigma", "a finite number above 0", concat(sigma));
+  }
+  const double smooth_nr = call.number("smooth_nr");
+  if (!std::isfinite(smooth_nr) || smooth_nr < 0) {
+    fail_value(call, "smooth_nr", "a finite number of at least 0", concat(smooth_nr));
+  }
+  // Its reciprocal, and that of a constant window's two variances, must be finite.
+  const double smooth_dr = call.number("smooth_dr");
+  if (!std::isfinite(smooth_dr) || smooth_dr < 1e-18) {
+    fail_value(call, "smooth_dr", "a finite number of at least 1e-18", concat(smooth_dr));
+  }
+
+  geometry.batch = check_batch(call);
+  geometry.map = {geometry.batch.groups, geometry.batch.items, geometry.channels};
+  append_sizes(geometry.map, geometry.sizes, geometry.dimensions);
+  geometry.fused = geometry.dtype == DType::kFloat32 && geometry.kernel_size <= kLnccMaxFused;
+  return geometry;
+}
+
+template <class T>
+Window<T> lncc_window(const Call& call, const LnccGeometry& geometry) {
+  enum class Weights { kRectangular, kGaussian };
+  const bool gaussian = call.choice<Weights>("window") == Weights::kGaussian;
+  const double sigma = call.number("sigma");
+  Window<T> window{};
+  window.radius = geometry.kernel_size / 2;
+  window.radius_z = geometry.dimensions == 3 ? window.radius : 0;
+  double sum = 0;
+  for (int d = 0; d <= window.radius; ++d) {
+    const double weight = gaussian ? std::exp(-0.5 * (d / sigma) * (d / sigma)) : 1.0;
+    window.weight[d] = static_cast<T>(weight);
+    sum += (d == 0 ? 1 : 2) * static_cast<double>(window.weight[d]);
+  }
+  window.inverse_mass = static_cast<T>(1 / std::pow(sum, geometry.dimensions));
+  window.smooth_nr = static_cast<T>(call.number("smooth_nr"));
+  window.smooth_dr = static_cast<T>(call.number("smooth_dr"));
+  window.rounding = static_cast<T>(1.5 * geometry.kernel_size * std::numeric_limits<T>::epsilon());
+  return window;
+}
+
+template Window<float> lncc_window<float>(const Call&, const LnccGeometry&);
+template Window<double> lncc_window<double>(const Call&, const LnccGeometry&);
+
+LnccTiling lncc_tiling(const LnccGeometry& geometry, int gradients) {
+  LnccTiling tiling;
+  const int size_z = static_cast<int>(geometry.sizes.z);
+  const int rows = lncc_tile_rows(geometry.kernel_size, gradients);
+  tiling.tiles_x = static_cast<int>((geometry.sizes.x + kLnccTileX - 1) / kLnccTileX);
+  tiling.tiles_y = static_cast<int>((geometry.sizes.y + rows - 1) / rows);
+  // A chunk costs its planes and those on either side that its windows reach. What counts is the
+  // time of the last of the rounds that a large GPU needs for all of them.
+  constexpr int64_t kAtOnce = 132;
+  const int64_t columns =
+      std::max<int64_t>(1, geometry.batch.groups * geometry.batch.items * geometry.channels *
+                               tiling.tiles_x * tiling.tiles_y);
+  const int reach = geometry.dimensions == 3 ? geometry.kernel_size - 1 : 0;
+  int64_t best = std::numeric_limits<int64_t>::max();
+  for (int chunks = 1; chunks <= size_z; ++chunks) {
+    const int chunk = (size_z + chunks - 1) / chunks;
+    const int64_t rounds = (columns * chunks + kAtOnce - 1) / kAtOnce;
+    const int64_t cost = rounds * (chunk + reach);
+    if (cost < best) {
+      best = cost;
+      tiling.chunk = chunk;
+    }
+    if (chunk <= reach) break;
+  }
+  tiling.chunks = (size_z + tiling.chunk - 1) / tiling.chunk;
+  return tiling;
+}
+
+namespace {
+
+enum Output { kLoss, kUnitPred, kUnitTarget, kPartialSums, kMaskSum, kPivots, kAdjoint };
+
+// The adjoint fields, where they do not stay inside the kernel, and the values that they are
+// relative to.
+void infer_adjoint(Call& call, const LnccGeometry& geometry, int pivots, int gradients) {
+  if (gradients == 0 || geometry.fused) return;
+  const Batch& batch = geometry.batch;
+  call.outputs[pivots] =
+      tensor_spec(geometry.dtype, {batch.groups, batch.items, geometry.channels, 2});
+  Shape fields = {2 * gradients + 1};
+  for (const int64_t size : geometry.map) fields.append(size);
+  call.outputs[pivots + 1] = tensor_spec(geometry.dtype, fields);
+}
+
+int infer_gradients(Call& call, const LnccGeometry& geometry, int first) {
+  int gradients = 0;
+  for (const char* input : {"pred", "target"}) {
+    if (call.wants(first)) {
+      call.outputs[first] = gradient_spec(call.input(input), geometry.batch);
+      ++gradients;
+    }
+    ++first;
+  }
+  return gradients;
+}
+
+void infer(Call& call) {
+  const LnccGeometry geometry = lncc_geometry(call);
+  const Batch& batch = geometry.batch;
+  if (geometry.reduction == Reduction::kNone) {
+    call.outputs[kLoss] = tensor_spec(geometry.dtype, geometry.map);
+    return;
+  }
+  call.outputs[kLoss] = tensor_spec(geometry.dtype, {batch.groups});
+  const int gradients = infer_gradients(call, geometry, kUnitPred);
+  call.outputs[kPartialSums] = tensor_spec(
+      geometry.dtype,
+      {batch.groups, batch.items, geometry.channels, lncc_tiling(geometry, gradients).parts()});
+  if (geometry.reduction == Reduction::kMean && call.input("mask").present) {
+    call.outputs[kMaskSum] = tensor_spec(geometry.dtype, {batch.groups});
+  }
+  infer_adjoint(call, geometry, kPivots, gradients);
+}
+
+enum GradOutput { kGradPred, kGradTarget, kGradPivots, kGradAdjoint };
+
+void infer_grad(Call& call) {
+  const LnccGeometry geometry = lncc_geometry(call);
+  if (geometry.reduction != Reduction::kNone) {
+    fail_value(call, "reduction", "'none': a single number's gradient comes with it", "another");
+  }
+  check_cotangent(call, "grad_output", geometry.dtype, geometry.map);
+  infer_adjoint(call, geometry, kGradPivots, infer_gradients(call, geometry, kGradPred));
+}
+
+}  // namespace
+
+std::vector<Op> lncc_loss_ops() {
+  const std::vector<AttrSpec> attributes = {
+      {"kernel_size", AttrKind::kInt}, {"window", AttrKind::kChoice, {"rectangular", "gaussian"}},
+      {"sigma", AttrKind::kFloat},     {"smooth_nr", AttrKind::kFloat},
+      {"smooth_dr", AttrKind::kFloat}, {"reduction", AttrKind::kChoice, {"mean", "sum", "none"}},
+  };
+  return {
+      {"lncc_loss",
+       "lncc_loss_grad",
+       {{"pred"}, {"target"}, {"mask", true}},
+       {{"output"},
+        {"grad_pred", OutputRole::kUnitGradient},
+        {"grad_target", OutputRole::kUnitGradient},
+        {"partial_sums", OutputRole::kWorkspace},
+        {"mask_sum", OutputRole::kWorkspace},
+        {"pivots", OutputRole::kWorkspace},
+        {"adjoint", OutputRole::kWorkspace}},
+       attributes,
+       infer,
+       lncc_loss_cpu,
+       REG_CUDA_LAUNCH(lncc_loss_cuda)},
+      {"lncc_loss_grad",
+       nullptr,
+       {{"pred"}, {"target"}, {"mask", true}, {"grad_output"}},
+       {{"grad_pred"},
+        {"grad_target"},
+        {"pivots", OutputRole::kWorkspace},
+        {"adjoint", OutputRole::kWorkspace}},
+       attributes,
+       infer_grad,
+       lncc_loss_grad_cpu,
+       REG_CUDA_LAUNCH(lncc_loss_grad_cuda)},
+  };
+}
+
+}  // namespace reg
