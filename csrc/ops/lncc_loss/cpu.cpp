@@ -236,9 +236,11 @@ class Slab {
         if (map) map[x] = -(weight * at.ncc);
         if constexpr (kFields > 0) {
           T fields[kFields];
-          adjoint_fields(at, cotangent ? weight * cotangent[x] : weight, at.mean_i, at.mean_j,
-                         fields);
-          for (int f = 0; f < kFields; ++f) adjoint_[f].row(y)[window_.radius + x] = fields[f];
+          adjoint_fields(at, at.mean_i, at.mean_j, fields);
+          const T factor = cotangent ? weight * cotangent[x] : weight;
+          for (int f = 0; f < kFields; ++f) {
+            adjoint_[f].row(y)[window_.radius + x] = factor * fields[f];
+          }
         }
       }
       total += row_sum;

@@ -25,21 +25,26 @@ LnccGeometry lncc_geometry(const Call& call);
 template <class T>
 Window<T> lncc_window(const Call& call, const LnccGeometry& geometry);
 
-// How CUDA cuts a volume: tiles in x and y, each walked through along z in chunks. The number of
-// chunks depends on the shape alone, as that of the partial sums does.
+// How CUDA cuts the work: tiles in x and y, columns of planes along z. The planes of all columns,
+// one after the other, are cut into parts of equal length, a block each; a part may be the end of
+// one column and the beginning of the next.
 struct LnccTiling {
-  int tiles_x, tiles_y, chunk, chunks;
-  int64_t parts() const { return static_cast<int64_t>(tiles_x) * tiles_y * chunks; }
+  int tiles_x, tiles_y;
+  int64_t columns;  // in a group
+  int64_t parts;    // of a group
 };
 
 inline constexpr int kLnccTileX = 32;
+inline constexpr int kLnccMaxParts = 132;
 inline constexpr int kLnccMaxFused = 9;  // larger windows leave no room for their rings of planes
 
 // Rows of a tile: what shared memory has room for.
-constexpr int lncc_tile_rows(int kernel_size, int gradients) {
-  return kernel_size == 9 && gradients == 2 ? 16 : 32;
+constexpr int lncc_tile_rows(bool is_double, int kernel_size, int gradients) {
+  if (is_double || kernel_size == 9) return 16;
+  return kernel_size == 7 && gradients == 2 ? 20 : 32;
 }
 
-LnccTiling lncc_tiling(const LnccGeometry& geometry, int gradients);
+// `items_together`: one block takes all items of a group, since they share a gradient.
+LnccTiling lncc_tiling(const LnccGeometry& geometry, int gradients, bool items_together);
 
 }  // namespace reg

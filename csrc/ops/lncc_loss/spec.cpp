@@ -63,7 +63,8 @@ LnccGeometry lncc_geometry(const Call& call) {
   geometry.batch = check_batch(call);
   geometry.map = {geometry.batch.groups, geometry.batch.items, geometry.channels};
   append_sizes(geometry.map, geometry.sizes, geometry.dimensions);
-  geometry.fused = geometry.dtype == DType::kFloat32 && geometry.kernel_size <= kLnccMaxFused;
+  geometry.fused = geometry.dtype == DType::kFloat32 && geometry.kernel_size <= kLnccMaxFused &&
+                   geometry.sizes.x * geometry.sizes.y < int64_t{1} << 31;
   return geometry;
 }
 
@@ -91,31 +92,19 @@ Window<T> lncc_window(const Call& call, const LnccGeometry& geometry) {
 template Window<float> lncc_window<float>(const Call&, const LnccGeometry&);
 template Window<double> lncc_window<double>(const Call&, const LnccGeometry&);
 
-LnccTiling lncc_tiling(const LnccGeometry& geometry, int gradients) {
+LnccTiling lncc_tiling(const LnccGeometry& geometry, int gradients, bool items_together) {
   LnccTiling tiling;
-  const int size_z = static_cast<int>(geometry.sizes.z);
-  const int rows = lncc_tile_rows(geometry.kernel_size, gradients);
+  const int rows =
+      lncc_tile_rows(geometry.dtype == DType::kFloat64, geometry.kernel_size, gradients);
   tiling.tiles_x = static_cast<int>((geometry.sizes.x + kLnccTileX - 1) / kLnccTileX);
   tiling.tiles_y = static_cast<int>((geometry.sizes.y + rows - 1) / rows);
-  // A chunk costs its planes and those on either side that its windows reach. What counts is the
-  // time of the last of the rounds that a large GPU needs for all of them.
-  constexpr int64_t kAtOnce = 132;
-  const int64_t columns =
-      std::max<int64_t>(1, geometry.batch.groups * geometry.batch.items * geometry.channels *
-                               tiling.tiles_x * tiling.tiles_y);
-  const int reach = geometry.dimensions == 3 ? geometry.kernel_size - 1 : 0;
-  int64_t best = std::numeric_limits<int64_t>::max();
-  for (int chunks = 1; chunks <= size_z; ++chunks) {
-    const int chunk = (size_z + chunks - 1) / chunks;
-    const int64_t rounds = (columns * chunks + kAtOnce - 1) / kAtOnce;
-    const int64_t cost = rounds * (chunk + reach);
-    if (cost < best) {
-      best = cost;
-      tiling.chunk = chunk;
-    }
-    if (chunk <= reach) break;
-  }
-  tiling.chunks = (size_z + tiling.chunk - 1) / tiling.chunk;
+  tiling.columns = geometry.channels * (items_together ? 1 : geometry.batch.items) *
+                   tiling.tiles_x * tiling.tiles_y;
+  // One block for each multiprocessor of a large GPU, as no two fit one. The number depends on the
+  // shape alone, so that the order of summation does.
+  const int64_t groups = std::max<int64_t>(1, geometry.batch.groups);
+  const int64_t wanted = (kLnccMaxParts + groups - 1) / groups;
+  tiling.parts = std::max<int64_t>(1, std::min(wanted, tiling.columns * geometry.sizes.z));
   return tiling;
 }
 
@@ -156,9 +145,7 @@ void infer(Call& call) {
   }
   call.outputs[kLoss] = tensor_spec(geometry.dtype, {batch.groups});
   const int gradients = infer_gradients(call, geometry, kUnitPred);
-  call.outputs[kPartialSums] = tensor_spec(
-      geometry.dtype,
-      {batch.groups, batch.items, geometry.channels, lncc_tiling(geometry, gradients).parts()});
+  call.outputs[kPartialSums] = tensor_spec(geometry.dtype, {batch.groups, kLnccMaxParts});
   if (geometry.reduction == Reduction::kMean && call.input("mask").present) {
     call.outputs[kMaskSum] = tensor_spec(geometry.dtype, {batch.groups});
   }
