@@ -15,7 +15,7 @@ from typing import Literal
 
 import jax
 
-from jaxreg._ops import apply, static_tuple
+from jaxreg._ops import apply, static_tuple, widened
 
 Unit = Literal["normalised", "voxel", "mm"]
 Channels = Literal["first", "last"]
@@ -212,12 +212,13 @@ def scaling_and_squaring(
     -----
     Arsigny et al., "A Log-Euclidean Framework for Statistics on Diffeomorphisms", MICCAI 2006.
     """
-    displacement = apply("scale_velocity", (velocity,), {"num_steps": num_steps})
+    # One rounding, at the end: every step would lose what the next one multiplies.
+    displacement = apply("scale_velocity", (widened(velocity),), {"num_steps": num_steps})
     for _ in range(num_steps):
         displacement = compose(
             displacement, displacement, padding_mode=padding_mode, align_corners=align_corners
         )
-    return displacement
+    return displacement.astype(velocity.dtype)
 
 
 def jacobian_determinant(displacement: jax.Array, *, align_corners: bool = True) -> jax.Array:

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from torchreg._ops import apply, static_tuple
+from torchreg._ops import apply, static_tuple, widened
 
 Unit = Literal["normalised", "voxel", "mm"]
 Channels = Literal["first", "last"]
@@ -212,13 +212,14 @@ def scaling_and_squaring(
     -----
     Arsigny et al., "A Log-Euclidean Framework for Statistics on Diffeomorphisms", MICCAI 2006.
     """
-    displacement = apply("scale_velocity", (velocity,), {"num_steps": num_steps})
+    # One rounding, at the end: every step would lose what the next one multiplies.
+    displacement = apply("scale_velocity", (widened(velocity),), {"num_steps": num_steps})
     for _ in range(num_steps):
         again = displacement.view_as(displacement)  # torch.compile takes no tensor twice
         displacement = compose(
             displacement, again, padding_mode=padding_mode, align_corners=align_corners
         )
-    return displacement
+    return displacement.to(velocity.dtype)
 
 
 def jacobian_determinant(displacement: torch.Tensor, *, align_corners: bool = True) -> torch.Tensor:
