@@ -6,6 +6,11 @@ centres of the first and last voxel with ``align_corners=True``, between the out
 as in ``torch.nn.functional.grid_sample``. Affines ``(N, D, D+1)`` map output coordinates to input
 coordinates. Each operand's batch size is 1 or N; 1 is broadcast without a copy, and its gradient is
 the sum over the batch.
+
+Operands are float64, float32, float16 or bfloat16 and need not agree. All is computed in float64
+where an operand is float64, and in float32 otherwise, coordinates above all. Images are read and
+written in half precision as they are; fields and affines are converted first. A gradient has the
+dtype of its operand.
 """
 
 from __future__ import annotations
@@ -44,11 +49,11 @@ def interpolate(
     Parameters
     ----------
     image
-        ``(N, C, [Z,] Y, X)``, float32 or float64.
+        ``(N, C, [Z,] Y, X)``.
     affine
-        ``(N, D, D+1)``: from output to input coordinates, normalised, of the image's dtype.
+        ``(N, D, D+1)``: from output to input coordinates, normalised.
     grid
-        ``(N, [Z',] Y', X', D)``, normalised, components x, y, z, of the image's dtype.
+        ``(N, [Z',] Y', X', D)``, normalised, components x, y, z.
     affine_last
         Apply the affine after the displacement instead of before.
     is_displacement
@@ -113,9 +118,9 @@ def compose(
     Parameters
     ----------
     u
-        ``(N, [Z,] Y, X, D)``: the displacement that is sampled, normalised, float32 or float64.
+        ``(N, [Z,] Y, X, D)``: the displacement that is sampled, normalised.
     v
-        ``(N, [Z',] Y', X', D)``: the displacement that is applied first, of the same dtype.
+        ``(N, [Z',] Y', X', D)``: the displacement that is applied first.
     affine
         ``(N, D, D+1)``, normalised; the identity when absent.
     add
@@ -128,7 +133,8 @@ def compose(
     Returns
     -------
     jax.Array
-        ``(N, [Z',] Y', X', D)``. Differentiable with respect to u, v and affine.
+        ``(N, [Z',] Y', X', D)``, of the operands' common dtype. Differentiable with respect to u, v
+        and affine.
 
     Raises
     ------
@@ -152,17 +158,17 @@ def affine_warp(
     Parameters
     ----------
     affine
-        ``(N, D, D+1)``, normalised, float32 or float64.
+        ``(N, D, D+1)``, normalised.
     displacement
-        ``(N, [Z,] Y, X, D)``, normalised, of the same dtype.
+        ``(N, [Z,] Y, X, D)``, normalised.
     align_corners
         Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
 
     Returns
     -------
     jax.Array
-        ``(N, [Z,] Y, X, D)``: coordinates for ``interpolate(..., is_displacement=False)``.
-        Differentiable with respect to both.
+        ``(N, [Z,] Y, X, D)``: coordinates for ``interpolate(..., is_displacement=False)``, of the
+        operands' common dtype. Differentiable with respect to both.
 
     Raises
     ------
@@ -188,7 +194,7 @@ def scaling_and_squaring(
     Parameters
     ----------
     velocity
-        ``(N, [Z,] Y, X, D)``, normalised coordinates per unit time, float32 or float64.
+        ``(N, [Z,] Y, X, D)``, normalised coordinates per unit time.
     num_steps
         The number n of squarings, 0 to 64.
     padding_mode
@@ -199,7 +205,8 @@ def scaling_and_squaring(
     Returns
     -------
     jax.Array
-        The displacement ``(N, [Z,] Y, X, D)``. Differentiable with respect to the velocity.
+        The displacement ``(N, [Z,] Y, X, D)``, of the velocity's dtype; steps in between are not
+        rounded to half precision. Differentiable with respect to the velocity.
 
     Raises
     ------
@@ -230,7 +237,7 @@ def jacobian_determinant(displacement: jax.Array, *, align_corners: bool = True)
     Parameters
     ----------
     displacement
-        ``(N, [Z,] Y, X, D)``, normalised, float32 or float64.
+        ``(N, [Z,] Y, X, D)``, normalised.
     align_corners
         Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
 
