@@ -38,6 +38,7 @@ def interpolate(
     mode: Literal["bilinear", "nearest"] = "bilinear",
     padding_mode: PaddingMode = "zeros",
     align_corners: bool = True,
+    deterministic: bool = False,
 ) -> jax.Array:
     """Sample an image through an affine, a displacement field, or both.
 
@@ -69,6 +70,10 @@ def interpolate(
         coordinate that is not finite lies outside.
     align_corners
         Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
+    deterministic
+        Whether the image gradient has the same bits every time on a GPU, too. That takes longer,
+        and 8 bytes per element. Each contribution is rounded to a multiple of 2^(k-61) times the
+        largest cotangent, with 2^k output voxels: finer than float32, coarser than float64.
 
     Returns
     -------
@@ -97,6 +102,7 @@ def interpolate(
             "mode": mode,
             "padding_mode": padding_mode,
             "align_corners": align_corners,
+            "deterministic": deterministic,
         },
     )
 
@@ -109,6 +115,7 @@ def compose(
     add: bool = True,
     padding_mode: PaddingMode = "border",
     align_corners: bool = True,
+    deterministic: bool = False,
 ) -> jax.Array:
     """Compose displacement fields: ``v + u(Ax + v)``.
 
@@ -129,6 +136,10 @@ def compose(
         What ``u`` is outside its grid. ``"zeros"`` tears a composed field at the border.
     align_corners
         Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
+    deterministic
+        Whether the gradient to ``u`` has the same bits every time on a GPU, too. That takes longer,
+        and 8 bytes per element. Each contribution is rounded to a multiple of 2^(k-61) times the
+        largest cotangent, with 2^k output voxels: finer than float32, coarser than float64.
 
     Returns
     -------
@@ -146,7 +157,12 @@ def compose(
     return apply(
         "compose",
         (u, v, affine),
-        {"add": add, "padding_mode": padding_mode, "align_corners": align_corners},
+        {
+            "add": add,
+            "padding_mode": padding_mode,
+            "align_corners": align_corners,
+            "deterministic": deterministic,
+        },
     )
 
 
@@ -186,6 +202,7 @@ def scaling_and_squaring(
     *,
     padding_mode: PaddingMode = "border",
     align_corners: bool = True,
+    deterministic: bool = False,
 ) -> jax.Array:
     """Integrate a stationary velocity field over unit time: its exponential.
 
@@ -201,6 +218,8 @@ def scaling_and_squaring(
         What the field is outside its grid.
     align_corners
         Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
+    deterministic
+        As in :func:`compose`.
 
     Returns
     -------
@@ -223,7 +242,11 @@ def scaling_and_squaring(
     displacement = apply("scale_velocity", (widened(velocity),), {"num_steps": num_steps})
     for _ in range(num_steps):
         displacement = compose(
-            displacement, displacement, padding_mode=padding_mode, align_corners=align_corners
+            displacement,
+            displacement,
+            padding_mode=padding_mode,
+            align_corners=align_corners,
+            deterministic=deterministic,
         )
     return displacement.astype(velocity.dtype)
 

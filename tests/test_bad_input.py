@@ -144,6 +144,7 @@ BAD = [
     bad_value("convert_displacement", "target_channels", "middle", "middle"),
     # Switches.
     *[bad_type(op, "align_corners", "no", "str|no") for op in ALIGNED],
+    *[bad_type(op, "deterministic", value, str(value)) for op in PADDED for value in ("no", None)],
     bad_type("interpolate", "affine_last", "no", "str|no"),
     bad_type("interpolate", "is_displacement", None, "None"),
     bad_type("compose", "add", 0.5, "float|0.5"),

@@ -27,6 +27,10 @@ Channels = Literal["first", "last"]
 PaddingMode = Literal["zeros", "border", "reflection"]
 
 
+def _deterministic(value: bool) -> bool:
+    return value if value is not False else torch.are_deterministic_algorithms_enabled()
+
+
 def interpolate(
     image: torch.Tensor,
     affine: torch.Tensor | None = None,
@@ -38,6 +42,7 @@ def interpolate(
     mode: Literal["bilinear", "nearest"] = "bilinear",
     padding_mode: PaddingMode = "zeros",
     align_corners: bool = True,
+    deterministic: bool = False,
 ) -> torch.Tensor:
     """Sample an image through an affine, a displacement field, or both.
 
@@ -69,6 +74,11 @@ def interpolate(
         coordinate that is not finite lies outside.
     align_corners
         Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
+    deterministic
+        Whether the image gradient has the same bits every time on a GPU, too. That takes longer,
+        and 8 bytes per element. Each contribution is rounded to a multiple of 2^(k-61) times the
+        largest cotangent, with 2^k output voxels: finer than float32, coarser than float64.
+        ``torch.use_deterministic_algorithms`` asks for the same.
 
     Returns
     -------
@@ -97,6 +107,7 @@ def interpolate(
             "mode": mode,
             "padding_mode": padding_mode,
             "align_corners": align_corners,
+            "deterministic": _deterministic(deterministic),
         },
     )
 
@@ -109,6 +120,7 @@ def compose(
     add: bool = True,
     padding_mode: PaddingMode = "border",
     align_corners: bool = True,
+    deterministic: bool = False,
 ) -> torch.Tensor:
     """Compose displacement fields: ``v + u(Ax + v)``.
 
@@ -129,6 +141,11 @@ def compose(
         What ``u`` is outside its grid. ``"zeros"`` tears a composed field at the border.
     align_corners
         Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
+    deterministic
+        Whether the gradient to ``u`` has the same bits every time on a GPU, too. That takes longer,
+        and 8 bytes per element. Each contribution is rounded to a multiple of 2^(k-61) times the
+        largest cotangent, with 2^k output voxels: finer than float32, coarser than float64.
+        ``torch.use_deterministic_algorithms`` asks for the same.
 
     Returns
     -------
@@ -146,7 +163,12 @@ def compose(
     return apply(
         "compose",
         (u, v, affine),
-        {"add": add, "padding_mode": padding_mode, "align_corners": align_corners},
+        {
+            "add": add,
+            "padding_mode": padding_mode,
+            "align_corners": align_corners,
+            "deterministic": _deterministic(deterministic),
+        },
     )
 
 
@@ -186,6 +208,7 @@ def scaling_and_squaring(
     *,
     padding_mode: PaddingMode = "border",
     align_corners: bool = True,
+    deterministic: bool = False,
 ) -> torch.Tensor:
     """Integrate a stationary velocity field over unit time: its exponential.
 
@@ -201,6 +224,8 @@ def scaling_and_squaring(
         What the field is outside its grid.
     align_corners
         Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
+    deterministic
+        As in :func:`compose`.
 
     Returns
     -------
@@ -224,7 +249,11 @@ def scaling_and_squaring(
     for _ in range(num_steps):
         again = displacement.view_as(displacement)  # torch.compile takes no tensor twice
         displacement = compose(
-            displacement, again, padding_mode=padding_mode, align_corners=align_corners
+            displacement,
+            again,
+            padding_mode=padding_mode,
+            align_corners=align_corners,
+            deterministic=deterministic,
         )
     return displacement.to(velocity.dtype)
 

@@ -26,7 +26,8 @@ inline Tensor partial_sums_spec(DType dtype, const Batch& batch, const Sizes& si
 
 // Of the dtypes that outputs have.
 inline size_t dtype_size(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : is_half(dtype) ? 2 : 4;
+  if (is_half(dtype)) return 2;
+  return dtype == DType::kFloat64 || dtype == DType::kInt64 ? 8 : 4;
 }
 
 inline void clear(const Cpu&, const Tensor& tensor) {

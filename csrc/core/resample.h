@@ -9,6 +9,7 @@
 
 #include "core/check.h"
 #include "core/dispatch.h"
+#include "core/fixed_point.h"
 #include "core/for_each.h"
 #include "core/geometry.h"
 #include "core/half.h"
@@ -376,6 +377,14 @@ struct AffineMoments {
   }
 };
 
+// Memory for the gradient of the array that is sampled.
+struct ScatterWorkspace {
+  const Tensor* row_bounds = nullptr;  // CPU: the rows of the target that a row of voxels reaches
+  const Tensor* sums = nullptr;        // absent where the gradient itself can be added up in
+  const Tensor* fixed_sums = nullptr;  // these two: only where the result must not vary
+  const Tensor* largest = nullptr;
+};
+
 // ---- Scatter on the CPU -------------------------------------------------------------------------
 //
 // Each task owns a slab of the target (along its slowest axis) and walks over all source rows in
@@ -421,11 +430,13 @@ inline void scatter_voxel(const R& resampling, const typename R::Element& source
 }
 
 template <class R>
-void scatter(const Cpu&, const VoxelSpace& space, const R& resampling,
-             const Operand<const typename R::S>& grad_output, const Tensor& grad_input,
-             int32_t* row_bounds) {
+void scatter(const Cpu&, const VoxelSpace& space, const R& resampling, const Tensor& grad_output,
+             const Tensor& grad_input, const ScatterWorkspace& workspace) {
+  using S = typename R::S;
   using T = typename R::T;
   constexpr int D = R::D;
+  const Operand<const S> grad_operand(grad_output);
+  int32_t* row_bounds = workspace.row_bounds->as<int32_t>();
   const int64_t rows = space.rows();
   const int slow_size = resampling.map.in.size[D - 1];
 
@@ -478,7 +489,7 @@ void scatter(const Cpu&, const VoxelSpace& space, const R& resampling,
       const int64_t last = shared_input ? space.items : target_item + 1;
       for (int64_t n = first; n < last; ++n) {
         const auto source = resampling.element(group, n);
-        const typename R::S* grad = grad_output.at(group, n);
+        const S* grad = grad_operand.at(group, n);
         const int32_t* bounds = row_bounds + 2 * (group * space.items + n) * rows;
         for (int64_t row = 0; row < rows; ++row) {
           if (bounds[2 * row + 1] < low || bounds[2 * row] >= high) continue;
@@ -641,7 +652,12 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
 
 template <class R>
 void scatter(const Cuda& device, const VoxelSpace& space, const R& resampling,
-             const Operand<const typename R::S>& grad_output, const Tensor& grad_input, int32_t*) {
+             const Tensor& grad_output, const Tensor& grad_input,
+             const ScatterWorkspace& workspace) {
+  if (workspace.fixed_sums->present) {
+    return scatter_in_fixed_point(device, space, resampling, grad_output, grad_input,
+                                  *workspace.fixed_sums, *workspace.largest);
+  }
   using Shape = ScatterShape<typename R::T, R::D>;
   clear(device, grad_input);
   if (space.batch() == 0) return;
@@ -651,9 +667,9 @@ void scatter(const Cuda& device, const VoxelSpace& space, const R& resampling,
   const dim3 grid(static_cast<unsigned>(tiles_x * tiles_y),
                   static_cast<unsigned>(std::min<int64_t>(tiles_z, 65535)),
                   static_cast<unsigned>(std::min<int64_t>(space.batch(), 65535)));
-  scatter_kernel<<<grid, kScatterThreads, 0, device.stream>>>(resampling, grad_output,
-                                                              Operand<typename R::T>(grad_input),
-                                                              space, static_cast<int>(tiles_x));
+  scatter_kernel<<<grid, kScatterThreads, 0, device.stream>>>(
+      resampling, Operand<const typename R::S>(grad_output), Operand<typename R::T>(grad_input),
+      space, static_cast<int>(tiles_x));
   check_launch();
 }
 
@@ -713,8 +729,7 @@ struct ResampleCall {
   const Tensor* grad_input = nullptr;
   const Tensor* grad_affine = nullptr;
   const Tensor* grad_field = nullptr;
-  const Tensor* row_bounds = nullptr;
-  const Tensor* input_sums = nullptr;  // absent where grad_input itself can be added up in
+  ScatterWorkspace scatter;
   const Tensor* partial_sums = nullptr;
 };
 
@@ -808,9 +823,8 @@ void resample_backward(const Device& device, const ResampleCall& call) {
     }
     if (call.grad_input->present) {
       constexpr bool kRounds = !std::is_same_v<S, T>;
-      const Tensor& sums = kRounds ? *call.input_sums : *call.grad_input;
-      scatter(device, space, resampling, grad_output, sums,
-              call.row_bounds->template as<int32_t>());
+      const Tensor& sums = kRounds ? *call.scatter.sums : *call.grad_input;
+      scatter(device, space, resampling, *call.grad_output, sums, call.scatter);
       if constexpr (kRounds) round_image<S>(device, sums, *call.grad_input);
     }
     if constexpr (R::kAffine) {

@@ -36,12 +36,14 @@ void smooth_axis(const Cpu&, const SmoothingPass& pass, const T* weights, const 
   const int64_t row = pass.size * pass.stride;
   const int64_t runs = (row + kRun - 1) / kRun;
   parallel_for(pass.outer * runs, 4, [&](int64_t begin, int64_t end) {
-    T sums[kRun];
+    T buffer[kRun];
     for (int64_t i = begin; i < end; ++i) {
       const In* source = in + i / runs * row;
       Out* target = out + i / runs * row;
       const int64_t first = i % runs * kRun;
       const int64_t last = std::min(first + kRun, row);
+      T* sums = buffer;
+      if constexpr (std::is_same_v<T, Out>) sums = target + first;
       for (int64_t e = first; e < last; ++e) {
         sums[e - first] = weights[0] * to_arithmetic(source[e]);
       }
@@ -55,7 +57,9 @@ void smooth_axis(const Cpu&, const SmoothingPass& pass, const T* weights, const 
           sums[e - first] += weight * to_arithmetic(source[e + reach]);
         }
       }
-      for (int64_t e = first; e < last; ++e) target[e] = to_storage<Out>(sums[e - first]);
+      if constexpr (!std::is_same_v<T, Out>) {
+        for (int64_t e = first; e < last; ++e) target[e] = to_storage<Out>(sums[e - first]);
+      }
     }
   });
 }

@@ -63,7 +63,16 @@ void infer(Call& call) {
   call.outputs[0] = tensor_spec(geometry.storage, geometry.output);
 }
 
-enum GradOutput { kGradImage, kGradAffine, kGradGrid, kImageSums, kRowBounds, kPartialSums };
+enum GradOutput {
+  kGradImage,
+  kGradAffine,
+  kGradGrid,
+  kImageSums,
+  kRowBounds,
+  kFixedSums,
+  kLargest,
+  kPartialSums
+};
 
 void infer_grad(Call& call) {
   const InterpolateGeometry geometry = interpolate_geometry(call);
@@ -76,6 +85,11 @@ void infer_grad(Call& call) {
     }
     call.outputs[kRowBounds] = tensor_spec(
         DType::kInt32, {geometry.batch.groups, geometry.batch.items, geometry.out_sizes.rows(), 2});
+    if (call.flag("deterministic")) {
+      const Shape& shape = call.outputs[kGradImage].shape;
+      call.outputs[kFixedSums] = tensor_spec(DType::kInt64, shape);
+      call.outputs[kLargest] = tensor_spec(DType::kInt64, {shape[0], shape[1]});
+    }
   }
   if (call.wants(kGradAffine) && call.input("affine").present) {
     call.outputs[kGradAffine] = gradient_spec(call.input("affine"), geometry.batch);
@@ -97,6 +111,7 @@ std::vector<Op> interpolate_ops() {
       {"mode", AttrKind::kChoice, {"bilinear", "nearest"}},
       {"padding_mode", AttrKind::kChoice, {"zeros", "border", "reflection"}},
       {"align_corners", AttrKind::kBool},
+      {"deterministic", AttrKind::kBool},
   };
   return {
       {"interpolate",
@@ -118,6 +133,8 @@ std::vector<Op> interpolate_ops() {
         {"grad_grid"},
         {"image_sums", OutputRole::kWorkspace},
         {"row_bounds", OutputRole::kWorkspace},
+        {"fixed_sums", OutputRole::kWorkspace},
+        {"largest", OutputRole::kWorkspace},
         {"partial_sums", OutputRole::kWorkspace}},
        attributes,
        infer_grad,
