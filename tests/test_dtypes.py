@@ -166,15 +166,18 @@ def test_an_empty_batch_gives_an_empty_result_and_no_gradient(
     assert_same(gradient, np.zeros_like(image))
 
 
+INTERPOLATE = {
+    "affine_last": False,
+    "is_displacement": True,
+    "out_shape": (),
+    "mode": "bilinear",
+    "padding_mode": "zeros",
+    "align_corners": True,
+    "deterministic": False,
+}
+
+
 def test_only_half_precision_needs_memory_to_add_up_an_image_gradient() -> None:
-    attributes = {
-        "affine_last": False,
-        "is_displacement": True,
-        "out_shape": (),
-        "mode": "bilinear",
-        "padding_mode": "zeros",
-        "align_corners": True,
-    }
     names = [name for name, _ in _regcore.ops()["interpolate_grad"]["outputs"]]
     sums = names.index("image_sums")
     needed = {}
@@ -182,8 +185,23 @@ def test_only_half_precision_needs_memory_to_add_up_an_image_gradient() -> None:
         image = (dtype, (1, 2, 1, 4, 5))
         inputs = [image, None, None, image]
         wanted = 1 << names.index("grad_image")
-        needed[dtype] = _regcore.infer("interpolate_grad", inputs, attributes, wanted)[sums]
+        needed[dtype] = _regcore.infer("interpolate_grad", inputs, INTERPOLATE, wanted)[sums]
     assert needed == {"float16": ("float32", (1, 2, 1, 4, 5)), "float32": None, "float64": None}
+
+
+@pytest.mark.parametrize(
+    ("image", "grid"),
+    [
+        ("float32", "float16"),
+        ("float16", "bfloat16"),
+        ("float16", "float64"),
+        ("float64", "float32"),
+    ],
+)
+def test_kernels_refuse_what_a_package_forgot_to_convert(image: str, grid: str) -> None:
+    inputs = [(image, (1, 2, 1, 4, 5)), None, (grid, (1, 2, 4, 5, 2))]
+    with pytest.raises(TypeError, match=rf"grid: expected float(32|64).*, got {grid}"):
+        _regcore.infer("interpolate", inputs, INTERPOLATE, 1)
 
 
 @pytest.mark.parametrize("operand", OPERANDS["interpolate"])
