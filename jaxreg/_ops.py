@@ -305,7 +305,8 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> jax.A
     # The op's own checks come before jit: what they refuse may not even be hashable.
     dtypes, _ = _kernel_dtypes(op, arrays)
     specs = [
-        None if x is None else (d.name, (1, *x.shape)) for x, d in zip(arrays, dtypes, strict=True)
+        None if x is None or d is None else (d.name, (1, *x.shape))
+        for x, d in zip(arrays, dtypes, strict=True)
     ]
     _regcore.infer(op, specs, attributes, _all_results(op))
     ordered = tuple(attributes[name] for name, _, _ in entry["attributes"])
