@@ -18,6 +18,9 @@ import numpy as np
 
 _TABLE = _regcore.ops()
 _PLATFORMS = ("cpu", "cuda")
+_FLOAT32, _FLOAT64 = jnp.dtype("float32"), jnp.dtype("float64")
+_HALVES = (jnp.dtype("float16"), jnp.dtype("bfloat16"))
+_FLOATS = (*_HALVES, _FLOAT32, _FLOAT64)
 
 Attributes = tuple[Any, ...]
 Operands = tuple[jax.Array | None, ...]
@@ -77,7 +80,7 @@ def _kernel(
         outputs = _regcore.infer(op, inputs, named, wanted)
         like = jax.typeof(arrays[0])  # which carries the axes of shard_map it varies over
         types = [
-            like.update(shape=spec[1], dtype=np.dtype(spec[0]), weak_type=False)
+            like.update(shape=spec[1], dtype=jnp.dtype(spec[0]), weak_type=False)
             for spec in outputs
             if spec is not None
         ]
@@ -150,10 +153,10 @@ def _forward(op: str, attributes: Attributes, operands: Any) -> Any:
     values = tuple(None if x is None else x.value for x in operands)
     outputs = _run(op, attributes, _all_results(op), values)
     # Kept: what the gradient's op names among this op's inputs.
-    gradient_inputs = {name for name, _ in _TABLE[_TABLE[op]["gradient"]]["inputs"]}
+    gradient_inputs = {name for name, _, _ in _TABLE[_TABLE[op]["gradient"]]["inputs"]}
     kept = tuple(
         value if name in gradient_inputs else None
-        for (name, _), value in zip(_TABLE[op]["inputs"], values, strict=True)
+        for (name, _, _), value in zip(_TABLE[op]["inputs"], values, strict=True)
     )
     # Which gradients are asked for is known now and needed at the backward pass's trace. It travels
     # as the shape of an empty array: JAX may trace this rule for one choice, reuse it for another,
@@ -170,10 +173,10 @@ def _backward(op: str, attributes: Attributes, residuals: Any, cotangents: Any) 
         return ((None,) * len(kept),)
     gradient_op = _TABLE[op]["gradient"]
     entry = _TABLE[gradient_op]
-    names = [name for name, _ in _TABLE[op]["inputs"]]
+    names = [name for name, _, _ in _TABLE[op]["inputs"]]
     values = dict(zip(names, kept, strict=True))
     values["grad_output"] = cotangent
-    operands = tuple(values[name] for name, _ in entry["inputs"])
+    operands = tuple(values[name] for name, _, _ in entry["inputs"])
     asked = {f"grad_{name}" for name, p in zip(names, perturbed, strict=True) if p}
     outputs = [name for name, _ in entry["outputs"]]
     wanted = _mask([name in asked for name in outputs])
@@ -184,7 +187,49 @@ def _backward(op: str, attributes: Attributes, residuals: Any, cotangents: Any) 
 
 _differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
 
-_jitted = jax.jit(_differentiable, static_argnums=(0, 1))
+
+def _kernel_dtypes(op: str, operands: Operands) -> tuple[list[jnp.dtype | None], jnp.dtype | None]:
+    """The dtypes that the kernels take the operands in, and what their result is to become.
+
+    Fields lead to coordinates and are computed with as they are; images may be stored in half
+    precision. The result is the image's again if that was converted, and has the fields' common
+    dtype where there is no image. ``None``: as it is.
+    """
+    known = [x.dtype for x in operands if x is not None and x.dtype in _FLOATS]
+    arithmetic = _FLOAT64 if _FLOAT64 in known else _FLOAT32
+    taken: list[jnp.dtype | None] = []
+    result, has_image = None, False
+    for (_, _, kind), x in zip(_TABLE[op]["inputs"], operands, strict=True):
+        if x is None:
+            taken.append(None)
+            continue
+        stays = kind == "image" and x.dtype in _HALVES and arithmetic == _FLOAT32
+        taken.append(arithmetic if x.dtype in _FLOATS and not stays else x.dtype)
+        if kind == "image" and not has_image:
+            has_image = True
+            result = None if stays else x.dtype
+    if not has_image and known:
+        result = functools.reduce(jnp.promote_types, known)
+    return taken, result
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _jitted(op: str, attributes: Attributes, operands: Operands) -> jax.Array:
+    # Conversions are outside of the differentiated function, so that JAX returns each gradient in
+    # the dtype of its operand.
+    dtypes, result_dtype = _kernel_dtypes(op, operands)
+    converted = tuple(
+        x if x is None else x.astype(d) for x, d in zip(operands, dtypes, strict=True)
+    )
+    (result,) = _differentiable(op, attributes, converted)
+    return result if result_dtype is None else result.astype(result_dtype)
+
+
+def widened(array: Any) -> Any:
+    """An array of half precision as float32, for results that other ops go on with."""
+    if isinstance(array, jax.Array | np.ndarray) and array.dtype in _HALVES:
+        return jnp.asarray(array, jnp.float32)
+    return array
 
 
 def static_tuple(value: Any) -> tuple[Any, ...]:
@@ -253,16 +298,19 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> jax.A
         What the op's checks find, naming the argument.
     """
     entry = _TABLE[op]
-    for (name, optional), value in zip(entry["inputs"], operands, strict=True):
+    for (name, optional, _), value in zip(entry["inputs"], operands, strict=True):
         _check_operand(op, name, optional, value)
     arrays = tuple(None if x is None else jnp.asarray(x) for x in operands)
     attributes = {name: _plain(value) for name, value in attributes.items()}
     # The op's own checks come before jit: what they refuse may not even be hashable.
-    specs = [None if x is None else (np.dtype(x.dtype).name, (1, *x.shape)) for x in arrays]
+    dtypes, _ = _kernel_dtypes(op, arrays)
+    specs = [
+        None if x is None or d is None else (d.name, (1, *x.shape))
+        for x, d in zip(arrays, dtypes, strict=True)
+    ]
     _regcore.infer(op, specs, attributes, _all_results(op))
     ordered = tuple(attributes[name] for name, _, _ in entry["attributes"])
-    (result,) = _jitted(op, ordered, _vary_alike(arrays))
-    return result
+    return _jitted(op, ordered, _vary_alike(arrays))
 
 
 def build_facts() -> dict[str, str]:

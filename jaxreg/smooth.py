@@ -21,7 +21,8 @@ def gaussian_smooth(
     Parameters
     ----------
     x
-        ``(N, C, [Z,] Y, X)``, or ``(N, [Z,] Y, X, C)`` with ``channel_last``; float32 or float64.
+        ``(N, C, [Z,] Y, X)``, or ``(N, [Z,] Y, X, C)`` with ``channel_last``; float64, float32,
+        float16 or bfloat16. Half precision is added up in float32 and rounded once, at the end.
     sigma
         Standard deviation in voxels: one number, or one per axis in (z, y, x) order. 0 leaves an
         axis as it is.

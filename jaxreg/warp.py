@@ -6,6 +6,11 @@ centres of the first and last voxel with ``align_corners=True``, between the out
 as in ``torch.nn.functional.grid_sample``. Affines ``(N, D, D+1)`` map output coordinates to input
 coordinates. Each operand's batch size is 1 or N; 1 is broadcast without a copy, and its gradient is
 the sum over the batch.
+
+Operands are float64, float32, float16 or bfloat16 and need not agree. All is computed in float64
+where an operand is float64, and in float32 otherwise, coordinates above all. Images are read and
+written in half precision as they are; fields and affines are converted first. A gradient has the
+dtype of its operand.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from typing import Literal
 
 import jax
 
-from jaxreg._ops import apply, static_tuple
+from jaxreg._ops import apply, static_tuple, widened
 
 Unit = Literal["normalised", "voxel", "mm"]
 Channels = Literal["first", "last"]
@@ -33,6 +38,7 @@ def interpolate(
     mode: Literal["bilinear", "nearest"] = "bilinear",
     padding_mode: PaddingMode = "zeros",
     align_corners: bool = True,
+    deterministic: bool = False,
 ) -> jax.Array:
     """Sample an image through an affine, a displacement field, or both.
 
@@ -44,11 +50,11 @@ def interpolate(
     Parameters
     ----------
     image
-        ``(N, C, [Z,] Y, X)``, float32 or float64.
+        ``(N, C, [Z,] Y, X)``.
     affine
-        ``(N, D, D+1)``: from output to input coordinates, normalised, of the image's dtype.
+        ``(N, D, D+1)``: from output to input coordinates, normalised.
     grid
-        ``(N, [Z',] Y', X', D)``, normalised, components x, y, z, of the image's dtype.
+        ``(N, [Z',] Y', X', D)``, normalised, components x, y, z.
     affine_last
         Apply the affine after the displacement instead of before.
     is_displacement
@@ -64,6 +70,10 @@ def interpolate(
         coordinate that is not finite lies outside.
     align_corners
         Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
+    deterministic
+        Whether the image gradient has the same bits every time on a GPU, too. That takes longer,
+        and 8 bytes per element. Each contribution is rounded to a multiple of 2^(k-61) times the
+        largest cotangent, with 2^k output voxels: finer than float32, coarser than float64.
 
     Returns
     -------
@@ -92,6 +102,7 @@ def interpolate(
             "mode": mode,
             "padding_mode": padding_mode,
             "align_corners": align_corners,
+            "deterministic": deterministic,
         },
     )
 
@@ -104,6 +115,7 @@ def compose(
     add: bool = True,
     padding_mode: PaddingMode = "border",
     align_corners: bool = True,
+    deterministic: bool = False,
 ) -> jax.Array:
     """Compose displacement fields: ``v + u(Ax + v)``.
 
@@ -113,9 +125,9 @@ def compose(
     Parameters
     ----------
     u
-        ``(N, [Z,] Y, X, D)``: the displacement that is sampled, normalised, float32 or float64.
+        ``(N, [Z,] Y, X, D)``: the displacement that is sampled, normalised.
     v
-        ``(N, [Z',] Y', X', D)``: the displacement that is applied first, of the same dtype.
+        ``(N, [Z',] Y', X', D)``: the displacement that is applied first.
     affine
         ``(N, D, D+1)``, normalised; the identity when absent.
     add
@@ -124,11 +136,16 @@ def compose(
         What ``u`` is outside its grid. ``"zeros"`` tears a composed field at the border.
     align_corners
         Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
+    deterministic
+        Whether the gradient to ``u`` has the same bits every time on a GPU, too. That takes longer,
+        and 8 bytes per element. Each contribution is rounded to a multiple of 2^(k-61) times the
+        largest cotangent, with 2^k output voxels: finer than float32, coarser than float64.
 
     Returns
     -------
     jax.Array
-        ``(N, [Z',] Y', X', D)``. Differentiable with respect to u, v and affine.
+        ``(N, [Z',] Y', X', D)``, of the operands' common dtype. Differentiable with respect to u, v
+        and affine.
 
     Raises
     ------
@@ -140,7 +157,12 @@ def compose(
     return apply(
         "compose",
         (u, v, affine),
-        {"add": add, "padding_mode": padding_mode, "align_corners": align_corners},
+        {
+            "add": add,
+            "padding_mode": padding_mode,
+            "align_corners": align_corners,
+            "deterministic": deterministic,
+        },
     )
 
 
@@ -152,17 +174,17 @@ def affine_warp(
     Parameters
     ----------
     affine
-        ``(N, D, D+1)``, normalised, float32 or float64.
+        ``(N, D, D+1)``, normalised.
     displacement
-        ``(N, [Z,] Y, X, D)``, normalised, of the same dtype.
+        ``(N, [Z,] Y, X, D)``, normalised.
     align_corners
         Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
 
     Returns
     -------
     jax.Array
-        ``(N, [Z,] Y, X, D)``: coordinates for ``interpolate(..., is_displacement=False)``.
-        Differentiable with respect to both.
+        ``(N, [Z,] Y, X, D)``: coordinates for ``interpolate(..., is_displacement=False)``, of the
+        operands' common dtype. Differentiable with respect to both.
 
     Raises
     ------
@@ -180,6 +202,7 @@ def scaling_and_squaring(
     *,
     padding_mode: PaddingMode = "border",
     align_corners: bool = True,
+    deterministic: bool = False,
 ) -> jax.Array:
     """Integrate a stationary velocity field over unit time: its exponential.
 
@@ -188,18 +211,21 @@ def scaling_and_squaring(
     Parameters
     ----------
     velocity
-        ``(N, [Z,] Y, X, D)``, normalised coordinates per unit time, float32 or float64.
+        ``(N, [Z,] Y, X, D)``, normalised coordinates per unit time.
     num_steps
         The number n of squarings, 0 to 64.
     padding_mode
         What the field is outside its grid.
     align_corners
         Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
+    deterministic
+        As in :func:`compose`.
 
     Returns
     -------
     jax.Array
-        The displacement ``(N, [Z,] Y, X, D)``. Differentiable with respect to the velocity.
+        The displacement ``(N, [Z,] Y, X, D)``, of the velocity's dtype; steps in between are not
+        rounded to half precision. Differentiable with respect to the velocity.
 
     Raises
     ------
@@ -212,12 +238,17 @@ def scaling_and_squaring(
     -----
     Arsigny et al., "A Log-Euclidean Framework for Statistics on Diffeomorphisms", MICCAI 2006.
     """
-    displacement = apply("scale_velocity", (velocity,), {"num_steps": num_steps})
+    # One rounding, at the end: every step would lose what the next one multiplies.
+    displacement = apply("scale_velocity", (widened(velocity),), {"num_steps": num_steps})
     for _ in range(num_steps):
         displacement = compose(
-            displacement, displacement, padding_mode=padding_mode, align_corners=align_corners
+            displacement,
+            displacement,
+            padding_mode=padding_mode,
+            align_corners=align_corners,
+            deterministic=deterministic,
         )
-    return displacement
+    return displacement.astype(velocity.dtype)
 
 
 def jacobian_determinant(displacement: jax.Array, *, align_corners: bool = True) -> jax.Array:
@@ -229,7 +260,7 @@ def jacobian_determinant(displacement: jax.Array, *, align_corners: bool = True)
     Parameters
     ----------
     displacement
-        ``(N, [Z,] Y, X, D)``, normalised, float32 or float64.
+        ``(N, [Z,] Y, X, D)``, normalised.
     align_corners
         Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
 

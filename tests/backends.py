@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 
 Array = np.ndarray
 
@@ -108,12 +109,26 @@ class TorchBackend(Backend):
     def array(self, value: Any) -> Any:
         import torch
 
-        return torch.tensor(value, device=self.device) if isinstance(value, np.ndarray) else value
+        if not isinstance(value, np.ndarray):
+            return value
+        if value.dtype == bfloat16:
+            bits = torch.tensor(value.view(np.int16), device=self.device)
+            return bits.view(torch.bfloat16)
+        return torch.tensor(value, device=self.device)
+
+    @staticmethod
+    def to_numpy(tensor: Any) -> Array:
+        import torch
+
+        tensor = tensor.detach()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy(force=True).view(bfloat16)
+        return tensor.numpy(force=True)
 
     def call(self, name: str, *args: Any, **options: Any) -> Array:
         result = self.function(name)(*map(self.array, args), **options)
         assert result.device.type == self.device
-        return result.numpy(force=True)
+        return self.to_numpy(result)
 
     def vjp(
         self, name: str, args: Sequence[Any], cotangent: Array, wrt: Sequence[int], **options: Any
@@ -127,7 +142,7 @@ class TorchBackend(Backend):
         gradients = torch.autograd.grad(
             result, chosen, self.array(cotangent), allow_unused=True, materialize_grads=True
         )
-        return tuple(g.numpy(force=True) for g in gradients)
+        return tuple(map(self.to_numpy, gradients))
 
 
 BACKENDS: dict[tuple[str, str], Backend] = {

@@ -6,14 +6,21 @@ from collections.abc import Sequence
 
 import numpy as np
 import reference
+from ml_dtypes import bfloat16, finfo
 
 Array = np.ndarray
 
 SHAPES = {2: (6, 7), 3: (5, 6, 7)}
 
 # Errors are measured against the largest value expected. What is left is rounding: of positions of
-# a few voxels, and of sums over a few hundred of them.
-TOLERANCE = {np.dtype(np.float32): 2e-5, np.dtype(np.float64): 1e-12}
+# a few voxels, and of sums over a few hundred of them. Half precision is computed with as float32.
+TOLERANCE = {
+    np.dtype(np.float16): 2e-5,
+    np.dtype(bfloat16): 2e-5,
+    np.dtype(np.float32): 2e-5,
+    np.dtype(np.float64): 1e-12,
+}
+HALVES = (np.float16, bfloat16)
 
 
 def random_array(seed: int, *shape: int, dtype: object = np.float64) -> Array:
@@ -75,14 +82,22 @@ def random_affine(seed: int, batch: int, dim: int, dtype: object = np.float64) -
 
 
 def assert_close(actual: Array, expected: Array, dtype: object) -> None:
-    """The same shape, the wanted dtype, and values equal up to that dtype's rounding."""
+    """The same shape, the wanted dtype, and values equal up to that dtype's rounding.
+
+    In half precision that is the rounding of float32, and then one to the nearest value that can
+    be stored (of both sides, where what is expected is stored so as well).
+    """
     assert actual.dtype == np.dtype(dtype)
     assert actual.shape == expected.shape
     assert np.isfinite(actual).all()
     if expected.size:
-        error = np.abs(actual - expected).max()
-        scale = max(1, np.abs(expected).max())
-        assert error <= TOLERANCE[np.dtype(dtype)] * scale, f"off by {error / scale:.2e}"
+        step = float(finfo(dtype).eps) if dtype in HALVES else 0
+        rounding = step if expected.dtype == actual.dtype else step / 2
+        wide = expected.astype(np.float64)
+        scale = max(1, np.abs(wide).max())
+        excess = np.abs(actual.astype(np.float64) - wide) - rounding * np.abs(wide)
+        error = excess.max() / scale
+        assert error <= TOLERANCE[np.dtype(dtype)], f"off by {error:.2e}"
 
 
 def assert_same(actual: Array, expected: Array) -> None:

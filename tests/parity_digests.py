@@ -12,7 +12,7 @@ import json
 import numpy as np
 from backends import BACKENDS
 from examples import OPERANDS, OPS, Example, example
-from inputs import random_array
+from inputs import HALVES, random_array
 
 # Large enough for every loop to be divided among threads, and odd enough to be divided unevenly.
 SHAPES = {2: (181, 203), 3: (29, 37, 43)}
@@ -25,6 +25,9 @@ def cases() -> dict[str, Example]:
         result[f"{name} {dim}-D"] = example(name, shape=SHAPES[dim], dtype=np.float32)
     for name in ("interpolate", "compose"):
         result[f"{name} float64"] = example(name, shape=SHAPES[3])
+    for name, dtype in itertools.product(OPS, HALVES):
+        case = example(name, shape=SHAPES[3], dtype=dtype)
+        result[f"{name} {np.dtype(dtype).name}"] = case
     for padding, align in [("border", True), ("reflection", False)]:
         case = example("interpolate", shape=SHAPES[3], dtype=np.float32)
         case.options.update(padding_mode=padding, align_corners=align, affine_last=True)
@@ -35,6 +38,9 @@ def cases() -> dict[str, Example]:
     image, affine, grid = example("interpolate", shape=SHAPES[3], dtype=np.float32).operands
     result["interpolate with broadcast image and affine"] = Example(
         "interpolate", (image[:1], affine[:1], grid)
+    )
+    result["interpolate with half an image"] = Example(
+        "interpolate", (image.astype(np.float16), affine, grid)
     )
     u, v, affine = example("compose", shape=SHAPES[3], dtype=np.float32).operands
     result["compose with a broadcast field"] = Example("compose", (u[:1], v, affine))

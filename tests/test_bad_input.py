@@ -132,10 +132,6 @@ BAD = [
     bad_value("compose", "v", zeros(2, 4, 5, 2), numbers(2, 4, 5, 2)),
     bad_value("compose", "affine", zeros(3, 3, 4), "3"),
     bad_value("affine_warp", "displacement", zeros(3, 3, 4, 5, 3), "3"),
-    bad_type("interpolate", "affine", zeros(1, 3, 4, dtype=np.float64), "float64"),
-    bad_type("interpolate", "grid", zeros(2, 3, 4, 5, 3, dtype=np.float64), "float64"),
-    bad_type("compose", "v", zeros(2, 3, 4, 5, 3, dtype=np.float64), "float64"),
-    bad_type("affine_warp", "displacement", zeros(2, 3, 4, 5, 3, dtype=np.float64), "float64"),
     # Names of modes.
     bad_value("interpolate", "mode", "cubic", "cubic"),
     bad_type("interpolate", "mode", 1, "int|1"),
@@ -148,6 +144,7 @@ BAD = [
     bad_value("convert_displacement", "target_channels", "middle", "middle"),
     # Switches.
     *[bad_type(op, "align_corners", "no", "str|no") for op in ALIGNED],
+    *[bad_type(op, "deterministic", value, str(value)) for op in PADDED for value in ("no", None)],
     bad_type("interpolate", "affine_last", "no", "str|no"),
     bad_type("interpolate", "is_displacement", None, "None"),
     bad_type("compose", "add", 0.5, "float|0.5"),

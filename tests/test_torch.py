@@ -107,6 +107,23 @@ def recorded_calls(case: Example, device: str = "cpu") -> list[Any]:
     return recorder.calls
 
 
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("name", ["interpolate", "compose", "scaling_and_squaring"])
+def test_kernels_are_told_of_deterministic_algorithms(name: str, asked: bool) -> None:
+    torch.use_deterministic_algorithms(asked)
+    try:
+        calls = recorded_calls(example(name))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    told = {}
+    for op, arguments, _ in calls:
+        names = [argument.name for argument in op._schema.arguments]
+        if "deterministic" in names:
+            told[op._schema.name] = arguments[names.index("deterministic")]
+    assert len(told) == 2, "an op and its gradient"
+    assert set(told.values()) == {asked}
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", FUSED)
 def test_every_registered_op_passes_opcheck(name: str, device: str) -> None:

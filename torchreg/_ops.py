@@ -8,6 +8,7 @@ across groups. A call with ``grouped=False`` leaves that axis out.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ _DTYPE_NAMES = {
     )
 }
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+_HALVES = (torch.float16, torch.bfloat16)
+_FLOATS = (*_HALVES, torch.float32, torch.float64)
 _SCHEMA_TYPES = {
     "bool": "bool",
     "int": "int",
@@ -50,14 +53,14 @@ class _Signature:
     def __init__(self, op: str) -> None:
         entry = _TABLE[op]
         self.op = op
-        self.inputs = [name for name, _ in entry["inputs"]]
+        self.inputs = [name for name, _, _ in entry["inputs"]]
         self.attributes = [name for name, _, _ in entry["attributes"]]
         self.outputs = [name for name, _ in entry["outputs"]]
         self.is_workspace = [role == "workspace" for _, role in entry["outputs"]]
         self.gradient = entry["gradient"]
         self.all_results = _mask([not workspace for workspace in self.is_workspace])
         arguments = [
-            f"Tensor{'?' if optional else ''} {name}" for name, optional in entry["inputs"]
+            f"Tensor{'?' if optional else ''} {name}" for name, optional, _ in entry["inputs"]
         ]
         arguments += [f"{_SCHEMA_TYPES[kind]} {name}" for name, kind, _ in entry["attributes"]]
         arguments += ["int wanted", "bool grouped"]
@@ -380,6 +383,41 @@ def _check_operand(op: str, name: str, optional: bool, value: Any) -> None:
         raise TypeError(f"{op}: {name}: expected a dense tensor, got {value.layout}")
 
 
+def _convert(
+    op: str, operands: Sequence[torch.Tensor | None]
+) -> tuple[list[torch.Tensor | None], torch.dtype | None]:
+    """The operands in the dtypes that the kernels take, and what their result is to become.
+
+    Fields lead to coordinates and are computed with as they are; images may be stored in half
+    precision. The result is the image's again if that was converted, and has the fields' common
+    dtype where there is no image. ``None``: as it is. The conversions are outside of the
+    differentiated function, so that autograd returns each gradient in the dtype of its operand.
+    """
+    known = [x.dtype for x in operands if x is not None and x.dtype in _FLOATS]
+    arithmetic = torch.float64 if torch.float64 in known else torch.float32
+    converted: list[torch.Tensor | None] = []
+    result, has_image = None, False
+    for (_, _, kind), x in zip(_TABLE[op]["inputs"], operands, strict=True):
+        if x is None:
+            converted.append(None)
+            continue
+        stays = kind == "image" and x.dtype in _HALVES and arithmetic == torch.float32
+        converted.append(x.to(arithmetic) if x.dtype in _FLOATS and not stays else x)
+        if kind == "image" and not has_image:
+            has_image = True
+            result = None if stays else x.dtype
+    if not has_image and known:
+        result = functools.reduce(torch.promote_types, known)
+    return converted, result
+
+
+def widened(tensor: Any) -> Any:
+    """A tensor of half precision as float32, for results that other ops go on with."""
+    if isinstance(tensor, torch.Tensor) and tensor.dtype in _HALVES:
+        return tensor.float()
+    return tensor
+
+
 def _grad_levels() -> int:
     """How many ``torch.func.grad`` are being taken, one inside the other."""
     stack = torch._C._functorch.get_interpreter_stack() or []
@@ -411,18 +449,24 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> torch
     ValueError, TypeError
         What the op's checks find, naming the argument.
     """
-    first_name, first = "", None
-    for (name, optional), value in zip(_TABLE[op]["inputs"], operands, strict=True):
+    first_name, first, alike = "", None, True
+    for (name, optional, _), value in zip(_TABLE[op]["inputs"], operands, strict=True):
         _check_operand(op, name, optional, value)
         if value is None:
             continue
         if first is None:
             first_name, first = name, value
-        elif value.device != first.device:
+            continue
+        if value.device != first.device:
             raise ValueError(
                 f"{op}: {name}: expected a tensor on {first.device}, as {first_name}, "
                 f"got {value.device}"
             )
+        if value.dtype != first.dtype:
+            alike = False
+    result_dtype = None
+    if not alike or (first is not None and first.dtype in _HALVES):
+        operands, result_dtype = _convert(op, operands)
     signature = _SIGNATURES[op]
     attributes = {name: _plain(value) for name, value in attributes.items()}
     ordered = tuple(attributes[name] for name in signature.attributes)
@@ -432,13 +476,15 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> torch
         # its tie to the second derivative.
         if _grad_levels() > 1:
             raise RuntimeError(f"torchreg: {op} can be differentiated once, not twice")
+        result = _Apply.apply(op, ordered, False, *arguments)
     elif _is_eager(arguments):
         # The checks come with the launch.
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
-            return _EagerApply.apply(op, ordered, False, *arguments)
-        (result,) = _call(op, arguments, ordered, signature.all_results, False)
-        return result
+            result = _EagerApply.apply(op, ordered, False, *arguments)
+        else:
+            (result,) = _call(op, arguments, ordered, signature.all_results, False)
     else:
         specs = [None if x is None else _spec(x, False) for x in operands]
         _regcore.infer(op, specs, attributes, signature.all_results)
-    return _Apply.apply(op, ordered, False, *arguments)
+        result = _Apply.apply(op, ordered, False, *arguments)
+    return result if result_dtype is None else result.to(result_dtype)

@@ -39,23 +39,33 @@ void fail_shape(const Call& call, const char* argument, const std::string& expec
 }
 
 DType check_dtypes(const Call& call) {
-  DType common = DType::kInvalid;
-  const char* first = nullptr;
-  for (size_t i = 0; i < call.op->inputs.size(); ++i) {
+  const std::vector<InputSpec>& specs = call.op->inputs;
+  for (size_t i = 0; i < specs.size(); ++i) {
     const Tensor& input = call.inputs[i];
-    const char* name = call.op->inputs[i].name;
     if (!input.present) {
-      if (!call.op->inputs[i].optional) fail_type(call, name, "an array", "None");
+      if (!specs[i].optional) fail_type(call, specs[i].name, "an array", "None");
       continue;
     }
-    if (input.dtype != DType::kFloat32 && input.dtype != DType::kFloat64) {
-      fail_type(call, name, "float32 or float64", dtype_name(input.dtype));
+    // Fields as well: what a frontend converts is fine with the user.
+    if (input.dtype != DType::kFloat32 && input.dtype != DType::kFloat64 && !is_half(input.dtype)) {
+      fail_type(call, specs[i].name, "float32, float64, float16 or bfloat16",
+                dtype_name(input.dtype));
     }
+  }
+  DType common = DType::kInvalid;
+  const char* first = nullptr;
+  for (size_t i = 0; i < specs.size(); ++i) {
+    const Tensor& input = call.inputs[i];
+    if (!input.present) continue;
+    const bool is_image = specs[i].kind == InputKind::kImage;
     if (common == DType::kInvalid) {
-      common = input.dtype;
-      first = name;
-    } else if (input.dtype != common) {
-      fail_type(call, name, concat(dtype_name(common), ", as ", first), dtype_name(input.dtype));
+      common = is_half(input.dtype) ? DType::kFloat32 : input.dtype;
+      first = specs[i].name;
+    }
+    const bool stored_in_half = is_image && is_half(input.dtype) && common == DType::kFloat32;
+    if (input.dtype != common && !stored_in_half) {
+      fail_type(call, specs[i].name, concat(dtype_name(common), " to go with ", first),
+                dtype_name(input.dtype));
     }
   }
   return common;

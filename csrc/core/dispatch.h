@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 
+#include "core/half.h"
 #include "core/tensor.h"
 
 namespace reg {
@@ -17,7 +18,8 @@ struct IntTag {
   static constexpr int value = kValue;
 };
 
-// Calls body(TypeTag<T>) with the C++ type of the storage. A new dtype is a line here.
+// Calls body(TypeTag<T>) with the C++ type of a dtype that there is arithmetic in. A new one is a
+// line here.
 template <class Body>
 void dispatch_dtype(DType dtype, const Body& body) {
   switch (dtype) {
@@ -28,6 +30,17 @@ void dispatch_dtype(DType dtype, const Body& body) {
     default:
       throw std::logic_error("a dtype that the checks let through has no kernel");
   }
+}
+
+// The same, and where `kHalf` is set for dtypes that are for storage only. A new one is a line
+// here.
+template <bool kHalf, class Body>
+void dispatch_storage(DType dtype, const Body& body) {
+  if constexpr (kHalf) {
+    if (dtype == DType::kFloat16) return body(TypeTag<Float16>{});
+    if (dtype == DType::kBFloat16) return body(TypeTag<BFloat16>{});
+  }
+  dispatch_dtype(dtype, body);
 }
 
 template <class Body>

@@ -23,9 +23,15 @@ struct AttrSpec {
   std::vector<const char*> choices = {};  // kChoice only; stored as the index into this list
 };
 
+// Images (and what is as good as one: a cotangent of an image, an array to be smoothed) may be
+// stored in half precision; kernels convert as they load. Fields and affines lead to coordinates: a
+// frontend converts them to the arithmetic dtype beforehand.
+enum class InputKind { kField, kImage };
+
 struct InputSpec {
   const char* name;
   bool optional = false;
+  InputKind kind = InputKind::kField;
 };
 
 // A result is what the user asked for; each op has one, called `output`. A workspace is scratch
@@ -89,7 +95,8 @@ struct Op {
 };
 
 // The gradient of an op takes, by name, whatever it needs of the op's inputs and saved outputs, and
-// the cotangent of its result as `grad_output`; it returns the gradient of an input `y` as `grad_y`.
+// the cotangent of its result as `grad_output`; it returns the gradient of an input `y` as
+// `grad_y`.
 
 // Names an op's CUDA launch in its declaration; a CPU-only build has none.
 #ifdef REGCORE_CUDA

@@ -24,7 +24,11 @@ inline Tensor partial_sums_spec(DType dtype, const Batch& batch, const Sizes& si
   return tensor_spec(dtype, {batch.groups, batch.items, reduction_parts(sizes), sums});
 }
 
-inline size_t dtype_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+// Of the dtypes that outputs have.
+inline size_t dtype_size(DType dtype) {
+  if (is_half(dtype)) return 2;
+  return dtype == DType::kFloat64 || dtype == DType::kInt64 ? 8 : 4;
+}
 
 inline void clear(const Cpu&, const Tensor& tensor) {
   std::memset(tensor.data, 0, tensor.shape.count() * dtype_size(tensor.dtype));

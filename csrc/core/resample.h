@@ -4,12 +4,15 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "core/check.h"
 #include "core/dispatch.h"
+#include "core/fixed_point.h"
 #include "core/for_each.h"
 #include "core/geometry.h"
+#include "core/half.h"
 #include "core/operand.h"
 #include "core/reduce.h"
 #include "core/sampling.h"
@@ -55,9 +58,13 @@ REG_HD void for_each_channel(const Layout& layout, const Body& body) {
 
 // kField is false where an affine alone places the samples: then most of a position is the same for
 // all voxels along z, and the compiler sees it.
-template <class Scalar, int kD, bool kHasAffine, bool kHasField, class InLayout>
+//
+// The array that is sampled, the result and its cotangent are stored as S; everything else, and all
+// arithmetic, is T.
+template <class Storage, int kD, bool kHasAffine, bool kHasField, class InLayout>
 struct Resampling {
-  using T = Scalar;
+  using S = Storage;
+  using T = Arithmetic<S>;
   static constexpr int D = kD;
   static constexpr bool kAffine = kHasAffine;
   static constexpr bool kField = kHasField;
@@ -70,14 +77,14 @@ struct Resampling {
   int64_t step[D];    // of the input, in bytes
   Layout in_layout;
   Layout out_layout;
-  Operand<const T> input;
+  Operand<const S> input;
   Operand<const T> affine;
   Operand<const T> field;
 
   // One batch element, ready to be asked for positions.
   struct Element {
     const Resampling* self;
-    const T* input;
+    const S* input;
     const T* field;
     typename Map::Item item;
 
@@ -102,7 +109,7 @@ struct Resampling {
     REG_HD void load_corners(const Cell<T, D>& cell, int channel, T (&value)[1 << D]) const {
       const auto& size = self->map.in.size;
       constexpr int kRows = 1 << (D - 1);
-      const T* row[kRows];
+      const S* row[kRows];
       row[0] = voxel_pointer<Layout::kPixel>(input + self->in_layout.channel(channel),
                                              self->row_number(cell.index), size[0], cell.index[0]);
       bool row_inside[kRows] = {true};
@@ -123,8 +130,10 @@ struct Resampling {
       REG_UNROLL
       for (int i = 0; i < kRows; ++i) {
         value[2 * i] = value[2 * i + 1] = 0;
-        if (!kChecked || (row_inside[i] & lower)) value[2 * i] = row[i][0];
-        if (!kChecked || (row_inside[i] & upper)) value[2 * i + 1] = row[i][Layout::kPixel];
+        if (!kChecked || (row_inside[i] & lower)) value[2 * i] = to_arithmetic(row[i][0]);
+        if (!kChecked || (row_inside[i] & upper)) {
+          value[2 * i + 1] = to_arithmetic(row[i][Layout::kPixel]);
+        }
       }
     }
 
@@ -162,13 +171,13 @@ struct Resampling {
 
     // Gradient with respect to the position, of the channels weighted with their cotangents, which
     // begin at `grad`.
-    REG_HD Vec<T, D> position_gradient(const Vec<T, D>& p, const T* grad) const {
+    REG_HD Vec<T, D> position_gradient(const Vec<T, D>& p, const S* grad) const {
       return sample(p, [&](const Cell<T, D>& cell, auto checked, const Vec<T, D>& slope) {
         constexpr bool kChecked = decltype(checked)::value;
         // For each corner, the sum over channels of cotangent times value.
         Vec<T, 1 << D> dot{};
         for_each_channel(self->in_layout, [&](auto channel) {
-          const T g = grad[self->out_layout.channel(channel)];
+          const T g = to_arithmetic(grad[self->out_layout.channel(channel)]);
           T value[1 << D];
           load_corners<kChecked>(cell, channel, value);
           REG_UNROLL
@@ -213,6 +222,7 @@ struct Resampling {
 
 template <class R>
 struct ResampleForward {
+  using S = typename R::S;
   using T = typename R::T;
   static constexpr int D = R::D;
   static constexpr int kDepth = R::kField ? 8 : 16;
@@ -220,13 +230,13 @@ struct ResampleForward {
   static constexpr int kMinBlocks = R::kAffine || R::Layout::kLast ? 5 : 6;
 
   R resampling;
-  Operand<T> output;
+  Operand<S> output;
   bool add_field;  // channels last only: output = field + sample
 
   struct Element {
     typename R::Element source;
     const ResampleForward* self;
-    T* output;
+    S* output;
 
     // Calls store(channel, value) for each channel.
     template <class Store>
@@ -250,9 +260,9 @@ struct ResampleForward {
         sample(p, [&](auto k, T sampled) { value[k] = sampled + (self->add_field ? u[k] : T(0)); });
         store_packed(output + voxel.row(r.map.out.size) * D, voxel, value);
       } else {
-        T* target = source.template out_pointer<1>(output, voxel);
+        S* target = source.template out_pointer<1>(output, voxel);
         sample(p, [&](auto channel, T sampled) {
-          if (voxel.active) target[r.out_layout.channel(channel)] = sampled;
+          if (voxel.active) target[r.out_layout.channel(channel)] = to_storage<S>(sampled);
         });
       }
     }
@@ -267,6 +277,7 @@ struct ResampleForward {
 // over them here, in one thread, so that nobody else writes to it.
 template <class R>
 struct FieldGradient {
+  using S = typename R::S;
   using T = typename R::T;
   static constexpr int D = R::D;
   static constexpr int kDepth = 4;
@@ -274,7 +285,7 @@ struct FieldGradient {
   static constexpr int kMinBlocks = R::kAffine ? 3 : 4;
 
   R resampling;
-  Operand<const T> grad_output;
+  Operand<const S> grad_output;
   Operand<T> grad_field;
   bool add_field;
   int64_t shared_items;  // 1, or the number of items that share the field
@@ -286,7 +297,7 @@ struct FieldGradient {
 
     REG_HD void add_item(const typename R::Element& source, int64_t n, const Voxel& voxel,
                          Vec<T, D>& total) const {
-      const T* grad =
+      const S* grad =
           source.template out_pointer<R::Layout::kPixel>(self->grad_output.at(group, n), voxel);
       const Vec<T, D> p = source.position(voxel, source.vector(voxel));
       const Vec<T, D> grad_u =
@@ -295,7 +306,7 @@ struct FieldGradient {
       for (int k = 0; k < D; ++k) {
         total[k] += grad_u[k];
         if constexpr (R::Layout::kLast) {
-          if (self->add_field) total[k] += grad[k];
+          if (self->add_field) total[k] += to_arithmetic(grad[k]);
         }
       }
     }
@@ -321,18 +332,19 @@ struct FieldGradient {
 // grad_p[j] * q[k] and grad_p[j] itself, with q what the matrix acts on (see PositionMap::source).
 template <class R>
 struct AffineMoments {
+  using S = typename R::S;
   using T = typename R::T;
   static constexpr int D = R::D;
   static constexpr int kSums = D * (D + 1);
   static constexpr int kMinBlocks = 4;
 
   R resampling;
-  Operand<const T> grad_output;
+  Operand<const S> grad_output;
 
   struct Element {
     typename R::Element source;
     const AffineMoments* self;
-    const T* grad;
+    const S* grad;
 
     REG_HD void operator()(const Voxel& voxel, T (&sums)[kSums]) const {
       const R& r = self->resampling;
@@ -365,6 +377,14 @@ struct AffineMoments {
   }
 };
 
+// Memory for the gradient of the array that is sampled.
+struct ScatterWorkspace {
+  const Tensor* row_bounds = nullptr;  // CPU: the rows of the target that a row of voxels reaches
+  const Tensor* sums = nullptr;        // absent where the gradient itself can be added up in
+  const Tensor* fixed_sums = nullptr;  // these two: only where the result must not vary
+  const Tensor* largest = nullptr;
+};
+
 // ---- Scatter on the CPU -------------------------------------------------------------------------
 //
 // Each task owns a slab of the target (along its slowest axis) and walks over all source rows in
@@ -375,7 +395,7 @@ struct AffineMoments {
 // Adds one voxel's contributions, as far as they fall on [low, high) of the slowest axis.
 template <class R>
 inline void scatter_voxel(const R& resampling, const typename R::Element& source,
-                          const Voxel& voxel, int low, int high, const typename R::T* grad,
+                          const Voxel& voxel, int low, int high, const typename R::S* grad,
                           typename R::T* target) {
   using T = typename R::T;
   constexpr int D = R::D;
@@ -395,7 +415,7 @@ inline void scatter_voxel(const R& resampling, const typename R::Element& source
   }
   const int64_t here = source.voxel_offset(voxel);
   for (int channel = 0; channel < resampling.in_layout.count(); ++channel) {
-    const T g = grad[resampling.out_layout.at(here, channel)];
+    const T g = to_arithmetic(grad[resampling.out_layout.at(here, channel)]);
     if (full) {
       for (int corner = 0; corner < (1 << D); ++corner) {
         target[resampling.in_layout.at(offset[corner], channel)] += weight[corner] * g;
@@ -410,11 +430,13 @@ inline void scatter_voxel(const R& resampling, const typename R::Element& source
 }
 
 template <class R>
-void scatter(const Cpu&, const VoxelSpace& space, const R& resampling,
-             const Operand<const typename R::T>& grad_output, const Tensor& grad_input,
-             int32_t* row_bounds) {
+void scatter(const Cpu&, const VoxelSpace& space, const R& resampling, const Tensor& grad_output,
+             const Tensor& grad_input, const ScatterWorkspace& workspace) {
+  using S = typename R::S;
   using T = typename R::T;
   constexpr int D = R::D;
+  const Operand<const S> grad_operand(grad_output);
+  int32_t* row_bounds = workspace.row_bounds->as<int32_t>();
   const int64_t rows = space.rows();
   const int slow_size = resampling.map.in.size[D - 1];
 
@@ -467,7 +489,7 @@ void scatter(const Cpu&, const VoxelSpace& space, const R& resampling,
       const int64_t last = shared_input ? space.items : target_item + 1;
       for (int64_t n = first; n < last; ++n) {
         const auto source = resampling.element(group, n);
-        const T* grad = grad_output.at(group, n);
+        const S* grad = grad_operand.at(group, n);
         const int32_t* bounds = row_bounds + 2 * (group * space.items + n) * rows;
         for (int64_t row = 0; row < rows; ++row) {
           if (bounds[2 * row + 1] < low || bounds[2 * row] >= high) continue;
@@ -507,7 +529,7 @@ inline constexpr int kScatterThreads = 256;
 template <class R>
 __global__ void __launch_bounds__(kScatterThreads, 4)
     scatter_kernel(const __grid_constant__ R resampling,
-                   const __grid_constant__ Operand<const typename R::T> grad_output,
+                   const __grid_constant__ Operand<const typename R::S> grad_output,
                    const __grid_constant__ Operand<typename R::T> grad_input,
                    const __grid_constant__ VoxelSpace space, int tiles_x) {
   using T = typename R::T;
@@ -530,7 +552,7 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
     const int64_t group = space.items == 1 ? b : b / space.items;
     const int64_t item = space.items == 1 ? 0 : b - group * space.items;
     const auto source = resampling.element(group, item);
-    const T* grad = grad_output.at(group, item);
+    const typename R::S* grad = grad_output.at(group, item);
     T* target = grad_input.at(group, item);
     for (int z0 = blockIdx.y * Shape::kBlockZ; z0 < space.z; z0 += gridDim.y * Shape::kBlockZ) {
       if (threadIdx.x == 0) {
@@ -570,7 +592,7 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
           T g[kChannels], weight[1 << D];
           REG_UNROLL
           for (int c = 0; c < kChannels; ++c) {
-            g[c] = grad[resampling.out_layout.at(here, channel + c)];
+            g[c] = to_arithmetic(grad[resampling.out_layout.at(here, channel + c)]);
           }
           const Vec<int, D> cell = source.corner_weights(p, weight);
           int in_tile = 0;
@@ -630,7 +652,12 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
 
 template <class R>
 void scatter(const Cuda& device, const VoxelSpace& space, const R& resampling,
-             const Operand<const typename R::T>& grad_output, const Tensor& grad_input, int32_t*) {
+             const Tensor& grad_output, const Tensor& grad_input,
+             const ScatterWorkspace& workspace) {
+  if (workspace.fixed_sums->present) {
+    return scatter_in_fixed_point(device, space, resampling, grad_output, grad_input,
+                                  *workspace.fixed_sums, *workspace.largest);
+  }
   using Shape = ScatterShape<typename R::T, R::D>;
   clear(device, grad_input);
   if (space.batch() == 0) return;
@@ -640,13 +667,46 @@ void scatter(const Cuda& device, const VoxelSpace& space, const R& resampling,
   const dim3 grid(static_cast<unsigned>(tiles_x * tiles_y),
                   static_cast<unsigned>(std::min<int64_t>(tiles_z, 65535)),
                   static_cast<unsigned>(std::min<int64_t>(space.batch(), 65535)));
-  scatter_kernel<<<grid, kScatterThreads, 0, device.stream>>>(resampling, grad_output,
-                                                              Operand<typename R::T>(grad_input),
-                                                              space, static_cast<int>(tiles_x));
+  scatter_kernel<<<grid, kScatterThreads, 0, device.stream>>>(
+      resampling, Operand<const typename R::S>(grad_output), Operand<typename R::T>(grad_input),
+      space, static_cast<int>(tiles_x));
   check_launch();
 }
 
 #endif
+
+// ---- Gradients in half precision ----------------------------------------------------------------
+
+// An image gradient, added up as T, to how it is stored.
+template <class Storage>
+struct RoundImage {
+  using S = Storage;
+  using T = Arithmetic<S>;
+  const T* sums;
+  S* image;
+  int rows;  // along y
+  int64_t volume;
+
+  struct Element {
+    const RoundImage* self;
+    int64_t start;
+    REG_HD void operator()(const Voxel& voxel) const {
+      const int64_t row = voxel.z * self->rows + voxel.y;
+      const int64_t i = start + row * voxel.row_size + voxel.x;
+      if (voxel.active) self->image[i] = to_storage<S>(self->sums[i]);
+    }
+  };
+  REG_HD Element element(int64_t volumes, int64_t) const { return {this, volumes * volume}; }
+};
+
+template <class S, class Device>
+void round_image(const Device& device, const Tensor& sums, const Tensor& image) {
+  const Sizes sizes = image_sizes(image);
+  const int64_t volumes = image.shape[0] * image.shape[1] * image.shape[2];
+  for_each_voxel(device, voxel_space(volumes, 1, sizes),
+                 RoundImage<S>{sums.as<Arithmetic<S>>(), image.as<S>(), static_cast<int>(sizes.y),
+                               sizes.voxels()});
+}
 
 // ---- Launches -----------------------------------------------------------------------------------
 
@@ -669,14 +729,15 @@ struct ResampleCall {
   const Tensor* grad_input = nullptr;
   const Tensor* grad_affine = nullptr;
   const Tensor* grad_field = nullptr;
-  const Tensor* row_bounds = nullptr;
+  ScatterWorkspace scatter;
   const Tensor* partial_sums = nullptr;
 };
 
-template <class T, int D, bool kAffine, bool kField, class Layout>
-Resampling<T, D, kAffine, kField, Layout> make_resampling(const ResampleCall& call,
+template <class S, int D, bool kAffine, bool kField, class Layout>
+Resampling<S, D, kAffine, kField, Layout> make_resampling(const ResampleCall& call,
                                                           Layout in_layout, Layout out_layout) {
-  Resampling<T, D, kAffine, kField, Layout> r;
+  using T = Arithmetic<S>;
+  Resampling<S, D, kAffine, kField, Layout> r;
   const int64_t in[3] = {call.in_sizes.x, call.in_sizes.y, call.in_sizes.z};
   const int64_t out[3] = {call.out_sizes.x, call.out_sizes.y, call.out_sizes.z};
   r.map.placement = call.placement;
@@ -688,11 +749,11 @@ Resampling<T, D, kAffine, kField, Layout> make_resampling(const ResampleCall& ca
   r.boundary = make_boundary<T, D>(in, call.sampling);
   for (int k = 0; k < D; ++k) {
     r.stride[k] = k == 0 ? 1 : r.stride[k - 1] * in[k - 1];
-    r.step[k] = r.stride[k] * Layout::kPixel * static_cast<int64_t>(sizeof(T));
+    r.step[k] = r.stride[k] * Layout::kPixel * static_cast<int64_t>(sizeof(S));
   }
   r.in_layout = in_layout;
   r.out_layout = out_layout;
-  r.input = Operand<const T>(*call.input);
+  r.input = Operand<const S>(*call.input);
   if (kAffine) r.affine = Operand<const T>(*call.affine);
   r.field = Operand<const T>(*call.field);
   return r;
@@ -701,25 +762,26 @@ Resampling<T, D, kAffine, kField, Layout> make_resampling(const ResampleCall& ca
 // Calls body(resampling) with the concrete type for this call.
 template <bool kChannelsLast, class Body>
 void with_resampling(const ResampleCall& call, const Body& body) {
-  dispatch_dtype(call.input->dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
+  // Fields are never stored in half precision.
+  dispatch_storage<!kChannelsLast>(call.input->dtype, [&](auto type) {
+    using S = typename decltype(type)::type;
     dispatch_dimensions(call.dimensions, [&](auto dimensions) {
       constexpr int D = decltype(dimensions)::value;
       const bool affine = call.affine->present && call.placement != Placement::kFull;
       dispatch_bool(affine, [&](auto has_affine) {
         constexpr bool kAffine = decltype(has_affine)::value;
         if constexpr (kChannelsLast) {
-          body(make_resampling<T, D, kAffine, true>(call, ChannelsLast<D>{}, ChannelsLast<D>{}));
+          body(make_resampling<S, D, kAffine, true>(call, ChannelsLast<D>{}, ChannelsLast<D>{}));
         } else {
           const int channels = static_cast<int>(call.input->shape[2]);
           const ChannelsFirst in{channels, call.in_sizes.voxels()};
           const ChannelsFirst out{channels, call.out_sizes.voxels()};
           if constexpr (kAffine) {
             if (!call.field->present) {
-              return body(make_resampling<T, D, true, false>(call, in, out));
+              return body(make_resampling<S, D, true, false>(call, in, out));
             }
           }
-          body(make_resampling<T, D, kAffine, true>(call, in, out));
+          body(make_resampling<S, D, kAffine, true>(call, in, out));
         }
       });
     });
@@ -732,7 +794,7 @@ void resample_forward(const Device& device, const ResampleCall& call, const Tens
   const VoxelSpace space = voxel_space(call.groups, call.items, call.out_sizes);
   with_resampling<kChannelsLast>(call, [&](const auto& resampling) {
     using R = std::decay_t<decltype(resampling)>;
-    ResampleForward<R> body{resampling, Operand<typename R::T>(output), call.add_field};
+    ResampleForward<R> body{resampling, Operand<typename R::S>(output), call.add_field};
     for_each_voxel(device, space, body);
   });
 }
@@ -748,8 +810,9 @@ void resample_backward(const Device& device, const ResampleCall& call) {
   const VoxelSpace space = voxel_space(call.groups, call.items, call.out_sizes);
   with_resampling<kChannelsLast>(call, [&](const auto& resampling) {
     using R = std::decay_t<decltype(resampling)>;
+    using S = typename R::S;
     using T = typename R::T;
-    const Operand<const T> grad_output(*call.grad_output);
+    const Operand<const S> grad_output(*call.grad_output);
     if (call.grad_field->present) {
       const bool shared = call.grad_field->shape[1] != call.items;
       VoxelSpace outer = space;
@@ -759,8 +822,10 @@ void resample_backward(const Device& device, const ResampleCall& call) {
                                       call.add_field, shared ? space.items : 1});
     }
     if (call.grad_input->present) {
-      scatter(device, space, resampling, grad_output, *call.grad_input,
-              call.row_bounds->template as<int32_t>());
+      constexpr bool kRounds = !std::is_same_v<S, T>;
+      const Tensor& sums = kRounds ? *call.scatter.sums : *call.grad_input;
+      scatter(device, space, resampling, *call.grad_output, sums, call.scatter);
+      if constexpr (kRounds) round_image<S>(device, sums, *call.grad_input);
     }
     if constexpr (R::kAffine) {
       if (call.grad_affine->present) {

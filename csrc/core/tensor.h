@@ -28,6 +28,8 @@ enum class DType : int {
   kComplex128,
 };
 
+inline bool is_half(DType dtype) { return dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
+
 const char* dtype_name(DType dtype);
 DType dtype_from_name(const std::string& name);  // kInvalid when the name is none of ours
 

@@ -9,7 +9,7 @@ _Spec = tuple[str, tuple[int, ...]]
 _Array = tuple[int, str, tuple[int, ...]]
 
 class _Op(TypedDict):
-    inputs: tuple[tuple[str, bool], ...]
+    inputs: tuple[tuple[str, bool, str], ...]
     outputs: tuple[tuple[str, str], ...]
     attributes: tuple[tuple[str, str, tuple[str, ...]], ...]
     gradient: str | None

@@ -195,7 +195,8 @@ py::dict describe_ops() {
   for (const Op& op : op_table()) {
     py::list inputs, outputs, attributes;
     for (const InputSpec& input : op.inputs) {
-      inputs.append(py::make_tuple(input.name, input.optional));
+      const char* kind = input.kind == InputKind::kImage ? "image" : "field";
+      inputs.append(py::make_tuple(input.name, input.optional, kind));
     }
     for (const OutputSpec& output : op.outputs) {
       outputs.append(py::make_tuple(output.name, role_name(output.role)));

@@ -21,8 +21,32 @@ DType dtype_of(ffi::DataType type) {
       return DType::kFloat32;
     case ffi::DataType::F64:
       return DType::kFloat64;
+    case ffi::DataType::F16:
+      return DType::kFloat16;
+    case ffi::DataType::BF16:
+      return DType::kBFloat16;
+    case ffi::DataType::PRED:
+      return DType::kBool;
+    case ffi::DataType::S8:
+      return DType::kInt8;
+    case ffi::DataType::U8:
+      return DType::kUInt8;
+    case ffi::DataType::S16:
+      return DType::kInt16;
+    case ffi::DataType::U16:
+      return DType::kUInt16;
     case ffi::DataType::S32:
       return DType::kInt32;
+    case ffi::DataType::U32:
+      return DType::kUInt32;
+    case ffi::DataType::S64:
+      return DType::kInt64;
+    case ffi::DataType::U64:
+      return DType::kUInt64;
+    case ffi::DataType::C64:
+      return DType::kComplex64;
+    case ffi::DataType::C128:
+      return DType::kComplex128;
     default:
       return DType::kInvalid;
   }

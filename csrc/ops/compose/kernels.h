@@ -36,7 +36,9 @@ void compose_grad(const Device& device, const Call& call) {
   resample.grad_input = &call.output("grad_u");
   resample.grad_affine = &call.output("grad_affine");
   resample.grad_field = &call.output("grad_v");
-  resample.row_bounds = &call.output("row_bounds");
+  resample.scatter.row_bounds = &call.output("row_bounds");
+  resample.scatter.fixed_sums = &call.output("fixed_sums");
+  resample.scatter.largest = &call.output("largest");
   resample.partial_sums = &call.output("partial_sums");
   resample_backward<true>(device, resample);
 }

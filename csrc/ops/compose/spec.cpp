@@ -34,7 +34,7 @@ void infer(Call& call) {
   call.outputs[0] = tensor_spec(geometry.dtype, geometry.output);
 }
 
-enum GradOutput { kGradU, kGradV, kGradAffine, kRowBounds, kPartialSums };
+enum GradOutput { kGradU, kGradV, kGradAffine, kRowBounds, kFixedSums, kLargest, kPartialSums };
 
 void infer_grad(Call& call) {
   const ComposeGeometry geometry = compose_geometry(call);
@@ -44,6 +44,11 @@ void infer_grad(Call& call) {
     call.outputs[kGradU] = gradient_spec(call.input("u"), geometry.batch);
     call.outputs[kRowBounds] = tensor_spec(
         DType::kInt32, {geometry.batch.groups, geometry.batch.items, geometry.out_sizes.rows(), 2});
+    if (call.flag("deterministic")) {
+      const Shape& shape = call.outputs[kGradU].shape;
+      call.outputs[kFixedSums] = tensor_spec(DType::kInt64, shape);
+      call.outputs[kLargest] = tensor_spec(DType::kInt64, {shape[0], shape[1]});
+    }
   }
   if (call.wants(kGradV)) {
     call.outputs[kGradV] = gradient_spec(call.input("v"), geometry.batch);
@@ -62,6 +67,7 @@ std::vector<Op> compose_ops() {
       {"add", AttrKind::kBool},
       {"padding_mode", AttrKind::kChoice, {"zeros", "border", "reflection"}},
       {"align_corners", AttrKind::kBool},
+      {"deterministic", AttrKind::kBool},
   };
   return {
       {"compose",
@@ -79,6 +85,8 @@ std::vector<Op> compose_ops() {
         {"grad_v"},
         {"grad_affine"},
         {"row_bounds", OutputRole::kWorkspace},
+        {"fixed_sums", OutputRole::kWorkspace},
+        {"largest", OutputRole::kWorkspace},
         {"partial_sums", OutputRole::kWorkspace}},
        attributes,
        infer_grad,

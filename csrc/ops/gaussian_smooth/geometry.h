@@ -20,7 +20,8 @@ struct SmoothingPass {
 };
 
 struct SmoothingPlan {
-  DType dtype;
+  DType arithmetic;
+  DType storage;
   std::vector<SmoothingPass> passes;
   int64_t weights;  // length of the table: for each pass the weights of offsets 0 .. radius
 };

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 
 #include "core/check.h"
@@ -9,7 +10,8 @@ namespace reg {
 
 SmoothingPlan smoothing_plan(const Call& call, const char* input) {
   SmoothingPlan plan;
-  plan.dtype = check_dtypes(call);
+  plan.arithmetic = check_dtypes(call);
+  plan.storage = call.input(input).dtype;
   const Shape& shape = call.input(input).shape;
   const bool channel_last = call.flag("channel_last");
   const int dimensions = shape.rank() - 3;
@@ -64,15 +66,20 @@ SmoothingPlan smoothing_plan(const Call& call, const char* input) {
 
 namespace {
 
-// The weights, and a volume to pass the data back and forth where there is more than one pass.
+// The weights, and memory for what one pass leaves to the next. The output itself serves every
+// other time, unless its dtype would round what is still to be added up.
 void infer_smoothed(Call& call, const char* input) {
   const SmoothingPlan plan = smoothing_plan(call, input);
   const Shape& shape = call.input(input).shape;
-  call.outputs[0] = tensor_spec(plan.dtype, shape);
+  call.outputs[0] = tensor_spec(plan.storage, shape);
   if (!plan.passes.empty()) {
-    call.outputs[1] = tensor_spec(plan.dtype, {1, plan.weights});
+    call.outputs[1] = tensor_spec(plan.arithmetic, {1, plan.weights});
   }
-  if (plan.passes.size() > 1) call.outputs[2] = tensor_spec(plan.dtype, shape);
+  const auto between = static_cast<int64_t>(plan.passes.size()) - 1;
+  if (between > 0) {
+    const int64_t volumes = plan.storage == plan.arithmetic ? 1 : std::min<int64_t>(between, 2);
+    call.outputs[2] = tensor_spec(plan.arithmetic, {1, volumes, shape.count()});
+  }
 }
 
 void infer(Call& call) { infer_smoothed(call, "x"); }
@@ -89,7 +96,7 @@ std::vector<Op> gaussian_smooth_ops() {
   return {
       {"gaussian_smooth",
        "gaussian_smooth_grad",
-       {{"x"}},
+       {{"x", false, InputKind::kImage}},
        {{"output"}, {"weights", OutputRole::kWorkspace}, {"scratch", OutputRole::kWorkspace}},
        attributes,
        infer,
@@ -97,7 +104,7 @@ std::vector<Op> gaussian_smooth_ops() {
        REG_CUDA_LAUNCH(gaussian_smooth_cuda)},
       {"gaussian_smooth_grad",
        nullptr,
-       {{"grad_output"}},
+       {{"grad_output", false, InputKind::kImage}},
        {{"grad_x"}, {"weights", OutputRole::kWorkspace}, {"scratch", OutputRole::kWorkspace}},
        attributes,
        infer_grad,

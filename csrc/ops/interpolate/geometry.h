@@ -6,7 +6,8 @@ namespace reg {
 
 // What the inputs and attributes of an interpolation amount to, once checked.
 struct InterpolateGeometry {
-  DType dtype;
+  DType arithmetic;
+  DType storage;  // of the image, the result and its cotangent
   int dimensions;
   Sizes in_sizes;
   Sizes out_sizes;

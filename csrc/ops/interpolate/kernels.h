@@ -37,7 +37,8 @@ void interpolate_grad(const Device& device, const Call& call) {
   resample.grad_input = &call.output("grad_image");
   resample.grad_affine = &call.output("grad_affine");
   resample.grad_field = &call.output("grad_grid");
-  resample.row_bounds = &call.output("row_bounds");
+  resample.scatter = {&call.output("row_bounds"), &call.output("image_sums"),
+                      &call.output("fixed_sums"), &call.output("largest")};
   resample.partial_sums = &call.output("partial_sums");
   resample_backward<false>(device, resample);
 }

@@ -11,7 +11,8 @@ InterpolateGeometry interpolate_geometry(const Call& call) {
   const Tensor& affine = call.input("affine");
   const Tensor& grid = call.input("grid");
   InterpolateGeometry geometry;
-  geometry.dtype = check_dtypes(call);
+  geometry.arithmetic = check_dtypes(call);
+  geometry.storage = image.dtype;
   geometry.dimensions = check_image(call, "image");
   const int D = geometry.dimensions;
   geometry.in_sizes = geometry.out_sizes = image_sizes(image);
@@ -59,24 +60,41 @@ namespace {
 
 void infer(Call& call) {
   const InterpolateGeometry geometry = interpolate_geometry(call);
-  call.outputs[0] = tensor_spec(geometry.dtype, geometry.output);
+  call.outputs[0] = tensor_spec(geometry.storage, geometry.output);
 }
 
-enum GradOutput { kGradImage, kGradAffine, kGradGrid, kRowBounds, kPartialSums };
+enum GradOutput {
+  kGradImage,
+  kGradAffine,
+  kGradGrid,
+  kImageSums,
+  kRowBounds,
+  kFixedSums,
+  kLargest,
+  kPartialSums
+};
 
 void infer_grad(Call& call) {
   const InterpolateGeometry geometry = interpolate_geometry(call);
-  check_cotangent(call, "grad_output", geometry.dtype, geometry.output);
+  check_cotangent(call, "grad_output", geometry.storage, geometry.output);
   const int D = geometry.dimensions;
   if (call.wants(kGradImage)) {
     call.outputs[kGradImage] = gradient_spec(call.input("image"), geometry.batch);
+    if (geometry.storage != geometry.arithmetic) {
+      call.outputs[kImageSums] = tensor_spec(geometry.arithmetic, call.outputs[kGradImage].shape);
+    }
     call.outputs[kRowBounds] = tensor_spec(
         DType::kInt32, {geometry.batch.groups, geometry.batch.items, geometry.out_sizes.rows(), 2});
+    if (call.flag("deterministic")) {
+      const Shape& shape = call.outputs[kGradImage].shape;
+      call.outputs[kFixedSums] = tensor_spec(DType::kInt64, shape);
+      call.outputs[kLargest] = tensor_spec(DType::kInt64, {shape[0], shape[1]});
+    }
   }
   if (call.wants(kGradAffine) && call.input("affine").present) {
     call.outputs[kGradAffine] = gradient_spec(call.input("affine"), geometry.batch);
     call.outputs[kPartialSums] =
-        partial_sums_spec(geometry.dtype, geometry.batch, geometry.out_sizes, D * (D + 1));
+        partial_sums_spec(geometry.arithmetic, geometry.batch, geometry.out_sizes, D * (D + 1));
   }
   if (call.wants(kGradGrid) && call.input("grid").present) {
     call.outputs[kGradGrid] = gradient_spec(call.input("grid"), geometry.batch);
@@ -93,11 +111,12 @@ std::vector<Op> interpolate_ops() {
       {"mode", AttrKind::kChoice, {"bilinear", "nearest"}},
       {"padding_mode", AttrKind::kChoice, {"zeros", "border", "reflection"}},
       {"align_corners", AttrKind::kBool},
+      {"deterministic", AttrKind::kBool},
   };
   return {
       {"interpolate",
        "interpolate_grad",
-       {{"image"}, {"affine", true}, {"grid", true}},
+       {{"image", false, InputKind::kImage}, {"affine", true}, {"grid", true}},
        {{"output"}},
        attributes,
        infer,
@@ -105,11 +124,17 @@ std::vector<Op> interpolate_ops() {
        REG_CUDA_LAUNCH(interpolate_cuda)},
       {"interpolate_grad",
        nullptr,
-       {{"image"}, {"affine", true}, {"grid", true}, {"grad_output"}},
+       {{"image", false, InputKind::kImage},
+        {"affine", true},
+        {"grid", true},
+        {"grad_output", false, InputKind::kImage}},
        {{"grad_image"},
         {"grad_affine"},
         {"grad_grid"},
+        {"image_sums", OutputRole::kWorkspace},
         {"row_bounds", OutputRole::kWorkspace},
+        {"fixed_sums", OutputRole::kWorkspace},
+        {"largest", OutputRole::kWorkspace},
         {"partial_sums", OutputRole::kWorkspace}},
        attributes,
        infer_grad,
