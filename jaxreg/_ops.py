@@ -16,13 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreg._sharding import spread_over_batch
+from jaxreg._sharding import Operands, align, spread_over_batch
+
+_OLDEST_JAX = (0, 8, 2)
+if jax.__version_info__ < _OLDEST_JAX:
+    raise ImportError(
+        f"jaxreg: expected jax {'.'.join(map(str, _OLDEST_JAX))} or newer, got {jax.__version__}"
+    )
 
 _TABLE = _regcore.ops()
 _PLATFORMS = ("cpu", "cuda")
 
 Attributes = tuple[Any, ...]
-Operands = tuple[jax.Array | None, ...]
 
 
 def _target(op: str) -> str:
@@ -257,7 +262,10 @@ def _backward(op: str, attributes: Attributes, residuals: Any, cotangent: Any) -
 
 _differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
 
-_jitted = jax.jit(_differentiable, static_argnums=(0, 1))
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _jitted(op: str, attributes: Attributes, operands: Operands) -> jax.Array:
+    return _differentiable(op, attributes, align(operands))
 
 
 def static_tuple(value: Any) -> tuple[Any, ...]:
@@ -282,30 +290,6 @@ def _check_operand(op: str, name: str, optional: bool, value: Any) -> None:
             f"{op}: {name}: expected a JAX or NumPy array{' or None' if optional else ''}, "
             f"got {type(value).__name__}"
         )
-
-
-def _varying(array: Any) -> frozenset[str]:
-    kind = jax.typeof(array)
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
-
-
-def _to_varying(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(array, axes, to="varying")
-    return jax.lax.pvary(array, axes)  # JAX < 0.8.2
-
-
-def _vary_alike(arrays: Operands) -> Operands:
-    """Inside ``shard_map``: operands that are replicated join those that are not.
-
-    Outside of the differentiated function, so that their gradients are summed over the devices.
-    """
-    axes = [frozenset() if x is None else _varying(x) for x in arrays]
-    everywhere = frozenset().union(*axes)
-    return tuple(
-        x if x is None or own == everywhere else _to_varying(x, tuple(everywhere - own))
-        for x, own in zip(arrays, axes, strict=True)
-    )
 
 
 def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> jax.Array:
@@ -338,7 +322,7 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> jax.A
     specs = [None if x is None else (np.dtype(x.dtype).name, (1, *x.shape)) for x in arrays]
     _regcore.infer(op, specs, attributes, _all_results(op))
     ordered = tuple(attributes[name] for name, _, _ in entry["attributes"])
-    return _jitted(op, ordered, _vary_alike(arrays))
+    return _jitted(op, ordered, arrays)
 
 
 def build_facts() -> dict[str, str]:

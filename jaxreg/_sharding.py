@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
+Operands = tuple[jax.Array | None, ...]
 Call = Callable[..., dict[str, jax.Array]]
 Shape = tuple[int, ...]
 MeshAxes = tuple[str, ...]
@@ -30,6 +31,7 @@ class _Batch:
     operands: tuple[tuple[bool, bool], ...]
     results: dict[str, tuple[bool, bool]]
     summed: frozenset[str]  # results that are sums over the items
+    by_item: bool  # whether those that have some of the items can do their part
 
     @staticmethod
     def of(operands: Mapping[str, Shape], results: Mapping[str, Shape]) -> _Batch:
@@ -38,29 +40,35 @@ class _Batch:
         ]
         common = [next((n for n in along_axis if n != 1), 1) for along_axis in sizes]
 
-        def has(shape: Shape, axis: int) -> bool:
-            return len(shape) > axis and shape[axis] == common[axis] != 1
+        def has(shape: Shape) -> tuple[bool, bool]:
+            groups, items = (
+                len(shape) > axis and shape[axis] == common[axis] != 1 for axis in (0, 1)
+            )
+            return groups, items
 
+        of_operands = {name: has(shape) for name, shape in operands.items()}
+        of_results = {name: has(shape) for name, shape in results.items()}
         # The gradient of an operand that serves all items is a sum that devices can share. Another
         # result without items, such as a mean, is known only to who sees all of them, and so is
         # what follows from the cotangent of one.
-        summed = frozenset(
-            f"grad_{name}" for name, shape in operands.items() if not has(shape, 1)
-        ).intersection(results)
-        by_item = all(name in summed or has(shape, 1) for name, shape in results.items())
-        by_item = by_item and len(sizes[1]) == len(operands)
-
-        def axes(shape: Shape) -> tuple[bool, bool]:
-            return has(shape, 0), by_item and has(shape, 1)
-
+        summed = {f"grad_{name}" for name, (_, items) in of_operands.items() if not items}
         return _Batch(
-            tuple(axes(shape) for shape in operands.values()),
-            {name: axes(shape) for name, shape in results.items()},
-            summed,
+            tuple(of_operands.values()),
+            of_results,
+            frozenset(summed.intersection(results)),
+            len(sizes[1]) == len(operands)
+            and all(items or name in summed for name, (_, items) in of_results.items()),
         )
 
-    def can_be_split(self) -> bool:
-        return any(map(any, self.operands))
+    def split(self) -> _Batch:
+        """What the devices can share."""
+        if self.by_item:
+            return self
+        return replace(
+            self,
+            operands=tuple((groups, False) for groups, _ in self.operands),
+            results={name: (groups, False) for name, (groups, _) in self.results.items()},
+        )
 
     def rule(self, operands: Iterable[Shape], results: Mapping[str, Shape]) -> str:
         """What Shardy has to know: which axes of operands and results are spread alike."""
@@ -138,41 +146,91 @@ def spread_over_batch(
         operands = [array.shape for array in arrays]
         results = result_shapes(*arrays)
         batch = _Batch.of(dict(zip(names, operands, strict=True)), results)
+        split = batch.split()
 
         def partition(mesh: Any, operands: Any, results: Any) -> Any:
-            axes = batch.mesh_axes(mesh, operands, results)
+            axes = split.mesh_axes(mesh, operands, results)
 
             def local(*arrays: jax.Array) -> dict[str, jax.Array]:
                 values = call(*arrays)
-                over = {name for name in batch.summed if axes[1]}
+                over = {name for name in split.summed if axes[1]}
                 return {
                     name: jax.lax.psum(value, axes[1]) if name in over else value
                     for name, value in values.items()
                 }
 
-            of_operands, of_results = batch.shardings(mesh, axes)
+            of_operands, of_results = split.shardings(mesh, axes)
             return mesh, local, of_results, of_operands
 
         def infer(mesh: Any, operands: Any, results: Any) -> Any:
-            return batch.shardings(mesh, batch.mesh_axes(mesh, operands, results))[1]
+            return split.shardings(mesh, split.mesh_axes(mesh, operands, results))[1]
 
         function = call
         # Inside shard_map the arrays are what one device holds.
-        if batch.can_be_split() and not jax.sharding.get_abstract_mesh().manual_axes:
+        if any(map(any, split.operands)) and not jax.sharding.get_abstract_mesh().manual_axes:
             function = custom_partitioning(call)
             function.def_partition(
                 partition=partition,
                 infer_sharding_from_operands=infer,
-                sharding_rule=batch.rule(operands, results),
+                sharding_rule=split.rule(operands, results),
             )
-        # Where shardings are part of the types, this is where the partitioner takes over from them.
+        # Where types say how arrays are spread, the partitioner takes over from them here.
         types = [jax.typeof(array) for array in arrays]
-        mesh = types[0].sharding.mesh
-        if mesh.explicit_axes:
-            no_types = dict.fromkeys(results)
-            axes = batch.mesh_axes(mesh, types, no_types)
+        mesh = _typed_mesh(types)
+        if mesh is not None:
+            axes = batch.mesh_axes(mesh, types, dict.fromkeys(results))
             out_sharding = batch.shardings(mesh, axes)[1]
-            function = jax.sharding.auto_axes(function, out_sharding=out_sharding)
+            function = jax.sharding.auto_axes(
+                function, axes=mesh.explicit_axes, out_sharding=out_sharding
+            )
         return function(*arrays)
 
     return spread
+
+
+def _typed_mesh(types: Iterable[Any]) -> Any:
+    """The mesh over which arrays are spread by their types, if they are."""
+    meshes = [kind.sharding.mesh for kind in types]
+    return next((mesh for mesh in meshes if mesh.explicit_axes), None)
+
+
+def _spread_alike(operands: Operands) -> Operands:
+    types = [jax.typeof(x) for x in operands if x is not None]
+    mesh = _typed_mesh(types)
+    if mesh is None:
+        return operands
+    items = next((kind.shape[0] for kind in types if kind.shape[0] != 1), 1)
+    specs = [tuple(kind.sharding.spec) for kind in types if kind.shape[0] == items]
+    over = next((spec[0] for spec in specs if spec and spec[0]), None)
+
+    def reshard(x: jax.Array) -> jax.Array:
+        spec = [over if x.shape[0] == items else None, *[None] * (x.ndim - 1)]
+        return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return tuple(None if x is None else reshard(x) for x in operands)
+
+
+def _varying(array: Any) -> frozenset[str]:
+    kind = jax.typeof(array)
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+
+
+def _vary_alike(operands: Operands) -> Operands:
+    axes = [frozenset() if x is None else _varying(x) for x in operands]
+    everywhere = frozenset().union(*axes)
+    return tuple(
+        x
+        if x is None or own == everywhere
+        else jax.lax.pcast(x, tuple(everywhere - own), to="varying")
+        for x, own in zip(operands, axes, strict=True)
+    )
+
+
+def align(operands: Operands) -> Operands:
+    """Operands of one call, spread alike where their types say how they are spread.
+
+    In ``shard_map`` those that are replicated join those that are not; on a mesh with explicit
+    axes all keep their batch axis alone. This comes before what is differentiated, whose
+    gradients have the types of its operands: JAX then sums and spreads them as they were.
+    """
+    return _vary_alike(_spread_alike(operands))
