@@ -13,6 +13,7 @@ from typing import Any
 
 import _regcore
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -323,6 +324,24 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> jax.A
     _regcore.infer(op, specs, attributes, _all_results(op))
     ordered = tuple(attributes[name] for name, _, _ in entry["attributes"])
     return _jitted(op, ordered, arrays)
+
+
+def export_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """What ``jax.export`` has to be told to take a function that calls this package.
+
+    It cannot know whether the kernels will stay as they are, and asks for a word on each. They are
+    those of one version of this package: import that where the exported function is called.
+
+    Returns
+    -------
+    list of jax.export.DisabledSafetyCheck
+        To be passed as ``disabled_checks``.
+
+    Examples
+    --------
+    >>> exported = jax.export.export(jax.jit(function), disabled_checks=jaxreg.export_checks())
+    """
+    return [jax.export.DisabledSafetyCheck.custom_call(_target(op)) for op in _TABLE]
 
 
 def build_facts() -> dict[str, str]:
