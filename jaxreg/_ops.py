@@ -330,7 +330,9 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     """What ``jax.export`` has to be told to take a function that calls this package.
 
     It cannot know whether the kernels will stay as they are, and asks for a word on each. They are
-    those of one version of this package: import that where the exported function is called.
+    those of one version of this package: import that where the exported function is called. A
+    function over several devices has to be exported under ``jax.shard_map``, as the rules by which
+    ``jit`` splits a call cannot be stored.
 
     Returns
     -------

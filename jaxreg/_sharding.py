@@ -166,8 +166,7 @@ def spread_over_batch(
             return split.shardings(mesh, split.mesh_axes(mesh, operands, results))[1]
 
         function = call
-        # Inside shard_map the arrays are what one device holds.
-        if any(map(any, split.operands)) and not jax.sharding.get_abstract_mesh().manual_axes:
+        if any(map(any, split.operands)):
             function = custom_partitioning(call)
             function.def_partition(
                 partition=partition,

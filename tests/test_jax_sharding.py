@@ -168,6 +168,14 @@ def test_vmap_over_examples_of_several_items(
     assert_all_close(results, mapped(images, affine, grids))
 
 
+def test_examples_and_items_spread_over_the_same_devices() -> None:
+    image, affine, grid = operands()
+    images, grids = (np.stack([scale * x for scale in (1, 2, 3, 4)]) for x in (image, grid))
+    spread = put(images, mesh(), "batch"), put(affine, mesh()), put(grids, mesh(), None, "batch")
+    mapped = jax.vmap(gradient, (0, None, 0))
+    assert_all_close(jax.jit(mapped)(*spread), mapped(images, affine, grids))
+
+
 def test_items_that_devices_cannot_share_evenly() -> None:
     """A padded shard must add nothing to the gradient of what all items have in common."""
     image, affine, grid = operands()
@@ -175,10 +183,11 @@ def test_items_that_devices_cannot_share_evenly() -> None:
 
     def constrained(image: Any, affine: Any, grid: Any) -> Any:
         sharding = NamedSharding(mesh(), P("batch"))
-        return gradient(image, affine, jax.lax.with_sharding_constraint(grid, sharding))
+        image, grid = (jax.lax.with_sharding_constraint(x, sharding) for x in (image, grid))
+        return gradient(jnp.exp(image), affine, grid)
 
-    actual = jax.jit(constrained)(image, affine, grid)
-    assert_all_close(actual, gradient(image, affine, grid))
+    actual = jax.jit(constrained)(image, 1.5 * affine, grid)
+    assert_all_close(actual, gradient(np.exp(image), 1.5 * affine, grid))
 
 
 def test_devices_share_the_items_of_a_result_that_is_to_be_spread() -> None:
