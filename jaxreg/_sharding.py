@@ -116,8 +116,10 @@ class _Batch:
         """Of the operands and the results."""
 
         def sharding(shared: tuple[bool, bool]) -> NamedSharding:
-            spec = [over if has and over else None for has, over in zip(shared, axes, strict=True)]
-            return NamedSharding(mesh, PartitionSpec(*spec) if any(spec) else PartitionSpec())
+            groups, items = (over if has else () for has, over in zip(shared, axes, strict=True))
+            # An array without items may have no second axis to speak of.
+            spec = (groups or None, items) if items else (groups,) if groups else ()
+            return NamedSharding(mesh, PartitionSpec(*spec))
 
         return (
             tuple(map(sharding, self.operands)),
