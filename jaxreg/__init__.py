@@ -1,5 +1,6 @@
 """Fused image-registration kernels for JAX, on CUDA and CPU."""
 
+from jaxreg._ops import export_checks
 from jaxreg.smooth import gaussian_smooth
 from jaxreg.warp import (
     affine_warp,
@@ -14,6 +15,7 @@ __all__ = [
     "affine_warp",
     "compose",
     "convert_displacement",
+    "export_checks",
     "gaussian_smooth",
     "interpolate",
     "jacobian_determinant",

@@ -13,8 +13,17 @@ from typing import Any
 
 import _regcore
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
+
+from jaxreg._sharding import Operands, align, spread_over_batch
+
+_OLDEST_JAX = (0, 8, 2)
+if jax.__version_info__ < _OLDEST_JAX:
+    raise ImportError(
+        f"jaxreg: expected jax {'.'.join(map(str, _OLDEST_JAX))} or newer, got {jax.__version__}"
+    )
 
 _TABLE = _regcore.ops()
 _PLATFORMS = ("cpu", "cuda")
@@ -23,7 +32,6 @@ _HALVES = (jnp.dtype("float16"), jnp.dtype("bfloat16"))
 _FLOATS = (*_HALVES, _FLOAT32, _FLOAT64)
 
 Attributes = tuple[Any, ...]
-Operands = tuple[jax.Array | None, ...]
 
 
 def _target(op: str) -> str:
@@ -62,8 +70,8 @@ def _mask(flags: Sequence[bool]) -> int:
 @functools.lru_cache(maxsize=4096)
 def _kernel(
     op: str, attributes: Attributes, wanted: int, present: tuple[bool, ...]
-) -> Callable[..., tuple[jax.Array, ...]]:
-    """A function of the operands that are present, with the group axis, to the wanted results."""
+) -> Callable[..., dict[str, jax.Array]]:
+    """A function of the operands that are present, with the group axis, to the wanted outputs."""
     entry = _TABLE[op]
     specs = entry["attributes"]
     named = {name: value for (name, _, _), value in zip(specs, attributes, strict=True)}
@@ -74,32 +82,41 @@ def _kernel(
     ffi_attributes["wanted"] = np.int64(wanted)
     ffi_attributes["present"] = np.int64(_mask(present))
 
-    def call(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    names = [name for (name, *_), there in zip(entry["inputs"], present, strict=True) if there]
+
+    def infer(*arrays: jax.Array) -> dict[str, tuple[str, tuple[int, ...]]]:
         remaining = iter(arrays)
         inputs = [_spec(next(remaining)) if there else None for there in present]
         outputs = _regcore.infer(op, inputs, named, wanted)
-        like = jax.typeof(arrays[0])  # which carries the axes of shard_map it varies over
-        types = [
-            like.update(shape=spec[1], dtype=jnp.dtype(spec[0]), weak_type=False)
-            for spec in outputs
+        return {
+            name: spec
+            for (name, _), spec in zip(entry["outputs"], outputs, strict=True)
             if spec is not None
+        }
+
+    roles = dict(entry["outputs"])
+
+    def call(*arrays: jax.Array) -> dict[str, jax.Array]:
+        like = jax.typeof(arrays[0])  # which carries the axes of shard_map it varies over
+        specs = infer(*arrays)
+        types = [
+            like.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False)
+            for dtype, shape in specs.values()
         ]
         values = jax.ffi.ffi_call(_target(op), types, vmap_method=None)(*arrays, **ffi_attributes)
-        roles = [
-            role
-            for (_, role), spec in zip(entry["outputs"], outputs, strict=True)
-            if spec is not None
-        ]
-        return tuple(
-            value for value, role in zip(values, roles, strict=True) if role != "workspace"
-        )
+        by_name = dict(zip(specs, values, strict=True))
+        return {name: value for name, value in by_name.items() if roles[name] != "workspace"}
 
-    mapped_call = jax.custom_batching.custom_vmap(call)
+    def result_shapes(*arrays: jax.Array) -> dict[str, tuple[int, ...]]:
+        specs = infer(*arrays)
+        return {name: shape for name, (_, shape) in specs.items() if roles[name] != "workspace"}
+
+    mapped_call = jax.custom_batching.custom_vmap(spread_over_batch(call, names, result_shapes))
 
     @mapped_call.def_vmap
     def _fold(
         size: int, batched: Sequence[bool], *arrays: jax.Array
-    ) -> tuple[tuple[jax.Array, ...], tuple[bool, ...]]:
+    ) -> tuple[dict[str, jax.Array], dict[str, bool]]:
         # (mapped, groups, ...) becomes (mapped * groups, ...). An operand with one group serves all
         # of them; only one that is mapped by some but not all of several nested maps is copied.
         groups = max(
@@ -118,8 +135,11 @@ def _kernel(
             return array.reshape(size * groups, *array.shape[2:])
 
         results = mapped_call(*(fold(a, b) for a, b in zip(arrays, batched, strict=True)))
-        unfolded = tuple(r.reshape(size, groups, *r.shape[1:]) for r in results)
-        return unfolded, (True,) * len(unfolded)
+        unfolded = {
+            name: result.reshape(size, groups, *result.shape[1:])
+            for name, result in results.items()
+        }
+        return unfolded, dict.fromkeys(unfolded, True)
 
     # The custom_vjp below takes every first derivative. What gets here is a second one.
     once = jax.custom_jvp(mapped_call)
@@ -133,56 +153,115 @@ def _kernel(
     return once
 
 
-def _run(op: str, attributes: Attributes, wanted: int, operands: Operands) -> tuple[jax.Array, ...]:
-    """Call an op on arrays as the user has them, without the group axis."""
+def _run(op: str, attributes: Attributes, wanted: int, operands: Operands) -> dict[str, jax.Array]:
+    """Call an op on arrays as the user has them, without the group axis: its outputs by name."""
     present = tuple(operand is not None for operand in operands)
     arrays = [operand[None] for operand in operands if operand is not None]
-    return tuple(result[0] for result in _kernel(op, attributes, wanted, present)(*arrays))
+    outputs = _kernel(op, attributes, wanted, present)(*arrays)
+    return {name: output[0] for name, output in outputs.items()}
 
 
 def _all_results(op: str) -> int:
-    return _mask([role != "workspace" for _, role in _TABLE[op]["outputs"]])
+    return _mask([role == "result" for _, role in _TABLE[op]["outputs"]])
+
+
+def _gradient_inputs(op: str) -> set[str]:
+    gradient = _TABLE[op]["gradient"]
+    return {name for name, *_ in _TABLE[gradient]["inputs"]} if gradient else set()
+
+
+def _has_gradient(op: str, name: str) -> bool:
+    outputs = _TABLE[op]["outputs"]
+    if _TABLE[op]["gradient"]:
+        outputs += _TABLE[_TABLE[op]["gradient"]]["outputs"]
+    return f"grad_{name}" in dict(outputs)
+
+
+def _extra_outputs(op: str) -> list[str]:
+    """What an op computes for its backward pass."""
+    return [name for name, role in _TABLE[op]["outputs"] if role in ("unit_gradient", "saved")]
+
+
+def _times(unit_gradient: jax.Array, cotangent: jax.Array, dtype: Any) -> jax.Array:
+    axes = range(cotangent.ndim, unit_gradient.ndim)
+    return (unit_gradient * jnp.expand_dims(cotangent, tuple(axes))).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _differentiable(op: str, attributes: Attributes, operands: Operands) -> tuple[jax.Array, ...]:
-    return _run(op, attributes, _all_results(op), operands)
+def _differentiable(op: str, attributes: Attributes, operands: Operands) -> jax.Array:
+    return _run(op, attributes, _all_results(op), operands)["output"]
 
 
 def _forward(op: str, attributes: Attributes, operands: Any) -> Any:
-    values = tuple(None if x is None else x.value for x in operands)
-    outputs = _run(op, attributes, _all_results(op), values)
-    # Kept: what the gradient's op names among this op's inputs.
-    gradient_inputs = {name for name, _, _ in _TABLE[_TABLE[op]["gradient"]]["inputs"]}
-    kept = tuple(
-        value if name in gradient_inputs else None
-        for (name, _, _), value in zip(_TABLE[op]["inputs"], values, strict=True)
+    entry = _TABLE[op]
+    values = {
+        name: None if x is None else x.value
+        for (name, *_), x in zip(entry["inputs"], operands, strict=True)
+    }
+    perturbed = [
+        name
+        for (name, *_), x in zip(entry["inputs"], operands, strict=True)
+        if x is not None and x.perturbed
+    ]
+    for name in perturbed:
+        if not _has_gradient(op, name):
+            raise TypeError(
+                f"{op}: {name}: expected an array that does not depend on what is differentiated, "
+                f"as {op} has no gradient for it; got one that does. jax.lax.stop_gradient makes "
+                "it a constant"
+            )
+    asked = {f"grad_{name}" for name in perturbed}
+    wanted = [
+        role == "result"
+        or (role == "unit_gradient" and name in asked)
+        or (role == "saved" and bool(perturbed))
+        for name, role in entry["outputs"]
+    ]
+    outputs = _run(op, attributes, _mask(wanted), tuple(values.values()))
+    # Where all it takes is unit gradients, nothing else is held for the backward pass.
+    kept = asked.intersection(outputs)
+    if kept != asked:
+        kept |= _gradient_inputs(op)
+    inputs = tuple(
+        None if x is None else x if name in kept else jnp.empty((0,), x.dtype)
+        for name, x in values.items()
     )
-    # Which gradients are asked for is known now and needed at the backward pass's trace. It travels
-    # as the shape of an empty array: JAX may trace this rule for one choice, reuse it for another,
-    # and keep the residuals' structure (also static values in it) of only one of them.
-    perturbed = _mask([x is not None and x.perturbed for x in operands])
-    return outputs, (kept, jnp.empty((perturbed, 0), jnp.int8))
+    extra = {name: outputs.get(name) if name in kept else None for name in _extra_outputs(op)}
+    extras = tuple(jnp.empty((0,), jnp.int8) if x is None else x for x in extra.values())
+    # What is asked for and kept is known now and needed at the backward pass's trace. It travels as
+    # the shape of an empty array, and what is not kept as an empty array too: JAX may trace this
+    # rule for one choice, reuse it for another, and keep the residuals' structure (also static
+    # values in it) of only one of them.
+    flags = (
+        _mask([name in perturbed for name in values]),
+        _mask([x is not None for x in extra.values()]),
+    )
+    return outputs["output"], (inputs, extras, jnp.empty((*flags, 0), jnp.int8))
 
 
-def _backward(op: str, attributes: Attributes, residuals: Any, cotangents: Any) -> Any:
-    kept, mask = residuals
-    (cotangent,) = cotangents
-    perturbed = [bool(mask.shape[0] >> i & 1) for i in range(len(kept))]
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero) or not any(perturbed):
-        return ((None,) * len(kept),)
-    gradient_op = _TABLE[op]["gradient"]
-    entry = _TABLE[gradient_op]
-    names = [name for name, _, _ in _TABLE[op]["inputs"]]
-    values = dict(zip(names, kept, strict=True))
-    values["grad_output"] = cotangent
-    operands = tuple(values[name] for name, _, _ in entry["inputs"])
-    asked = {f"grad_{name}" for name, p in zip(names, perturbed, strict=True) if p}
-    outputs = [name for name, _ in entry["outputs"]]
-    wanted = _mask([name in asked for name in outputs])
-    results = _run(gradient_op, attributes, wanted, operands)
-    by_name = dict(zip([name for name in outputs if name in asked], results, strict=True))
-    return (tuple(by_name.get(f"grad_{name}") for name in names),)
+def _backward(op: str, attributes: Attributes, residuals: Any, cotangent: Any) -> Any:
+    inputs, extras, flags = residuals
+    names = [name for name, *_ in _TABLE[op]["inputs"]]
+    perturbed = [name for i, name in enumerate(names) if flags.shape[0] >> i & 1]
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero) or not perturbed:
+        return ((None,) * len(names),)
+    values = dict(zip(names, inputs, strict=True))
+    extra = dict(zip(_extra_outputs(op), extras, strict=True))
+    extra = {name: x for i, (name, x) in enumerate(extra.items()) if flags.shape[1] >> i & 1}
+    gradients = {
+        f"grad_{name}": _times(extra[f"grad_{name}"], cotangent, values[name].dtype)
+        for name in perturbed
+        if f"grad_{name}" in extra
+    }
+    asked = {f"grad_{name}" for name in perturbed} - set(gradients)
+    if asked:
+        gradient_op = _TABLE[op]["gradient"]
+        entry = _TABLE[gradient_op]
+        values |= extra | {"grad_output": cotangent}
+        operands = tuple(values.get(name) for name, *_ in entry["inputs"])
+        wanted = _mask([name in asked for name, _ in entry["outputs"]])
+        gradients |= _run(gradient_op, attributes, wanted, operands)
+    return (tuple(gradients.get(f"grad_{name}") for name in names),)
 
 
 _differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -221,7 +300,7 @@ def _jitted(op: str, attributes: Attributes, operands: Operands) -> jax.Array:
     converted = tuple(
         x if x is None else x.astype(d) for x, d in zip(operands, dtypes, strict=True)
     )
-    (result,) = _differentiable(op, attributes, converted)
+    result = _differentiable(op, attributes, align(converted))
     return result if result_dtype is None else result.astype(result_dtype)
 
 
@@ -254,26 +333,6 @@ def _check_operand(op: str, name: str, optional: bool, value: Any) -> None:
             f"{op}: {name}: expected a JAX or NumPy array{' or None' if optional else ''}, "
             f"got {type(value).__name__}"
         )
-
-
-def _varying(array: Any) -> frozenset[str]:
-    kind = jax.typeof(array)
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
-
-
-def _vary_alike(arrays: Operands) -> Operands:
-    """Inside ``shard_map``: operands that are replicated join those that are not.
-
-    Outside of the differentiated function, so that their gradients are summed over the devices.
-    """
-    axes = [frozenset() if x is None else _varying(x) for x in arrays]
-    everywhere = frozenset().union(*axes)
-    return tuple(
-        x
-        if x is None or own == everywhere
-        else jax.lax.pcast(x, tuple(everywhere - own), to="varying")
-        for x, own in zip(arrays, axes, strict=True)
-    )
 
 
 def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> jax.Array:
@@ -310,7 +369,27 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> jax.A
     ]
     _regcore.infer(op, specs, attributes, _all_results(op))
     ordered = tuple(attributes[name] for name, _, _ in entry["attributes"])
-    return _jitted(op, ordered, _vary_alike(arrays))
+    return _jitted(op, ordered, arrays)
+
+
+def export_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """What ``jax.export`` has to be told to take a function that calls this package.
+
+    It cannot know whether the kernels will stay as they are, and asks for a word on each. They are
+    those of one version of this package: import that where the exported function is called. A
+    function over several devices has to be exported under ``jax.shard_map``, as the rules by which
+    ``jit`` splits a call cannot be stored.
+
+    Returns
+    -------
+    list of jax.export.DisabledSafetyCheck
+        To be passed as ``disabled_checks``.
+
+    Examples
+    --------
+    >>> exported = jax.export.export(jax.jit(function), disabled_checks=jaxreg.export_checks())
+    """
+    return [jax.export.DisabledSafetyCheck.custom_call(_target(op)) for op in _TABLE]
 
 
 def build_facts() -> dict[str, str]:

@@ -7,6 +7,11 @@ import os
 # JAX must leave room on the device for the other framework in this process.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+# Several devices anywhere, for what is spread over devices.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+)
+
 import pytest
 from backends import BACKENDS, cuda_device_exists
 

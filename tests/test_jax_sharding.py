@@ -1,0 +1,294 @@
+"""``jaxreg`` on arrays that are spread over several devices (of the CPU: see conftest.py)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from examples import OPS, example
+from inputs import assert_close, assert_same, random_affine, random_array, small_displacement
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxreg
+from jaxreg._sharding import spread_over_batch
+
+Array = np.ndarray
+Function = Callable[..., Any]
+
+ITEMS = 4
+AXIS_TYPES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+@pytest.fixture(autouse=True)
+def _double_precision_on_the_cpu() -> Iterator[None]:
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+@pytest.fixture(params=AXIS_TYPES)
+def axis_type(request: pytest.FixtureRequest) -> AxisType:
+    """Whether the types of arrays say how they are spread."""
+    return AXIS_TYPES[request.param]
+
+
+def mesh(axis_type: AxisType = AxisType.Auto, **axes: int) -> Mesh:
+    """Of four devices, along one axis ``batch`` by default."""
+    axes = axes or {"batch": 4}
+    devices = np.array(jax.devices("cpu")[:4]).reshape(tuple(axes.values()))
+    return Mesh(devices, tuple(axes), axis_types=(axis_type,) * len(axes))
+
+
+def put(array: Array, mesh: Mesh, *spec: Any) -> jax.Array:
+    return jax.device_put(array, NamedSharding(mesh, P(*spec)))
+
+
+def collectives(function: Function, *operands: Any) -> set[str]:
+    """The ways in which devices communicate in the compiled function."""
+    text = jax.jit(function).lower(*operands).compile().as_text()
+    names = (
+        r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+    )
+    return set(re.findall(rf"\b({names})(?:-start)?\(", text))
+
+
+def spec(array: jax.Array) -> tuple[Any, ...]:
+    """How an array is spread, without the axes behind the last one that is."""
+    entries = list(array.sharding.spec)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return tuple(entries)
+
+
+def operands() -> tuple[Array, Array, Array]:
+    """Of ``interpolate``: images and grids for every item, one affine for all."""
+    return (
+        random_array(0, ITEMS, 1, 4, 5),
+        random_affine(1, 1, 2),
+        small_displacement(2, ITEMS, (4, 5), 0.3),
+    )
+
+
+def loss(*operands: Any) -> Any:
+    return jnp.sum(jnp.sin(jaxreg.interpolate(*operands)))
+
+
+gradient = jax.grad(loss, (0, 1, 2))
+
+
+def assert_all_close(actual: Any, expected: Any) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        assert_close(np.asarray(a), np.asarray(b), np.float64)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_each_device_works_on_its_own_items(name: str, axis_type: AxisType) -> None:
+    """Forward and backward, without a word to the others, to the last bit."""
+    cases = [example(name, seed=seed) for seed in range(2)]
+    batches = [np.concatenate(pair) for pair in zip(*(c.operands for c in cases), strict=True)]
+    function = cases[0].bind(getattr(jaxreg, name))
+    everything = tuple(range(len(batches)))
+    slopes = jax.grad(lambda *ops: jnp.sum(jnp.sin(function(*ops))), everything)
+    spread = [put(batch, mesh(axis_type), "batch") for batch in batches]
+    for whole in (lambda *ops: (function(*ops),), slopes):
+        assert not collectives(whole, *spread)
+        results = jax.jit(whole)(*spread)
+        for result, expected in zip(results, jax.jit(whole)(*batches), strict=True):
+            assert spec(result) == ("batch",)
+            assert_same(np.asarray(result), np.asarray(expected))
+
+
+def test_the_gradient_of_an_operand_for_all_items_is_summed_over_devices(
+    axis_type: AxisType,
+) -> None:
+    image, affine, grid = operands()
+    devices = mesh(axis_type)
+    spread = put(image, devices, "batch"), put(affine, devices), put(grid, devices, "batch")
+    assert collectives(gradient, *spread) == {"all-reduce"}
+    results = jax.jit(gradient)(*spread)
+    assert [spec(result) for result in results] == [("batch",), (), ("batch",)]
+    assert_all_close(results, gradient(image, affine, grid))
+
+
+def test_a_plain_array_joins_one_that_is_spread(axis_type: AxisType) -> None:
+    image, affine, grid = operands()
+    spread = put(image, mesh(axis_type), "batch")
+    assert_all_close(jax.jit(gradient)(spread, affine, grid), gradient(image, affine, grid))
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        ((("a", "b"),), (), (("a", "b"),)),
+        (("a",), (), ()),
+        (("a",), (), ("b",)),
+        (("a", None, "b"), (), ("a",)),
+        ((None, None, "b"), (), ()),
+    ],
+    ids=["two mesh axes", "one operand", "different axes", "rows as well", "rows"],
+)
+def test_arrays_may_be_spread_in_any_way(axis_type: AxisType, specs: Any) -> None:
+    arrays = operands()
+    devices = mesh(axis_type, a=2, b=2)
+    spread = [put(array, devices, *spec) for array, spec in zip(arrays, specs, strict=True)]
+    assert_all_close(jax.jit(gradient)(*spread), gradient(*arrays))
+
+
+@pytest.mark.parametrize(
+    ("axes", "groups", "talk"),
+    [
+        ({"items": 4}, None, {"all-reduce"}),
+        ({"groups": 4}, "groups", set()),
+        ({"groups": 2, "items": 2}, "groups", {"all-reduce"}),
+    ],
+    ids=["items", "examples", "both"],
+)
+def test_vmap_over_examples_of_several_items(
+    axis_type: AxisType, axes: dict[str, int], groups: str | None, talk: set[str]
+) -> None:
+    """The gradient of an unmapped affine is one per example, each on the devices that have it."""
+    image, affine, grid = operands()
+    images, grids = (np.stack([scale * x for scale in (1, 2, 3, 4)]) for x in (image, grid))
+    mapped = jax.vmap(gradient, (0, None, 0))
+    devices = mesh(axis_type, **axes)
+    items = "items" if "items" in axes else None
+    spread = put(images, devices, groups, items), affine, put(grids, devices, groups, items)
+    spread = spread[0], put(affine, devices), spread[2]
+    assert collectives(mapped, *spread) == talk
+    results = jax.jit(mapped)(*spread)
+    per_item = (groups, items) if items else (groups,)
+    assert [spec(r) for r in results] == [per_item, (groups,) if groups else (), per_item]
+    assert_all_close(results, mapped(images, affine, grids))
+
+
+def test_examples_and_items_spread_over_the_same_devices() -> None:
+    image, affine, grid = operands()
+    images, grids = (np.stack([scale * x for scale in (1, 2, 3, 4)]) for x in (image, grid))
+    spread = put(images, mesh(), "batch"), put(affine, mesh()), put(grids, mesh(), None, "batch")
+    mapped = jax.vmap(gradient, (0, None, 0))
+    assert_all_close(jax.jit(mapped)(*spread), mapped(images, affine, grids))
+
+
+def test_items_that_devices_cannot_share_evenly() -> None:
+    """A padded shard must add nothing to the gradient of what all items have in common."""
+    image, affine, grid = operands()
+    image, grid = image[:3], grid[:3]
+
+    def constrained(image: Any, affine: Any, grid: Any) -> Any:
+        sharding = NamedSharding(mesh(), P("batch"))
+        image, grid = (jax.lax.with_sharding_constraint(x, sharding) for x in (image, grid))
+        return gradient(jnp.exp(image), affine, grid)
+
+    actual = jax.jit(constrained)(image, 1.5 * affine, grid)
+    assert_all_close(actual, gradient(np.exp(image), 1.5 * affine, grid))
+
+
+def test_devices_share_the_items_of_a_result_that_is_to_be_spread() -> None:
+    sharding = NamedSharding(mesh(), P("batch"))
+    function = jax.jit(jaxreg.interpolate, out_shardings=sharding)
+    assert not collectives(function, *operands())
+    result = function(*operands())
+    assert spec(result) == ("batch",)
+    assert_same(np.asarray(result), np.asarray(jaxreg.interpolate(*operands())))
+
+
+def test_the_partitioner_before_shardy() -> None:
+    arrays = operands()
+    spread = [put(x, mesh(), *s) for x, s in zip(arrays, (("batch",), (), ("batch",)), strict=True)]
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        assert collectives(gradient, *spread) == {"all-reduce"}
+        assert_all_close(jax.jit(gradient)(*spread), gradient(*arrays))
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", True)
+
+
+def test_a_mean_over_items_needs_all_of_them(axis_type: AxisType) -> None:
+    """A device that takes the mean of its own items, or divides by their number, is wrong."""
+
+    def mean(x: Any) -> dict[str, Any]:
+        return {
+            "output": jnp.mean(x, axis=(1, 2)),
+            "grad_x": jnp.ones_like(x) / math.prod(x.shape[1:]),
+        }
+
+    def mean_grad(x: Any, grad_output: Any) -> dict[str, Any]:
+        return {"grad_x": grad_output[:, None, None] * jnp.ones_like(x) / math.prod(x.shape[1:])}
+
+    x = random_array(0, 2, 4, 5, dtype=np.float32)
+    cotangent = random_array(1, 2, dtype=np.float32)
+    for groups, items in ((None, "items"), ("groups", None), ("groups", "items")):
+        devices = mesh(axis_type, groups=2, items=2)
+        for call, arrays in ((mean, (x,)), (mean_grad, (x, cotangent))):
+            names = ("x", "grad_output")[: len(arrays)]
+
+            def shapes(*arrays: Any, call: Function = call) -> dict[str, Any]:
+                return {name: r.shape for name, r in jax.eval_shape(call, *arrays).items()}
+
+            specs = ((groups, items), (groups,))
+            spread = [put(a, devices, *s) for a, s in zip(arrays, specs, strict=False)]
+            results = jax.jit(spread_over_batch(call, names, shapes))(*spread)
+            expected = call(*arrays)
+            assert results.keys() == expected.keys()
+            for name, result in results.items():
+                assert_close(np.asarray(result), np.asarray(expected[name]), np.float32)
+
+
+SHARD_MAPS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
+    "one axis": ({"batch": 4}, {}),
+    "one axis of two": ({"batch": 2, "other": 2}, {}),
+    "the other is automatic": ({"batch": 2, "other": 2}, {"axis_names": {"batch"}}),
+}
+
+
+@pytest.mark.parametrize("kind", SHARD_MAPS)
+def test_shard_map_sums_what_replicated_operands_receive(kind: str, axis_type: AxisType) -> None:
+    """Over all devices, whether the gradient is taken outside of ``shard_map`` or inside."""
+    axes, options = SHARD_MAPS[kind]
+    arrays, devices = operands(), mesh(axis_type, **axes)
+    split, everywhere = P("batch"), P()
+    specs = (split, everywhere, split)
+    spread = [put(array, devices, *spec) for array, spec in zip(arrays, specs, strict=True)]
+    function = jax.shard_map(
+        jaxreg.interpolate, mesh=devices, in_specs=specs, out_specs=split, **options
+    )
+    assert_all_close([jax.jit(function)(*spread)], [jaxreg.interpolate(*arrays)])
+    outside = jax.grad(lambda *operands: jnp.sum(jnp.sin(function(*operands))), (0, 1, 2))
+    inside = jax.shard_map(gradient, mesh=devices, in_specs=specs, out_specs=specs, **options)
+    expected = gradient(*arrays)
+    for sharded in (outside, inside):
+        assert_all_close(jax.jit(sharded)(*spread), expected)
+
+
+def test_a_shard_map_can_be_exported() -> None:
+    arrays, devices = operands(), mesh()
+    specs = (P("batch"), P(), P("batch"))
+    spread = [put(array, devices, *spec) for array, spec in zip(arrays, specs, strict=True)]
+    function = jax.jit(jax.shard_map(gradient, mesh=devices, in_specs=specs, out_specs=specs))
+    exported = jax.export.export(function, disabled_checks=jaxreg.export_checks())(*spread)
+    loaded = jax.export.deserialize(exported.serialize())
+    assert_all_close(jax.jit(loaded.call)(*spread), gradient(*arrays))
+
+
+def test_a_scan_over_spread_arrays_keeps_them_where_they_are() -> None:
+    """As the updates of a registration of several pairs at once."""
+    image, affine, grid = operands()
+
+    def descend(image: Any, affine: Any, grid: Any) -> Any:
+        def step(grid: Any, _: Any) -> Any:
+            return grid - 0.1 * jax.grad(loss, 2)(image, affine, grid), None
+
+        return jax.lax.scan(step, grid, length=3)[0]
+
+    spread = put(image, mesh(), "batch"), put(affine, mesh()), put(grid, mesh(), "batch")
+    assert not collectives(descend, *spread)
+    result = jax.jit(descend)(*spread)
+    assert spec(result) == ("batch",)
+    assert_same(np.asarray(result), np.asarray(jax.jit(descend)(image, affine, grid)))
