@@ -61,35 +61,33 @@ class _Signature:
         self.inputs = [name for name, *_ in entry["inputs"]]
         self.attributes = [name for name, _, _ in entry["attributes"]]
         self.outputs = [name for name, _ in entry["outputs"]]
-        self.is_workspace = [role == "workspace" for _, role in entry["outputs"]]
-        self.result = [role for _, role in entry["outputs"]].index("result")
-        self.saved = _mask([role == "saved" for _, role in entry["outputs"]])
+        self.roles = [role for _, role in entry["outputs"]]
+        self.result = self.roles.index("result")
+        self.saved = _mask([role == "saved" for role in self.roles])
+        self.workspaces = [i for i, role in enumerate(self.roles) if role == "workspace"]
         arguments = [
             f"Tensor{'?' if optional else ''} {name}" for name, optional, *_ in entry["inputs"]
         ]
         arguments += [f"{_SCHEMA_TYPES[kind]} {name}" for name, kind, _ in entry["attributes"]]
         arguments += ["int wanted", "bool grouped"]
         self.schema = f"{op}({', '.join(arguments)}) -> Tensor[]"
-        # Where the gradient of each input is: among the outputs of the gradient op, and, if it is
-        # a unit gradient, among the op's own. A constant has neither.
+        # Pairs of an input's place and that of its gradient: among the outputs of the gradient op,
+        # or among the op's own if it is a unit gradient. An input that has neither is constant.
         self.gradient = entry["gradient"] or ""
         backward = _TABLE[self.gradient] if self.gradient else {"inputs": (), "outputs": ()}
-        self.gradient_inputs = [name for name, *_ in backward["inputs"]]
         self.gradients = self._places([name for name, _ in backward["outputs"]])
         self.unit_gradients = self._places(
             [name if role == "unit_gradient" else "" for name, role in entry["outputs"]]
         )
-        self.constants = [
-            name
-            for name, gradient, unit in zip(
-                self.inputs, self.gradients, self.unit_gradients, strict=True
-            )
-            if gradient is None and unit is None
-        ]
+        variable = {i for i, _ in (*self.gradients, *self.unit_gradients)}
+        self.constants = [i for i in range(len(self.inputs)) if i not in variable]
+        # What the gradient op takes: places among the inputs and outputs, then the cotangent.
+        self.values = [*self.inputs, *self.outputs, "grad_output"]
+        self.gradient_inputs = [self.values.index(name) for name, *_ in backward["inputs"]]
 
-    def _places(self, outputs: list[str]) -> list[int | None]:
+    def _places(self, outputs: list[str]) -> list[tuple[int, int]]:
         gradients = [f"grad_{name}" for name in self.inputs]
-        return [outputs.index(name) if name in outputs else None for name in gradients]
+        return [(i, outputs.index(name)) for i, name in enumerate(gradients) if name in outputs]
 
     def split(self, arguments: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any], int, bool]:
         count = len(self.inputs)
@@ -102,8 +100,8 @@ class _Signature:
         if True not in needs:
             return wanted
         wanted |= self.saved
-        for place, need in zip(self.unit_gradients, needs, strict=True):
-            if need and place is not None:
+        for i, place in self.unit_gradients:
+            if needs[i]:
                 wanted |= 1 << place
         return wanted
 
@@ -112,19 +110,28 @@ _SIGNATURES = {op: _Signature(op) for op in _TABLE}
 
 
 def _spec(tensor: torch.Tensor, grouped: bool) -> tuple[str, tuple[int, ...]]:
-    shape = tuple(tensor.shape) if grouped else (1, *tensor.shape)
-    return _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), shape
+    shape = tensor.shape
+    dtype = _DTYPE_NAMES.get(tensor.dtype) or str(tensor.dtype)
+    return dtype, shape if grouped else (1, *shape)
 
 
 def _allocate(
-    specs: Sequence[tuple[str, tuple[int, ...]] | None], grouped: bool, device: torch.device
+    signature: _Signature,
+    specs: Sequence[tuple[str, tuple[int, ...]] | None],
+    grouped: bool,
+    device: torch.device,
 ) -> _Outputs:
-    return [
-        None
-        if spec is None
-        else torch.empty(spec[1] if grouped else spec[1][1:], dtype=_DTYPES[spec[0]], device=device)
-        for spec in specs
-    ]
+    outputs: _Outputs = []
+    for spec, role in zip(specs, signature.roles, strict=True):
+        if spec is None:
+            outputs.append(None)
+            continue
+        dtype, shape = spec
+        # A workspace has whatever shape its op likes: the first axis need not be that of groups.
+        if not grouped and role != "workspace":
+            shape = shape[1:]
+        outputs.append(torch.empty(shape, dtype=_DTYPES[dtype], device=device))
+    return outputs
 
 
 def _refuse_atomics(signature: _Signature, outputs: _Outputs) -> None:
@@ -151,35 +158,30 @@ def _run(
     only_shapes: bool = False,
 ) -> _Outputs:
     """Launch an op. The memory of the operands has to be plain."""
-    device = next(x.device for x in operands if x is not None)
-    inputs = [None if x is None else _spec(x, grouped) for x in operands]
-    specs = _regcore.infer(signature.op, inputs, attributes, wanted)
-    outputs = _allocate(specs, grouped, device)
+    specs = [None if x is None else _spec(x, grouped) for x in operands]
+    output_specs = _regcore.infer(signature.op, specs, attributes, wanted)
+    device = next(x for x in operands if x is not None).device
+    outputs = _allocate(signature, output_specs, grouped, device)
     if not only_shapes and device.type != "meta":
         is_cuda = device.type == "cuda"
         if is_cuda and torch.are_deterministic_algorithms_enabled():
             _refuse_atomics(signature, outputs)
         _regcore.launch(
             signature.op,
-            [
-                None if x is None else (x.data_ptr(), *spec)  # type: ignore[misc]
-                for x, spec in zip(operands, inputs, strict=True)
-            ],
+            specs,
+            [0 if x is None else x.data_ptr() for x in operands],
             attributes,
             wanted,
-            [
-                None if x is None else (x.data_ptr(), *spec)
-                for x, spec in zip(outputs, specs, strict=True)
-            ],
+            output_specs,
+            [0 if x is None else x.data_ptr() for x in outputs],
             device.index if is_cuda else -1,
             torch._C._cuda_getCurrentRawStream(device.index) if is_cuda else 0,
         )
     # Workspaces go back to the allocator as soon as the launch is queued: it hands them out again
     # only to work that comes later on this stream.
-    return [
-        None if workspace else x
-        for x, workspace in zip(outputs, signature.is_workspace, strict=True)
-    ]
+    for i in signature.workspaces:
+        outputs[i] = None
+    return outputs
 
 
 # A registered op returns no None: an output that is absent is an empty tensor of a dtype that no
@@ -242,10 +244,12 @@ for _signature in _SIGNATURES.values():
 
 def _is_eager(operands: Sequence[Any]) -> bool:
     """Whether nobody listens in: no compiler, transform, dual number, mode or subclass."""
+    for x in operands:
+        if x is not None and type(x) not in _PLAIN_TYPES:
+            return False
     return (
         not torch.compiler.is_compiling()
         and forward_ad._current_level < 0
-        and all(x is None or type(x) in _PLAIN_TYPES for x in operands)
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
@@ -258,7 +262,9 @@ def _plain_memory(x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     if torch.compiler.is_compiling():
         return x
-    return (x.clone() if x._is_zerotensor() else x).resolve_neg()
+    if x._is_zerotensor():
+        return x.clone()
+    return x.resolve_neg() if x.is_neg() else x
 
 
 def _call(
@@ -368,20 +374,21 @@ def _keep(
     """Prepare the backward pass: from unit gradients as far as they are there."""
     ctx.op, ctx.attributes, ctx.grouped = signature.op, attributes, grouped
     ctx.set_materialize_grads(False)
-    units = [None if place is None else outputs[place] for place in signature.unit_gradients]
-    for_gradient: Sequence[str] = ()
-    if any(need and unit is None for need, unit in zip(needs, units, strict=True)):
-        for_gradient = signature.gradient_inputs
-    # A unit gradient keeps its input, too: for the tie of `_Once`.
-    kept_inputs = [
-        x if name in for_gradient or unit is not None else None
-        for x, name, unit in zip(operands, signature.inputs, units, strict=True)
-    ]
-    kept_outputs = [
-        x if name in for_gradient or i in signature.unit_gradients else None
-        for i, (x, name) in enumerate(zip(outputs, signature.outputs, strict=True))
-    ]
-    ctx.save_for_backward(*kept_inputs, *kept_outputs)
+    values = (*operands, *outputs)
+    kept: _Outputs = [None] * len(values)
+    served = [(i, place) for i, place in signature.unit_gradients if outputs[place] is not None]
+    if needs.count(True) > len(served):
+        for place in signature.gradient_inputs:
+            if place < len(values):
+                kept[place] = values[place]
+    for _, place in served:
+        kept[len(operands) + place] = outputs[place]
+    if signature.saved or signature.unit_gradients:
+        # Outputs that are kept depend on these inputs: `_Once` has to know.
+        for i, need in enumerate(needs):
+            if need:
+                kept[i] = values[i]
+    ctx.save_for_backward(*kept)
 
 
 def _first_derivatives(
@@ -391,26 +398,24 @@ def _first_derivatives(
     saved: Sequence[torch.Tensor | None],
     grad_output: torch.Tensor,
 ) -> _Outputs:
-    values = dict(zip((*signature.inputs, *signature.outputs), saved, strict=True))
-    gradients: _Outputs = [None] * len(signature.inputs)
-    wanted = 0
-    for i, name in enumerate(signature.inputs):
-        if not needs[i]:
-            continue
-        unit, operand = values.get(f"grad_{name}"), values[name]
-        if unit is not None and operand is not None:
+    count = len(signature.inputs)
+    gradients: _Outputs = [None] * count
+    for i, place in signature.unit_gradients:
+        unit, operand = saved[count + place], saved[i]
+        if needs[i] and unit is not None and operand is not None:
             trailing = (1,) * (unit.ndim - grad_output.ndim)
             scale = grad_output.reshape(*grad_output.shape, *trailing)
             gradients[i] = (unit * scale).to(operand.dtype)
-        else:
-            wanted |= 1 << signature.gradients[i]
-    if wanted:
-        values["grad_output"] = _plain_memory(grad_output)
-        operands = [values[name] for name in signature.gradient_inputs]
+    remaining = [
+        (i, place) for i, place in signature.gradients if needs[i] and gradients[i] is None
+    ]
+    if remaining:
+        values = (*saved, _plain_memory(grad_output))
+        operands = [values[place] for place in signature.gradient_inputs]
+        wanted = sum([1 << place for _, place in remaining])
         results = _call(signature.gradient, operands, ctx.attributes, wanted, ctx.grouped)
-        for i, place in enumerate(signature.gradients):
-            if wanted >> place & 1:
-                gradients[i] = results[place]
+        for i, place in remaining:
+            gradients[i] = results[place]
     return gradients
 
 
@@ -573,16 +578,16 @@ def _needs(
     elif torch.compiler.is_compiling():
         # A compiler does not see through the wrappers.
         needs = tuple(
-            x is not None and (x.requires_grad or name not in signature.constants)
-            for x, name in zip(operands, signature.inputs, strict=True)
+            x is not None and (x.requires_grad or i not in signature.constants)
+            for i, x in enumerate(operands)
         )
     else:
         needs = tuple(x is not None and _requires_gradient(x) for x in operands)
-    for name in signature.constants:
-        if needs[signature.inputs.index(name)]:
+    for i in signature.constants:
+        if needs[i]:
             raise ValueError(
-                f"{signature.op}: {name}: expected a tensor that requires no gradient, as it has "
-                "none, got one that does"
+                f"{signature.op}: {signature.inputs[i]}: expected a tensor that requires no "
+                "gradient, as it has none, got one that does"
             )
     return needs
 
