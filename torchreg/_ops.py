@@ -214,14 +214,8 @@ def _make_implementation(
 ) -> Callable[..., list[torch.Tensor]]:
     def implementation(*arguments: Any) -> list[torch.Tensor]:
         operands, attributes, wanted, grouped = signature.split(arguments)
-        present = [x for x in operands if x is not None]
-        if torch.is_grad_enabled() and any(x.requires_grad for x in present):
-            raise RuntimeError(
-                f"torch.ops.torchreg.{signature.op} has no derivative of its own: "
-                "call the function of the same name in torchreg"
-            )
         outputs = _run(signature, operands, attributes, wanted, grouped, only_shapes=only_shapes)
-        return _pack(outputs, wanted, present[0])
+        return _pack(outputs, wanted, next(x for x in operands if x is not None))
 
     return implementation
 
@@ -332,12 +326,6 @@ def _make_vmap_rule(signature: _Signature) -> Callable[..., Any]:
         return packed, [None if x.dtype is _ABSENT else 0 for x in packed]
 
     return rule
-
-
-for _signature in _SIGNATURES.values():
-    torch.library.register_vmap(
-        f"torchreg::{_signature.op}", _make_vmap_rule(_signature), lib=_library
-    )
 
 
 class _Once(torch.autograd.Function):
@@ -495,6 +483,33 @@ class _Apply(torch.autograd.Function):
         return unfolded, tuple(None if x is None else 0 for x in unfolded)
 
 
+def _make_derivative(signature: _Signature) -> Callable[..., list[torch.Tensor]]:
+    """For calls of the registered op itself, which is what exported programs are made of."""
+
+    def derivative(*arguments: Any) -> list[torch.Tensor]:
+        operands, attributes, wanted, grouped = signature.split(arguments)
+        needs = tuple(x is not None and x.requires_grad for x in operands)
+        if True not in needs or not torch.is_grad_enabled():
+            with torch._C._AutoDispatchBelowAutograd():
+                return getattr(torch.ops.torchreg, signature.op)(*arguments)
+        if not signature.gradient or wanted != signature.wanted(()):
+            raise RuntimeError(
+                f"torch.ops.torchreg.{signature.op} has no derivative of its own: "
+                "call the function of the same name in torchreg"
+            )
+        ordered = tuple(attributes.values())
+        return [_result(signature, _Apply.apply(signature.op, ordered, needs, grouped, *operands))]
+
+    return derivative
+
+
+for _signature in _SIGNATURES.values():
+    torch.library.register_vmap(
+        f"torchreg::{_signature.op}", _make_vmap_rule(_signature), lib=_library
+    )
+    _library.impl(_signature.op, _make_derivative(_signature), "Autograd")
+
+
 class _EagerApply(torch.autograd.Function):
     """`_Apply` in the older style, which knows no functional transforms and takes half the time."""
 
@@ -539,7 +554,7 @@ def _check_operand(op: str, name: str, optional: bool, value: Any) -> None:
             f"{op}: {name}: expected a tensor{' or None' if optional else ''}, "
             f"got {type(value).__name__}"
         )
-    if value.device.type not in ("cpu", "cuda"):
+    if value.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{op}: {name}: expected a tensor on cpu or cuda, got {value.device}")
     if value.layout != torch.strided:
         raise TypeError(f"{op}: {name}: expected a dense tensor, got {value.layout}")
@@ -643,5 +658,9 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> torch
     elif _transforms()[1] > 1:
         # A compiler traces a backward pass without its tie to the second derivative.
         raise RuntimeError(f"torchreg: {op} can be differentiated once, not twice")
+    elif True not in needs or torch.compiler.is_exporting():
+        # With autograd functions a strict export would detach the result without a word.
+        needs = (False,) * len(needs)
+        return _result(signature, _call(op, arguments, attributes, signature.wanted(needs), False))
     ordered = tuple(attributes[name] for name in signature.attributes)
     return _result(signature, _Apply.apply(op, ordered, needs, False, *arguments))
