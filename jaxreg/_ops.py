@@ -213,7 +213,8 @@ def _check_operand(op: str, name: str, optional: bool, value: Any) -> None:
 
 def _varying(array: Any) -> frozenset[str]:
     kind = jax.typeof(array)
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+    axes: frozenset[str] = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+    return axes
 
 
 def _vary_alike(arrays: Operands) -> Operands:
@@ -261,8 +262,8 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> jax.A
     specs = [None if x is None else (np.dtype(x.dtype).name, (1, *x.shape)) for x in arrays]
     _regcore.infer(op, specs, attributes, _all_results(op))
     ordered = tuple(attributes[name] for name, _, _ in entry["attributes"])
-    (result,) = _jitted(op, ordered, _vary_alike(arrays))
-    return result
+    results: tuple[jax.Array, ...] = _jitted(op, ordered, _vary_alike(arrays))
+    return results[0]
 
 
 def build_facts() -> dict[str, str]:

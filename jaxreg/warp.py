@@ -1,11 +1,12 @@
 """Sampling images through transforms, and composing transforms.
 
-Conventions: images are ``(N, C, [Z,] Y, X)``; vector fields are ``(N, [Z,] Y, X, D)``, channel
+Conventions: images are ``float[N, C, *S]``, where ``*S`` stands for the D spatial axes ``Z, Y, X``
+or ``Y, X`` (and ``*T`` for those of another size); vector fields are ``float[N, *S, D]``, channel
 last, components in x, y, z order, in normalised coordinates: [-1, 1] spans the volume, between the
 centres of the first and last voxel with ``align_corners=True``, between the outer edges otherwise,
-as in ``torch.nn.functional.grid_sample``. Affines ``(N, D, D+1)`` map output coordinates to input
-coordinates. Each operand's batch size is 1 or N; 1 is broadcast without a copy, and its gradient is
-the sum over the batch.
+as in ``torch.nn.functional.grid_sample``. Affines ``float[N, D, D+1]`` map output coordinates to
+input coordinates. Each operand's batch size is 1 or N; 1 is broadcast without a copy, and its
+gradient is the sum over the batch.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ def interpolate(
 
     Parameters
     ----------
-    image
-        ``(N, C, [Z,] Y, X)``, float32 or float64.
-    affine
-        ``(N, D, D+1)``: from output to input coordinates, normalised, of the image's dtype.
-    grid
-        ``(N, [Z',] Y', X', D)``, normalised, components x, y, z, of the image's dtype.
+    image : float[N, C, *S]
+        float32 or float64.
+    affine : float[N, D, D+1], optional
+        From output to input coordinates, normalised, of the image's dtype.
+    grid : float[N, *T, D], optional
+        Normalised, components x, y, z, of the image's dtype.
     affine_last
         Apply the affine after the displacement instead of before.
     is_displacement
@@ -67,9 +68,9 @@ def interpolate(
 
     Returns
     -------
-    jax.Array
-        ``(N, C, [Z',] Y', X')``, of the image's dtype. Differentiable with respect to image, affine
-        and grid; at integer positions the derivative is the right-sided one.
+    float[N, C, *T]
+        Of the image's dtype. Differentiable with respect to image, affine and grid; at integer
+        positions the derivative is the right-sided one.
 
     Raises
     ------
@@ -112,12 +113,12 @@ def compose(
 
     Parameters
     ----------
-    u
-        ``(N, [Z,] Y, X, D)``: the displacement that is sampled, normalised, float32 or float64.
-    v
-        ``(N, [Z',] Y', X', D)``: the displacement that is applied first, of the same dtype.
-    affine
-        ``(N, D, D+1)``, normalised; the identity when absent.
+    u : float[N, *S, D]
+        The displacement that is sampled, normalised, float32 or float64.
+    v : float[N, *T, D]
+        The displacement that is applied first, of the same dtype.
+    affine : float[N, D, D+1], optional
+        Normalised; the identity when absent.
     add
         ``False`` returns ``u(Ax + v)`` alone.
     padding_mode
@@ -127,8 +128,8 @@ def compose(
 
     Returns
     -------
-    jax.Array
-        ``(N, [Z',] Y', X', D)``. Differentiable with respect to u, v and affine.
+    float[N, *T, D]
+        Differentiable with respect to u, v and affine.
 
     Raises
     ------
@@ -151,17 +152,17 @@ def affine_warp(
 
     Parameters
     ----------
-    affine
-        ``(N, D, D+1)``, normalised, float32 or float64.
-    displacement
-        ``(N, [Z,] Y, X, D)``, normalised, of the same dtype.
+    affine : float[N, D, D+1]
+        Normalised, float32 or float64.
+    displacement : float[N, *S, D]
+        Normalised, of the same dtype.
     align_corners
         Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
 
     Returns
     -------
-    jax.Array
-        ``(N, [Z,] Y, X, D)``: coordinates for ``interpolate(..., is_displacement=False)``.
+    float[N, *S, D]
+        Coordinates for ``interpolate(..., is_displacement=False)``.
         Differentiable with respect to both.
 
     Raises
@@ -187,8 +188,8 @@ def scaling_and_squaring(
 
     Parameters
     ----------
-    velocity
-        ``(N, [Z,] Y, X, D)``, normalised coordinates per unit time, float32 or float64.
+    velocity : float[N, *S, D]
+        Normalised coordinates per unit time, float32 or float64.
     num_steps
         The number n of squarings, 0 to 64.
     padding_mode
@@ -198,8 +199,8 @@ def scaling_and_squaring(
 
     Returns
     -------
-    jax.Array
-        The displacement ``(N, [Z,] Y, X, D)``. Differentiable with respect to the velocity.
+    float[N, *S, D]
+        The displacement. Differentiable with respect to the velocity.
 
     Raises
     ------
@@ -228,15 +229,15 @@ def jacobian_determinant(displacement: jax.Array, *, align_corners: bool = True)
 
     Parameters
     ----------
-    displacement
-        ``(N, [Z,] Y, X, D)``, normalised, float32 or float64.
+    displacement : float[N, *S, D]
+        Normalised, float32 or float64.
     align_corners
         Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
 
     Returns
     -------
-    jax.Array
-        ``(N, [Z,] Y, X)``. Differentiable with respect to the displacement.
+    float[N, *S]
+        Differentiable with respect to the displacement.
 
     Raises
     ------
@@ -262,9 +263,8 @@ def convert_displacement(
 
     Parameters
     ----------
-    displacement
-        ``(N, [Z,] Y, X, D)``, or ``(N, D, [Z,] Y, X)`` with ``source_channels="first"``; components
-        in x, y, z order.
+    displacement : float[N, *S, D] or float[N, D, *S]
+        With the components, in x, y, z order, where ``source_channels`` says.
     source, target
         Units: ``"normalised"`` (half the volume is 1), ``"voxel"`` or ``"mm"`` (along the voxel
         axes).
@@ -277,7 +277,7 @@ def convert_displacement(
 
     Returns
     -------
-    jax.Array
+    float[N, *S, D] or float[N, D, *S]
         The field in the new unit and layout. Differentiable.
 
     Raises

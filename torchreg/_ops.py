@@ -491,7 +491,8 @@ def _make_derivative(signature: _Signature) -> Callable[..., list[torch.Tensor]]
         needs = tuple(x is not None and x.requires_grad for x in operands)
         if True not in needs or not torch.is_grad_enabled():
             with torch._C._AutoDispatchBelowAutograd():
-                return getattr(torch.ops.torchreg, signature.op)(*arguments)
+                results: list[torch.Tensor] = getattr(torch.ops.torchreg, signature.op)(*arguments)
+            return results
         if not signature.gradient or wanted != signature.wanted(()):
             raise RuntimeError(
                 f"torch.ops.torchreg.{signature.op} has no derivative of its own: "
@@ -648,10 +649,10 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> torch
     if is_eager:
         # The checks come with the launch.
         if True in needs:
-            return _EagerApply.apply(signature, attributes, needs, *arguments)
-        return _result(
-            signature, _run(signature, arguments, attributes, signature.wanted(needs), False)
-        )
+            result: torch.Tensor = _EagerApply.apply(signature, attributes, needs, *arguments)
+            return result
+        outputs = _run(signature, arguments, attributes, signature.wanted(needs), False)
+        return _result(signature, outputs)
     if not torch.compiler.is_compiling():
         specs = [None if x is None else _spec(x, False) for x in arguments]
         _regcore.infer(op, specs, attributes, signature.wanted(needs))
@@ -660,7 +661,7 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> torch
         raise RuntimeError(f"torchreg: {op} can be differentiated once, not twice")
     elif True not in needs or torch.compiler.is_exporting():
         # With autograd functions a strict export would detach the result without a word.
-        needs = (False,) * len(needs)
-        return _result(signature, _call(op, arguments, attributes, signature.wanted(needs), False))
+        outputs = _call(op, arguments, attributes, signature.wanted(()), False)
+        return _result(signature, outputs)
     ordered = tuple(attributes[name] for name in signature.attributes)
     return _result(signature, _Apply.apply(op, ordered, needs, False, *arguments))

@@ -20,8 +20,9 @@ def gaussian_smooth(
 
     Parameters
     ----------
-    x
-        ``(N, C, [Z,] Y, X)``, or ``(N, [Z,] Y, X, C)`` with ``channel_last``; float32 or float64.
+    x : float[N, C, *S] or float[N, *S, C]
+        The second with ``channel_last``; ``*S`` stands for the spatial axes ``Z, Y, X`` or
+        ``Y, X``. float32 or float64.
     sigma
         Standard deviation in voxels: one number, or one per axis in (z, y, x) order. 0 leaves an
         axis as it is.
@@ -32,7 +33,7 @@ def gaussian_smooth(
 
     Returns
     -------
-    torch.Tensor
+    float[N, C, *S] or float[N, *S, C]
         Of the shape and dtype of ``x``. Differentiable; the filter is its own adjoint.
 
     Raises
