@@ -50,9 +50,10 @@ format: $(VENV)/.installed ## ruff and clang-format
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-lint: $(VENV)/.installed ## check the format
+lint: $(VENV)/.installed ## check format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 clean: ## remove what was built

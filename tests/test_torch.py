@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import itertools
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 import torch
 from examples import OPS, Example, example
 from inputs import assert_close
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchreg
@@ -135,18 +138,67 @@ def test_every_registered_op_passes_opcheck(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_differentiating_a_registered_op_itself_is_an_error(name: str) -> None:
-    """PyTorch would otherwise return zero gradients with a mere warning."""
-    for op, args, kwargs in recorded_calls(example(name)):
-        grown = [
-            a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
-            for a in args
-        ]
-        with warnings.catch_warnings(), pytest.raises((RuntimeError, NotImplementedError)):
-            warnings.simplefilter("ignore")
-            result = op(*grown, **kwargs)
-            outputs = [result] if isinstance(result, Tensor) else list(result)
-            sum(output.sum() for output in outputs).backward()
+def test_a_registered_op_has_the_right_gradients_or_refuses(name: str) -> None:
+    """Exported programs call it; PyTorch's own default is zero gradients with a mere warning."""
+    for op, args, _ in recorded_calls(example(name, shape=(2, 3))):
+        tensors = [a.requires_grad_() for a in args if isinstance(a, Tensor)]
+
+        def call(*values: Tensor, op: Any = op, args: tuple[Any, ...] = args) -> Tensor:
+            remaining = iter(values)
+            *operands, _, grouped = [next(remaining) if isinstance(a, Tensor) else a for a in args]
+            return op(*operands, 1, grouped)[0]
+
+        if op.name().endswith("_grad"):
+            with pytest.raises(RuntimeError, match="no derivative"):
+                call(*tensors)
+        else:
+            assert torch.autograd.gradcheck(call, tensors)
+
+
+class Module(torch.nn.Module):
+    """An op whose last operand depends on a parameter."""
+
+    def __init__(self, case: Example) -> None:
+        super().__init__()
+        self.function = bound(case)
+        self.scale = torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+    def forward(self, *operands: Tensor) -> Tensor:
+        return self.function(*operands[:-1], self.scale * operands[-1])
+
+
+def gradient_of_scale(module: torch.nn.Module, value: Tensor) -> Tensor:
+    (parameter,) = module.parameters()
+    (gradient,) = torch.autograd.grad((value * weights_of(value.detach())).sum(), parameter)
+    return gradient
+
+
+@pytest.mark.parametrize(("name", "strict"), [*((n, False) for n in FUSED), ("interpolate", True)])
+def test_an_exported_program_has_the_same_values_and_gradients(name: str, strict: bool) -> None:
+    case = example(name, shape=(3, 4))
+    operands = tuple(op.detach() for op in leaves(case))
+    module = Module(case)
+    program = torch.export.export(module, operands, strict=strict).module()
+    other = tuple(op.detach() for op in leaves(example(name, shape=(3, 4), seed=1)))
+    actual, expected = program(*other), module(*other)
+    assert_equal([actual], [expected])
+    assert_equal([gradient_of_scale(program, actual)], [gradient_of_scale(module, expected)])
+    with torch.no_grad():
+        assert_equal([program(*other)], [expected])
+
+
+@pytest.mark.parametrize("name", ["interpolate", "scaling_and_squaring"])
+def test_a_module_can_be_called_functionally(name: str) -> None:
+    case = example(name)
+    operands = tuple(op.detach() for op in leaves(case))
+    module = Module(case)
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        value = torch.func.functional_call(module, parameters, operands)
+        return (value * weights_of(value)).sum()
+
+    actual = torch.func.grad(loss)(dict(module.named_parameters()))["scale"]
+    assert_equal([actual], [gradient_of_scale(module, module(*operands))])
 
 
 def strided_copies(tensor: Tensor) -> dict[str, Tensor]:
@@ -414,14 +466,34 @@ def test_differentiating_a_compiled_call_twice_is_refused(name: str) -> None:
         torch.autograd.grad(slope.square().sum() + operands[0].sum(), operands[0])
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_call_can_be_compiled_where_no_gradient_is_wanted(context: Callable[[], Any]) -> None:
+    case = example("interpolate")
+    compiled = torch.compile(bound(case), backend="aot_eager", fullgraph=True)
+    with context():
+        actual = compiled(*leaves(case))
+    assert not actual.requires_grad
+    assert_equal([actual], [bound(case)(*leaves(case)).detach()])
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", ["interpolate", "gaussian_smooth"])
-def test_a_compiled_call_follows_changing_shapes(name: str) -> None:
+def test_a_compiled_call_follows_changing_shapes(name: str, dynamic: bool | None) -> None:
     function = example(name).bind(getattr(torchreg, name))
-    compiled = torch.compile(function, backend="aot_eager")
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for shape in [(3, 4), (5, 4), (6, 7)]:
         case = example(name, shape=shape)
         actual = value_and_gradients(compiled, leaves(case))
         assert_equal(actual, value_and_gradients(function, leaves(case)))
+
+
+def test_a_size_that_has_to_stay_symbolic_is_refused() -> None:
+    """The op table infers shapes from numbers: each size is compiled for itself."""
+    compiled = torch.compile(lambda x: torchreg.gaussian_smooth(x, 1.0), backend="aot_eager")
+    image = torch.rand(3, 1, 4, 5)
+    torch._dynamo.mark_dynamic(image, 0)
+    with pytest.raises(ConstraintViolationError, match="specialized"):
+        compiled(image)
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -512,6 +584,124 @@ def test_vmap_of_a_gradient_is_that_of_each_item(name: str) -> None:
         for k in everything:
             expected = torch.stack([gradients[k] for gradients in each])
             assert_close(actual[k].numpy(), expected.numpy(), np.float64)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_the_gradient_of_a_vmap_is_that_of_each_item(name: str) -> None:
+    """By the transform and by ``backward``, an operand that is not mapped included."""
+    case = example(name)
+    plain = [op.detach() for op in leaves(case)]
+    everything = tuple(range(case.count))
+    dims = (0,) * (case.count - 1) + (None,) if case.count > 1 else (0,)
+    operands = [
+        op if dim is None else torch.stack([op, 0.5 * op])
+        for op, dim in zip(plain, dims, strict=True)
+    ]
+
+    def loss(*args: Tensor) -> Tensor:
+        value = torch.func.vmap(bound(case), in_dims=dims)(*args)
+        return (value * weights_of(value)).sum()
+
+    def loop(*args: Tensor) -> Tensor:
+        items = [
+            bound(case)(*(a if dim is None else a[i] for a, dim in zip(args, dims, strict=True)))
+            for i in range(2)
+        ]
+        value = torch.stack(items)
+        return (value * weights_of(value)).sum()
+
+    recorded = [op.clone().requires_grad_() for op in operands]
+    expected = torch.autograd.grad(loop(*recorded), recorded)
+    for actual in (
+        torch.func.grad(loss, everything)(*operands),
+        torch.autograd.grad(loss(*recorded), recorded),
+    ):
+        assert_rounds_equal(actual, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", OPS)
+def test_autocast_leaves_full_precision_as_it_is(name: str, device: str) -> None:
+    case = example(name, dtype=np.float32)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        actual = value_and_gradients(bound(case), leaves(case, device))
+    assert_rounds_equal(actual, value_and_gradients(bound(case), leaves(case, device)))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_threads_do_not_disturb_each_other(name: str) -> None:
+    cases = [example(name, shape=(12, 13, 14), dtype=np.float32, seed=seed) for seed in range(4)]
+    expected = [value_and_gradients(bound(case), leaves(case)) for case in cases]
+    with concurrent.futures.ThreadPoolExecutor(len(cases)) as threads:
+        for _ in range(3):
+            for actual, one in zip(
+                threads.map(lambda case: value_and_gradients(bound(case), leaves(case)), cases),
+                expected,
+                strict=True,
+            ):
+                assert_equal(actual, one)
+
+
+class Subclass(torch.Tensor):
+    """As MONAI's ``MetaTensor`` or torchvision's ``Image``."""
+
+
+def test_a_tensor_of_a_subclass_stays_one() -> None:
+    case = example("interpolate")
+    operands = [op.detach().as_subclass(Subclass).requires_grad_() for op in leaves(case)]
+    value = bound(case)(*operands)
+    assert type(value) is Subclass
+    actual = value_and_gradients(bound(case), operands)
+    expected = value_and_gradients(bound(case), leaves(case))
+    assert_equal([a.as_subclass(Tensor) for a in actual], expected)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_shapes_can_be_had_without_computing(name: str) -> None:
+    """With fake tensors and on the device "meta", gradients included."""
+    case = example(name, dtype=np.float32)
+    expected = [(x.shape, x.dtype) for x in value_and_gradients(bound(case), leaves(case))]
+    for mode, device in ((FakeTensorMode(), "cpu"), (contextlib.nullcontext(), "meta")):
+        with mode:
+            operands = [
+                torch.empty(op.shape, dtype=torch.float32, device=device, requires_grad=True)
+                for op in case.operands
+            ]
+            results = value_and_gradients(bound(case), operands)
+        assert [(x.shape, x.dtype) for x in results] == expected
+        assert all(x.device.type == device for x in results)
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Fills what is allocated with NaN, too: every element of an output has to be written."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_everything_is_deterministic_on_the_cpu(name: str, deterministic: None) -> None:
+    case = example(name)
+    results = value_and_gradients(bound(case), leaves(case))
+    assert all(x.isfinite().all() for x in results)
+    torch.use_deterministic_algorithms(False)
+    assert_equal(results, value_and_gradients(bound(case), leaves(case)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPS)
+def test_work_goes_to_the_device_of_the_tensors(name: str) -> None:
+    """Whichever device is the current one."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    case = example(name, dtype=np.float32)
+    expected = value_and_gradients(bound(case), leaves(case, "cuda:0"))
+    with torch.cuda.device(0):
+        actual = value_and_gradients(bound(case), leaves(case, "cuda:1"))
+        assert torch.cuda.current_device() == 0
+    assert {x.device.index for x in actual} == {1}
+    assert_rounds_equal(actual, expected)
 
 
 def test_lazily_negated_and_zero_tensors_are_what_they_stand_for() -> None:

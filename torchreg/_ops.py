@@ -37,6 +37,10 @@ _SCHEMA_TYPES = {
     "floats": "float[]",
 }
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+# An output of an op for each output in the table; None where it is absent or a workspace.
+_Outputs = list[torch.Tensor | None]
+
 _library = torch.library.Library("torchreg", "DEF")
 
 
@@ -45,127 +49,185 @@ def _mask(flags: Sequence[bool]) -> int:
 
 
 class _Signature:
-    """The positional arguments of ``torch.ops.torchreg.<op>``.
+    """An op's entry in the table, as this module needs it.
 
-    The op's inputs, its attributes, the mask of wanted outputs, and whether there is a group axis.
+    The positional arguments of ``torch.ops.torchreg.<op>`` are the op's inputs, its attributes, the
+    mask of wanted outputs, and whether there is a group axis. It returns the outputs of that mask.
     """
 
     def __init__(self, op: str) -> None:
         entry = _TABLE[op]
         self.op = op
-        self.inputs = [name for name, _, _ in entry["inputs"]]
+        self.inputs = [name for name, *_ in entry["inputs"]]
         self.attributes = [name for name, _, _ in entry["attributes"]]
         self.outputs = [name for name, _ in entry["outputs"]]
-        self.is_workspace = [role == "workspace" for _, role in entry["outputs"]]
-        self.gradient = entry["gradient"]
-        self.all_results = _mask([not workspace for workspace in self.is_workspace])
+        self.roles = [role for _, role in entry["outputs"]]
+        self.result = self.roles.index("result")
+        self.saved = _mask([role == "saved" for role in self.roles])
+        self.workspaces = [i for i, role in enumerate(self.roles) if role == "workspace"]
         arguments = [
-            f"Tensor{'?' if optional else ''} {name}" for name, optional, _ in entry["inputs"]
+            f"Tensor{'?' if optional else ''} {name}" for name, optional, *_ in entry["inputs"]
         ]
         arguments += [f"{_SCHEMA_TYPES[kind]} {name}" for name, kind, _ in entry["attributes"]]
         arguments += ["int wanted", "bool grouped"]
         self.schema = f"{op}({', '.join(arguments)}) -> Tensor[]"
+        # Pairs of an input's place and that of its gradient: among the outputs of the gradient op,
+        # or among the op's own if it is a unit gradient. An input that has neither is constant.
+        self.gradient = entry["gradient"] or ""
+        backward = _TABLE[self.gradient] if self.gradient else {"inputs": (), "outputs": ()}
+        self.gradients = self._places([name for name, _ in backward["outputs"]])
+        self.unit_gradients = self._places(
+            [name if role == "unit_gradient" else "" for name, role in entry["outputs"]]
+        )
+        variable = {i for i, _ in (*self.gradients, *self.unit_gradients)}
+        self.constants = [i for i in range(len(self.inputs)) if i not in variable]
+        # What the gradient op takes: places among the inputs and outputs, then the cotangent.
+        self.values = [*self.inputs, *self.outputs, "grad_output"]
+        self.gradient_inputs = [self.values.index(name) for name, *_ in backward["inputs"]]
+
+    def _places(self, outputs: list[str]) -> list[tuple[int, int]]:
+        gradients = [f"grad_{name}" for name in self.inputs]
+        return [(i, outputs.index(name)) for i, name in enumerate(gradients) if name in outputs]
 
     def split(self, arguments: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any], int, bool]:
         count = len(self.inputs)
         attributes = dict(zip(self.attributes, arguments[count:-2], strict=True))
         return arguments[:count], attributes, arguments[-2], arguments[-1]
 
+    def wanted(self, needs: Sequence[bool]) -> int:
+        """The outputs to ask for when the gradients of some inputs may be needed."""
+        wanted = 1 << self.result
+        if True not in needs:
+            return wanted
+        wanted |= self.saved
+        for i, place in self.unit_gradients:
+            if needs[i]:
+                wanted |= 1 << place
+        return wanted
+
+
+_SIGNATURES = {op: _Signature(op) for op in _TABLE}
+
 
 def _spec(tensor: torch.Tensor, grouped: bool) -> tuple[str, tuple[int, ...]]:
-    shape = tuple(tensor.shape) if grouped else (1, *tensor.shape)
-    return _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), shape
+    shape = tensor.shape
+    dtype = _DTYPE_NAMES.get(tensor.dtype) or str(tensor.dtype)
+    return dtype, shape if grouped else (1, *shape)
 
 
 def _allocate(
-    specs: Sequence[tuple[str, tuple[int, ...]] | None], grouped: bool, device: torch.device
-) -> list[torch.Tensor | None]:
-    return [
-        None
-        if spec is None
-        else torch.empty(spec[1] if grouped else spec[1][1:], dtype=_DTYPES[spec[0]], device=device)
-        for spec in specs
-    ]
+    signature: _Signature,
+    specs: Sequence[tuple[str, tuple[int, ...]] | None],
+    grouped: bool,
+    device: torch.device,
+) -> _Outputs:
+    outputs: _Outputs = []
+    for spec, role in zip(specs, signature.roles, strict=True):
+        if spec is None:
+            outputs.append(None)
+            continue
+        dtype, shape = spec
+        # A workspace has whatever shape its op likes: the first axis need not be that of groups.
+        if not grouped and role != "workspace":
+            shape = shape[1:]
+        outputs.append(torch.empty(shape, dtype=_DTYPES[dtype], device=device))
+    return outputs
 
 
-def _results(signature: _Signature, outputs: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-    return [
-        x
-        for x, workspace in zip(outputs, signature.is_workspace, strict=True)
-        if x is not None and not workspace
-    ]
-
-
-def _make_implementation(signature: _Signature) -> Callable[..., list[torch.Tensor]]:
-    def implementation(*arguments: Any) -> list[torch.Tensor]:
-        operands, attributes, wanted, grouped = signature.split(arguments)
-        present = [x for x in operands if x is not None]
-        if torch.is_grad_enabled() and any(x.requires_grad for x in present):
-            raise RuntimeError(
-                f"torch.ops.torchreg.{signature.op} has no derivative of its own: "
-                "call the function of the same name in torchreg"
-            )
-        device = present[0].device
-        inputs = [None if x is None else _spec(x, grouped) for x in operands]
-        specs = _regcore.infer(signature.op, inputs, attributes, wanted)
-        # Workspaces go back to the allocator as soon as the launch is queued: it hands them out
-        # again only to work that comes later on this stream.
-        outputs = _allocate(specs, grouped, device)
+def _run(
+    signature: _Signature,
+    operands: Sequence[torch.Tensor | None],
+    attributes: dict[str, Any],
+    wanted: int,
+    grouped: bool,
+    *,
+    only_shapes: bool = False,
+) -> _Outputs:
+    """Launch an op. The memory of the operands has to be plain."""
+    specs = [None if x is None else _spec(x, grouped) for x in operands]
+    output_specs = _regcore.infer(signature.op, specs, attributes, wanted)
+    device = next(x for x in operands if x is not None).device
+    outputs = _allocate(signature, output_specs, grouped, device)
+    if not only_shapes and device.type != "meta":
         is_cuda = device.type == "cuda"
         _regcore.launch(
             signature.op,
-            [
-                None if x is None else (x.data_ptr(), *spec)
-                for x, spec in zip(operands, inputs, strict=True)
-            ],
+            specs,
+            [0 if x is None else x.data_ptr() for x in operands],
             attributes,
             wanted,
-            [
-                None if x is None else (x.data_ptr(), *spec)
-                for x, spec in zip(outputs, specs, strict=True)
-            ],
+            output_specs,
+            [0 if x is None else x.data_ptr() for x in outputs],
             device.index if is_cuda else -1,
             torch._C._cuda_getCurrentRawStream(device.index) if is_cuda else 0,
         )
-        return _results(signature, outputs)
+    # Workspaces go back to the allocator as soon as the launch is queued: it hands them out again
+    # only to work that comes later on this stream.
+    for i in signature.workspaces:
+        outputs[i] = None
+    return outputs
+
+
+# A registered op returns no None: an output that is absent is an empty tensor of a dtype that no
+# output has.
+_ABSENT = torch.bool
+
+
+def _pack(outputs: _Outputs, wanted: int, like: torch.Tensor) -> list[torch.Tensor]:
+    return [
+        like.new_empty(0, dtype=_ABSENT) if x is None else x
+        for i, x in enumerate(outputs)
+        if wanted >> i & 1
+    ]
+
+
+def _unpack(results: Sequence[torch.Tensor], wanted: int, count: int) -> _Outputs:
+    remaining = iter(results)
+    outputs = [next(remaining) if wanted >> i & 1 else None for i in range(count)]
+    return [None if x is None or x.dtype is _ABSENT else x for x in outputs]
+
+
+def _result(signature: _Signature, outputs: _Outputs) -> torch.Tensor:
+    result = outputs[signature.result]
+    assert result is not None
+    return result
+
+
+def _make_implementation(
+    signature: _Signature, *, only_shapes: bool
+) -> Callable[..., list[torch.Tensor]]:
+    def implementation(*arguments: Any) -> list[torch.Tensor]:
+        operands, attributes, wanted, grouped = signature.split(arguments)
+        outputs = _run(signature, operands, attributes, wanted, grouped, only_shapes=only_shapes)
+        return _pack(outputs, wanted, next(x for x in operands if x is not None))
 
     return implementation
 
 
-def _make_fake(signature: _Signature) -> Callable[..., list[torch.Tensor]]:
-    def fake(*arguments: Any) -> list[torch.Tensor]:
-        operands, attributes, wanted, grouped = signature.split(arguments)
-        device = next(x.device for x in operands if x is not None)
-        inputs = [None if x is None else _spec(x, grouped) for x in operands]
-        specs = _regcore.infer(signature.op, inputs, attributes, wanted)
-        return _results(signature, _allocate(specs, grouped, device))
-
-    return fake
-
-
-_SIGNATURES = {op: _Signature(op) for op in _TABLE}
-_IMPLEMENTATIONS = {op: _make_implementation(s) for op, s in _SIGNATURES.items()}
+def _register(signature: _Signature) -> None:
+    _library.define(signature.schema)
+    implementation = _make_implementation(signature, only_shapes=False)
+    for key in ("CPU", "CUDA"):
+        _library.impl(signature.op, implementation, key)
+    torch.library.register_fake(
+        f"torchreg::{signature.op}",
+        _make_implementation(signature, only_shapes=True),
+        lib=_library,
+    )
 
 
-def _register() -> None:
-    for signature in _SIGNATURES.values():
-        _library.define(signature.schema)
-        for key in ("CPU", "CUDA"):
-            _library.impl(signature.op, _IMPLEMENTATIONS[signature.op], key)
-        torch.library.register_fake(
-            f"torchreg::{signature.op}", _make_fake(signature), lib=_library
-        )
-
-
-_register()
+for _signature in _SIGNATURES.values():
+    _register(_signature)
 
 
 def _is_eager(operands: Sequence[Any]) -> bool:
     """Whether nobody listens in: no compiler, transform, dual number, mode or subclass."""
+    for x in operands:
+        if x is not None and type(x) not in _PLAIN_TYPES:
+            return False
     return (
         not torch.compiler.is_compiling()
         and forward_ad._current_level < 0
-        and all(x is None or type(x) in _PLAIN_TYPES for x in operands)
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
@@ -178,16 +240,21 @@ def _plain_memory(x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     if torch.compiler.is_compiling():
         return x
-    return (x.clone() if x._is_zerotensor() else x).resolve_neg()
+    if x._is_zerotensor():
+        return x.clone()
+    return x.resolve_neg() if x.is_neg() else x
 
 
 def _call(
-    op: str, operands: Sequence[Any], attributes: tuple[Any, ...], wanted: int, grouped: bool
-) -> list[torch.Tensor]:
+    op: str, operands: Sequence[Any], attributes: dict[str, Any], wanted: int, grouped: bool
+) -> _Outputs:
+    signature = _SIGNATURES[op]
     # The dispatcher costs more than the rest of a call; it is for those who listen in.
     if _is_eager(operands):
-        return _IMPLEMENTATIONS[op](*operands, *attributes, wanted, grouped)
-    return getattr(torch.ops.torchreg, op)(*operands, *attributes, wanted, grouped)
+        return _run(signature, operands, attributes, wanted, grouped)
+    ordered = [attributes[name] for name in signature.attributes]
+    results = getattr(torch.ops.torchreg, op)(*operands, *ordered, wanted, grouped)
+    return _unpack(results, wanted, len(signature.outputs))
 
 
 def _fold(
@@ -231,20 +298,18 @@ def _unfold(result: torch.Tensor, size: int, groups: int, grouped: bool) -> torc
 
 def _make_vmap_rule(signature: _Signature) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-        operands, _, wanted, grouped = signature.split(arguments)
-        count = len(operands)
-        folded, groups = _fold(info.batch_size, in_dims[:count], operands, grouped)
-        results = _call(signature.op, folded, tuple(arguments[count:-2]), wanted, True)
-        unfolded = [_unfold(result, info.batch_size, groups, grouped) for result in results]
-        return unfolded, [0] * len(unfolded)
+        operands, attributes, wanted, grouped = signature.split(arguments)
+        dims = in_dims[: len(operands)]
+        folded, groups = _fold(info.batch_size, dims, operands, grouped)
+        outputs = _call(signature.op, folded, attributes, wanted, True)
+        results = [
+            None if x is None else _unfold(x, info.batch_size, groups, grouped) for x in outputs
+        ]
+        present = next(x for x in operands if x is not None)
+        packed = _pack(results, wanted, present)
+        return packed, [None if x.dtype is _ABSENT else 0 for x in packed]
 
     return rule
-
-
-for _signature in _SIGNATURES.values():
-    torch.library.register_vmap(
-        f"torchreg::{_signature.op}", _make_vmap_rule(_signature), lib=_library
-    )
 
 
 class _Once(torch.autograd.Function):
@@ -269,57 +334,120 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(f"torchreg: {ctx.op} can be differentiated once, not twice")
 
 
+def _keep(
+    ctx: Any,
+    signature: _Signature,
+    attributes: dict[str, Any],
+    needs: Sequence[bool],
+    grouped: bool,
+    operands: Sequence[torch.Tensor | None],
+    outputs: _Outputs,
+) -> None:
+    """Prepare the backward pass: from unit gradients as far as they are there."""
+    ctx.op, ctx.attributes, ctx.grouped = signature.op, attributes, grouped
+    ctx.set_materialize_grads(False)
+    values = (*operands, *outputs)
+    kept: _Outputs = [None] * len(values)
+    served = [(i, place) for i, place in signature.unit_gradients if outputs[place] is not None]
+    if needs.count(True) > len(served):
+        for place in signature.gradient_inputs:
+            if place < len(values):
+                kept[place] = values[place]
+    for _, place in served:
+        kept[len(operands) + place] = outputs[place]
+    if signature.saved or signature.unit_gradients:
+        # Outputs that are kept depend on these inputs: `_Once` has to know.
+        for i, need in enumerate(needs):
+            if need:
+                kept[i] = values[i]
+    ctx.save_for_backward(*kept)
+
+
+def _first_derivatives(
+    ctx: Any,
+    signature: _Signature,
+    needs: Sequence[bool],
+    saved: Sequence[torch.Tensor | None],
+    grad_output: torch.Tensor,
+) -> _Outputs:
+    count = len(signature.inputs)
+    gradients: _Outputs = [None] * count
+    for i, place in signature.unit_gradients:
+        unit, operand = saved[count + place], saved[i]
+        if needs[i] and unit is not None and operand is not None:
+            trailing = (1,) * (unit.ndim - grad_output.ndim)
+            scale = grad_output.reshape(*grad_output.shape, *trailing)
+            gradients[i] = (unit * scale).to(operand.dtype)
+    remaining = [
+        (i, place) for i, place in signature.gradients if needs[i] and gradients[i] is None
+    ]
+    if remaining:
+        values = (*saved, _plain_memory(grad_output))
+        operands = [values[place] for place in signature.gradient_inputs]
+        wanted = sum([1 << place for _, place in remaining])
+        results = _call(signature.gradient, operands, ctx.attributes, wanted, ctx.grouped)
+        for i, place in remaining:
+            gradients[i] = results[place]
+    return gradients
+
+
+def _gradients(ctx: Any, grad_output: torch.Tensor | None) -> _Outputs:
+    """The gradient of each input that is asked for it."""
+    signature = _SIGNATURES[ctx.op]
+    count = len(signature.inputs)
+    needs = ctx.needs_input_grad[-count:]
+    if grad_output is None or True not in needs:
+        return [None] * count
+    saved = ctx.saved_tensors
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None
+        for x in (*saved, grad_output)
+    ):
+        raise NotImplementedError(f"torchreg: {ctx.op}: forward mode is not supported")
+    if not torch.is_grad_enabled():
+        return _first_derivatives(ctx, signature, needs, saved, grad_output)
+    with torch.no_grad():
+        gradients = _first_derivatives(ctx, signature, needs, saved, grad_output)
+    present = [x for x in gradients if x is not None]
+    sources = [x for x in (*saved, grad_output) if x is not None]
+    tied = iter(_Once.apply(ctx.op, len(present), *present, *sources))
+    return [None if x is None else next(tied) for x in gradients]
+
+
 class _Apply(torch.autograd.Function):
-    """Any op of the table, with its gradient op as the backward pass."""
+    """Any op of the table, made differentiable.
+
+    ``needs`` tells which inputs may be asked for their gradient, at this level of functional
+    transforms or at another. Returns what :func:`_call` does.
+    """
 
     @staticmethod
     def forward(
-        op: str, attributes: tuple[Any, ...], grouped: bool, *operands: torch.Tensor | None
-    ) -> torch.Tensor:
-        (result,) = _call(op, operands, attributes, _SIGNATURES[op].all_results, grouped)
-        return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        op, attributes, grouped, *operands = inputs
+        op: str,
+        attributes: tuple[Any, ...],
+        needs: tuple[bool, ...],
+        grouped: bool,
+        *operands: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, ...]:
         signature = _SIGNATURES[op]
-        needed = _SIGNATURES[signature.gradient].inputs
-        ctx.op, ctx.attributes, ctx.grouped = op, attributes, grouped
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            *(
-                x if name in needed else None
-                for name, x in zip(signature.inputs, operands, strict=True)
-            )
-        )
+        named = dict(zip(signature.attributes, attributes, strict=True))
+        return tuple(_call(op, operands, named, signature.wanted(needs), grouped))
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple[Any, ...]:
-        signature = _SIGNATURES[ctx.op]
-        asked = {
-            f"grad_{name}"
-            for name, need in zip(signature.inputs, ctx.needs_input_grad[3:], strict=True)
-            if need
-        }
-        if grad_output is None or not asked:
-            return (None,) * (3 + len(signature.inputs))
-        gradient = _SIGNATURES[signature.gradient]
-        values = dict(zip(signature.inputs, ctx.saved_tensors, strict=True))
-        values["grad_output"] = _plain_memory(grad_output)
-        if forward_ad._current_level >= 0 and any(
-            x is not None and forward_ad.unpack_dual(x).tangent is not None for x in values.values()
-        ):
-            raise NotImplementedError(f"torchreg: {ctx.op}: forward mode is not supported")
-        operands = [values[name] for name in gradient.inputs]
-        wanted = [name in asked for name in gradient.outputs]
-        with torch.no_grad():
-            results = _call(gradient.op, operands, ctx.attributes, _mask(wanted), ctx.grouped)
-        if torch.is_grad_enabled():
-            sources = (x for x in (*ctx.saved_tensors, grad_output) if x is not None)
-            results = _Once.apply(ctx.op, len(results), *results, *sources)
-        names = [name for name, want in zip(gradient.outputs, wanted, strict=True) if want]
-        by_name = dict(zip(names, results, strict=True))
-        return (None, None, None, *(by_name.get(f"grad_{name}") for name in signature.inputs))
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], outputs: tuple[torch.Tensor | None, ...]
+    ) -> None:
+        op, attributes, needs, grouped, *operands = inputs
+        signature = _SIGNATURES[op]
+        extras = [None if i == signature.result else x for i, x in enumerate(outputs)]
+        ctx.mark_non_differentiable(*[x for x in extras if x is not None])
+        named = dict(zip(signature.attributes, attributes, strict=True))
+        _keep(ctx, signature, named, needs, grouped, operands, extras)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[Any, ...]:
+        grad_output = grad_outputs[_SIGNATURES[ctx.op].result]
+        return (None, None, None, None, *_gradients(ctx, grad_output))
 
     @staticmethod
     def vmap(
@@ -327,12 +455,44 @@ class _Apply(torch.autograd.Function):
         in_dims: tuple[int | None, ...],
         op: str,
         attributes: tuple[Any, ...],
+        needs: tuple[bool, ...],
         grouped: bool,
         *operands: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, int]:
-        folded, groups = _fold(info.batch_size, in_dims[3:], operands, grouped)
-        result = _Apply.apply(op, attributes, True, *folded)
-        return _unfold(result, info.batch_size, groups, grouped), 0
+    ) -> tuple[tuple[torch.Tensor | None, ...], tuple[int | None, ...]]:
+        folded, groups = _fold(info.batch_size, in_dims[4:], operands, grouped)
+        outputs = _Apply.apply(op, attributes, needs, True, *folded)
+        unfolded = tuple(
+            None if x is None else _unfold(x, info.batch_size, groups, grouped) for x in outputs
+        )
+        return unfolded, tuple(None if x is None else 0 for x in unfolded)
+
+
+def _make_derivative(signature: _Signature) -> Callable[..., list[torch.Tensor]]:
+    """For calls of the registered op itself, which is what exported programs are made of."""
+
+    def derivative(*arguments: Any) -> list[torch.Tensor]:
+        operands, attributes, wanted, grouped = signature.split(arguments)
+        needs = tuple(x is not None and x.requires_grad for x in operands)
+        if True not in needs or not torch.is_grad_enabled():
+            with torch._C._AutoDispatchBelowAutograd():
+                results: list[torch.Tensor] = getattr(torch.ops.torchreg, signature.op)(*arguments)
+            return results
+        if not signature.gradient or wanted != signature.wanted(()):
+            raise RuntimeError(
+                f"torch.ops.torchreg.{signature.op} has no derivative of its own: "
+                "call the function of the same name in torchreg"
+            )
+        ordered = tuple(attributes.values())
+        return [_result(signature, _Apply.apply(signature.op, ordered, needs, grouped, *operands))]
+
+    return derivative
+
+
+for _signature in _SIGNATURES.values():
+    torch.library.register_vmap(
+        f"torchreg::{_signature.op}", _make_vmap_rule(_signature), lib=_library
+    )
+    _library.impl(_signature.op, _make_derivative(_signature), "Autograd")
 
 
 class _EagerApply(torch.autograd.Function):
@@ -341,16 +501,18 @@ class _EagerApply(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        op: str,
-        attributes: tuple[Any, ...],
-        grouped: bool,
+        signature: _Signature,
+        attributes: dict[str, Any],
+        needs: tuple[bool, ...],
         *operands: torch.Tensor | None,
     ) -> torch.Tensor:
-        result = _Apply.forward(op, attributes, grouped, *operands)
-        _Apply.setup_context(ctx, (op, attributes, grouped, *operands), result)
-        return result
+        outputs = _run(signature, operands, attributes, signature.wanted(needs), False)
+        _keep(ctx, signature, attributes, needs, False, operands, outputs)
+        return _result(signature, outputs)
 
-    backward = staticmethod(_Apply.backward)
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple[Any, ...]:
+        return (None, None, None, *_gradients(ctx, grad_output))
 
 
 def static_tuple(value: Any) -> tuple[Any, ...]:
@@ -377,7 +539,7 @@ def _check_operand(op: str, name: str, optional: bool, value: Any) -> None:
             f"{op}: {name}: expected a tensor{' or None' if optional else ''}, "
             f"got {type(value).__name__}"
         )
-    if value.device.type not in ("cpu", "cuda"):
+    if value.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{op}: {name}: expected a tensor on cpu or cuda, got {value.device}")
     if value.layout != torch.strided:
         raise TypeError(f"{op}: {name}: expected a dense tensor, got {value.layout}")
@@ -418,14 +580,51 @@ def widened(tensor: Any) -> Any:
     return tensor
 
 
-def _grad_levels() -> int:
-    """How many ``torch.func.grad`` are being taken, one inside the other."""
+def _transforms() -> tuple[int, int]:
+    """How many functional transforms are under way, and how many of them are ``grad``."""
     stack = torch._C._functorch.get_interpreter_stack() or []
-    return sum(level.key() == torch._C._functorch.TransformType.Grad for level in stack)
+    kind = torch._C._functorch.TransformType.Grad
+    return len(stack), sum(level.key() == kind for level in stack)
 
 
 # What torch.compiler.assume_constant_result sets, without importing the compiler for it (1 s).
-_grad_levels._dynamo_marked_constant = True
+_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _requires_gradient(x: torch.Tensor) -> bool:
+    """Whether a tensor, or one that functional transforms have wrapped in it, requires one."""
+    while not x.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x.requires_grad
+
+
+def _needs(
+    signature: _Signature, operands: Sequence[torch.Tensor | None], plain: bool
+) -> tuple[bool, ...]:
+    """Which operands the result may have to be differentiated by.
+
+    ``plain``: no transform is under way, and no operand of one.
+    """
+    transforms = 0 if plain else _transforms()[0]
+    if not transforms and not torch.is_grad_enabled():
+        return (False,) * len(operands)
+    if not transforms:
+        needs = tuple([x is not None and x.requires_grad for x in operands])
+    elif torch.compiler.is_compiling():
+        # A compiler does not see through the wrappers.
+        needs = tuple(
+            x is not None and (x.requires_grad or i not in signature.constants)
+            for i, x in enumerate(operands)
+        )
+    else:
+        needs = tuple(x is not None and _requires_gradient(x) for x in operands)
+    for i in signature.constants:
+        if needs[i]:
+            raise ValueError(
+                f"{signature.op}: {signature.inputs[i]}: expected a tensor that requires no "
+                "gradient, as it has none, got one that does"
+            )
+    return needs
 
 
 def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> torch.Tensor:
@@ -467,24 +666,34 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> torch
     result_dtype = None
     if not alike or (first is not None and first.dtype in _HALVES):
         operands, result_dtype = _convert(op, operands)
+    result = _dispatch(op, operands, attributes)
+    return result if result_dtype is None else result.to(result_dtype)
+
+
+def _dispatch(
+    op: str, operands: Sequence[torch.Tensor | None], attributes: dict[str, Any]
+) -> torch.Tensor:
     signature = _SIGNATURES[op]
     attributes = {name: _plain(value) for name, value in attributes.items()}
-    ordered = tuple(attributes[name] for name in signature.attributes)
     arguments = [x if x is None else _plain_memory(x) for x in operands]
-    if torch.compiler.is_compiling():
-        # The checks come with the fake implementation. A compiler traces a backward pass without
-        # its tie to the second derivative.
-        if _grad_levels() > 1:
-            raise RuntimeError(f"torchreg: {op} can be differentiated once, not twice")
-        result = _Apply.apply(op, ordered, False, *arguments)
-    elif _is_eager(arguments):
+    is_eager = _is_eager(arguments)
+    needs = _needs(signature, arguments, is_eager)
+    if is_eager:
         # The checks come with the launch.
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
-            result = _EagerApply.apply(op, ordered, False, *arguments)
-        else:
-            (result,) = _call(op, arguments, ordered, signature.all_results, False)
-    else:
-        specs = [None if x is None else _spec(x, False) for x in operands]
-        _regcore.infer(op, specs, attributes, signature.all_results)
-        result = _Apply.apply(op, ordered, False, *arguments)
-    return result if result_dtype is None else result.to(result_dtype)
+        if True in needs:
+            result: torch.Tensor = _EagerApply.apply(signature, attributes, needs, *arguments)
+            return result
+        outputs = _run(signature, arguments, attributes, signature.wanted(needs), False)
+        return _result(signature, outputs)
+    if not torch.compiler.is_compiling():
+        specs = [None if x is None else _spec(x, False) for x in arguments]
+        _regcore.infer(op, specs, attributes, signature.wanted(needs))
+    elif _transforms()[1] > 1:
+        # A compiler traces a backward pass without its tie to the second derivative.
+        raise RuntimeError(f"torchreg: {op} can be differentiated once, not twice")
+    elif True not in needs or torch.compiler.is_exporting():
+        # With autograd functions a strict export would detach the result without a word.
+        outputs = _call(op, arguments, attributes, signature.wanted(()), False)
+        return _result(signature, outputs)
+    ordered = tuple(attributes[name] for name in signature.attributes)
+    return _result(signature, _Apply.apply(op, ordered, needs, False, *arguments))

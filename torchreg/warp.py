@@ -1,11 +1,12 @@
 """Sampling images through transforms, and composing transforms.
 
-Conventions: images are ``(N, C, [Z,] Y, X)``; vector fields are ``(N, [Z,] Y, X, D)``, channel
+Conventions: images are ``float[N, C, *S]``, where ``*S`` stands for the D spatial axes ``Z, Y, X``
+or ``Y, X`` (and ``*T`` for those of another size); vector fields are ``float[N, *S, D]``, channel
 last, components in x, y, z order, in normalised coordinates: [-1, 1] spans the volume, between the
 centres of the first and last voxel with ``align_corners=True``, between the outer edges otherwise,
-as in ``torch.nn.functional.grid_sample``. Affines ``(N, D, D+1)`` map output coordinates to input
-coordinates. Each operand's batch size is 1 or N; 1 is broadcast without a copy, and its gradient is
-the sum over the batch.
+as in ``torch.nn.functional.grid_sample``. Affines ``float[N, D, D+1]`` map output coordinates to
+input coordinates. Each operand's batch size is 1 or N; 1 is broadcast without a copy, and its
+gradient is the sum over the batch.
 
 Operands are float64, float32, float16 or bfloat16 and need not agree. All is computed in float64
 where an operand is float64, and in float32 otherwise, coordinates above all. Images are read and
@@ -53,12 +54,12 @@ def interpolate(
 
     Parameters
     ----------
-    image
-        ``(N, C, [Z,] Y, X)``.
-    affine
-        ``(N, D, D+1)``: from output to input coordinates, normalised.
-    grid
-        ``(N, [Z',] Y', X', D)``, normalised, components x, y, z.
+    image : float[N, C, *S]
+        What is sampled.
+    affine : float[N, D, D+1], optional
+        From output to input coordinates, normalised.
+    grid : float[N, *T, D], optional
+        Normalised, components x, y, z.
     affine_last
         Apply the affine after the displacement instead of before.
     is_displacement
@@ -82,9 +83,9 @@ def interpolate(
 
     Returns
     -------
-    torch.Tensor
-        ``(N, C, [Z',] Y', X')``, of the image's dtype. Differentiable with respect to image, affine
-        and grid; at integer positions the derivative is the right-sided one.
+    float[N, C, *T]
+        Of the image's dtype. Differentiable with respect to image, affine and grid; at integer
+        positions the derivative is the right-sided one.
 
     Raises
     ------
@@ -129,12 +130,12 @@ def compose(
 
     Parameters
     ----------
-    u
-        ``(N, [Z,] Y, X, D)``: the displacement that is sampled, normalised.
-    v
-        ``(N, [Z',] Y', X', D)``: the displacement that is applied first.
-    affine
-        ``(N, D, D+1)``, normalised; the identity when absent.
+    u : float[N, *S, D]
+        The displacement that is sampled, normalised.
+    v : float[N, *T, D]
+        The displacement that is applied first.
+    affine : float[N, D, D+1], optional
+        Normalised; the identity when absent.
     add
         ``False`` returns ``u(Ax + v)`` alone.
     padding_mode
@@ -149,9 +150,8 @@ def compose(
 
     Returns
     -------
-    torch.Tensor
-        ``(N, [Z',] Y', X', D)``, of the operands' common dtype. Differentiable with respect to u, v
-        and affine.
+    float[N, *T, D]
+        Differentiable with respect to u, v and affine. Of the operands' common dtype.
 
     Raises
     ------
@@ -179,18 +179,18 @@ def affine_warp(
 
     Parameters
     ----------
-    affine
-        ``(N, D, D+1)``, normalised.
-    displacement
-        ``(N, [Z,] Y, X, D)``, normalised.
+    affine : float[N, D, D+1]
+        Normalised.
+    displacement : float[N, *S, D]
+        Normalised.
     align_corners
         Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
 
     Returns
     -------
-    torch.Tensor
-        ``(N, [Z,] Y, X, D)``: coordinates for ``interpolate(..., is_displacement=False)``, of the
-        operands' common dtype. Differentiable with respect to both.
+    float[N, *S, D]
+        Coordinates for ``interpolate(..., is_displacement=False)``.
+        Differentiable with respect to both. Of the operands' common dtype.
 
     Raises
     ------
@@ -216,8 +216,8 @@ def scaling_and_squaring(
 
     Parameters
     ----------
-    velocity
-        ``(N, [Z,] Y, X, D)``, normalised coordinates per unit time.
+    velocity : float[N, *S, D]
+        Normalised coordinates per unit time.
     num_steps
         The number n of squarings, 0 to 64.
     padding_mode
@@ -229,9 +229,9 @@ def scaling_and_squaring(
 
     Returns
     -------
-    torch.Tensor
-        The displacement ``(N, [Z,] Y, X, D)``, of the velocity's dtype; steps in between are not
-        rounded to half precision. Differentiable with respect to the velocity.
+    float[N, *S, D]
+        The displacement. Differentiable with respect to the velocity. Steps in between are not
+        rounded to half precision.
 
     Raises
     ------
@@ -266,15 +266,15 @@ def jacobian_determinant(displacement: torch.Tensor, *, align_corners: bool = Tr
 
     Parameters
     ----------
-    displacement
-        ``(N, [Z,] Y, X, D)``, normalised.
+    displacement : float[N, *S, D]
+        Normalised.
     align_corners
         Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
 
     Returns
     -------
-    torch.Tensor
-        ``(N, [Z,] Y, X)``. Differentiable with respect to the displacement.
+    float[N, *S]
+        Differentiable with respect to the displacement.
 
     Raises
     ------
@@ -300,9 +300,8 @@ def convert_displacement(
 
     Parameters
     ----------
-    displacement
-        ``(N, [Z,] Y, X, D)``, or ``(N, D, [Z,] Y, X)`` with ``source_channels="first"``; components
-        in x, y, z order.
+    displacement : float[N, *S, D] or float[N, D, *S]
+        With the components, in x, y, z order, where ``source_channels`` says.
     source, target
         Units: ``"normalised"`` (half the volume is 1), ``"voxel"`` or ``"mm"`` (along the voxel
         axes).
@@ -315,7 +314,7 @@ def convert_displacement(
 
     Returns
     -------
-    torch.Tensor
+    float[N, *S, D] or float[N, D, *S]
         The field in the new unit and layout. Differentiable.
 
     Raises

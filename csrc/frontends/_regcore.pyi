@@ -6,13 +6,12 @@ from typing import Any, TypedDict
 __version__: str
 
 _Spec = tuple[str, tuple[int, ...]]
-_Array = tuple[int, str, tuple[int, ...]]
 
 class _Op(TypedDict):
     inputs: tuple[tuple[str, bool, str], ...]
     outputs: tuple[tuple[str, str], ...]
     attributes: tuple[tuple[str, str, tuple[str, ...]], ...]
-    gradient: str | None
+    gradient: Any  # a name or None; no op that users call is without one
 
 def ops() -> dict[str, _Op]: ...
 def infer(
@@ -20,10 +19,12 @@ def infer(
 ) -> list[_Spec | None]: ...
 def launch(
     op: str,
-    inputs: Sequence[_Array | None],
+    inputs: Sequence[_Spec | None],
+    input_addresses: Sequence[int],
     attributes: Mapping[str, Any],
     wanted: int,
-    outputs: Sequence[_Array | None],
+    outputs: Sequence[_Spec | None],
+    output_addresses: Sequence[int],
     cuda_device: int,
     stream: int,
 ) -> None: ...

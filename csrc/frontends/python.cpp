@@ -1,5 +1,5 @@
-// The extension module: the op table as plain Python functions. Arrays arrive as (dtype, shape) for
-// shape inference and as (address, dtype, shape) for a launch; this file knows no framework.
+// The extension module: the op table as plain Python functions. Arrays arrive as (dtype, shape),
+// and for a launch with their addresses beside them; this file knows no framework.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -91,17 +91,31 @@ void set_attributes(Call& call, const py::dict& attributes) {
   }
 }
 
-// Every operand of the op in order, None where it is absent.
-template <class Specs, class Tensors, class Read>
-void set_operands(const Op& op, const Specs& specs, const py::sequence& values, Tensors& tensors,
-                  const Read& read) {
+// Every operand of the op in order as (dtype, shape), None where it is absent.
+template <class Specs, class Tensors>
+void set_operands(const Op& op, const Specs& specs, const py::sequence& values, Tensors& tensors) {
   if (values.size() != specs.size()) {
     throw ValueError(
         concat(op.name, ": expected ", specs.size(), " operands, got ", values.size()));
   }
   for (size_t i = 0; i < specs.size(); ++i) {
     const py::object value = values[i];
-    if (!value.is_none()) tensors[i] = read(specs[i].name, py::cast<py::tuple>(value));
+    if (value.is_none()) continue;
+    const auto array = py::cast<py::tuple>(value);
+    tensors[i] = tensor_spec(dtype_from_name(py::cast<std::string>(array[0])),
+                             shape_of(op, specs[i].name, array[1]));
+  }
+}
+
+template <class Specs, class Tensors>
+void set_addresses(const Op& op, const Specs& specs, const std::vector<uintptr_t>& addresses,
+                   Tensors& tensors) {
+  if (addresses.size() != specs.size()) {
+    throw ValueError(
+        concat(op.name, ": expected ", specs.size(), " addresses, got ", addresses.size()));
+  }
+  for (size_t i = 0; i < specs.size(); ++i) {
+    tensors[i].data = reinterpret_cast<void*>(addresses[i]);
   }
 }
 
@@ -111,11 +125,7 @@ py::list infer(const std::string& name, const py::sequence& inputs, const py::di
   Call call;
   call.op = &op_called(name);
   call.wanted = wanted;
-  set_operands(*call.op, call.op->inputs, inputs, call.inputs,
-               [&](const char* operand, const py::tuple& spec) {
-                 return tensor_spec(dtype_from_name(py::cast<std::string>(spec[0])),
-                                    shape_of(*call.op, operand, spec[1]));
-               });
+  set_operands(*call.op, call.op->inputs, inputs, call.inputs);
   set_attributes(call, attributes);
   call.op->infer(call);
   py::list result;
@@ -132,19 +142,17 @@ py::list infer(const std::string& name, const py::sequence& inputs, const py::di
   return result;
 }
 
-void launch(const std::string& name, const py::sequence& inputs, const py::dict& attributes,
-            uint32_t wanted, const py::sequence& outputs, int cuda_device, uintptr_t stream) {
+void launch(const std::string& name, const py::sequence& inputs,
+            const std::vector<uintptr_t>& input_addresses, const py::dict& attributes,
+            uint32_t wanted, const py::sequence& outputs,
+            const std::vector<uintptr_t>& output_addresses, int cuda_device, uintptr_t stream) {
   Call call;
   call.op = &op_called(name);
   call.wanted = wanted;
-  auto read = [&](const char* operand, const py::tuple& array) {
-    Tensor tensor = tensor_spec(dtype_from_name(py::cast<std::string>(array[1])),
-                                shape_of(*call.op, operand, array[2]));
-    tensor.data = reinterpret_cast<void*>(py::cast<uintptr_t>(array[0]));
-    return tensor;
-  };
-  set_operands(*call.op, call.op->inputs, inputs, call.inputs, read);
-  set_operands(*call.op, call.op->outputs, outputs, call.outputs, read);
+  set_operands(*call.op, call.op->inputs, inputs, call.inputs);
+  set_addresses(*call.op, call.op->inputs, input_addresses, call.inputs);
+  set_operands(*call.op, call.op->outputs, outputs, call.outputs);
+  set_addresses(*call.op, call.op->outputs, output_addresses, call.outputs);
   set_attributes(call, attributes);
   check_outputs(call);
   Context context;
@@ -266,8 +274,9 @@ PYBIND11_MODULE(_regcore, module) {
   module.def("ops", &describe_ops);
   module.def("infer", &infer, py::arg("op"), py::arg("inputs"), py::arg("attributes"),
              py::arg("wanted"));
-  module.def("launch", &launch, py::arg("op"), py::arg("inputs"), py::arg("attributes"),
-             py::arg("wanted"), py::arg("outputs"), py::arg("cuda_device"), py::arg("stream"));
+  module.def("launch", &launch, py::arg("op"), py::arg("inputs"), py::arg("input_addresses"),
+             py::arg("attributes"), py::arg("wanted"), py::arg("outputs"),
+             py::arg("output_addresses"), py::arg("cuda_device"), py::arg("stream"));
   module.def("xla_registrations", &xla_registrations, py::arg("platform"));
   module.def("xla_ffi_api_version", &xla_ffi_api_version);
   module.def("cuda_architectures", &cuda_architectures);

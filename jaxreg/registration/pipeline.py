@@ -90,7 +90,8 @@ class Registration:
     @functools.cached_property
     def jacobian(self) -> NDArray[np.float32]:
         """Jacobian determinant of ``id + d`` at the fixed voxels, ``([Z,] Y, X)``."""
-        return np.asarray(jacobian_determinant(self.displacement))[0]
+        determinant: NDArray[np.float32] = np.asarray(jacobian_determinant(self.displacement))[0]
+        return determinant
 
     @property
     def folds(self) -> Folds:

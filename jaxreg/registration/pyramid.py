@@ -109,4 +109,5 @@ def downsample(image: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     )
     smooth = gaussian_smooth(padded, tuple(sigma), truncate=_TRUNCATE)
     inside = tuple(slice(r, r + n) for r, n in zip(radius, old, strict=True))
-    return resize_image(smooth[(..., *inside)], tuple(shape))
+    smaller: jax.Array = resize_image(smooth[(..., *inside)], tuple(shape))
+    return smaller

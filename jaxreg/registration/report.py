@@ -165,7 +165,8 @@ class View:
         voxels = displacement * (np.maximum(size - 1, 1) / 2)
         turned = self.arrange(voxels)[..., list(self.order)] * np.array(self.signs)
         axes = np.meshgrid(*(np.arange(n) for n in turned.shape[:3]), indexing="ij")
-        return (np.stack(axes[::-1], axis=-1) + turned) * self.spacing
+        moved: NDArray[np.float64] = (np.stack(axes[::-1], axis=-1) + turned) * self.spacing
+        return moved
 
 
 class _Slice(NamedTuple):
@@ -182,7 +183,8 @@ class _Slice(NamedTuple):
 
     def of(self, array: NDArray[Any]) -> NDArray[Any]:
         """Cut an array (superior, posterior, left, ...)."""
-        return array.take(self.position, axis=self.axis)
+        section: NDArray[Any] = array.take(self.position, axis=self.axis)
+        return section
 
 
 def _middle_slices(image: NDArray[np.float32], spacing: NDArray[np.float64]) -> list[_Slice]:
@@ -295,11 +297,12 @@ def _draw_grid(axes: list[Axes], points: NDArray[np.float64], slices: list[_Slic
 
 def _checkerboard(shape: tuple[int, ...], spacing: NDArray[np.float64]) -> NDArray[np.bool_]:
     index = np.indices(shape)
-    squares = sum(
+    squares: NDArray[np.int_] = sum(
         np.floor(axis * step / _SQUARE_MM).astype(int)
         for axis, step in zip(index, spacing[::-1], strict=True)
     )
-    return squares % 2 == 0
+    even: NDArray[np.bool_] = squares % 2 == 0
+    return even
 
 
 def _interleave(
@@ -311,7 +314,10 @@ def _interleave(
     black = np.array(to_rgb(_BACKGROUND))
     tint = 0.45 + 0.55 * np.array(to_rgb(_WARM))
     brightness = np.clip(np.where(board, fixed, image), 0, 1)[..., None]
-    return black + brightness * (np.where(board[..., None], 1.0, tint) - black)
+    colours: NDArray[np.float32] = black + brightness * (
+        np.where(board[..., None], 1.0, tint) - black
+    )
+    return colours
 
 
 def _colours(*stops: str) -> Colormap:

@@ -222,7 +222,8 @@ def centre_of_mass(volume: Volume) -> NDArray[np.float64]:
         / total
         for axis in reversed(axes)
     ]
-    return (volume.voxel_to_physical() @ [*index, 1.0])[:-1]
+    position: NDArray[np.float64] = volume.voxel_to_physical() @ [*index, 1.0]
+    return position[:-1]
 
 
 def rigid_motion(
