@@ -1,6 +1,7 @@
 """Fused image-registration kernels for JAX, on CUDA and CPU."""
 
 from jaxreg._ops import export_checks
+from jaxreg.loss import lncc_loss
 from jaxreg.smooth import gaussian_smooth
 from jaxreg.warp import (
     affine_warp,
@@ -19,5 +20,6 @@ __all__ = [
     "gaussian_smooth",
     "interpolate",
     "jacobian_determinant",
+    "lncc_loss",
     "scaling_and_squaring",
 ]

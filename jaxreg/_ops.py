@@ -271,8 +271,9 @@ def _kernel_dtypes(op: str, operands: Operands) -> tuple[list[jnp.dtype | None],
     """The dtypes that the kernels take the operands in, and what their result is to become.
 
     Fields lead to coordinates and are computed with as they are; images may be stored in half
-    precision. The result is the image's again if that was converted, and has the fields' common
-    dtype where there is no image. ``None``: as it is.
+    precision. The result is the image's again if that was converted, has the fields' common
+    dtype where there is no image, and stays in what it was computed in where images are
+    compared. ``None``: as it is.
     """
     known = [x.dtype for x in operands if x is not None and x.dtype in _FLOATS]
     arithmetic = _FLOAT64 if _FLOAT64 in known else _FLOAT32
@@ -284,9 +285,9 @@ def _kernel_dtypes(op: str, operands: Operands) -> tuple[list[jnp.dtype | None],
             continue
         stays = kind == "image" and x.dtype in _HALVES and arithmetic == _FLOAT32
         taken.append(arithmetic if x.dtype in _FLOATS and not stays else x.dtype)
-        if kind == "image" and not has_image:
+        if kind != "field" and not has_image:
             has_image = True
-            result = None if stays else x.dtype
+            result = None if stays or kind == "compared" else x.dtype
     if not has_image and known:
         result = functools.reduce(jnp.promote_types, known)
     return taken, result

@@ -1,5 +1,6 @@
 """Fused image-registration kernels for PyTorch, on CUDA and CPU."""
 
+from torchreg.loss import LNCCLoss, lncc_loss
 from torchreg.smooth import gaussian_smooth
 from torchreg.warp import (
     affine_warp,
@@ -11,11 +12,13 @@ from torchreg.warp import (
 )
 
 __all__ = [
+    "LNCCLoss",
     "affine_warp",
     "compose",
     "convert_displacement",
     "gaussian_smooth",
     "interpolate",
     "jacobian_determinant",
+    "lncc_loss",
     "scaling_and_squaring",
 ]

@@ -551,9 +551,10 @@ def _convert(
     """The operands in the dtypes that the kernels take, and what their result is to become.
 
     Fields lead to coordinates and are computed with as they are; images may be stored in half
-    precision. The result is the image's again if that was converted, and has the fields' common
-    dtype where there is no image. ``None``: as it is. The conversions are outside of the
-    differentiated function, so that autograd returns each gradient in the dtype of its operand.
+    precision. The result is the image's again if that was converted, has the fields' common
+    dtype where there is no image, and stays in what it was computed in where images are
+    compared. ``None``: as it is. The conversions are outside of the differentiated function, so
+    that autograd returns each gradient in the dtype of its operand.
     """
     known = [x.dtype for x in operands if x is not None and x.dtype in _FLOATS]
     arithmetic = torch.float64 if torch.float64 in known else torch.float32
@@ -565,9 +566,9 @@ def _convert(
             continue
         stays = kind == "image" and x.dtype in _HALVES and arithmetic == torch.float32
         converted.append(x.to(arithmetic) if x.dtype in _FLOATS and not stays else x)
-        if kind == "image" and not has_image:
+        if kind != "field" and not has_image:
             has_image = True
-            result = None if stays else x.dtype
+            result = None if stays or kind == "compared" else x.dtype
     if not has_image and known:
         result = functools.reduce(torch.promote_types, known)
     return converted, result

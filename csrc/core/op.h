@@ -25,8 +25,9 @@ struct AttrSpec {
 
 // Images (and what is as good as one: a cotangent of an image, an array to be smoothed) may be
 // stored in half precision; kernels convert as they load. Fields and affines lead to coordinates: a
-// frontend converts them to the arithmetic dtype beforehand.
-enum class InputKind { kField, kImage };
+// frontend converts them to the arithmetic dtype beforehand, and the result back. What a loss
+// compares (kCompared) is converted as well, and the loss stays in the arithmetic dtype.
+enum class InputKind { kField, kImage, kCompared };
 
 struct InputSpec {
   const char* name;

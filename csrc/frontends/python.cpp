@@ -184,6 +184,18 @@ const char* kind_name(AttrKind kind) {
   return "";
 }
 
+const char* kind_name(InputKind kind) {
+  switch (kind) {
+    case InputKind::kField:
+      return "field";
+    case InputKind::kImage:
+      return "image";
+    case InputKind::kCompared:
+      return "compared";
+  }
+  return "";
+}
+
 const char* role_name(OutputRole role) {
   switch (role) {
     case OutputRole::kResult:
@@ -203,7 +215,7 @@ py::dict describe_ops() {
   for (const Op& op : op_table()) {
     py::list inputs, outputs, attributes;
     for (const InputSpec& input : op.inputs) {
-      const char* kind = input.kind == InputKind::kImage ? "image" : "field";
+      const char* kind = kind_name(input.kind);
       inputs.append(py::make_tuple(input.name, input.optional, kind));
     }
     for (const OutputSpec& output : op.outputs) {

@@ -46,9 +46,12 @@ LnccGeometry lncc_geometry(const Call& call) {
                concat(kernel_size));
   }
   geometry.kernel_size = static_cast<int>(kernel_size);
-  const double sigma = call.number("sigma");
-  if (!std::isfinite(sigma) || sigma <= 0) {
-    fail_value(call, "sigma", "a finite number above 0", concat(sigma));
+  const std::vector<double>& sigma = call.numbers("sigma");
+  if (sigma.size() > 1) fail_value(call, "sigma", "one number", concat(sigma.size(), " numbers"));
+  for (const double value : sigma) {
+    if (!std::isfinite(value) || value <= 0) {
+      fail_value(call, "sigma", "a finite number above 0", concat(value));
+    }
   }
   const double smooth_nr = call.number("smooth_nr");
   if (!std::isfinite(smooth_nr) || smooth_nr < 0) {
@@ -72,7 +75,8 @@ template <class T>
 Window<T> lncc_window(const Call& call, const LnccGeometry& geometry) {
   enum class Weights { kRectangular, kGaussian };
   const bool gaussian = call.choice<Weights>("window") == Weights::kGaussian;
-  const double sigma = call.number("sigma");
+  const std::vector<double>& given = call.numbers("sigma");
+  const double sigma = given.empty() ? geometry.kernel_size / 3.0 : given[0];
   Window<T> window{};
   window.radius = geometry.kernel_size / 2;
   window.radius_z = geometry.dimensions == 3 ? window.radius : 0;
@@ -167,14 +171,22 @@ void infer_grad(Call& call) {
 
 std::vector<Op> lncc_loss_ops() {
   const std::vector<AttrSpec> attributes = {
-      {"kernel_size", AttrKind::kInt}, {"window", AttrKind::kChoice, {"rectangular", "gaussian"}},
-      {"sigma", AttrKind::kFloat},     {"smooth_nr", AttrKind::kFloat},
-      {"smooth_dr", AttrKind::kFloat}, {"reduction", AttrKind::kChoice, {"mean", "sum", "none"}},
+      {"kernel_size", AttrKind::kInt},
+      {"window", AttrKind::kChoice, {"rectangular", "gaussian"}},
+      {"sigma", AttrKind::kFloats},  // none: a third of kernel_size
+      {"smooth_nr", AttrKind::kFloat},
+      {"smooth_dr", AttrKind::kFloat},
+      {"reduction", AttrKind::kChoice, {"mean", "sum", "none"}},
   };
+  const std::vector<InputSpec> inputs = {{"pred", false, InputKind::kCompared},
+                                         {"target", false, InputKind::kCompared},
+                                         {"mask", true, InputKind::kCompared}};
+  std::vector<InputSpec> gradient_inputs = inputs;
+  gradient_inputs.push_back({"grad_output", false, InputKind::kCompared});
   return {
       {"lncc_loss",
        "lncc_loss_grad",
-       {{"pred"}, {"target"}, {"mask", true}},
+       inputs,
        {{"output"},
         {"grad_pred", OutputRole::kUnitGradient},
         {"grad_target", OutputRole::kUnitGradient},
@@ -188,7 +200,7 @@ std::vector<Op> lncc_loss_ops() {
        REG_CUDA_LAUNCH(lncc_loss_cuda)},
       {"lncc_loss_grad",
        nullptr,
-       {{"pred"}, {"target"}, {"mask", true}, {"grad_output"}},
+       gradient_inputs,
        {{"grad_pred"},
         {"grad_target"},
         {"pivots", OutputRole::kWorkspace},
