@@ -249,8 +249,7 @@ Boundary<T, D> make_boundary(const int64_t (&sizes)[3], const Sampling& sampling
 }
 
 // (1 - fraction) a + fraction b. A value that does not count is not touched where it may be
-// anything
-// (`kChecked`): NaN times 0 is not 0.
+// anything (`kChecked`): NaN times 0 is not 0.
 template <bool kChecked, class T>
 REG_HD T lerp(T a, T b, T fraction) {
   if (kChecked) {
