@@ -149,9 +149,9 @@ def corners(
     Yields, one contributor at a time, its index (a tuple of arrays in z, y, x order), its weight
     ``(...)``, and the weight's derivatives by the position ``(..., D)``. Bilinear interpolation
     continues the image to all integers by padding and takes the cell to the right of the position,
-    ``[floor(p), floor(p) + 1]``: hence the right-sided derivative at integers. Where both voxels of a
-    cell are the same one, because padding repeats it, or where a position is not finite, there is no
-    derivative.
+    ``[floor(p), floor(p) + 1]``: hence the right-sided derivative at integers. There is no
+    derivative where both voxels of a cell are the same one, which padding repeats, nor where a
+    position is not finite.
     """
     dim = len(shape)
     sizes = shape[::-1]
