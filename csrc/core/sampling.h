@@ -73,10 +73,11 @@ struct AxisCell {
 template <class T>
 REG_HD AxisCell<T> locate(T p, int n, const Sampling& sampling) {
   AxisCell<T> cell;
-  cell.slope = 1;
-  bool mirrored = false;
   // The only coordinate of such an axis is 0, whatever a displacement along it says.
-  if (n == 1 && sampling.align_corners) p = 0;
+  const bool pinned = n == 1 && sampling.align_corners;
+  if (pinned) p = 0;
+  cell.slope = pinned ? 0 : 1;
+  bool mirrored = false;
   if (sampling.padding == Padding::kZeros) {
     // Far outside is as good as just outside, and safe to turn into an integer.
     p = p > T(-2) ? p : T(-2);
