@@ -7,8 +7,16 @@ import os
 # JAX must leave room on the device for the other framework in this process.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import hypothesis
 import pytest
 from backends import BACKENDS, cuda_device_exists
+
+# Random calls: a few, the same every time; with `--hypothesis-profile=fuzz` many, others each time.
+hypothesis.settings.register_profile(
+    "quick", max_examples=100, deadline=None, derandomize=True, database=None
+)
+hypothesis.settings.register_profile("fuzz", max_examples=10_000, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("quick")
 
 
 def pytest_configure(config: pytest.Config) -> None:
