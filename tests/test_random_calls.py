@@ -249,12 +249,15 @@ def extreme_calls(draw: st.DrawFn) -> tuple[str, tuple[Any, ...], dict[str, Any]
     if name == "scaling_and_squaring":
         return name, (values(*shape, dim),), {**padded, "num_steps": draw(st.integers(0, 3))}
     if name == "gaussian_smooth":
+        channel_last = draw(FLAGS)
+        channels = draw(st.integers(0, 3))
         options = {
             "sigma": draw(st.sampled_from([0, 1e-300, 0.3, 2.0, 1e5])),
             "truncate": draw(st.sampled_from([1e-3, 3.0, 9.0])),
-            "channel_last": draw(FLAGS),
+            "channel_last": channel_last,
         }
-        return name, (values(draw(st.integers(0, 3)), *shape),), options
+        axes = (*shape, channels) if channel_last else (channels, *shape)
+        return name, (values(*axes),), options
     if name == "jacobian_determinant":
         return name, (values(*shape, dim),), aligned
     units, ends = st.sampled_from(["normalised", "voxel", "mm"]), st.sampled_from(["first", "last"])
