@@ -27,7 +27,8 @@ inline Tensor partial_sums_spec(DType dtype, const Batch& batch, const Sizes& si
 inline size_t dtype_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
 inline void clear(const Cpu&, const Tensor& tensor) {
-  std::memset(tensor.data, 0, tensor.shape.count() * dtype_size(tensor.dtype));
+  const size_t bytes = tensor.shape.count() * dtype_size(tensor.dtype);
+  if (bytes > 0) std::memset(tensor.data, 0, bytes);  // an empty tensor may have no address
 }
 
 // Where the partial sums of one target begin and how many there are: those of one item, or those of
