@@ -55,12 +55,12 @@ sanitize: $(VENV)/.installed ## the extension under AddressSanitizer and Undefin
 	$(BIN)/cmake --build $(SANITIZED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  PYTHONPATH="$(CURDIR)/$(SANITIZED):$(CURDIR)" $(BIN)/pytest -m "not gpu" -k "not jax" \
+	  PYTHONPATH="$(CURDIR)/$(SANITIZED):$(CURDIR)" $(BIN)/pytest -m "not gpu" \
 	  tests/test_random_calls.py tests/test_bad_input.py tests/test_non_finite.py tests/test_threads.py $(PYTEST_ARGS)
 
 docs: $(VENV)/.installed ## the API reference in build/docs
 	$(BIN)/python -W error::UserWarning -W "ignore:Error parsing type annotation ForwardRef:UserWarning" \
-	  -m pdoc --docformat numpy -o build/docs jaxreg jaxreg.registration torchreg
+	  -m pdoc --docformat numpy --math -o build/docs jaxreg jaxreg.registration torchreg
 
 bench: $(VENV)/.installed ## speed and memory beside what one would otherwise use
 	$(BIN)/python benchmarks/warp.py
