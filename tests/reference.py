@@ -298,7 +298,7 @@ def interpolate_vjp(
         # of v, Ax + u, A(x + u).
         to_y = times(s_in, to_position)
         affine_acts = affine is not None and (grid is None or is_displacement)
-        moves_output_point = affine_acts and affine_last and grid is not None
+        moves_output_point = affine_last and grid is not None and is_displacement
         has_extent = half_extent(out, align_corners) > 0
         if affine_acts:
             source = x + np.where(has_extent, item(grid, n), 0) if moves_output_point else x
@@ -307,7 +307,7 @@ def interpolate_vjp(
             item(to_affine, n)[...] += times(rows[:, :, None], columns[:, None, :]).sum(axis=0)
         if grid is not None:
             if moves_output_point:
-                matrix = item(affine, n)[:, :dim]
+                matrix = np.eye(dim) if affine is None else item(affine, n)[:, :dim]
                 to_y = np.where(has_extent, times(to_y[..., None], matrix).sum(axis=-2), 0)
             item(to_grid, n)[...] += to_y
     return to_image, to_affine, to_grid
