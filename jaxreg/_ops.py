@@ -377,7 +377,8 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> jax.A
     ]
     _regcore.infer(op, specs, attributes, _all_results(op))
     ordered = tuple(attributes[name] for name, _, _ in entry["attributes"])
-    return _jitted(op, ordered, arrays)
+    result: jax.Array = _jitted(op, ordered, arrays)
+    return result
 
 
 def export_checks() -> list[jax.export.DisabledSafetyCheck]:
