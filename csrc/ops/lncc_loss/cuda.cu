@@ -187,18 +187,18 @@ __device__ __forceinline__ T block_sum(T value, T* shared) {
 }
 
 // A column's values along z, about the pivots: those of the planes that a small window spans.
-template <class T, int kWindow>
+template <class T, int kDepth>
 struct DepthRing {
-  T i[kWindow], j[kWindow];
+  T i[kDepth], j[kDepth];
 
   __device__ __forceinline__ void push(T value_i, T value_j) {
     REG_UNROLL
-    for (int d = 0; d + 1 < kWindow; ++d) {
+    for (int d = 0; d + 1 < kDepth; ++d) {
       i[d] = i[d + 1];
       j[d] = j[d + 1];
     }
-    i[kWindow - 1] = value_i;
-    j[kWindow - 1] = value_j;
+    i[kDepth - 1] = value_i;
+    j[kDepth - 1] = value_j;
   }
 };
 
@@ -220,17 +220,20 @@ __device__ __forceinline__ void add_products(T weight, T value_i, T value_j,
 //   sums of those along rows                            (adjoint -> adjoint_by_row)
 //   sums along columns, and along z; gradients          (adjoint_by_row -> ring -> memory)
 // The first two run ahead by a plane and share their barriers with the last two.
-template <class T, int kWindow, int kTileY, int kFields, bool kFused>
+//
+// kWindow is the size of the window, or 0 where it is known at run time only; kDepth is its size
+// along z, which is 1 in 2-D.
+template <class T, int kWindow, int kDepth, int kTileY, int kFields, bool kFused>
 __global__ void __launch_bounds__(kThreads, 1)
     lncc_kernel(const __grid_constant__ Kernel<T> kernel) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ T scratch[kThreads / kWarp];
   constexpr int kTile = kTileY * kLnccTileX;
-  constexpr int kHalf = kWindow / 2;
+  constexpr int kHalf = kDepth / 2;
   const Window<T>& window = kernel.window;
   const Layout<kWindow, kTileY, kFused> layout(window.radius);
-  const int radius = layout.radius, radius_z = window.radius_z, halo = layout.halo();
-  const int ring_size = 2 * radius_z + 1;
+  const int radius = layout.radius, halo = layout.halo();
+  const int radius_z = kWindow == 0 ? window.radius_z : kHalf;
   const int reach = kFused ? radius_z : 0;
   const int width = layout.width(), height = layout.height(), stride = layout.stride();
   const int in_width = layout.in_width(), in_height = layout.in_height();
@@ -246,8 +249,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kReach = (kFused ? 2 : 1) * (kWindow - 1);
   constexpr int kInArea = kWindow == 0 ? 0 : (kLnccTileX + kReach) * (kTileY + kReach);
   constexpr int kColumns = kWindow == 0 ? 1 : (kInArea + kThreads - 1) / kThreads;
-  DepthRing<T, kWindow == 0 ? 1 : kWindow> depth[kColumns];
-  const bool rings = kWindow > 0 && radius_z > 0;
+  DepthRing<T, kWindow == 0 ? 1 : kDepth> depth[kColumns];
 
   const int64_t group = blockIdx.x;
   const int64_t plane_size = static_cast<int64_t>(kernel.nx) * kernel.ny;
@@ -326,7 +328,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       };
       auto sum_depth = [&](int z, const T(&fresh_i)[kColumns], const T(&fresh_j)[kColumns]) {
-        if (rings) {
+        if constexpr (kWindow > 0) {
           REG_UNROLL
           for (int c = 0; c < kColumns; ++c) depth[c].push(fresh_i[c], fresh_j[c]);
           if (!exists(z)) return;
@@ -336,7 +338,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             const int index = thread + c * kThreads;
             T sums[kWindowSums] = {};
             REG_UNROLL
-            for (int d = 0; d < kWindow; ++d) {
+            for (int d = 0; d < kDepth; ++d) {
               const int distance = d < kHalf ? kHalf - d : d - kHalf;
               add_products(window.weight[distance], depth[c].i[d], depth[c].j[d], sums);
             }
@@ -422,14 +424,14 @@ __global__ void __launch_bounds__(kThreads, 1)
       auto assemble_plane = [&](int z) {
         if constexpr (kFused) {
           constexpr int kRows = 2;  // of a column, for each thread
-          const int slot = (z - z_begin + reach) % ring_size;
+          const int slot = (z - z_begin + reach) % kDepth;
           const int target = z - radius_z;
           // Where the window's planes lie in the ring; the oldest is one slot on.
-          int slots[kWindow];
+          int slots[kDepth];
           REG_UNROLL
-          for (int d = 0; d < kWindow; ++d) {
+          for (int d = 0; d < kDepth; ++d) {
             const int at = slot + 1 + d;
-            slots[d] = rings ? (at < ring_size ? at : at - ring_size) * kTile : 0;
+            slots[d] = (at < kDepth ? at : at - kDepth) * kTile;
           }
           const T* const plane_i = image_i + target * plane_size;
           const T* const plane_j = image_j + target * plane_size;
@@ -448,26 +450,21 @@ __global__ void __launch_bounds__(kThreads, 1)
                                     adjoint_by_row + f * height * kLnccTileX + place_in_tile,
                                     kLnccTileX, sums);
               }
-              T* const mine = ring + f * ring_size * kTile + place_in_tile;
+              T* const mine = ring + f * kDepth * kTile + place_in_tile;
               REG_UNROLL
               for (int k = 0; k < kRows; ++k) mine[slot * kTile + k * kLnccTileX] = sums[k];
             }
             if (target < z_begin) continue;
             REG_UNROLL
             for (int f = 0; f < kFields; ++f) {
-              const T* const mine = ring + f * ring_size * kTile + place_in_tile;
-              if (rings) {
+              const T* const mine = ring + f * kDepth * kTile + place_in_tile;
+              REG_UNROLL
+              for (int d = 0; d < kDepth; ++d) {
+                const int distance = d < kHalf ? kHalf - d : d - kHalf;
                 REG_UNROLL
-                for (int d = 0; d < kWindow; ++d) {
-                  const int distance = d < kHalf ? kHalf - d : d - kHalf;
-                  REG_UNROLL
-                  for (int k = 0; k < kRows; ++k) {
-                    complete[f][k] += window.weight[distance] * mine[slots[d] + k * kLnccTileX];
-                  }
+                for (int k = 0; k < kRows; ++k) {
+                  complete[f][k] += window.weight[distance] * mine[slots[d] + k * kLnccTileX];
                 }
-              } else {
-                REG_UNROLL
-                for (int k = 0; k < kRows; ++k) complete[f][k] = mine[k * kLnccTileX];
               }
             }
             const int x = x0 + column, y = y0 + first_row;
@@ -492,7 +489,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
       const int z_first = z_begin - reach, z_stop = z_end + reach;
       T fresh_i[kColumns], fresh_j[kColumns];
-      if (rings) {
+      if constexpr (kWindow > 0) {
         REG_UNROLL
         for (int d = -kHalf; d < kHalf; ++d) {
           load_columns(z_first + d, fresh_i, fresh_j);
@@ -508,7 +505,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
       for (int z = z_first; z < z_stop; ++z) {
         const bool more = z + 1 < z_stop;
-        if (rings && more) load_columns(z + 1 + kHalf, fresh_i, fresh_j);
+        if (kWindow > 0 && more) load_columns(z + 1 + kHalf, fresh_i, fresh_j);
         if (exists(z)) correlate_plane(z);
         if constexpr (kFused) {
           __syncthreads();
@@ -685,10 +682,10 @@ void allow_shared(Function* function, int64_t bytes) {
   }
 }
 
-template <int kWindow, int kTileY, int kFields, bool kFused, class T>
+template <int kWindow, int kDepth, int kTileY, int kFields, bool kFused, class T>
 void launch_lncc(const Cuda& device, const Kernel<T>& kernel, const dim3& grid) {
   const int64_t bytes = shared_bytes<kWindow, kTileY, kFields, kFused>(kernel.window);
-  auto* function = &lncc_kernel<T, kWindow, kTileY, kFields, kFused>;
+  auto* function = &lncc_kernel<T, kWindow, kDepth, kTileY, kFields, kFused>;
   allow_shared(function, bytes);
   function<<<grid, kThreads, bytes, device.stream>>>(kernel);
   check_launch();
@@ -700,7 +697,7 @@ void launch_any(const Cuda& device, const Kernel<T>& kernel, const dim3& grid) {
   const int64_t outer = static_cast<int64_t>(kernel.groups) * kernel.channels *
                         (kernel.items_together ? 1 : kernel.items);
   constexpr int kTileY = lncc_tile_rows(sizeof(T) == 8, 0, 0);
-  launch_lncc<0, kTileY, kFields, false>(device, kernel, grid);
+  launch_lncc<0, 0, kTileY, kFields, false>(device, kernel, grid);
   if constexpr (kFields > 0) {
     const int64_t bytes = shared_bytes<0, kTileY, 0, false>(kernel.window);
     auto* function = &assemble_kernel<T, kTileY, kFields>;
@@ -712,15 +709,15 @@ void launch_any(const Cuda& device, const Kernel<T>& kernel, const dim3& grid) {
   }
 }
 
-template <int kWindow>
+template <int kWindow, int kDepth>
 void launch_window(const Cuda& device, const Kernel<float>& kernel, int gradients,
                    const dim3& grid) {
   constexpr int kValue = lncc_tile_rows(false, kWindow, 0);
   constexpr int kOne = lncc_tile_rows(false, kWindow, 1);
   constexpr int kBoth = lncc_tile_rows(false, kWindow, 2);
-  if (gradients == 0) return launch_lncc<kWindow, kValue, 0, false>(device, kernel, grid);
-  if (gradients == 1) return launch_lncc<kWindow, kOne, 3, true>(device, kernel, grid);
-  launch_lncc<kWindow, kBoth, 5, true>(device, kernel, grid);
+  if (gradients == 0) return launch_lncc<kWindow, kDepth, kValue, 0, false>(device, kernel, grid);
+  if (gradients == 1) return launch_lncc<kWindow, kDepth, kOne, 3, true>(device, kernel, grid);
+  launch_lncc<kWindow, kDepth, kBoth, 5, true>(device, kernel, grid);
 }
 
 template <class T>
@@ -789,10 +786,18 @@ void lncc_run(const Cuda& device, const LnccCall<T>& call, const Call& raw) {
   }
   if constexpr (sizeof(T) == 4) {
     const int window = geometry.fused ? geometry.kernel_size : 0;
-    if (window == 3) launch_window<3>(device, kernel, call.gradients, grid);
-    if (window == 5) launch_window<5>(device, kernel, call.gradients, grid);
-    if (window == 7) launch_window<7>(device, kernel, call.gradients, grid);
-    if (window == 9) launch_window<9>(device, kernel, call.gradients, grid);
+    dispatch_bool(geometry.dimensions == 3, [&](auto is_volume) {
+      auto launch = [&](auto tag) {
+        constexpr int kWindow = decltype(tag)::value;
+        if (window != kWindow) return;
+        constexpr int kDepth = decltype(is_volume)::value ? kWindow : 1;
+        launch_window<kWindow, kDepth>(device, kernel, call.gradients, grid);
+      };
+      launch(IntTag<3>{});
+      launch(IntTag<5>{});
+      launch(IntTag<7>{});
+      launch(IntTag<9>{});
+    });
   }
   if (!geometry.fused) {
     if (call.gradients == 0) launch_any<0>(device, kernel, grid);
