@@ -505,7 +505,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
       for (int z = z_first; z < z_stop; ++z) {
         const bool more = z + 1 < z_stop;
-        if (kWindow > 0 && more) load_columns(z + 1 + kHalf, fresh_i, fresh_j);
         if (exists(z)) correlate_plane(z);
         if constexpr (kFused) {
           __syncthreads();
@@ -514,7 +513,10 @@ __global__ void __launch_bounds__(kThreads, 1)
                               kLnccTileX);
           }
         }
-        if (more) sum_depth(z + 1, fresh_i, fresh_j);
+        if (more) {
+          if constexpr (kWindow > 0) load_columns(z + 1 + kHalf, fresh_i, fresh_j);
+          sum_depth(z + 1, fresh_i, fresh_j);
+        }
         __syncthreads();
         if constexpr (kFused) assemble_plane(z);
         if (more) sum_image_rows(z + 1);
