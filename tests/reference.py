@@ -380,6 +380,13 @@ def gaussian_weights(sigma: float, truncate: float) -> Array:
     return weights / weights.sum()
 
 
+def weighted_sums(x: Array, weights: Array, axis: int) -> Array:
+    """Along ``axis``, sums over windows about every element, with the weights; zero outside."""
+    radius, size = len(weights) // 2, x.shape[axis]
+    padded = np.pad(x, [(radius, radius) if a == axis else (0, 0) for a in range(x.ndim)])
+    return sum(w * padded.take(range(k, k + size), axis) for k, w in enumerate(weights))
+
+
 def gaussian_smooth(
     x: Array,
     sigma: float | Sequence[float],
@@ -395,10 +402,7 @@ def gaussian_smooth(
     first = 1 if channel_last else 2
     sigmas = [sigma] * (x.ndim - 2) if np.isscalar(sigma) else sigma
     for axis, sigma_of_axis in enumerate(sigmas, start=first):
-        weights = gaussian_weights(sigma_of_axis, truncate)
-        radius, size = len(weights) // 2, x.shape[axis]
-        padded = np.pad(x, [(radius, radius) if a == axis else (0, 0) for a in range(x.ndim)])
-        x = sum(w * padded.take(range(k, k + size), axis) for k, w in enumerate(weights))
+        x = weighted_sums(x, gaussian_weights(sigma_of_axis, truncate), axis)
     return x
 
 
@@ -447,6 +451,47 @@ def convert_displacement(
     }
     field = field * (voxels_per_unit[source] / voxels_per_unit[target])
     return np.moveaxis(field, -1, 1) if target_channels == "first" else field
+
+
+def lncc_loss(
+    pred: Array,
+    target: Array,
+    *,
+    kernel_size: int = 7,
+    window: str = "rectangular",
+    sigma: float | None = None,
+    smooth_nr: float = 0.0,
+    smooth_dr: float = 1e-5,
+    mask: Array | None = None,
+    reduction: str = "mean",
+) -> Array:
+    """Minus the local normalised cross-correlation, over a window about every voxel.
+
+    Outside of the images there are zeros, which count. A mask weighs the correlations.
+    """
+    pred, target = float64(pred), float64(target)
+    offsets = np.arange(kernel_size) - kernel_size // 2
+    width = {"rectangular": math.inf, "gaussian": kernel_size / 3 if sigma is None else sigma}
+    weights = np.exp(-0.5 * (offsets / width[window]) ** 2)
+    mass = weights.sum() ** (pred.ndim - 2)
+
+    def sums(x: Array) -> Array:
+        for axis in range(2, x.ndim):
+            x = weighted_sums(x, weights, axis)
+        return x
+
+    cross = sums(pred * target) - sums(pred) * sums(target) / mass
+    variance = [np.maximum(sums(x * x) - sums(x) ** 2 / mass, smooth_dr) for x in (pred, target)]
+    ncc = (cross**2 + smooth_nr) / (variance[0] * variance[1])
+    if mask is not None:
+        ncc, mask = np.broadcast_arrays(ncc, float64(mask))
+        ncc = mask * ncc
+    if reduction == "none":
+        return -ncc
+    total = -np.sum(ncc)
+    if reduction == "sum":
+        return total
+    return divide_or_zero(total, np.float64(ncc.size) if mask is None else np.sum(mask))
 
 
 # ------------------------------------------------------------------------------------ derivatives

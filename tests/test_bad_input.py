@@ -47,6 +47,13 @@ GOOD = {
             "spacing": (1.0, 2.0, 3.0),
         }
     ),
+    "lncc_loss": Good(
+        {
+            "pred": zeros(2, 2, 3, 4, 5),
+            "target": zeros(1, 2, 3, 4, 5),
+            "mask": zeros(1, 1, 3, 4, 5),
+        }
+    ),
 }
 
 
@@ -87,9 +94,10 @@ FIELDS = [
     ("convert_displacement", "displacement"),
 ]
 AFFINES = [("interpolate", "affine"), ("compose", "affine"), ("affine_warp", "affine")]
-IMAGES = [("interpolate", "image"), ("gaussian_smooth", "x")]
+IMAGES = [("interpolate", "image"), ("gaussian_smooth", "x"), ("lncc_loss", "pred")]
+COMPARED = [("lncc_loss", "target"), ("lncc_loss", "mask")]  # with the shape of another operand
 PADDED = ["interpolate", "compose", "scaling_and_squaring"]
-ALIGNED = [op for op in OPS if op != "gaussian_smooth"]
+ALIGNED = [op for op in OPS if op not in ("gaussian_smooth", "lncc_loss")]
 
 BAD = [
     # Fields: (N, [Z,] Y, X, D).
@@ -132,6 +140,17 @@ BAD = [
     bad_value("compose", "v", zeros(2, 4, 5, 2), numbers(2, 4, 5, 2)),
     bad_value("compose", "affine", zeros(3, 3, 4), "3"),
     bad_value("affine_warp", "displacement", zeros(3, 3, 4, 5, 3), "3"),
+    *[bad_value(op, name, zeros(3, 2, 3, 4, 5), "3") for op, name in COMPARED],
+    *[
+        bad_value(op, name, zeros(2, channels, 3, 4, 5), numbers(2, channels, 3, 4, 5))
+        for op, name in COMPARED
+        for channels in (0, 3)
+    ],
+    *[bad_value(op, name, zeros(2, 2, 3, 4, 6), numbers(2, 2, 3, 4, 6)) for op, name in COMPARED],
+    *[bad_value(op, name, zeros(2, 2, 4, 5), numbers(2, 2, 4, 5)) for op, name in COMPARED],
+    *[bad_type(op, name, zeros(2, 2, 3, 4, 5, dtype=np.int16), "int16") for op, name in COMPARED],
+    *[bad_type(op, name, "brain.nii", "str") for op, name in COMPARED],
+    bad_type("lncc_loss", "target", None, "None"),
     # Names of modes.
     bad_value("interpolate", "mode", "cubic", "cubic"),
     bad_type("interpolate", "mode", 1, "int|1"),
@@ -142,6 +161,10 @@ BAD = [
     bad_type("convert_displacement", "target", None, "None"),
     bad_value("convert_displacement", "source_channels", "middle", "middle"),
     bad_value("convert_displacement", "target_channels", "middle", "middle"),
+    bad_value("lncc_loss", "window", "triangular", "triangular"),
+    bad_type("lncc_loss", "window", None, "None"),
+    bad_value("lncc_loss", "reduction", "median", "median"),
+    bad_type("lncc_loss", "reduction", 0, "int|0"),
     # Switches.
     *[bad_type(op, "align_corners", "no", "str|no") for op in ALIGNED],
     *[bad_type(op, "deterministic", value, str(value)) for op in PADDED for value in ("no", None)],
@@ -170,6 +193,15 @@ BAD = [
     bad_value("gaussian_smooth", "truncate", -1.0, "-1"),
     bad_value("gaussian_smooth", "truncate", NAN, "nan"),
     bad_type("gaussian_smooth", "truncate", "far", "str|far"),
+    *[bad_value("lncc_loss", "kernel_size", size, str(size)) for size in (-3, 0, 1, 4, 33)],
+    bad_type("lncc_loss", "kernel_size", 5.0, "float|5"),
+    bad_type("lncc_loss", "kernel_size", (5, 5, 5), "tuple|5"),
+    *[bad_value("lncc_loss", "sigma", s, f"{s:g}") for s in (-1.0, 0.0, NAN, INFINITY)],
+    bad_value("lncc_loss", "sigma", (1.0, 2.0, 3.0), "3"),
+    bad_type("lncc_loss", "sigma", "wide", "str|wide"),
+    *[bad_value("lncc_loss", "smooth_nr", x, f"{x:g}") for x in (-1.0, NAN, INFINITY)],
+    *[bad_value("lncc_loss", "smooth_dr", x, f"{x:g}") for x in (-1.0, 0.0, 1e-19, NAN)],
+    bad_type("lncc_loss", "smooth_dr", None, "None"),
     bad_value("convert_displacement", "spacing", None, "None"),
     bad_value("convert_displacement", "spacing", (1.0, 2.0), "2"),
     bad_value("convert_displacement", "spacing", (1.0, 0.0, 2.0), "0"),
