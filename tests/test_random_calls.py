@@ -128,3 +128,38 @@ def test_gaussian_smooth(device: str, call: tuple[np.ndarray, Any, dict[str, Any
     assert_close(backend.call("gaussian_smooth", x, sigma, **options), expected, np.float64)
     (gradient,) = backend.vjp("gaussian_smooth", (x, sigma), x, (0,), **options)
     assert_close(gradient, expected, np.float64)
+
+
+@st.composite
+def losses(draw: st.DrawFn) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
+    dim, seed = draw(DIMS), draw(SEEDS)
+    shape, sizes, channels = draw(shapes(dim)), draw(batches(3)), draw(st.integers(1, 3))
+    options = {
+        "kernel_size": draw(st.sampled_from([3, 5, 7, 9, 11, 15])),
+        "window": draw(st.sampled_from(["rectangular", "gaussian"])),
+        "sigma": draw(st.one_of(st.none(), st.floats(0.5, 4))),
+        "smooth_nr": draw(st.sampled_from([0.0, 0.1])),
+        "smooth_dr": draw(st.sampled_from([1e-5, 0.1])),
+        "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
+    }
+    if draw(FLAGS):
+        one = draw(st.sampled_from([1, channels]))
+        kept = [n if draw(FLAGS) else 1 for n in shape]
+        options["mask"] = abs(random_array(seed + 2, sizes[2], one, *kept))
+    operands = tuple(random_array(seed + k, sizes[k], channels, *shape) for k in range(2))
+    return operands, options
+
+
+@ON_EACH_DEVICE
+@SOME
+@given(losses())
+def test_lncc_loss(device: str, call: tuple[tuple[np.ndarray, ...], dict[str, Any]]) -> None:
+    operands, options = call
+    backend = BACKENDS["torch", device]
+    expected = reference.lncc_loss(*operands, **options)
+    assert_close(backend.call("lncc_loss", *operands, **options), expected, np.float64)
+    cotangent = random_array(0, *expected.shape)
+    gradients = backend.vjp("lncc_loss", operands, cotangent, (0, 1), **options)
+    expected_gradients = reference.lncc_loss_vjp(cotangent, *operands, **options)
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        assert_close(gradient, expected, np.float64)
