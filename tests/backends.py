@@ -49,8 +49,11 @@ class Backend:
         raise NotImplementedError
 
     def arrays(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Options, of which some may be arrays."""
-        return {name: self.array(value) for name, value in options.items()}
+        """Options, of which those with several axes are operands; others are lists of numbers."""
+        return {
+            name: self.array(value) if np.ndim(value) > 1 else value
+            for name, value in options.items()
+        }
 
     def call(self, name: str, *args: Any, **options: Any) -> Array:
         """What the public function returns."""

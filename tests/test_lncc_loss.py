@@ -304,7 +304,7 @@ def test_numbers_of_any_size_correlate_alike(
 
 
 @pytest.mark.parametrize("kernel_size", [3, 11])
-@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-18, 1e18, 1e19, 1e20, 1e30, 3e38])
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-18, 1e18, 1e19, 1e20, 1e30, 1e35])
 def test_finite_numbers_give_no_nan(backend: Backend, scale: float, kernel_size: int) -> None:
     """Windows whose sums of squares are beyond the range of float32 count as constant."""
     pred, target = (
