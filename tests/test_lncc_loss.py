@@ -436,6 +436,29 @@ def test_transforms_of_jax_agree_with_the_reference(reduction: str, kernel_size:
                     assert_close(np.asarray(gradient[i]), slope, np.float64)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_transforms_of_torch_take_a_mask(reduction: str) -> None:
+    """``vmap`` of ``grad``, and ``torch.compile`` of the call."""
+    mask = torch.tensor(abs(random_array(7, 3, 1, 1, 4, 5)))
+    pred, target = (torch.tensor(x[:, None]) for x in images(4, 5, batches=(3, 3)))
+    options = {"kernel_size": 3, "reduction": reduction}
+
+    def loss(pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torchreg.lncc_loss(pred, target, mask=mask, **options).sum()
+
+    slopes = torch.func.vmap(torch.func.grad(loss, (0, 1)))(pred, target, mask)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for i in range(3):
+        leaves = [x[i].clone().requires_grad_() for x in (pred, target)]
+        value = compiled(*leaves, mask[i])
+        expected = loss(*leaves, mask[i])
+        assert torch.equal(value, expected)
+        gradients = torch.autograd.grad(expected, leaves)
+        for k, of_compiled in enumerate(torch.autograd.grad(value, leaves)):
+            assert torch.equal(of_compiled, gradients[k])
+            assert_close(slopes[k][i].numpy(), gradients[k].numpy(), np.float64)
+
+
 # -------------------------------------------------------------------------------------- LNCCLoss
 
 OPTIONS: list[dict[str, Any]] = [
