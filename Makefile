@@ -16,7 +16,7 @@ SOURCES := $(shell find csrc jaxreg torchreg -type f -not -path '*/__pycache__/*
   CMakeLists.txt pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench wheel format lint clean
+.PHONY: help install demo test fuzz sanitize docs bench wheel format lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +28,7 @@ $(BIN)/python:
 # torch first and pinned: a range would take the newest build with all its CUDA packages.
 $(VENV)/.installed: $(BIN)/python $(SOURCES)
 	$(PIP) install -c constraints.txt torch==2.13.0
-	$(PIP) install -c constraints.txt $(BUILD_SETTINGS) ".[jax,torch,cli,test,dev]"
+	$(PIP) install -c constraints.txt $(BUILD_SETTINGS) ".[jax,torch,cli,test,dev,docs]"
 	@touch $@
 
 install: $(VENV)/.installed ## both packages with everything they can use, in .venv
@@ -38,6 +38,29 @@ demo: $(VENV)/.installed ## register two brains; pictures and volumes in ./jaxre
 
 test: lint ## the tests that this machine can run
 	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.installed ## thousands of random calls, other ones each time
+	$(BIN)/pytest tests/test_random_calls.py --hypothesis-profile=fuzz $(PYTEST_ARGS)
+
+# The interpreter is not instrumented: it and the frameworks leak as they please, and the sanitizers' runtime and
+# the C++ library, whose exceptions it watches, have to be there first.
+SANITIZED := build/sanitize
+sanitize: $(VENV)/.installed ## the extension under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(PIP) install -c constraints.txt pybind11 cmake ninja
+	$(PIP) install --no-deps --target build/headers jaxlib==0.6.2
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja \
+	  -DREGCORE_CUDA=OFF -DREGCORE_SANITIZE=address,undefined -DSKBUILD_PROJECT_VERSION_FULL=0.1.0 \
+	  -DXLA_FFI_INCLUDE_DIR="$(CURDIR)/build/headers/jaxlib/include" -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	$(BIN)/cmake --build $(SANITIZED)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  PYTHONPATH="$(CURDIR)/$(SANITIZED):$(CURDIR)" $(BIN)/pytest -m "not gpu" \
+	  tests/test_random_calls.py tests/test_bad_input.py tests/test_non_finite.py tests/test_threads.py $(PYTEST_ARGS)
+
+docs: $(VENV)/.installed ## the API reference in build/docs
+	$(BIN)/python -W error::UserWarning -W "ignore:Error parsing type annotation ForwardRef:UserWarning" \
+	  -m pdoc --docformat numpy --math -o build/docs jaxreg jaxreg.registration torchreg
 
 bench: $(VENV)/.installed ## speed and memory beside what one would otherwise use
 	$(BIN)/python benchmarks/warp.py

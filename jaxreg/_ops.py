@@ -313,17 +313,22 @@ def widened(array: Any) -> Any:
 
 
 def static_tuple(value: Any) -> tuple[Any, ...]:
-    """One value or several, as a tuple."""
+    """One value or several, as a tuple.
+
+    An empty sequence is wrapped as it is, for the op's check to refuse: no values mean that the
+    argument was not given.
+    """
     if isinstance(value, np.ndarray):
         value = value.tolist()
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+    return tuple(value) if isinstance(value, list | tuple) and value else (value,)
 
 
 def _plain(value: Any) -> Any:
     """Python's own number for a NumPy one."""
     if isinstance(value, tuple):
         return tuple(_plain(v) for v in value)
-    return value.item() if isinstance(value, np.generic) else value
+    is_scalar = isinstance(value, np.generic | np.ndarray) and value.ndim == 0
+    return value.item() if is_scalar else value
 
 
 def _check_operand(op: str, name: str, optional: bool, value: Any) -> None:
@@ -334,6 +339,8 @@ def _check_operand(op: str, name: str, optional: bool, value: Any) -> None:
             f"{op}: {name}: expected a JAX or NumPy array{' or None' if optional else ''}, "
             f"got {type(value).__name__}"
         )
+    if value.dtype != bool and not jnp.issubdtype(value.dtype, np.number):
+        raise TypeError(f"{op}: {name}: expected an array of numbers, got {value.dtype}")
 
 
 def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> jax.Array:
@@ -370,7 +377,8 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> jax.A
     ]
     _regcore.infer(op, specs, attributes, _all_results(op))
     ordered = tuple(attributes[name] for name, _, _ in entry["attributes"])
-    return _jitted(op, ordered, arrays)
+    result: jax.Array = _jitted(op, ordered, arrays)
+    return result
 
 
 def export_checks() -> list[jax.export.DisabledSafetyCheck]:

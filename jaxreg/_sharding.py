@@ -206,14 +206,16 @@ def _spread_alike(operands: Operands) -> Operands:
 
     def reshard(x: jax.Array) -> jax.Array:
         spec = [over if x.shape[0] == items else None, *[None] * (x.ndim - 1)]
-        return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
+        moved: jax.Array = jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
+        return moved
 
     return tuple(None if x is None else reshard(x) for x in operands)
 
 
 def _varying(array: Any) -> frozenset[str]:
     kind = jax.typeof(array)
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+    axes: frozenset[str] = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+    return axes
 
 
 def _vary_alike(operands: Operands) -> Operands:

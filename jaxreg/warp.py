@@ -239,7 +239,11 @@ def scaling_and_squaring(
     Arsigny et al., "A Log-Euclidean Framework for Statistics on Diffeomorphisms", MICCAI 2006.
     """
     # One rounding, at the end: every step would lose what the next one multiplies.
-    displacement = apply("scale_velocity", (widened(velocity),), {"num_steps": num_steps})
+    displacement = apply(
+        "scale_velocity",
+        (widened(velocity),),
+        {"num_steps": num_steps, "padding_mode": padding_mode, "align_corners": align_corners},
+    )
     for _ in range(num_steps):
         displacement = compose(
             displacement,

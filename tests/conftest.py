@@ -12,12 +12,21 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 )
 
+import hypothesis
 import pytest
 from backends import BACKENDS, cuda_device_exists
+
+# Random calls: a few, the same every time; with `--hypothesis-profile=fuzz` many, others each time.
+hypothesis.settings.register_profile(
+    "quick", max_examples=100, deadline=None, derandomize=True, database=None
+)
+hypothesis.settings.register_profile("fuzz", max_examples=10_000, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("quick")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; deselected where there is none")
+    config.addinivalue_line("markers", "large: needs 60 GiB of GPU memory; -m large runs it")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -37,10 +46,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Without a CUDA device the cases marked ``gpu`` are deselected, and counted as such.
 
     Only the driver is asked: a framework that fails to see an existing device fails its cases.
+    Cases marked ``large`` are deselected unless they are asked for by that name.
     """
-    if cuda_device_exists():
-        return
-    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if needs_gpu:
-        config.hook.pytest_deselected(items=needs_gpu)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    unwanted = [] if cuda_device_exists() else ["gpu"]
+    if "large" not in config.option.markexpr:
+        unwanted.append("large")
+    out = [item for item in items if any(item.get_closest_marker(mark) for mark in unwanted)]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]

@@ -80,8 +80,13 @@ def sampling_positions(
     """
     s_in = half_extent(in_shape, align_corners)
     s_out = half_extent(out_shape, align_corners)
+
+    def where_there_is_extent(position: Array) -> Array:
+        """Not left to a product with 0: a displacement may be infinite."""
+        return np.where(s_in == 0, centre(in_shape), position)
+
     if grid is not None and not is_displacement:
-        return centre(in_shape) + s_in * grid
+        return where_there_is_extent(centre(in_shape) + s_in * grid)
 
     dim = len(in_shape)
     u = np.zeros((*out_shape, dim)) if grid is None else grid
@@ -92,7 +97,8 @@ def sampling_positions(
         u = np.where(s_out == 0, 0, u) @ matrix.T
 
     voxel_matrix = divide_or_zero(s_in[:, None] * matrix, s_out[None, :])
-    return centre(in_shape) + offsets_from_centre(out_shape) @ voxel_matrix.T + s_in * (shift + u)
+    position = offsets_from_centre(out_shape) @ voxel_matrix.T + s_in * (shift + u)
+    return where_there_is_extent(centre(in_shape) + position)
 
 
 # --------------------------------------------------------------------------------------- sampling
@@ -144,7 +150,9 @@ def corners(
     Yields, one contributor at a time, its index (a tuple of arrays in z, y, x order), its weight
     ``(...)``, and the weight's derivatives by the position ``(..., D)``. Bilinear interpolation
     continues the image to all integers by padding and takes the cell to the right of the position,
-    ``[floor(p), floor(p) + 1]``: hence the right-sided derivative at integers.
+    ``[floor(p), floor(p) + 1]``: hence the right-sided derivative at integers. There is no
+    derivative where both voxels of a cell are the same one, which padding repeats, nor where a
+    position is not finite.
     """
     dim = len(shape)
     sizes = shape[::-1]
@@ -163,6 +171,12 @@ def corners(
     else:
         raise ValueError(f"mode {mode!r}")
     fraction = position - base
+    varies = np.ones_like(finite)
+    for a in range(dim):
+        (low, low_exists), (high, high_exists) = (
+            pad(base[..., a] + k, sizes[a], padding_mode, align_corners) for k in (0, 1)
+        )
+        varies[..., a] = finite[..., a] & ~(low_exists & high_exists & (low == high))
 
     for offsets in itertools.product(neighbours, repeat=dim):
         index, factor, slope = [], [], []
@@ -176,7 +190,7 @@ def corners(
                 slope.append(np.zeros_like(fraction[..., a]))
             else:
                 factor.append(fraction[..., a] if offsets[a] else 1 - fraction[..., a])
-                slope.append(np.where(finite[..., a], 1.0 if offsets[a] else -1.0, 0.0))
+                slope.append(np.where(varies[..., a], 1.0 if offsets[a] else -1.0, 0.0))
         weight = np.prod(factor, axis=0) * exists
         slopes = [
             np.prod([slope[a] if a == b else factor[b] for b in range(dim)], axis=0) * exists
@@ -187,7 +201,8 @@ def corners(
 
 def times(weight: Array, value: Array) -> Array:
     """``weight * value``, where a weight of 0 silences even an infinite or NaN value."""
-    return np.multiply(weight, value, where=weight != 0, out=np.zeros(value.shape))
+    result = np.zeros(np.broadcast_shapes(weight.shape, value.shape))
+    return np.multiply(weight, value, where=weight != 0, out=result)
 
 
 # -------------------------------------------------------------------------------------------- ops
@@ -276,24 +291,25 @@ def interpolate_vjp(
         to_position = np.zeros((*out, dim))
         for index, weight, slope in corners(position, shape, mode, padding_mode, align_corners):
             for c in range(image.shape[1]):
-                np.add.at(item(to_image, n)[c], index, weight * cotangent[n, c])
+                np.add.at(item(to_image, n)[c], index, times(weight, cotangent[n, c]))
                 value = item(image, n)[c][index]
-                to_position += slope * (value * cotangent[n, c])[..., None]
+                to_position += times(slope, (value * cotangent[n, c])[..., None])
 
         # The position is, up to constants, s_in * y for the normalised coordinate y, and y is one
         # of v, Ax + u, A(x + u).
-        to_y = s_in * to_position
+        to_y = times(s_in, to_position)
         affine_acts = affine is not None and (grid is None or is_displacement)
-        moves_output_point = affine_acts and affine_last and grid is not None
+        moves_output_point = affine_last and grid is not None and is_displacement
         has_extent = half_extent(out, align_corners) > 0
         if affine_acts:
             source = x + np.where(has_extent, item(grid, n), 0) if moves_output_point else x
             homogeneous = np.concatenate([source, np.ones((*out, 1))], axis=-1)
             rows, columns = to_y.reshape(-1, dim), homogeneous.reshape(-1, dim + 1)
-            item(to_affine, n)[...] += rows.T @ columns
+            item(to_affine, n)[...] += times(rows[:, :, None], columns[:, None, :]).sum(axis=0)
         if grid is not None:
             if moves_output_point:
-                to_y = np.where(has_extent, to_y @ item(affine, n)[:, :dim], 0)
+                matrix = np.eye(dim) if affine is None else item(affine, n)[:, :dim]
+                to_y = np.where(has_extent, times(to_y[..., None], matrix).sum(axis=-2), 0)
             item(to_grid, n)[...] += to_y
     return to_image, to_affine, to_grid
 
@@ -415,7 +431,7 @@ def jacobian_determinant(displacement: Array, *, align_corners: bool = True) -> 
     """
     displacement = float64(displacement)
     shape, dim = displacement.shape[1:-1], displacement.shape[-1]
-    in_voxels = displacement * half_extent(shape, align_corners)
+    in_voxels = times(half_extent(shape, align_corners), displacement)
     jacobian = np.zeros((*displacement.shape, dim)) + np.eye(dim)
     for component in range(dim):
         for along in range(dim):

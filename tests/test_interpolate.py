@@ -162,6 +162,19 @@ def test_no_transform_and_the_identity_affine_return_the_image_bit_for_bit(
     assert_same(backend.call("interpolate", image, identity, mode=mode), image)
 
 
+@pytest.mark.parametrize("affine_last", [True, False])
+@pytest.mark.parametrize("out_shape", [(4, 1, 3), (1, 1, 1)])
+def test_an_absent_affine_is_the_identity_also_on_output_axes_of_one_voxel(
+    backend: Backend, out_shape: tuple[int, ...], affine_last: bool
+) -> None:
+    """There ``A(x + u)`` ignores the displacement, and ``Ax + u`` does not."""
+    image, identity = random_array(0, 1, 2, 5, 6, 7), np.eye(3, 4)[None]
+    u = small_displacement(1, 1, out_shape)
+    options = {"affine_last": affine_last}
+    check_values_and_gradients(backend, (image, None, u), options, np.float64)
+    check_values_and_gradients(backend, (image, identity, u), options, np.float64)
+
+
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("padding_mode", PADDINGS)
 def test_derivatives_at_voxel_centres_are_right_sided(

@@ -516,10 +516,14 @@ class _EagerApply(torch.autograd.Function):
 
 
 def static_tuple(value: Any) -> tuple[Any, ...]:
-    """One value or several, as a tuple."""
+    """One value or several, as a tuple.
+
+    An empty sequence is wrapped as it is, for the op's check to refuse: no values mean that the
+    argument was not given.
+    """
     if isinstance(value, np.ndarray):
         value = value.tolist()
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+    return tuple(value) if isinstance(value, list | tuple) and value else (value,)
 
 
 def _plain(value: Any) -> Any:
@@ -528,7 +532,8 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, tuple):
         return tuple(_plain(v) for v in value)
-    return value.item() if isinstance(value, np.generic) else value
+    is_scalar = isinstance(value, np.generic | np.ndarray) and value.ndim == 0
+    return value.item() if is_scalar else value
 
 
 def _check_operand(op: str, name: str, optional: bool, value: Any) -> None:
@@ -541,8 +546,9 @@ def _check_operand(op: str, name: str, optional: bool, value: Any) -> None:
         )
     if value.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{op}: {name}: expected a tensor on cpu or cuda, got {value.device}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{op}: {name}: expected a dense tensor, got {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        came = "a nested one" if value.is_nested else value.layout
+        raise TypeError(f"{op}: {name}: expected a dense tensor, got {came}")
 
 
 def _convert(

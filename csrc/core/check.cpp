@@ -163,7 +163,7 @@ void check_sizes(const Call& call, const char* argument, const Sizes& sizes) {
   if (sizes.z > kMaxRows || sizes.y > kMaxRows || sizes.rows() > kMaxRows ||
       sizes.x > kMaxColumns) {
     fail_value(call, argument, concat("at most ", kMaxRows, " rows of ", kMaxColumns, " voxels"),
-               concat(sizes.rows(), " rows of ", sizes.x));
+               concat(sizes.z, " times ", sizes.y, " rows of ", sizes.x));
   }
 }
 

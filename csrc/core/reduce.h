@@ -31,7 +31,8 @@ inline size_t dtype_size(DType dtype) {
 }
 
 inline void clear(const Cpu&, const Tensor& tensor) {
-  std::memset(tensor.data, 0, tensor.shape.count() * dtype_size(tensor.dtype));
+  const size_t bytes = tensor.shape.count() * dtype_size(tensor.dtype);
+  if (bytes > 0) std::memset(tensor.data, 0, bytes);  // an empty tensor may have no address
 }
 
 // Where the partial sums of one target begin and how many there are: those of one item, or those of

@@ -745,6 +745,10 @@ Resampling<S, D, kAffine, kField, Layout> make_resampling(const ResampleCall& ca
   r.map.out = make_frame<T, D>(out, call.sampling.align_corners);
   for (int k = 0; k < D; ++k) {
     r.map.ratio[k] = in[k] == out[k] ? T(1) : r.map.in.half[k] * r.map.out.inverse[k];
+    // An absent affine is the identity. In A (x + u) it is the output point that u displaces, which
+    // has nowhere to go along an axis without extent; without a matrix only this factor meets u.
+    const bool stuck = !kAffine && call.placement == Placement::kAffineLast;
+    if (stuck && r.map.out.half[k] == 0) r.map.in.half[k] = 0;
   }
   r.boundary = make_boundary<T, D>(in, call.sampling);
   for (int k = 0; k < D; ++k) {

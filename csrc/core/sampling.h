@@ -73,10 +73,11 @@ struct AxisCell {
 template <class T>
 REG_HD AxisCell<T> locate(T p, int n, const Sampling& sampling) {
   AxisCell<T> cell;
-  cell.slope = 1;
-  bool mirrored = false;
   // The only coordinate of such an axis is 0, whatever a displacement along it says.
-  if (n == 1 && sampling.align_corners) p = 0;
+  const bool pinned = n == 1 && sampling.align_corners;
+  if (pinned) p = 0;
+  cell.slope = pinned ? 0 : 1;
+  bool mirrored = false;
   if (sampling.padding == Padding::kZeros) {
     // Far outside is as good as just outside, and safe to turn into an integer.
     p = p > T(-2) ? p : T(-2);
@@ -249,8 +250,7 @@ Boundary<T, D> make_boundary(const int64_t (&sizes)[3], const Sampling& sampling
 }
 
 // (1 - fraction) a + fraction b. A value that does not count is not touched where it may be
-// anything
-// (`kChecked`): NaN times 0 is not 0.
+// anything (`kChecked`): NaN times 0 is not 0.
 template <bool kChecked, class T>
 REG_HD T lerp(T a, T b, T fraction) {
   if (kChecked) {

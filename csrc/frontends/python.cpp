@@ -40,47 +40,117 @@ Shape shape_of(const Op& op, const char* name, const py::handle& value) {
   return shape;
 }
 
-template <class T>
-T cast_attribute(const Op& op, const AttrSpec& spec, const py::handle& value,
-                 const char* expected) {
-  try {
-    return py::cast<T>(value);
-  } catch (const py::cast_error&) {
-    throw TypeError(concat(op.name, ": ", spec.name, ": expected ", expected, ", got ",
-                           std::string(py::repr(value))));
+DType dtype_of(const Op& op, const char* name, const py::handle& value) {
+  const auto text = py::cast<std::string>(value);
+  const DType dtype = dtype_from_name(text);
+  if (dtype == DType::kInvalid) {
+    throw TypeError(concat(op.name, ": ", name,
+                           ": expected a floating-point dtype of 16 to 64 bits, got ", text));
   }
+  return dtype;
 }
 
+// A value as Python writes it, unless that is a page long or an error of its own.
+std::string text_of(const py::handle& value) {
+  try {
+    const auto text = std::string(py::repr(value));
+    if (text.size() <= 100) return text;
+  } catch (const py::error_already_set&) {
+  }
+  return concat("a value of type ", Py_TYPE(value.ptr())->tp_name);
+}
+
+// What an attribute has to be, for its conversions and their errors.
+struct AttributeReader {
+  const Op& op;
+  const AttrSpec& spec;
+  const py::handle& value;
+  const char* expected;
+
+  [[noreturn]] void fail_type() const {
+    throw TypeError(
+        concat(op.name, ": ", spec.name, ": expected ", expected, ", got ", text_of(value)));
+  }
+  [[noreturn]] void fail_value(const std::string& instead) const {
+    throw ValueError(
+        concat(op.name, ": ", spec.name, ": expected ", instead, ", got ", text_of(value)));
+  }
+
+  // The casts of pybind11 take True for 1, and 2.5 for 2 where it comes as something else than a
+  // float. An array of one number is none: to read it might wait for a device, or freeze a value
+  // that is being traced.
+  void check_scalar(const py::handle& scalar) const {
+    if (PyBool_Check(scalar.ptr()) || py::hasattr(scalar, "shape")) fail_type();
+  }
+  // Whether a conversion failed because Python cannot do it at all.
+  bool is_refusal() const {
+    if (!PyErr_ExceptionMatches(PyExc_TypeError)) return false;
+    PyErr_Clear();
+    return true;
+  }
+
+  int64_t integer(const py::handle& scalar) const {
+    if (!PyLong_CheckExact(scalar.ptr())) check_scalar(scalar);
+    const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(scalar.ptr()));
+    if (!index) {
+      if (is_refusal()) fail_type();
+      throw py::error_already_set();
+    }
+    int overflow = 0;
+    const long long result = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+    if (overflow != 0) fail_value("integers of at most 64 bits");
+    return result;
+  }
+
+  double number(const py::handle& scalar) const {
+    if (PyFloat_CheckExact(scalar.ptr())) return PyFloat_AS_DOUBLE(scalar.ptr());
+    check_scalar(scalar);
+    const double result = PyFloat_AsDouble(scalar.ptr());
+    if (result == -1 && PyErr_Occurred()) {
+      if (is_refusal()) fail_type();
+      if (!PyErr_ExceptionMatches(PyExc_OverflowError)) throw py::error_already_set();
+      PyErr_Clear();
+      fail_value("numbers of at most 1.8e308");
+    }
+    return result;
+  }
+
+  template <class T>
+  std::vector<T> sequence(T (AttributeReader::*read)(const py::handle&) const) const {
+    if (!PyTuple_Check(value.ptr()) && !PyList_Check(value.ptr())) fail_type();
+    std::vector<T> result;
+    for (const py::handle& scalar : value) result.push_back((this->*read)(scalar));
+    return result;
+  }
+};
+
 AttrValue attribute_of(const Op& op, const AttrSpec& spec, const py::handle& value) {
+  auto reader = [&](const char* expected) { return AttributeReader{op, spec, value, expected}; };
   switch (spec.kind) {
     case AttrKind::kBool:
-      if (!py::isinstance<py::bool_>(value)) {
-        throw TypeError(concat(op.name, ": ", spec.name, ": expected True or False, got ",
-                               std::string(py::repr(value))));
-      }
-      return static_cast<int64_t>(py::cast<bool>(value));
+      if (!PyBool_Check(value.ptr())) reader("True or False").fail_type();
+      return static_cast<int64_t>(value.ptr() == Py_True);
     case AttrKind::kInt:
-      if (py::isinstance<py::bool_>(value)) break;
-      return cast_attribute<int64_t>(op, spec, value, "an integer");
+      return reader("an integer").integer(value);
     case AttrKind::kFloat:
-      return cast_attribute<double>(op, spec, value, "a number");
+      return reader("a number").number(value);
     case AttrKind::kChoice: {
-      const auto text = cast_attribute<std::string>(op, spec, value, "a string");
+      if (!PyUnicode_Check(value.ptr())) reader("a string").fail_type();
       std::string choices;
       for (size_t i = 0; i < spec.choices.size(); ++i) {
-        if (text == spec.choices[i]) return static_cast<int64_t>(i);
+        if (PyUnicode_CompareWithASCIIString(value.ptr(), spec.choices[i]) == 0) {
+          return static_cast<int64_t>(i);
+        }
         choices += (i ? ", '" : "'") + std::string(spec.choices[i]) + "'";
       }
-      throw ValueError(
-          concat(op.name, ": ", spec.name, ": expected one of ", choices, ", got '", text, "'"));
+      reader("a string").fail_value("one of " + choices);
     }
     case AttrKind::kInts:
-      return cast_attribute<std::vector<int64_t>>(op, spec, value, "a sequence of integers");
+      return reader("a sequence of integers").sequence<int64_t>(&AttributeReader::integer);
     case AttrKind::kFloats:
-      return cast_attribute<std::vector<double>>(op, spec, value, "a sequence of numbers");
+      return reader("a sequence of numbers").sequence<double>(&AttributeReader::number);
   }
-  throw TypeError(concat(op.name, ": ", spec.name, ": expected an integer, got ",
-                         std::string(py::repr(value))));
+  throw std::logic_error("unknown attribute kind");
 }
 
 void set_attributes(Call& call, const py::dict& attributes) {
@@ -102,8 +172,8 @@ void set_operands(const Op& op, const Specs& specs, const py::sequence& values, 
     const py::object value = values[i];
     if (value.is_none()) continue;
     const auto array = py::cast<py::tuple>(value);
-    tensors[i] = tensor_spec(dtype_from_name(py::cast<std::string>(array[0])),
-                             shape_of(op, specs[i].name, array[1]));
+    tensors[i] =
+        tensor_spec(dtype_of(op, specs[i].name, array[0]), shape_of(op, specs[i].name, array[1]));
   }
 }
 

@@ -107,6 +107,11 @@ class _State(NamedTuple):
 def align_centres_of_mass(fixed: Volume, moving: Volume) -> NDArray[np.float64]:
     """Return the shift that takes the fixed centre of mass to the moving one.
 
+    Parameters
+    ----------
+    fixed, moving
+        The volumes; see `centre_of_mass`.
+
     Returns
     -------
     ndarray

@@ -32,6 +32,11 @@ def level_shape(shape: Sequence[int], factor: float, minimum: int = 16) -> tuple
     minimum
         No axis gets shorter than this (nor longer than it was).
 
+    Returns
+    -------
+    tuple of int
+        The level's sizes, in the order of ``shape``.
+
     Raises
     ------
     ValueError
@@ -64,10 +69,22 @@ def resize_image(image: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def resize_field(field: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Interpolate vector fields, ``(N, [Z,] Y, X, D)``, on a grid of another shape.
+    """Interpolate vector fields on a grid of another shape.
 
     The components are in normalised coordinates, which mean the same on every grid: only the
     sampling changes.
+
+    Parameters
+    ----------
+    field
+        ``(N, [Z,] Y, X, D)``.
+    shape
+        Spatial sizes of the new grid.
+
+    Returns
+    -------
+    jax.Array
+        ``(N, *shape, D)``.
     """
     return jnp.moveaxis(resize_image(jnp.moveaxis(field, -1, 1), shape), 1, -1)
 

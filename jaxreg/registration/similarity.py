@@ -50,6 +50,14 @@ def ncc(pred: jax.Array, target: jax.Array, mask: jax.Array | None = None) -> ja
 def ncc_loss(pred: jax.Array, target: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Negative mean over items and channels of the global normalised cross-correlation.
 
-    Parameters and conventions as in `ncc`; a scalar.
+    Parameters
+    ----------
+    pred, target, mask
+        As in `ncc`.
+
+    Returns
+    -------
+    jax.Array
+        A scalar.
     """
     return -ncc(pred, target, mask).mean()

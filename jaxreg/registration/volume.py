@@ -206,9 +206,17 @@ def normalised_affine(transform: ArrayLike, fixed: Volume, moving: Volume) -> Ma
 
 
 def centre_of_mass(volume: Volume) -> NDArray[np.float64]:
-    """Return the physical centre of mass of the intensities above their minimum, ``(D,)`` in mm.
+    """Return the physical centre of mass of the intensities above their minimum.
 
-    A constant volume has its centre of mass in the middle of the grid.
+    Parameters
+    ----------
+    volume
+        A constant one has its centre of mass in the middle of the grid.
+
+    Returns
+    -------
+    ndarray
+        ``(D,)``, millimetres.
     """
     weights = np.asarray(volume.array, dtype=np.float64)
     weights = weights - weights.min()
@@ -241,6 +249,11 @@ def rigid_motion(
         Millimetres.
     centre
         Physical point that the rotation leaves in place, millimetres.
+
+    Returns
+    -------
+    ndarray
+        ``(4, 4)``, from physical to physical coordinates.
     """
     x, y, z = np.asarray(axis, dtype=np.float64) / np.linalg.norm(np.asarray(axis))
     cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
@@ -319,6 +332,16 @@ def displacement_to_physical(
 def read_volume(path: str | os.PathLike[str]) -> Volume:
     """Read a scalar 2-D or 3-D image (NIfTI, MHA, NRRD, ...) through SimpleITK.
 
+    Parameters
+    ----------
+    path
+        The file.
+
+    Returns
+    -------
+    Volume
+        Its values and its place in the world.
+
     Raises
     ------
     FileNotFoundError
@@ -350,7 +373,15 @@ def read_volume(path: str | os.PathLike[str]) -> Volume:
 
 
 def write_volume(volume: Volume, path: str | os.PathLike[str]) -> None:
-    """Write a volume through SimpleITK, as float32; the file appears complete or not at all."""
+    """Write a volume through SimpleITK, as float32; the file appears complete or not at all.
+
+    Parameters
+    ----------
+    volume
+        What to write.
+    path
+        The file; its ending says in which format.
+    """
     import SimpleITK as sitk  # noqa: N813
 
     _write(sitk.GetImageFromArray(np.asarray(volume.array, dtype=np.float32)), volume, path)

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "core/geometry.h"
 #include "ops/convert_displacement/convert_displacement.h"
@@ -66,6 +67,14 @@ DisplacementConversion displacement_conversion(const Call& call, const char* inp
                                ? 1
                                : voxels_per_unit(source, size[k], mm, align_corners) /
                                      voxels_per_unit(target, size[k], mm, align_corners);
+    const bool wide = conversion.dtype == DType::kFloat64;
+    const double largest =
+        wide ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
+    if (!(conversion.factor[k] <= largest && conversion.factor[k] >= 1 / largest)) {
+      fail_value(call, "spacing",
+                 concat("numbers that keep factors in the range of ", dtype_name(conversion.dtype)),
+                 concat(mm));
+    }
   }
   return conversion;
 }

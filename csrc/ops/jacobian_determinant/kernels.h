@@ -62,7 +62,10 @@ struct Differences {
       const T* b = u + offset(high) * D;
       REG_UNROLL
       for (int k = 0; k < D; ++k) {
-        result.m[k][axis] = (k == axis ? T(1) : T(0)) + scale * frame.half[k] * (b[k] - a[k]);
+        // Not a product with 0, which would let through a displacement that is not finite.
+        const bool counts = steps != 0 && frame.half[k] != 0;
+        const T slope = counts ? scale * frame.half[k] * (b[k] - a[k]) : T(0);
+        result.m[k][axis] = (k == axis ? T(1) : T(0)) + slope;
       }
     }
     return result;
@@ -115,7 +118,7 @@ struct JacobianBackward {
       const T g = grad[d.offset(j)] * weight;
       REG_UNROLL
       for (int k = 0; k < D; ++k) {
-        sum[k] += g * d.frame.half[k] * cofactor(jacobian, k, axis);
+        if (d.frame.half[k] != 0) sum[k] += g * d.frame.half[k] * cofactor(jacobian, k, axis);
       }
     }
 

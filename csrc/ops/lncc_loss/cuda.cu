@@ -68,11 +68,11 @@ int64_t shared_bytes(const Window<T>& window) {
   const Layout<kWindow, kTileY, kFused> layout(window.radius);
   int64_t count = static_cast<int64_t>(kWindowSums) * layout.in_height() *
                   (layout.in_stride() + layout.stride());
+  count += kColumnStrip * layout.stride();  // which the last strip of rows may reach into
   if (kFused) {
     count += static_cast<int64_t>(kFields) * layout.height() * (layout.stride() + kLnccTileX);
     count += static_cast<int64_t>(kFields) * kTileY * kLnccTileX * (2 * window.radius_z + 1);
   }
-  count += kColumnStrip * layout.stride();  // the last strip of rows may read past the end
   return count * static_cast<int64_t>(sizeof(T));
 }
 
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int in_area = in_width * in_height;
   T* const by_depth = reinterpret_cast<T*>(memory);
   T* const by_row = by_depth + kWindowSums * in_height * in_stride;
-  T* const adjoint = by_row + kWindowSums * in_height * stride;
+  T* const adjoint = by_row + (kWindowSums * in_height + kColumnStrip) * stride;
   T* const adjoint_by_row = adjoint + kFields * height * stride;
   T* const ring = adjoint_by_row + kFields * height * kLnccTileX;
 

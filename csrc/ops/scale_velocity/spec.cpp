@@ -24,7 +24,13 @@ void infer_grad(Call& call) { infer_scaled(call, "grad_output"); }
 }  // namespace
 
 std::vector<Op> scale_velocity_ops() {
-  const std::vector<AttrSpec> attributes = {{"num_steps", AttrKind::kInt}};
+  // The options of the squarings come along, so that a bad one is found before the first of them
+  // runs, and also where there are none.
+  const std::vector<AttrSpec> attributes = {
+      {"num_steps", AttrKind::kInt},
+      {"padding_mode", AttrKind::kChoice, {"zeros", "border", "reflection"}},
+      {"align_corners", AttrKind::kBool},
+  };
   return {
       {"scale_velocity",
        "scale_velocity_grad",
