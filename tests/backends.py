@@ -49,9 +49,9 @@ class Backend:
         raise NotImplementedError
 
     def arrays(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Options, of which those with several axes are operands; others are lists of numbers."""
+        """Options, of which arrays with three axes or more are operands; others are numbers."""
         return {
-            name: self.array(value) if np.ndim(value) > 1 else value
+            name: self.array(value) if isinstance(value, np.ndarray) and value.ndim > 2 else value
             for name, value in options.items()
         }
 
