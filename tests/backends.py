@@ -48,6 +48,13 @@ class Backend:
         """A NumPy array as the framework's array on the device; anything else unchanged."""
         raise NotImplementedError
 
+    def arrays(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options, of which arrays with three axes or more are operands; others are numbers."""
+        return {
+            name: self.array(value) if isinstance(value, np.ndarray) and value.ndim > 2 else value
+            for name, value in options.items()
+        }
+
     def call(self, name: str, *args: Any, **options: Any) -> Array:
         """What the public function returns."""
         raise NotImplementedError
@@ -81,16 +88,17 @@ class JaxBackend(Backend):
         return jax.device_put(value, jax.devices(self.device)[0])
 
     def call(self, name: str, *args: Any, **options: Any) -> Array:
-        with self.scope(args):
-            return np.asarray(self.function(name)(*map(self.array, args), **options))
+        with self.scope((*args, *options.values())):
+            result = self.function(name)(*map(self.array, args), **self.arrays(options))
+            return np.asarray(result)
 
     def vjp(
         self, name: str, args: Sequence[Any], cotangent: Array, wrt: Sequence[int], **options: Any
     ) -> tuple[Array, ...]:
         import jax
 
-        with self.scope(args):
-            operands = [self.array(a) for a in args]
+        with self.scope((*args, *options.values())):
+            operands, options = [self.array(a) for a in args], self.arrays(options)
 
             def function(*chosen: Any) -> Any:
                 merged = list(operands)
@@ -126,7 +134,7 @@ class TorchBackend(Backend):
         return tensor.numpy(force=True)
 
     def call(self, name: str, *args: Any, **options: Any) -> Array:
-        result = self.function(name)(*map(self.array, args), **options)
+        result = self.function(name)(*map(self.array, args), **self.arrays(options))
         assert result.device.type == self.device
         return self.to_numpy(result)
 
@@ -137,7 +145,7 @@ class TorchBackend(Backend):
 
         operands = [self.array(a) for a in args]
         chosen = [operands[k].requires_grad_() for k in wrt]
-        result = self.function(name)(*operands, **options)
+        result = self.function(name)(*operands, **self.arrays(options))
         # An operand that the result does not depend on may have no gradient: that is zero.
         gradients = torch.autograd.grad(
             result, chosen, self.array(cotangent), allow_unused=True, materialize_grads=True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ OPS = [
     "gaussian_smooth",
     "jacobian_determinant",
     "convert_displacement",
+    "lncc_loss",
 ]
 
 OPERANDS = {
@@ -51,21 +52,36 @@ OPERANDS = {
     "gaussian_smooth": ("x",),
     "jacobian_determinant": ("displacement",),
     "convert_displacement": ("displacement",),
+    "lncc_loss": ("pred", "target"),
 }
 
 
+# Ops that compute a gradient to their second operand alone as that to the first one, with the two
+# exchanged: it may differ in the last bits from what comes with both gradients.
+EXCHANGEABLE = ["lncc_loss"]
+
+
 def example(
-    name: str, *, shape: tuple[int, ...] = (3, 4, 5), dtype: object = np.float64, seed: int = 0
+    name: str,
+    *,
+    shape: tuple[int, ...] = (3, 4, 5),
+    dtype: object = np.float64,
+    seed: int = 0,
+    **options: Any,
 ) -> Example:
-    """The op with every operand it can take, batch 2. Seeds give different values."""
+    """The op with every operand it can be differentiated by, batch 2; further options are added.
+
+    Seeds give different values.
+    """
     dim = len(shape)
     base = 10 * seed
     first = small_displacement(base + 1, 2, shape, 0.3, dtype)
     second = small_displacement(base + 2, 2, shape, 0.3, dtype)
     affine = random_affine(base + 3, 2, dim, dtype)
     image = random_array(base + 4, 2, 2, *shape, dtype=dtype)
+    other = random_array(base + 5, 2, 2, *shape, dtype=dtype)
     spacing = (0.5, 2.0, 3.5)[:dim]
-    return {
+    case = {
         "interpolate": Example("interpolate", (image, affine, first)),
         "compose": Example("compose", (first, second, affine)),
         "affine_warp": Example("affine_warp", (affine, first)),
@@ -77,4 +93,6 @@ def example(
             (first,),
             {"source": "normalised", "target": "mm", "spacing": spacing},
         ),
+        "lncc_loss": Example("lncc_loss", (image, other), {"kernel_size": 3}),
     }[name]
+    return replace(case, options={**case.options, **options})

@@ -23,7 +23,7 @@ def cases() -> dict[str, Example]:
     result = {}
     for name, dim in itertools.product(OPS, SHAPES):
         result[f"{name} {dim}-D"] = example(name, shape=SHAPES[dim], dtype=np.float32)
-    for name in ("interpolate", "compose"):
+    for name in ("interpolate", "compose", "lncc_loss"):
         result[f"{name} float64"] = example(name, shape=SHAPES[3])
     for name, dtype in itertools.product(OPS, HALVES):
         case = example(name, shape=SHAPES[3], dtype=dtype)
@@ -44,6 +44,17 @@ def cases() -> dict[str, Example]:
     )
     u, v, affine = example("compose", shape=SHAPES[3], dtype=np.float32).operands
     result["compose with a broadcast field"] = Example("compose", (u[:1], v, affine))
+    case = example("lncc_loss", shape=SHAPES[3], dtype=np.float32)
+    case.options.update(kernel_size=11, window="gaussian")
+    result["lncc_loss gaussian, kernel_size=11"] = case
+    case = example("lncc_loss", shape=SHAPES[3], dtype=np.float32)
+    mask = abs(random_array(0, 2, 1, *SHAPES[3], dtype=np.float32))
+    case.options.update(kernel_size=7, reduction="none", mask=mask)
+    result["lncc_loss map with a mask"] = case
+    pred, target = case.operands
+    result["lncc_loss with a broadcast target and a mask"] = Example(
+        "lncc_loss", (pred, target[:1]), {"kernel_size": 9, "mask": mask}
+    )
     return result
 
 

@@ -12,9 +12,10 @@ extent ``s = (n - 1) / 2`` (``align_corners=True``) or ``s = n / 2`` (``align_co
 Small vectors over the axes (sizes, centres, half extents) are in x, y, z order throughout; array
 shapes are in z, y, x order, as NumPy has them.
 
-An op's derivative comes in one of two ways: ``interpolate_vjp``, ``compose_vjp`` and
-``scaling_and_squaring_vjp`` are written out, with the right-sided derivative where the
-interpolation has a kink; ``vjp_by_central_differences`` serves any function away from kinks.
+An op's derivative comes in one of two ways: ``interpolate_vjp``, ``compose_vjp``,
+``scaling_and_squaring_vjp`` and ``lncc_loss_vjp`` are written out, with the right-sided derivative
+where the interpolation has a kink; ``vjp_by_central_differences`` serves any function away from
+kinks.
 """
 
 from __future__ import annotations
@@ -396,6 +397,13 @@ def gaussian_weights(sigma: float, truncate: float) -> Array:
     return weights / weights.sum()
 
 
+def weighted_sums(x: Array, weights: Array, axis: int) -> Array:
+    """Along ``axis``, sums over windows about every element, with the weights; zero outside."""
+    radius, size = len(weights) // 2, x.shape[axis]
+    padded = np.pad(x, [(radius, radius) if a == axis else (0, 0) for a in range(x.ndim)])
+    return sum(w * padded.take(range(k, k + size), axis) for k, w in enumerate(weights))
+
+
 def gaussian_smooth(
     x: Array,
     sigma: float | Sequence[float],
@@ -411,10 +419,7 @@ def gaussian_smooth(
     first = 1 if channel_last else 2
     sigmas = [sigma] * (x.ndim - 2) if np.isscalar(sigma) else sigma
     for axis, sigma_of_axis in enumerate(sigmas, start=first):
-        weights = gaussian_weights(sigma_of_axis, truncate)
-        radius, size = len(weights) // 2, x.shape[axis]
-        padded = np.pad(x, [(radius, radius) if a == axis else (0, 0) for a in range(x.ndim)])
-        x = sum(w * padded.take(range(k, k + size), axis) for k, w in enumerate(weights))
+        x = weighted_sums(x, gaussian_weights(sigma_of_axis, truncate), axis)
     return x
 
 
@@ -463,6 +468,95 @@ def convert_displacement(
     }
     field = field * (voxels_per_unit[source] / voxels_per_unit[target])
     return np.moveaxis(field, -1, 1) if target_channels == "first" else field
+
+
+def correlation_window(
+    kernel_size: int, window: str, sigma: float | None, dim: int
+) -> tuple[Callable[[Array], Array], float]:
+    """What sums the values in the window about every voxel; and the sum of its weights.
+
+    Outside of an image there are zeros, which count.
+    """
+    offsets = np.arange(kernel_size) - kernel_size // 2
+    weights = np.ones(kernel_size)
+    if window == "gaussian":
+        weights = np.exp(-0.5 * (offsets / (kernel_size / 3 if sigma is None else sigma)) ** 2)
+
+    def sums(x: Array) -> Array:
+        for axis in range(2, x.ndim):
+            x = weighted_sums(x, weights, axis)
+        return x
+
+    return sums, weights.sum() ** dim
+
+
+def shares(mask: Array | None, shape: Shape, reduction: str) -> Array:
+    """With what weight each element of a map of that shape goes into its reduction."""
+    weights = np.ones(shape) if mask is None else np.broadcast_to(float64(mask), shape)
+    return divide_or_zero(weights, weights.sum()) if reduction == "mean" else weights
+
+
+def lncc_loss(
+    pred: Array,
+    target: Array,
+    *,
+    kernel_size: int = 7,
+    window: str = "rectangular",
+    sigma: float | None = None,
+    smooth_nr: float = 0.0,
+    smooth_dr: float = 1e-5,
+    mask: Array | None = None,
+    reduction: str = "mean",
+) -> Array:
+    """Minus the local normalised cross-correlation of two images, weighted by a mask."""
+    pred, target = float64(pred), float64(target)
+    sums, mass = correlation_window(kernel_size, window, sigma, pred.ndim - 2)
+    cross = sums(pred * target) - sums(pred) * sums(target) / mass
+    of_pred, of_target = (
+        np.maximum(sums(x**2) - sums(x) ** 2 / mass, smooth_dr) for x in (pred, target)
+    )
+    ncc = (cross**2 + smooth_nr) / (of_pred * of_target)
+    shape = (batch_size(pred, target, mask), *ncc.shape[1:])
+    loss = -shares(mask, shape, reduction) * ncc
+    return loss if reduction == "none" else np.sum(loss)
+
+
+def lncc_loss_vjp(
+    cotangent: Array,
+    pred: Array,
+    target: Array,
+    *,
+    kernel_size: int = 7,
+    window: str = "rectangular",
+    sigma: float | None = None,
+    smooth_nr: float = 0.0,
+    smooth_dr: float = 1e-5,
+    mask: Array | None = None,
+    reduction: str = "mean",
+) -> tuple[Array, Array]:
+    """Gradients of ``sum(cotangent * lncc_loss(...))`` to pred and target.
+
+    A variance that was raised to ``smooth_dr`` has no gradient.
+    """
+    images = [float64(pred), float64(target)]
+    sums, mass = correlation_window(kernel_size, window, sigma, pred.ndim - 2)
+    means = [sums(x) / mass for x in images]
+    raw = [sums(x**2) - sums(x) ** 2 / mass for x in images]
+    variances = [np.maximum(v, smooth_dr) for v in raw]
+    cross = sums(images[0] * images[1]) - sums(images[0]) * means[1]
+    ncc = (cross**2 + smooth_nr) / (variances[0] * variances[1])
+    shape = (batch_size(pred, target, mask), *ncc.shape[1:])
+    to_ncc = -cotangent * shares(mask, shape, reduction)
+    to_cross = to_ncc * 2 * cross / (variances[0] * variances[1])
+    gradients = []
+    for k, image in enumerate(images):
+        other = 1 - k
+        to_variance = np.where(raw[k] < smooth_dr, 0, -to_ncc * ncc / variances[k])
+        # The voxel's own value less the mean of each window that holds it.
+        gradient = images[other] * sums(to_cross) - sums(to_cross * means[other])
+        gradient = gradient + 2 * (image * sums(to_variance) - sums(to_variance * means[k]))
+        gradients.append(gradient.sum(axis=0, keepdims=True) if len(image) == 1 else gradient)
+    return gradients[0], gradients[1]
 
 
 # ------------------------------------------------------------------------------------ derivatives

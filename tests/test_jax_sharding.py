@@ -91,7 +91,8 @@ def assert_all_close(actual: Any, expected: Any) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_each_device_works_on_its_own_items(name: str, axis_type: AxisType) -> None:
     """Forward and backward, without a word to the others, to the last bit."""
-    cases = [example(name, seed=seed) for seed in range(2)]
+    options = {"reduction": "none"} if name == "lncc_loss" else {}
+    cases = [example(name, seed=seed, **options) for seed in range(2)]
     batches = [np.concatenate(pair) for pair in zip(*(c.operands for c in cases), strict=True)]
     function = cases[0].bind(getattr(jaxreg, name))
     everything = tuple(range(len(batches)))
@@ -115,6 +116,23 @@ def test_the_gradient_of_an_operand_for_all_items_is_summed_over_devices(
     results = jax.jit(gradient)(*spread)
     assert [spec(result) for result in results] == [("batch",), (), ("batch",)]
     assert_all_close(results, gradient(image, affine, grid))
+
+
+def test_a_loss_of_all_items_is_that_of_the_whole_batch(axis_type: AxisType) -> None:
+    """A mean over the items is known only to who sees them all; that of each item is not."""
+    cases = [example("lncc_loss", seed=seed) for seed in range(2)]
+    batches = [np.concatenate(pair) for pair in zip(*(c.operands for c in cases), strict=True)]
+    both = jax.jit(jax.value_and_grad(cases[0].bind(jaxreg.lncc_loss), (0, 1)))
+    spread = [put(batch, mesh(axis_type), "batch") for batch in batches]
+    value, gradients = both(*spread)
+    expected, expected_gradients = both(*batches)
+    assert_all_close([value, *gradients], [expected, *expected_gradients])
+
+    mapped = jax.vmap(both)
+    items = [put(batch[:, None], mesh(axis_type), "batch") for batch in batches]
+    assert not collectives(mapped, *items)
+    values, slopes = mapped(*items)
+    assert_all_close([values.mean(), *slopes], [expected, *(4 * g[:, None] for g in gradients)])
 
 
 def test_a_plain_array_joins_one_that_is_spread(axis_type: AxisType) -> None:

@@ -129,6 +129,17 @@ def test_numbers_and_shapes_may_come_from_numpy(backend: Backend) -> None:
     same("scaling_and_squaring", grid, {"align_corners": True}, {"align_corners": np.True_})
     same("interpolate", image, {"out_shape": (2, 3, 4)}, {"out_shape": np.array([2, 3, 4])})
     same("interpolate", image, {"out_shape": (2, 3, 4)}, {"out_shape": [np.int32(2), 3, 4]})
+    same(
+        "lncc_loss",
+        image,
+        {"target": 2 * image, "kernel_size": 5, "window": "gaussian", "sigma": 1.5},
+        {
+            "target": 2 * image,
+            "kernel_size": np.int64(5),
+            "window": "gaussian",
+            "sigma": np.float32(1.5),
+        },
+    )
     units = {"source": "voxel", "target": "mm"}
     same(
         "convert_displacement",

@@ -218,6 +218,40 @@ def test_gaussian_smooth(device: str, call: tuple[np.ndarray, Any, dict[str, Any
     assert_close(gradient, expected, np.float64)
 
 
+@st.composite
+def losses(draw: st.DrawFn) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
+    dim, seed = draw(DIMS), draw(SEEDS)
+    shape, sizes, channels = draw(shapes(dim)), draw(batches(3)), draw(st.integers(1, 3))
+    options = {
+        "kernel_size": draw(st.sampled_from([3, 5, 7, 9, 11, 15])),
+        "window": draw(st.sampled_from(["rectangular", "gaussian"])),
+        "sigma": draw(st.one_of(st.none(), st.floats(0.5, 4))),
+        "smooth_nr": draw(st.sampled_from([0.0, 0.1])),
+        "smooth_dr": draw(st.sampled_from([1e-5, 0.1])),
+        "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
+    }
+    if draw(FLAGS):
+        one = draw(st.sampled_from([1, channels]))
+        kept = [n if draw(FLAGS) else 1 for n in shape]
+        options["mask"] = abs(random_array(seed + 2, sizes[2], one, *kept))
+    operands = tuple(random_array(seed + k, sizes[k], channels, *shape) for k in range(2))
+    return operands, options
+
+
+@ON_EACH_DEVICE
+@given(losses())
+def test_lncc_loss(device: str, call: tuple[tuple[np.ndarray, ...], dict[str, Any]]) -> None:
+    operands, options = call
+    backend = BACKENDS["torch", device]
+    expected = reference.lncc_loss(*operands, **options)
+    assert_close(backend.call("lncc_loss", *operands, **options), expected, np.float64)
+    cotangent = random_array(0, *expected.shape)
+    gradients = backend.vjp("lncc_loss", operands, cotangent, (0, 1), **options)
+    expected_gradients = reference.lncc_loss_vjp(cotangent, *operands, **options)
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        assert_close(gradient, expected, np.float64)
+
+
 # Finite inputs that are as far from ordinary as a result can bear: for each op, sizes of its
 # operands. Larger ones overflow on the way. Images of 1e38 have slopes that no float32 holds, and
 # from a difference of two infinities comes NaN.
@@ -229,6 +263,7 @@ SIZES = {
     "gaussian_smooth": [(1,), (1e30,), (1e-38,)],
     "jacobian_determinant": [(1,), (1e9,), (1e-38,)],
     "convert_displacement": [(1,), (1e30,), (1e-38,)],
+    "lncc_loss": [(1, 1), (1e30, 1e30), (1e-38, 1), (1e19, 1e-30)],
 }
 
 
@@ -284,6 +319,15 @@ def extreme_calls(draw: st.DrawFn) -> tuple[str, tuple[Any, ...], dict[str, Any]
         return name, (values(*axes),), options
     if name == "jacobian_determinant":
         return name, (values(*shape, dim),), aligned
+    if name == "lncc_loss":
+        channels = draw(st.integers(0, 3))
+        options = {
+            "kernel_size": draw(st.sampled_from([3, 9, 11, 31])),
+            "window": draw(st.sampled_from(["rectangular", "gaussian"])),
+            "reduction": draw(st.sampled_from(["sum", "none"])),  # there is no mean of nothing
+            "smooth_nr": draw(st.sampled_from([0.0, 1.0])),
+        }
+        return name, (values(channels, *shape), values(channels, *shape)), options
     units, ends = st.sampled_from(["normalised", "voxel", "mm"]), st.sampled_from(["first", "last"])
     options = {
         **aligned,

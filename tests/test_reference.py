@@ -223,3 +223,30 @@ def test_conversions_between_units_undo_each_other() -> None:
             there, target, source, spacing=spacing, source_channels="first"
         )
         np.testing.assert_allclose(back, field, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("window", ["rectangular", "gaussian"])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_lncc_loss_gradients_are_the_differences_of_its_values(
+    dim: int, window: str, reduction: str
+) -> None:
+    """With variances above and below the least one, and a target and a mask for all items."""
+    shape = (2, 3, 4)[-dim:]
+    pred, target = random_array(0, 2, 2, *shape), random_array(1, 1, 2, *shape)
+    options = {
+        "kernel_size": 3,
+        "window": window,
+        "smooth_nr": 0.2,
+        "smooth_dr": 1.8,
+        "mask": abs(random_array(2, 1, 1, *shape)),
+        "reduction": reduction,
+    }
+    value = reference.lncc_loss(pred, target, **options)
+    cotangent = random_array(3, *value.shape)
+    expected = reference.vjp_by_central_differences(
+        lambda *args: reference.lncc_loss(*args, **options), (pred, target), cotangent, (0, 1)
+    )
+    actual = reference.lncc_loss_vjp(cotangent, pred, target, **options)
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, e, atol=1e-8)
