@@ -64,6 +64,7 @@ docs: $(VENV)/.installed ## the API reference in build/docs
 
 bench: $(VENV)/.installed ## speed and memory beside what one would otherwise use
 	$(BIN)/python benchmarks/warp.py
+	$(BIN)/python benchmarks/similarity.py
 
 wheel: ## a wheel for PYTHON in wheelhouse/, for CUDA_ARCHS if given
 	$(PYTHON) -m pip --disable-pip-version-check wheel . --no-deps --wheel-dir wheelhouse $(BUILD_SETTINGS)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 
-from jaxreg import compose, convert_displacement, interpolate
+from jaxreg import compose, convert_displacement, interpolate, lncc_loss
 from jaxreg.registration import (
     AdamMoments,
     Affine,
@@ -373,8 +373,11 @@ def test_without_a_gradient_there_is_no_step() -> None:
     np.testing.assert_array_equal(step, np.zeros(shape))
 
 
+@pytest.mark.parametrize(("loss", "least"), [("ncc", 0.999), ("lncc", 0.995)])
 @pytest.mark.parametrize("dim", [2, 3])
-def test_the_greedy_stage_raises_the_similarity_and_does_not_fold(dim: int) -> None:
+def test_the_greedy_stage_raises_the_similarity_and_does_not_fold(
+    dim: int, loss: str, least: float
+) -> None:
     fixed = header((44, 48, 40)[-dim:], (3.2, 3, 3.5)[:dim])
     points = physical_grid(fixed)
     fixed = fixed.with_array(scene(points))
@@ -383,16 +386,36 @@ def test_the_greedy_stage_raises_the_similarity_and_does_not_fold(dim: int) -> N
     before = similarity(fixed, moving)
 
     blocks: list[Progress] = []
-    stage = Greedy((2, 1), (30, 25))
+    stage = Greedy((2, 1), (30, 25), loss=loss)
     result = register(fixed, moving, [stage], callback=blocks.append)
 
     assert before < 0.97
-    assert similarity(fixed, result.moved) > 0.999
+    assert similarity(fixed, result.moved) > least
     assert result.folds.share == 0
     assert result.folds.minimum > 0.1
     assert [b.done for b in blocks] == [10, 20, 30, 40, 50, 55]
     assert {b.total for b in blocks} == {55}
     assert result.stages[0].losses.shape == (55,)
+
+
+@pytest.mark.parametrize("stage", [Affine, Greedy])
+def test_a_stage_minimises_the_loss_that_it_is_given(stage: type) -> None:
+    fixed = header((24, 28), (5, 5))
+    fixed = fixed.with_array(scene(physical_grid(fixed)))
+    moving = fixed.with_array(scene(physical_grid(fixed) + 5))
+    images = moving.batched(), fixed.batched()
+
+    def squares(pred: jax.Array, target: jax.Array) -> jax.Array:
+        return ((pred - target) ** 2).mean()
+
+    for settings, loss in (
+        (stage((1,), (1,), loss="ncc"), ncc_loss(*images)),
+        (stage((1,), (1,), loss="lncc"), lncc_loss(*images, kernel_size=7)),
+        (stage((1,), (1,), loss="lncc", kernel_size=5), lncc_loss(*images, kernel_size=5)),
+        (stage((1,), (1,), loss=squares), squares(*images)),
+    ):
+        result = register(fixed, moving, [settings], initial=np.eye(3))
+        np.testing.assert_allclose(result.stages[0].losses, [loss], rtol=1e-4)
 
 
 def test_the_same_input_gives_the_same_bits() -> None:
@@ -443,6 +466,15 @@ def test_stages_that_cannot_follow_each_other_are_refused(stages: list, message:
 def test_volumes_of_different_dimension_are_refused() -> None:
     with pytest.raises(ValueError, match="moving: expected 2 dimensions"):
         register(Volume.create(np.zeros((4, 4))), Volume.create(np.zeros((4, 4, 4))))
+
+
+@pytest.mark.parametrize("stage", [Affine, Greedy])
+def test_a_loss_that_there_is_not_is_refused(stage: type) -> None:
+    with pytest.raises(ValueError, match=r"loss: expected .* got 'mutual'"):
+        stage(loss="mutual")
+    for size in (8, 1, 33):
+        with pytest.raises(ValueError, match=f"kernel_size: expected an odd .* got {size}"):
+            stage(loss="lncc", kernel_size=size)
 
 
 @pytest.mark.parametrize("stage", [Affine, Greedy])

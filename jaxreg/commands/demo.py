@@ -11,10 +11,12 @@ from typing import Annotated, NamedTuple
 import jax
 import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from jaxreg import lncc_loss
 from jaxreg.commands import device as devices
 from jaxreg.commands.compilation import compile_seconds
 from jaxreg.commands.device import Device
@@ -43,9 +45,13 @@ _SHIFT_DIRECTION = np.array((2.0, -1.0, 2.0)) / 3
 
 
 class _Scores(NamedTuple):
-    before: float
-    affine: float
-    deformable: float
+    """How well a moving image fits; each is 1 for the fixed image itself."""
+
+    ncc: float
+    lncc: float
+    """Mean over the fixed brain: outside of it there is nothing to align."""
+    overlap: float
+    """Dice coefficient of the two brains."""
 
 
 def demo(
@@ -78,16 +84,17 @@ def demo(
         fixed, moving = load(rotation, shift)
         stages = _stages(quick)
         result = _register(fixed, moving, stages, console)
-        scores = _Scores(
-            _similarity(fixed, resample(moving, fixed)),
-            _similarity(fixed, resample(moving, fixed, result.transform)),
-            _similarity(fixed, result.moved),
-        )
+        scores = {
+            "before": _score(fixed, moving),
+            "affine": _score(fixed, moving, result.transform),
+            "deformable": _score(fixed, moving, result.transform, result.displacement),
+        }
         written = time.perf_counter()
         with console.status("Writing the images and the report"):
             paths = _write(result, scores, output_dir, devices.describe(target))
         now = time.perf_counter()
-    table = _table(result, scores)
+    console.print(_score_table(scores))
+    table = _fold_table(result)
     table.add_section()
     for name, record in zip(("Affine", "Deformable"), result.stages, strict=True):
         table.add_row(f"{name} stage", f"{record.seconds:.1f} s")
@@ -138,8 +145,21 @@ def _stages(quick: bool) -> tuple[Affine, Greedy]:
     return Affine(), Greedy()
 
 
-def _similarity(fixed: Volume, other: Volume) -> float:
-    return float(ncc(other.batched(), fixed.batched())[0, 0])
+def _score(
+    fixed: Volume,
+    moving: Volume,
+    transform: NDArray[np.float64] | None = None,
+    displacement: jax.Array | None = None,
+) -> _Scores:
+    moved, target = resample(moving, fixed, transform, displacement).batched(), fixed.batched()
+    brain = target > 0
+    other = moving.with_array(np.asarray(moving.array) > 0)
+    moved_brain = resample(other, fixed, transform, displacement).batched() > 0.5
+    return _Scores(
+        float(ncc(moved, target)[0, 0]),
+        -float(lncc_loss(moved, target, mask=brain)),
+        float(2 * (brain & moved_brain).sum() / (brain.sum() + moved_brain.sum())),
+    )
 
 
 def _register(
@@ -159,6 +179,7 @@ def _register(
             "affine": bar.add_task("Affine", total=affine, start=False, note="compiling"),
             "greedy": bar.add_task("Deformable", total=greedy, start=False, note="compiling"),
         }
+        measures = {"affine": "NCC", "greedy": "LNCC"}
         bar.start_task(tasks["affine"])
 
         def advance(block: Block) -> None:
@@ -167,14 +188,14 @@ def _register(
             bar.update(
                 tasks[block.stage],
                 completed=block.done,
-                note=f"1/{block.scale:g} resolution, NCC {-loss:.4f}",
+                note=f"1/{block.scale:g} resolution, {measures[block.stage]} {-loss:.4f}",
             )
 
         return register(fixed, moving, stages, callback=advance)
 
 
 def _write(
-    result: Registration, scores: _Scores, output_dir: Path, device: str
+    result: Registration, scores: dict[str, _Scores], output_dir: Path, device: str
 ) -> tuple[Path, Path, Path]:
     moved = output_dir / "moved.nii.gz"
     displacement = output_dir / "displacement.nii.gz"
@@ -187,8 +208,8 @@ def _write(
         report,
         title="Colin27 registered to ICBM152",
         subtitle=(
-            f"NCC {scores.before:.3f} before · {scores.affine:.3f} affine · "
-            f"{scores.deformable:.3f} deformable    |    "
+            f"LNCC {scores['before'].lncc:.3f} before · {scores['affine'].lncc:.3f} affine · "
+            f"{scores['deformable'].lncc:.3f} deformable    |    "
             f"{_percent(result.folds.share)} folds    |    {seconds:.1f} s on the {device}"
         ),
         names=("ICBM152 2009a", "Colin27"),
@@ -196,15 +217,22 @@ def _write(
     return moved, displacement, report
 
 
-def _table(result: Registration, scores: _Scores) -> Table:
+def _score_table(scores: dict[str, _Scores]) -> Table:
+    table = Table(title="Colin27 registered to ICBM152", title_style="bold")
+    table.add_column()
+    for stage in scores:
+        table.add_column(stage, justify="right")
+    names = ("NCC", "LNCC in the brain", "Overlap of the brains (Dice)")
+    for name, *values in zip(names, *scores.values(), strict=True):
+        table.add_row(name, *(f"{value:.4f}" for value in values))
+    return table
+
+
+def _fold_table(result: Registration) -> Table:
     folds = result.folds
-    table = Table(show_header=False, title="Colin27 registered to ICBM152", title_style="bold")
+    table = Table(show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    table.add_row("NCC before", f"{scores.before:.4f}")
-    table.add_row("NCC after affine", f"{scores.affine:.4f}")
-    table.add_row("NCC after deformable", f"{scores.deformable:.4f}", style="bold")
-    table.add_section()
     table.add_row("Voxels with Jacobian determinant ≤ 0", _percent(folds.share))
     table.add_row("Smallest determinant", f"{folds.minimum:.3f}")
     return table

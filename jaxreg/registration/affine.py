@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from jaxreg import interpolate
 from jaxreg.registration.progress import Callback, Loss, Progress, blocks, check_schedule
 from jaxreg.registration.pyramid import downsample, level_shape
-from jaxreg.registration.similarity import ncc_loss
+from jaxreg.registration.similarity import Similarity, find_loss
 from jaxreg.registration.volume import Volume, centre_of_mass, normalised_to_voxel
 
 __all__ = ["Affine", "align_centres_of_mass", "register_affine"]
@@ -39,22 +39,27 @@ class Affine:
         How far, in voxels of the level, a step of one parameter moves the corners of the fixed
         volume at most. Within a level it decays to a tenth, along half a cosine.
     loss
-        ``loss(pred, target)``, a scalar to be minimised; any JAX function of two images
+        ``"ncc"``, the global one, which still pulls where little overlaps; ``"lncc"``; or
+        ``loss(pred, target)``: a scalar to be minimised, any JAX function of two images
         ``(1, 1, [Z,] Y, X)``.
+    kernel_size
+        Window of ``"lncc"``, in voxels of the level, odd.
 
     Raises
     ------
     ValueError
-        If scales and iterations do not make a schedule.
+        If scales and iterations do not make a schedule, or for an unknown loss or window.
     """
 
     scales: tuple[float, ...] = (4, 2)
     iterations: tuple[int, ...] = (80, 40)
     learning_rate: float = 0.5
-    loss: Loss = ncc_loss
+    loss: Similarity = "ncc"
+    kernel_size: int = 7
 
     def __post_init__(self) -> None:
         check_schedule(self.scales, self.iterations)
+        find_loss(self.loss, self.kernel_size)
 
 
 class _Parameters(NamedTuple):
@@ -162,6 +167,7 @@ def register_affine(
         jnp.asarray(initial[:-1, :-1], jnp.float32), jnp.zeros(fixed.ndim, jnp.float32)
     )
     fixed_image, moving_image = fixed.batched(), moving.batched()
+    loss = find_loss(settings.loss, settings.kernel_size)
     losses = []
     done, total = 0, sum(settings.iterations)
     for scale, iterations in zip(settings.scales, settings.iterations, strict=True):
@@ -173,7 +179,7 @@ def register_affine(
         for first, count in blocks(iterations):
             progress = np.arange(first, first + count) / max(iterations - 1, 1)
             rates = step * jnp.asarray(0.55 + 0.45 * np.cos(np.pi * progress), jnp.float32)
-            state, values = _descend(state, frame, target, source, rates, settings.loss)
+            state, values = _descend(state, frame, target, source, rates, loss)
             losses.append(values)
             done += count
             if callback is not None:

@@ -36,9 +36,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import compose, convert_displacement, gaussian_smooth, interpolate
-from jaxreg.registration.progress import Callback, Loss, Progress, blocks, check_schedule
+from jaxreg.registration.progress import Callback, Progress, blocks, check_schedule
 from jaxreg.registration.pyramid import downsample, level_shape, resize_field
-from jaxreg.registration.similarity import ncc_loss
+from jaxreg.registration.similarity import Similarity, find_loss
 from jaxreg.registration.volume import Volume, normalised_affine
 
 __all__ = ["AdamMoments", "Greedy", "register_greedy", "riemannian_adam_step", "step_gradient"]
@@ -65,27 +65,31 @@ class Greedy:
     beta1, beta2, epsilon
         Decay of Adam's two moments, and what keeps its quotient finite.
     loss
-        ``loss(pred, target)``, a scalar to be minimised, the mean over the voxels; any JAX
-        function of two images ``(1, 1, [Z,] Y, X)``.
+        ``"lncc"``, ``"ncc"`` (the global one), or ``loss(pred, target)``: a scalar to be
+        minimised, the mean over the voxels; any JAX function of two images ``(1, 1, [Z,] Y, X)``.
+    kernel_size
+        Window of ``"lncc"``, in voxels of the level, odd.
 
     Raises
     ------
     ValueError
-        If scales and iterations do not make a schedule.
+        If scales and iterations do not make a schedule, or for an unknown loss or window.
     """
 
     scales: tuple[float, ...] = (4, 2, 1)
     iterations: tuple[int, ...] = (60, 40, 20)
     learning_rate: float = 0.5
-    gradient_sigma: float = 1.0
-    field_sigma: float = 0.75
+    gradient_sigma: float = 1.25
+    field_sigma: float = 0.6
     beta1: float = 0.9
     beta2: float = 0.99
     epsilon: float = 1e-8
-    loss: Loss = ncc_loss
+    loss: Similarity = "lncc"
+    kernel_size: int = 7
 
     def __post_init__(self) -> None:
         check_schedule(self.scales, self.iterations)
+        find_loss(self.loss, self.kernel_size)
 
 
 class AdamMoments(NamedTuple):
@@ -266,10 +270,11 @@ def _descend(
     settings: Greedy,
 ) -> tuple[_State, jax.Array]:
     """Take ``count`` steps; return the losses before each of them."""
+    objective = find_loss(settings.loss, settings.kernel_size)
 
     def iterate(state: _State, _: None) -> tuple[_State, jax.Array]:
         moved = interpolate(source, affine, state.displacement, affine_last=True)
-        loss, slope = jax.value_and_grad(settings.loss)(moved, target)
+        loss, slope = jax.value_and_grad(objective)(moved, target)
         # The loss is a mean: its sum has a gradient whose size does not depend on the grid.
         gradient = step_gradient(moved, slope * math.prod(target.shape[2:]) * target.shape[0])
         gradient = gaussian_smooth(gradient, settings.gradient_sigma, channel_last=True)

@@ -1,11 +1,20 @@
-"""Similarity measures written with array operations."""
+"""How alike two images are: the measures that the stages can maximise."""
 
 from __future__ import annotations
+
+import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["ncc", "ncc_loss"]
+from jaxreg.loss import lncc_loss
+from jaxreg.registration.progress import Loss
+
+__all__ = ["Similarity", "find_loss", "ncc", "ncc_loss"]
+
+Similarity = Literal["ncc", "lncc"] | Loss
+"""A measure by its name, or ``loss(pred, target)`` itself."""
 
 
 def ncc(pred: jax.Array, target: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -61,3 +70,34 @@ def ncc_loss(pred: jax.Array, target: jax.Array, mask: jax.Array | None = None) 
         A scalar.
     """
     return -ncc(pred, target, mask).mean()
+
+
+@functools.cache
+def find_loss(similarity: Similarity, kernel_size: int) -> Loss:
+    """Return the loss that a stage's settings ask for.
+
+    The same settings get the same object, so that nothing is compiled twice for it.
+
+    Parameters
+    ----------
+    similarity
+        ``"ncc"``, ``"lncc"`` or the loss itself.
+    kernel_size
+        Window of ``"lncc"`` in voxels, odd, from 3 to 31.
+
+    Raises
+    ------
+    ValueError
+        If there is no such measure, or for a window that `jaxreg.lncc_loss` does not take.
+    """
+    if callable(similarity):
+        return similarity
+    if similarity == "ncc":
+        return ncc_loss
+    if similarity != "lncc":
+        raise ValueError(
+            f"loss: expected 'ncc', 'lncc' or a function of two images, got {similarity!r}"
+        )
+    if kernel_size not in range(3, 32, 2):
+        raise ValueError(f"kernel_size: expected an odd number from 3 to 31, got {kernel_size!r}")
+    return functools.partial(lncc_loss, kernel_size=kernel_size)
