@@ -147,7 +147,8 @@ class Slab {
     const T* image_i = call_.image_i.at(group_, item, channel_);
     const T* image_j = call_.image_j.at(group_, item, channel_);
     const int64_t plane = static_cast<int64_t>(nx_) * ny_;
-    const T pivot_i = typical(image_i, plane * nz_), pivot_j = typical(image_j, plane * nz_);
+    const T pivot_i = window_.coverage * typical(image_i, plane * nz_);
+    const T pivot_j = window_.coverage * typical(image_j, plane * nz_);
     const int radius_z = window_.radius_z;
     const int ring = 2 * radius_z + 1;
     prepare(pivot_i, pivot_j);
@@ -295,6 +296,28 @@ class Slab {
   std::vector<T> sums_, scratch_, ring_;
 };
 
+// Compiled for newer instruction sets as well, and chosen between when the module is loaded. All of
+// them compute the same bits.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__)
+#define REG_FOR_NEWER_CPUS __attribute__((target_clones("avx512f", "avx2", "default"), flatten))
+#else
+#define REG_FOR_NEWER_CPUS
+#endif
+
+#define REG_RUN_SLAB(T, kFields)                                                             \
+  REG_FOR_NEWER_CPUS void run_slab(Slab<T, kFields>& slab, int64_t item, int begin, int end, \
+                                   bool first_item, double* plane_sums) {                    \
+    slab.run(item, begin, end, first_item, plane_sums);                                      \
+  }
+REG_RUN_SLAB(float, 0)
+REG_RUN_SLAB(float, 3)
+REG_RUN_SLAB(float, 5)
+REG_RUN_SLAB(double, 0)
+REG_RUN_SLAB(double, 3)
+REG_RUN_SLAB(double, 5)
+#undef REG_RUN_SLAB
+
 template <class T, int kFields>
 void run_slabs(const LnccCall<T>& call, const std::vector<T>& scale, std::vector<double>& sums) {
   const LnccGeometry& geometry = call.geometry;
@@ -302,7 +325,7 @@ void run_slabs(const LnccCall<T>& call, const std::vector<T>& scale, std::vector
   const int64_t items = geometry.batch.items;
   const int64_t outer =
       geometry.batch.groups * geometry.channels * (call.items_together() ? 1 : items);
-  const int64_t wanted = std::max<int64_t>(1, 2 * num_threads() / std::max<int64_t>(1, outer));
+  const int64_t wanted = std::max<int64_t>(1, num_threads() / std::max<int64_t>(1, outer));
   const int64_t slab = std::max<int64_t>(
       {1, (nz + wanted - 1) / wanted, std::min<int64_t>(nz, 2 * call.window.radius_z)});
   const int64_t slabs = (nz + slab - 1) / slab;
@@ -322,7 +345,7 @@ void run_slabs(const LnccCall<T>& call, const std::vector<T>& scale, std::vector
             sums.empty()
                 ? nullptr
                 : sums.data() + ((group * items + item) * geometry.channels + channel) * nz;
-        worker.run(item, low, high, item == first, plane_sums);
+        run_slab(worker, item, low, high, item == first, plane_sums);
       }
     }
   });

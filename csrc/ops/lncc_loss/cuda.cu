@@ -170,7 +170,7 @@ __device__ T typical(const Kernel<T>& kernel, const T* image, int x0, int y0, in
   __syncthreads();
   const T result = *shared;
   __syncthreads();
-  return isfinite(result) ? result : T(0);
+  return isfinite(result) ? kernel.window.coverage * result : T(0);
 }
 
 template <class T>
@@ -636,8 +636,8 @@ __global__ void pivot_kernel(const __grid_constant__ Kernel<T> kernel, T* pivots
     const T sum_i = block_sum(isfinite(i) ? i / kThreads : T(0), shared);
     const T sum_j = block_sum(isfinite(j) ? j / kThreads : T(0), shared);
     if (threadIdx.x == 0) {
-      pivots[2 * element] = isfinite(sum_i) ? sum_i : T(0);
-      pivots[2 * element + 1] = isfinite(sum_j) ? sum_j : T(0);
+      pivots[2 * element] = isfinite(sum_i) ? kernel.window.coverage * sum_i : T(0);
+      pivots[2 * element + 1] = isfinite(sum_j) ? kernel.window.coverage * sum_j : T(0);
     }
   }
 }

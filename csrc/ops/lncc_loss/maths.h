@@ -20,6 +20,9 @@ struct Window {
   T weight[kMaxRadius + 1];
   T inverse_mass;  // 1 / (sum of the window's weights)
   T smooth_nr, smooth_dr;
+  // How much of a window the volume can fill. About this part of a typical value the sums are
+  // taken: a window that is mostly outside holds mostly zeros.
+  T coverage;
   // A variance below this share of the sum of squares is no more than the rounding of its own sums.
   T rounding;
 };

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -87,6 +88,11 @@ Window<T> lncc_window(const Call& call, const LnccGeometry& geometry) {
     sum += (d == 0 ? 1 : 2) * static_cast<double>(window.weight[d]);
   }
   window.inverse_mass = static_cast<T>(1 / std::pow(sum, geometry.dimensions));
+  const auto filled = [&](int64_t size) {
+    return std::min(1.0, static_cast<double>(size) / geometry.kernel_size);
+  };
+  window.coverage = static_cast<T>(filled(geometry.sizes.x) * filled(geometry.sizes.y) *
+                                   (geometry.dimensions == 3 ? filled(geometry.sizes.z) : 1.0));
   window.smooth_nr = static_cast<T>(call.number("smooth_nr"));
   window.smooth_dr = static_cast<T>(call.number("smooth_dr"));
   window.rounding = static_cast<T>(1.5 * geometry.kernel_size * std::numeric_limits<T>::epsilon());
