@@ -23,8 +23,8 @@ REG_HD Vec<T, D> load_vec(const T* p) {
   return result;
 }
 
-// A pointer that the compiler takes as it is. It would otherwise carry the parts that it was computed
-// from into loops, and add them up for each voxel again.
+// A pointer that the compiler takes as it is. It would otherwise carry the parts that it was
+// computed from into loops, and add them up for each voxel again.
 template <class T>
 REG_HD T* settled(T* pointer) {
 #ifdef __CUDA_ARCH__
