@@ -629,7 +629,7 @@ __global__ void pivot_kernel(const __grid_constant__ Kernel<T> kernel, T* pivots
     const int channel = static_cast<int>(element % kernel.channels);
     const int64_t outer = element / kernel.channels;
     const int64_t group = outer / kernel.items, item = outer - group * kernel.items;
-    // Evenly spread, by an odd number of voxels apart or so, lest they all lie in one plane of x.
+    // Evenly spread over the volume.
     const int64_t place = (2 * threadIdx.x + 1) * count / (2 * kThreads);
     const T i = kernel.image_i.at(group, item, channel)[place];
     const T j = kernel.image_j.at(group, item, channel)[place];
