@@ -13,10 +13,11 @@ import optax
 from numpy.typing import NDArray
 
 from jaxreg import interpolate
+from jaxreg.registration.grid import normalised_to_voxel
 from jaxreg.registration.progress import Callback, Loss, Progress, blocks, check_schedule
 from jaxreg.registration.pyramid import downsample, level_shape
 from jaxreg.registration.similarity import Similarity, find_loss
-from jaxreg.registration.volume import Volume, centre_of_mass, normalised_to_voxel
+from jaxreg.registration.volume import Volume, centre_of_mass
 
 __all__ = ["Affine", "align_centres_of_mass", "register_affine"]
 

@@ -25,21 +25,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import interpolate
 from jaxreg.registration.files import atomic_path
+from jaxreg.registration.grid import Grid, Matrix
 
 __all__ = [
     "Volume",
     "centre_of_mass",
     "displacement_to_physical",
     "normalised_affine",
-    "normalised_to_voxel",
     "read_volume",
     "resample",
     "rigid_motion",
     "write_displacement",
     "write_volume",
 ]
-
-Matrix = NDArray[np.float64]
 
 
 @jax.tree_util.register_dataclass
@@ -126,20 +124,22 @@ class Volume:
         """Array shape, ``([Z,] Y, X)``."""
         return tuple(self.array.shape)
 
+    @property
+    def grid(self) -> Grid:
+        """Where the voxels lie."""
+        return Grid(self.shape, self.spacing, self.origin, self.direction)
+
     def voxel_to_physical(self) -> Matrix:
         """Return the matrix from voxel to physical coordinates."""
-        matrix = np.eye(self.ndim + 1)
-        matrix[:-1, :-1] = np.asarray(self.direction) * np.asarray(self.spacing)
-        matrix[:-1, -1] = self.origin
-        return matrix
+        return self.grid.voxel_to_physical()
 
     def normalised_to_physical(self) -> Matrix:
         """Return the matrix from normalised to physical coordinates."""
-        return self.voxel_to_physical() @ normalised_to_voxel(self.shape)
+        return self.grid.normalised_to_physical()
 
     def centre(self) -> NDArray[np.float64]:
         """Return the physical position of the middle of the grid in millimetres, ``(D,)``."""
-        return self.normalised_to_physical()[:-1, -1]
+        return self.grid.centre()
 
     def batched(self) -> jax.Array:
         """Return the intensities as a batch of one, ``(1, 1, [Z,] Y, X)``, float32."""
@@ -166,20 +166,6 @@ class Volume:
             origin=motion[:-1, :-1] @ self.origin + motion[:-1, -1],
             direction=motion[:-1, :-1] @ self.direction,
         )
-
-
-def normalised_to_voxel(shape: Sequence[int]) -> Matrix:
-    """Return the matrix from normalised to voxel coordinates of a grid.
-
-    Parameters
-    ----------
-    shape
-        Array shape, ``([Z,] Y, X)``. An axis of length 1 counts as one voxel long.
-    """
-    size = np.array(shape[::-1], dtype=np.float64)
-    matrix = np.diag([*np.maximum(size - 1, 1) / 2, 1.0])
-    matrix[:-1, -1] = (size - 1) / 2
-    return matrix
 
 
 def normalised_affine(transform: ArrayLike, fixed: Volume, moving: Volume) -> Matrix:

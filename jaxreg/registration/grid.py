@@ -1,0 +1,72 @@
+"""Where voxels lie in physical space: the header of a volume, without its intensities."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Grid", "Matrix", "normalised_to_voxel"]
+
+Matrix = NDArray[np.float64]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """A regular grid in physical space, as ITK keeps it; a JAX pytree whose shape is static.
+
+    Attributes
+    ----------
+    shape
+        Voxels along each axis, ``([Z,] Y, X)``.
+    spacing
+        Distance between voxel centres in millimetres, ``(D,)``, x first.
+    origin
+        Physical position of the first voxel's centre in millimetres, ``(D,)``, LPS.
+    direction
+        ``(D, D)``; column ``k`` is the unit vector along which voxel axis ``k`` (x first) runs.
+    """
+
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    spacing: Any
+    origin: Any
+    direction: Any
+
+    @property
+    def ndim(self) -> int:
+        """Number of spatial dimensions."""
+        return len(self.shape)
+
+    def voxel_to_physical(self) -> Matrix:
+        """Return the matrix from voxel to physical coordinates."""
+        matrix = np.eye(self.ndim + 1)
+        matrix[:-1, :-1] = np.asarray(self.direction) * np.asarray(self.spacing)
+        matrix[:-1, -1] = self.origin
+        return matrix
+
+    def normalised_to_physical(self) -> Matrix:
+        """Return the matrix from normalised to physical coordinates."""
+        return self.voxel_to_physical() @ normalised_to_voxel(self.shape)
+
+    def centre(self) -> NDArray[np.float64]:
+        """Return the physical position of the middle of the grid in millimetres, ``(D,)``."""
+        return self.normalised_to_physical()[:-1, -1]
+
+
+def normalised_to_voxel(shape: Sequence[int]) -> Matrix:
+    """Return the matrix from normalised to voxel coordinates of a grid.
+
+    Parameters
+    ----------
+    shape
+        Array shape, ``([Z,] Y, X)``. An axis of length 1 counts as one voxel long.
+    """
+    size = np.array(shape[::-1], dtype=np.float64)
+    matrix = np.diag([*np.maximum(size - 1, 1) / 2, 1.0])
+    matrix[:-1, -1] = (size - 1) / 2
+    return matrix
