@@ -13,9 +13,9 @@ Small vectors over the axes (sizes, centres, half extents) are in x, y, z order 
 shapes are in z, y, x order, as NumPy has them.
 
 An op's derivative comes in one of two ways: ``interpolate_vjp``, ``compose_vjp``,
-``scaling_and_squaring_vjp`` and ``lncc_loss_vjp`` are written out, with the right-sided derivative
-where the interpolation has a kink; ``vjp_by_central_differences`` serves any function away from
-kinks.
+``scaling_and_squaring_vjp``, ``lncc_loss_vjp`` and ``mutual_information_loss_vjp`` are written out,
+with the right-sided derivative where the interpolation has a kink; ``vjp_by_central_differences``
+serves any function away from kinks.
 """
 
 from __future__ import annotations
@@ -557,6 +557,175 @@ def lncc_loss_vjp(
         gradient = gradient + 2 * (image * sums(to_variance) - sums(to_variance * means[k]))
         gradients.append(gradient.sum(axis=0, keepdims=True) if len(image) == 1 else gradient)
     return gradients[0], gradients[1]
+
+
+def intensity_ranges(
+    images: Sequence[Array], value_range: str | Sequence[Sequence[object]] | None
+) -> list[tuple[float, float]]:
+    """The intensities of pred and of target that are mapped to 0 and to 1.
+
+    The images are one item and channel.
+    """
+    if value_range is None:
+        return [(x.min(), x.max()) for x in images]
+    if value_range == "joint":
+        return [(np.min(images), np.max(images))] * 2
+    return [(float(lo), float(hi)) for lo, hi in value_range]
+
+
+def parzen_windows(
+    image: Array, lo: float, hi: float, num_bins: int, kernel: str, sigma_ratio: float
+) -> tuple[Array, Array]:
+    """How every sample is spread over the bins, and the derivatives by its intensity.
+
+    Both are ``(samples, num_bins)``. The range is held fixed. What lies outside counts as at its
+    end and has no derivative; at the ends there is one. An empty range maps everything to 0.
+    """
+    scale = 0 if lo == hi else 1 / (hi - lo)
+    x = np.clip((image.ravel() - lo) * scale, 0, 1)[:, None]
+    slope = np.where((image.ravel() < lo) | (image.ravel() > hi), 0, scale)[:, None]
+    distance = x - (np.arange(num_bins) + 0.5) / num_bins
+    if kernel == "delta":
+        hard = np.eye(num_bins)[np.minimum(np.floor(x[:, 0] * num_bins), num_bins - 1).astype(int)]
+        return hard, np.zeros_like(hard)
+    if kernel == "gaussian":
+        sigma = sigma_ratio / (2 * num_bins)
+        raw = np.exp(-0.5 * (distance / sigma) ** 2)
+        raw_slope = -distance / sigma**2 * raw
+    elif kernel == "b-spline":
+        t = np.abs(distance) * num_bins
+        middle, tail = t < 1, (t >= 1) & (t < 2)
+        raw = np.where(middle, 2 / 3 - t**2 + t**3 / 2, np.where(tail, (2 - t) ** 3 / 6, 0))
+        by_t = np.where(middle, 1.5 * t**2 - 2 * t, np.where(tail, -((2 - t) ** 2) / 2, 0))
+        raw_slope = by_t * np.sign(distance) * num_bins
+    else:
+        raise ValueError(f"kernel {kernel!r}")
+    total = raw.sum(axis=1, keepdims=True)
+    windows = raw / total
+    return windows, (raw_slope - windows * raw_slope.sum(axis=1, keepdims=True)) / total * slope
+
+
+def paired_samples(
+    pred: Array,
+    target: Array,
+    num_bins: int,
+    kernel: str,
+    sigma_ratio: float,
+    value_range: str | Sequence[Sequence[object]] | None,
+    mask: Array | None,
+) -> Iterator[tuple[tuple[int, int], Array, list[tuple[Array, Array]]]]:
+    """Of each item and channel: its indices, the share of each sample, both images' windows.
+
+    A bound of ``value_range`` is a number, or an array of one for each item.
+    """
+    count = batch_size(pred, target, mask)
+    for n, c in np.ndindex(count, pred.shape[1]):
+        images = [item(x, n)[c] for x in (pred, target)]
+        weights = np.ones(images[0].size)
+        if mask is not None:
+            of_item = item(float64(mask), n)
+            of_channel = of_item[c if len(of_item) > 1 else 0]
+            weights = np.broadcast_to(of_channel, images[0].shape).ravel()
+        given = value_range
+        if given is not None and given != "joint":
+            given = [[np.broadcast_to(bound, count)[n] for bound in pair] for pair in given]
+        windows = [
+            parzen_windows(image, lo, hi, num_bins, kernel, sigma_ratio)
+            for image, (lo, hi) in zip(images, intensity_ranges(images, given), strict=True)
+        ]
+        yield (n, c), divide_or_zero(weights, weights.sum()), windows
+
+
+def joint_histogram(
+    pred: Array,
+    target: Array,
+    *,
+    num_bins: int = 32,
+    kernel: str = "gaussian",
+    sigma_ratio: float = 1.0,
+    value_range: str | Sequence[Sequence[object]] | None = None,
+    mask: Array | None = None,
+) -> Array:
+    """How probable each pair of bins is, of pred and of target: ``(N, C, num_bins, num_bins)``."""
+    pred, target = float64(pred), float64(target)
+    options = (num_bins, kernel, sigma_ratio, value_range, mask)
+    result = np.zeros((batch_size(pred, target, mask), pred.shape[1], num_bins, num_bins))
+    for index, share, ((of_pred, _), (of_target, _)) in paired_samples(pred, target, *options):
+        result[index] = (of_pred * share[:, None]).T @ of_target
+    return result
+
+
+def mutual_information(joint: Array, smooth_nr: float, smooth_dr: float) -> tuple[float, Array]:
+    """Of a joint histogram, and its derivative by every entry, marginals included."""
+    p_a, p_b = joint.sum(axis=1, keepdims=True), joint.sum(axis=0, keepdims=True)
+    product = p_a * p_b + smooth_dr
+    ratio = (joint + smooth_nr) / product
+    by_ratio = joint / (ratio + smooth_dr)
+    by_product = -by_ratio * ratio / product
+    slope = np.log(ratio + smooth_dr) + by_ratio / product
+    slope = slope + (by_product * p_b).sum(axis=1, keepdims=True)
+    slope = slope + (by_product * p_a).sum(axis=0, keepdims=True)
+    return np.sum(joint * np.log(ratio + smooth_dr)), slope
+
+
+def mutual_information_loss(
+    pred: Array,
+    target: Array,
+    *,
+    num_bins: int = 32,
+    kernel: str = "gaussian",
+    sigma_ratio: float = 1.0,
+    value_range: str | Sequence[Sequence[object]] | None = None,
+    mask: Array | None = None,
+    reduction: str = "mean",
+    smooth_nr: float = 1e-7,
+    smooth_dr: float = 1e-7,
+) -> Array:
+    """Minus the mutual information of two images: ``(N, C)``, its mean or its sum."""
+    joint = joint_histogram(
+        pred,
+        target,
+        num_bins=num_bins,
+        kernel=kernel,
+        sigma_ratio=sigma_ratio,
+        value_range=value_range,
+        mask=mask,
+    )
+    loss = np.zeros(joint.shape[:2])
+    for index in np.ndindex(loss.shape):
+        loss[index] = -mutual_information(joint[index], smooth_nr, smooth_dr)[0]
+    return {"mean": np.mean, "sum": np.sum, "none": np.asarray}[reduction](loss)
+
+
+def mutual_information_loss_vjp(
+    cotangent: Array,
+    pred: Array,
+    target: Array,
+    *,
+    num_bins: int = 32,
+    kernel: str = "gaussian",
+    sigma_ratio: float = 1.0,
+    value_range: str | Sequence[Sequence[object]] | None = None,
+    mask: Array | None = None,
+    reduction: str = "mean",
+    smooth_nr: float = 1e-7,
+    smooth_dr: float = 1e-7,
+) -> tuple[Array, Array]:
+    """Gradients of ``sum(cotangent * mutual_information_loss(...))`` to pred and target."""
+    pred, target = float64(pred), float64(target)
+    options = (num_bins, kernel, sigma_ratio, value_range, mask)
+    shape = (batch_size(pred, target, mask), pred.shape[1])
+    to_loss = cotangent * shares(None, shape, reduction)
+    to_pred, to_target = np.zeros(pred.shape), np.zeros(target.shape)
+    for (n, c), share, windows in paired_samples(pred, target, *options):
+        (of_pred, pred_slope), (of_target, target_slope) = windows
+        joint = (of_pred * share[:, None]).T @ of_target
+        to_joint = -to_loss[n, c] * mutual_information(joint, smooth_nr, smooth_dr)[1]
+        by_pred = share * np.sum(of_target @ to_joint.T * pred_slope, axis=1)
+        by_target = share * np.sum(of_pred @ to_joint * target_slope, axis=1)
+        item(to_pred, n)[c] += by_pred.reshape(pred.shape[2:])
+        item(to_target, n)[c] += by_target.reshape(target.shape[2:])
+    return to_pred, to_target
 
 
 # ------------------------------------------------------------------------------------ derivatives

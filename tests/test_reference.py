@@ -250,3 +250,104 @@ def test_lncc_loss_gradients_are_the_differences_of_its_values(
     actual = reference.lncc_loss_vjp(cotangent, pred, target, **options)
     for a, e in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, e, atol=1e-8)
+
+
+KERNELS = ["gaussian", "b-spline", "delta"]
+RANGES = {
+    "of each image": None,
+    "joint": "joint",
+    "given": ((-0.7, 0.8), (-1.5, 1.2)),
+    "for each item": ((np.array([-0.7, -2.0]), 0.8), (-1.5, np.array([1.2, 0.9]))),
+}
+
+
+@pytest.mark.parametrize("value_range", RANGES.values(), ids=RANGES.keys())
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_joint_histogram_is_a_distribution(kernel: str, value_range: object) -> None:
+    pred, target = random_array(0, 2, 3, 4, 5), random_array(1, 1, 3, 4, 5)
+    joint = reference.joint_histogram(
+        pred, target, num_bins=6, kernel=kernel, value_range=value_range
+    )
+    assert joint.shape == (2, 3, 6, 6)
+    assert joint.min() >= 0
+    np.testing.assert_allclose(joint.sum(axis=(2, 3)), 1, atol=1e-12)
+    swapped = value_range if value_range in (None, "joint") else value_range[::-1]
+    back = reference.joint_histogram(target, pred, num_bins=6, kernel=kernel, value_range=swapped)
+    np.testing.assert_allclose(back, np.swapaxes(joint, 2, 3), atol=1e-12)
+
+
+def test_the_joint_histogram_of_hard_bins_is_that_of_numpy() -> None:
+    pred, target = random_array(0, 1, 1, 6, 7), random_array(1, 1, 1, 6, 7)
+    value_range = ((-1.0, 1.0), (-2.0, 1.0))
+    actual = reference.joint_histogram(
+        pred, target, num_bins=5, kernel="delta", value_range=value_range
+    )
+    counts, _, _ = np.histogram2d(pred.ravel(), target.ravel(), bins=5, range=value_range)
+    np.testing.assert_allclose(actual[0, 0], counts / counts.sum(), atol=1e-12)
+
+
+def range_held_fixed(pred: np.ndarray, target: np.ndarray, value_range: object) -> object:
+    """What a range that is taken from images of one channel comes to, as numbers for each item."""
+    if value_range not in (None, "joint"):
+        return value_range
+    ends = [[bound(x, axis=(1, 2, 3)) for bound in (np.min, np.max)] for x in (pred, target)]
+    if value_range == "joint":
+        ends = [[np.minimum(ends[0][0], ends[1][0]), np.maximum(ends[0][1], ends[1][1])]] * 2
+    return ends
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("value_range", RANGES.values(), ids=RANGES.keys())
+@pytest.mark.parametrize("kernel", ["gaussian", "b-spline"])
+def test_mutual_information_loss_gradients_are_the_differences_of_its_values(
+    kernel: str, value_range: object, reduction: str
+) -> None:
+    """With the range held fixed, where it is the images' own, too; and a target for all items."""
+    own_range = value_range is None or value_range == "joint"
+    pred, target = random_array(0, 2, 1, 3, 4), random_array(1, 2 if own_range else 1, 1, 3, 4)
+    options = {
+        "num_bins": 5,
+        "kernel": kernel,
+        "sigma_ratio": 1.3,
+        "mask": abs(random_array(2, 2, 1, 3, 4)),
+        "reduction": reduction,
+        "smooth_nr": 1e-3,
+        "smooth_dr": 1e-2,
+    }
+    fixed = range_held_fixed(pred, target, value_range)
+
+    def loss(*images: np.ndarray) -> np.ndarray:
+        return reference.mutual_information_loss(*images, value_range=fixed, **options)
+
+    cotangent = random_array(3, *loss(pred, target).shape)
+    expected = reference.vjp_by_central_differences(loss, (pred, target), cotangent, (0, 1))
+    actual = reference.mutual_information_loss_vjp(
+        cotangent, pred, target, value_range=value_range, **options
+    )
+    for image, bounds, a, e in zip((pred, target), fixed, actual, expected, strict=True):
+        if own_range:
+            # Beyond the ends of its range an intensity has no effect: one of the two sides counts,
+            # and a one-sided difference is less exact.
+            at_end = (image == bounds[0].reshape(-1, 1, 1, 1)) | (
+                image == bounds[1].reshape(-1, 1, 1, 1)
+            )
+            np.testing.assert_allclose(a[at_end], 2 * e[at_end], atol=1e-6)
+            a, e = a[~at_end], e[~at_end]
+        np.testing.assert_allclose(a, e, atol=1e-8)
+
+
+def test_mutual_information_counts_every_channel_by_itself() -> None:
+    pred, target = random_array(0, 2, 3, 4, 5), random_array(1, 2, 3, 4, 5)
+    each = reference.mutual_information_loss(pred, target, num_bins=6, reduction="none")
+    gradients = reference.mutual_information_loss_vjp(
+        np.ones(()), pred, target, num_bins=6, reduction="sum"
+    )
+    for c in range(3):
+        part = [x[:, c : c + 1] for x in (pred, target)]
+        one = reference.mutual_information_loss(*part, num_bins=6, reduction="none")
+        np.testing.assert_allclose(one, each[:, c : c + 1], atol=1e-14)
+        slopes = reference.mutual_information_loss_vjp(
+            np.ones(()), *part, num_bins=6, reduction="sum"
+        )
+        for slope, gradient in zip(slopes, gradients, strict=True):
+            np.testing.assert_allclose(slope, gradient[:, c : c + 1], atol=1e-14)
