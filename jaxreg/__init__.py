@@ -1,7 +1,7 @@
 """Fused image-registration kernels for JAX, on CUDA and CPU."""
 
 from jaxreg._ops import export_checks
-from jaxreg.loss import lncc_loss
+from jaxreg.loss import joint_histogram, lncc_loss, mutual_information_loss
 from jaxreg.smooth import gaussian_smooth
 from jaxreg.warp import (
     affine_warp,
@@ -20,6 +20,8 @@ __all__ = [
     "gaussian_smooth",
     "interpolate",
     "jacobian_determinant",
+    "joint_histogram",
     "lncc_loss",
+    "mutual_information_loss",
     "scaling_and_squaring",
 ]

@@ -323,10 +323,10 @@ def static_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) and value else (value,)
 
 
-def _plain(value: Any) -> Any:
+def plain_number(value: Any) -> Any:
     """Python's own number for a NumPy one."""
     if isinstance(value, tuple):
-        return tuple(_plain(v) for v in value)
+        return tuple(plain_number(v) for v in value)
     is_scalar = isinstance(value, np.generic | np.ndarray) and value.ndim == 0
     return value.item() if is_scalar else value
 
@@ -368,7 +368,7 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> jax.A
     for (name, optional, _), value in zip(entry["inputs"], operands, strict=True):
         _check_operand(op, name, optional, value)
     arrays = tuple(None if x is None else jnp.asarray(x) for x in operands)
-    attributes = {name: _plain(value) for name, value in attributes.items()}
+    attributes = {name: plain_number(value) for name, value in attributes.items()}
     # The op's own checks come before jit: what they refuse may not even be hashable.
     dtypes, _ = _kernel_dtypes(op, arrays)
     specs = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxreg._ops import apply, static_tuple
+from jaxreg._ops import apply, plain_number, static_tuple
+
+ValueRange = str | Sequence[Sequence[ArrayLike]] | None
 
 
 def _weights(mask: Any, image: Any) -> Any:
@@ -95,5 +98,196 @@ def lncc_loss(
             "smooth_nr": smooth_nr,
             "smooth_dr": smooth_dr,
             "reduction": reduction,
+        },
+    )
+
+
+def _is_joint(value_range: Any) -> bool:
+    return isinstance(value_range, str) and value_range == "joint"
+
+
+def _intensity_ranges(op: str, value_range: Any, pred: Any, target: Any) -> Any:
+    """Low and high of pred and of target, as the op takes them; ``None`` where it looks for them.
+
+    Numbers are checked. What arrays hold is not looked at: that would wait for the device.
+    """
+    if value_range is None or _is_joint(value_range):
+        return None
+    expected = f"{op}: value_range: expected None, 'joint' or ((low, high), (low, high))"
+    rows = value_range if isinstance(value_range, list | tuple) else ()
+    if [len(row) if isinstance(row, list | tuple) else 0 for row in rows] != [2, 2]:
+        error = ValueError if isinstance(value_range, str | list | tuple) else TypeError
+        raise error(f"{expected}, got {value_range!r}")
+    # Its precision is the images', which it must not raise.
+    wide = any(getattr(x, "dtype", None) == np.float64 for x in (pred, target))
+    dtype = jnp.result_type(float) if wide else np.dtype(np.float32)
+    largest = float(np.finfo(dtype).max)
+    bounds = []
+    for row in rows:
+        numbers = []
+        for bound in map(plain_number, row):
+            if isinstance(bound, jax.Array | np.ndarray):
+                if bound.ndim > 1 or jnp.iscomplexobj(bound):
+                    raise ValueError(
+                        f"{expected}, each a real number or one per item, got {bound!r}"
+                    )
+            elif isinstance(bound, bool) or not isinstance(bound, int | float):
+                raise TypeError(f"{expected} of numbers, got {bound!r}")
+            else:
+                numbers.append(bound)
+            bounds.append(bound)
+        # Written so that what is not a number is refused.
+        if not all(abs(bound) <= largest for bound in numbers) or sorted(numbers) != numbers:
+            raise ValueError(f"{expected} of finite numbers, the lower first, got {row!r}")
+    if len({bound.size for bound in bounds if np.ndim(bound)} - {1}) > 1:
+        raise ValueError(f"{expected}, with one number for all items or for each, got {rows!r}")
+    on_host = not any(isinstance(bound, jax.Array) for bound in bounds)
+    xp: Any = np if on_host else jnp
+    ranges = xp.stack(xp.broadcast_arrays(*bounds), axis=-1).reshape(-1, 2, 2).astype(dtype)
+    return ranges if on_host else jax.lax.stop_gradient(ranges)
+
+
+def mutual_information_loss(
+    pred: ArrayLike,
+    target: ArrayLike,
+    *,
+    num_bins: int = 32,
+    kernel: str = "gaussian",
+    sigma_ratio: float = 1.0,
+    value_range: ValueRange = None,
+    mask: ArrayLike | None = None,
+    reduction: str = "mean",
+    smooth_nr: float = 1e-7,
+    smooth_dr: float = 1e-7,
+) -> jax.Array:
+    """Mutual information of two images' intensities, as a loss, with its exact gradient.
+
+    Intensities are mapped to x in [0, 1] by ``value_range`` and clamped. A Parzen window spreads
+    each over bins with the centres ``c_b = (b + 1/2) / num_bins``, with weights of sum 1. p_ab is
+    the mean over the voxels of the product of the two images' weights, p_a and p_b are its sums
+    over b and over a, and
+
+        MI = sum over a, b of p_ab log((p_ab + smooth_nr) / (p_a p_b + smooth_dr) + smooth_dr)
+
+    for each item and channel; the loss is -MI, reduced. The gradient is that of the number
+    returned, with the range held fixed: where the clamp acts there is none, at the very ends of the
+    range there is one. The same bits come out every time.
+
+    Parameters
+    ----------
+    pred : float[N, C, *S]
+        ``*S`` stands for the spatial axes ``Z, Y, X`` or ``Y, X``. float64, float32, float16 or
+        bfloat16; computed in float64 where an operand is float64, and in float32 otherwise.
+    target : float[N, C, *S]
+        The same channels and spatial axes. Each batch size is N or 1.
+    num_bins
+        From 2 to 256.
+    kernel
+        "gaussian", with weights ``exp(-((x - c_b) / sigma)^2 / 2)``; "b-spline", the cubic one of
+        ``|x - c_b| num_bins``; or "delta", the nearest bin alone, which has no gradient.
+    sigma_ratio
+        From 0.25 to 4: the Gaussian's sigma is ``sigma_ratio / (2 num_bins)``.
+    value_range
+        Which intensities are mapped to 0 and 1. ``None``: the least and the largest of each image,
+        for each item and channel. "joint": those of both images of an item and channel together.
+        Or ``((low, high), (low, high))`` of pred and of target: each a number or an array with one
+        for all items or one for each. A range that is empty maps everything to 0 and gives no
+        gradient, so a constant image has no mutual information with another.
+    mask : float or bool [N, C, *S], optional
+        Weights of the voxels, at least 0, constant, broadcast against ``pred``: p_ab is then the
+        weighted mean, and all is 0 where the mask is empty. ``value_range=None`` and "joint" look
+        at every voxel all the same.
+    reduction
+        "mean" or "sum" over items and channels, or "none".
+    smooth_nr, smooth_dr
+        Keep the logarithm finite, as above; at least 0, and above 0.
+
+    Returns
+    -------
+    float[] or float[N, C]
+        float64 where an image is float64, else float32. Differentiable with respect to pred and
+        target; a gradient is computed only when asked for.
+
+    Raises
+    ------
+    ValueError
+        A shape, a number or a range that does not fit, or a gradient with the kernel "delta"; the
+        message names the argument.
+    TypeError
+        A dtype or an argument's type that is not supported.
+
+    Notes
+    -----
+    The B-spline is that of Mattes et al. [1]_, here for both images. The sum is that of MONAI's
+    ``GlobalMutualInformationLoss``, which expects intensities in [0, 1] and puts the first and the
+    last centre at 0 and 1. The values of its Gaussian are those of ``value_range`` from -h to 1 + h
+    for both images, with ``h = 1 / (2 (num_bins - 1))``, and of twice its ``sigma_ratio``.
+
+    References
+    ----------
+    .. [1] D. Mattes, D. R. Haynor, H. Vesselle, T. K. Lewellen, W. Eubank: PET-CT image
+       registration in the chest using free-form deformations. IEEE Transactions on Medical Imaging
+       22(1), 2003.
+    """
+    op = "mutual_information_loss"
+    ranges = _intensity_ranges(op, value_range, pred, target)
+    return apply(
+        op,
+        (pred, target, _weights(mask, pred), ranges),
+        {
+            "num_bins": num_bins,
+            "kernel": kernel,
+            "sigma_ratio": sigma_ratio,
+            "joint_range": _is_joint(value_range),
+            "smooth_nr": smooth_nr,
+            "smooth_dr": smooth_dr,
+            "reduction": reduction,
+        },
+    )
+
+
+def joint_histogram(
+    pred: ArrayLike,
+    target: ArrayLike,
+    *,
+    num_bins: int = 32,
+    kernel: str = "gaussian",
+    sigma_ratio: float = 1.0,
+    value_range: ValueRange = None,
+    mask: ArrayLike | None = None,
+) -> jax.Array:
+    """How often each pair of intensities occurs in two images at the same place.
+
+    Intensities are spread over bins by Parzen windows as in :func:`mutual_information_loss`; what
+    comes out is its p_ab, of sum 1 for each item and channel.
+
+    Parameters
+    ----------
+    pred, target, num_bins, kernel, sigma_ratio, value_range, mask
+        As for :func:`mutual_information_loss`.
+
+    Returns
+    -------
+    float[N, C, num_bins, num_bins]
+        The bins of pred, then those of target. float64 where an image is float64, else float32.
+        Zero where the mask is empty. It has no gradient.
+
+    Raises
+    ------
+    ValueError
+        A shape, a number or a range that does not fit; the message names the argument.
+    TypeError
+        A dtype or an argument's type that is not supported.
+    """
+    op = "joint_histogram"
+    ranges = _intensity_ranges(op, value_range, pred, target)
+    return apply(
+        op,
+        (pred, target, _weights(mask, pred), ranges),
+        {
+            "num_bins": num_bins,
+            "kernel": kernel,
+            "sigma_ratio": sigma_ratio,
+            "joint_range": _is_joint(value_range),
         },
     )

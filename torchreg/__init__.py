@@ -1,6 +1,12 @@
 """Fused image-registration kernels for PyTorch, on CUDA and CPU."""
 
-from torchreg.loss import LNCCLoss, lncc_loss
+from torchreg.loss import (
+    LNCCLoss,
+    MutualInformationLoss,
+    joint_histogram,
+    lncc_loss,
+    mutual_information_loss,
+)
 from torchreg.smooth import gaussian_smooth
 from torchreg.warp import (
     affine_warp,
@@ -13,12 +19,15 @@ from torchreg.warp import (
 
 __all__ = [
     "LNCCLoss",
+    "MutualInformationLoss",
     "affine_warp",
     "compose",
     "convert_displacement",
     "gaussian_smooth",
     "interpolate",
     "jacobian_determinant",
+    "joint_histogram",
     "lncc_loss",
+    "mutual_information_loss",
     "scaling_and_squaring",
 ]

@@ -526,12 +526,12 @@ def static_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) and value else (value,)
 
 
-def _plain(value: Any) -> Any:
+def plain_number(value: Any) -> Any:
     """Python's own number for a NumPy one."""
     if type(value) in (bool, int, float, str):
         return value
     if isinstance(value, tuple):
-        return tuple(_plain(v) for v in value)
+        return tuple(plain_number(v) for v in value)
     is_scalar = isinstance(value, np.generic | np.ndarray) and value.ndim == 0
     return value.item() if is_scalar else value
 
@@ -681,7 +681,7 @@ def _dispatch(
     op: str, operands: Sequence[torch.Tensor | None], attributes: dict[str, Any]
 ) -> torch.Tensor:
     signature = _SIGNATURES[op]
-    attributes = {name: _plain(value) for name, value in attributes.items()}
+    attributes = {name: plain_number(value) for name, value in attributes.items()}
     arguments = [x if x is None else _plain_memory(x) for x in operands]
     is_eager = _is_eager(arguments)
     needs = _needs(signature, arguments, is_eager)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 
-from torchreg._ops import apply, static_tuple
+from torchreg._ops import apply, plain_number, static_tuple
+
+ValueRange = str | Sequence[Sequence[float | torch.Tensor]] | None
 
 
 def _weights(mask: Any, image: Any) -> Any:
@@ -96,7 +99,226 @@ def lncc_loss(
     )
 
 
-class LNCCLoss(torch.nn.Module):
+def _is_joint(value_range: Any) -> bool:
+    return isinstance(value_range, str) and value_range == "joint"
+
+
+def _intensity_ranges(op: str, value_range: Any, pred: Any, target: Any) -> Any:
+    """Low and high of pred and of target, as the op takes them; ``None`` where it looks for them.
+
+    Numbers are checked. What tensors hold is not looked at: that would wait for the device.
+    """
+    if value_range is None or _is_joint(value_range):
+        return None
+    expected = f"{op}: value_range: expected None, 'joint' or ((low, high), (low, high))"
+    rows = value_range if isinstance(value_range, list | tuple) else ()
+    if [len(row) if isinstance(row, list | tuple) else 0 for row in rows] != [2, 2]:
+        error = ValueError if isinstance(value_range, str | list | tuple) else TypeError
+        raise error(f"{expected}, got {value_range!r}")
+    # Its precision is the images', which it must not raise.
+    images = [x for x in (pred, target) if isinstance(x, torch.Tensor)]
+    wide = any(x.dtype == torch.float64 for x in images)
+    dtype = torch.float64 if wide else torch.float32
+    device = images[0].device if images else None
+    largest = torch.finfo(dtype).max
+    bounds = []
+    for row in rows:
+        numbers = []
+        for bound in map(plain_number, row):
+            if isinstance(bound, torch.Tensor):
+                if bound.ndim > 1 or bound.is_complex():
+                    raise ValueError(
+                        f"{expected}, each a real number or one per item, got {bound!r}"
+                    )
+            elif isinstance(bound, bool) or not isinstance(bound, int | float):
+                raise TypeError(f"{expected} of numbers, got {bound!r}")
+            else:
+                numbers.append(bound)
+            bounds.append(bound)
+        # Written so that what is not a number is refused.
+        if not all(abs(bound) <= largest for bound in numbers) or sorted(numbers) != numbers:
+            raise ValueError(f"{expected} of finite numbers, the lower first, got {row!r}")
+    sizes = {bound.numel() for bound in bounds if isinstance(bound, torch.Tensor) and bound.ndim}
+    if len(sizes - {1}) > 1:
+        raise ValueError(f"{expected}, with one number for all items or for each, got {rows!r}")
+    size = max(sizes - {1}, default=1)
+    # Numbers are filled in on the device: a copy from the host could not be captured in a graph.
+    columns = [
+        bound.detach().to(device, dtype).expand(size)
+        if isinstance(bound, torch.Tensor)
+        else torch.full((size,), bound, dtype=dtype, device=device)
+        for bound in bounds
+    ]
+    return torch.stack(columns, dim=-1).reshape(-1, 2, 2)
+
+
+def mutual_information_loss(
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    num_bins: int = 32,
+    kernel: str = "gaussian",
+    sigma_ratio: float = 1.0,
+    value_range: ValueRange = None,
+    mask: torch.Tensor | None = None,
+    reduction: str = "mean",
+    smooth_nr: float = 1e-7,
+    smooth_dr: float = 1e-7,
+) -> torch.Tensor:
+    """Mutual information of two images' intensities, as a loss, with its exact gradient.
+
+    Intensities are mapped to x in [0, 1] by ``value_range`` and clamped. A Parzen window spreads
+    each over bins with the centres ``c_b = (b + 1/2) / num_bins``, with weights of sum 1. p_ab is
+    the mean over the voxels of the product of the two images' weights, p_a and p_b are its sums
+    over b and over a, and
+
+        MI = sum over a, b of p_ab log((p_ab + smooth_nr) / (p_a p_b + smooth_dr) + smooth_dr)
+
+    for each item and channel; the loss is -MI, reduced. The gradient is that of the number
+    returned, with the range held fixed: where the clamp acts there is none, at the very ends of the
+    range there is one. The same bits come out every time.
+
+    Parameters
+    ----------
+    pred : float[N, C, *S]
+        ``*S`` stands for the spatial axes ``Z, Y, X`` or ``Y, X``. float64, float32, float16 or
+        bfloat16; computed in float64 where an operand is float64, and in float32 otherwise.
+    target : float[N, C, *S]
+        The same channels and spatial axes. Each batch size is N or 1.
+    num_bins
+        From 2 to 256.
+    kernel
+        "gaussian", with weights ``exp(-((x - c_b) / sigma)^2 / 2)``; "b-spline", the cubic one of
+        ``|x - c_b| num_bins``; or "delta", the nearest bin alone, which has no gradient.
+    sigma_ratio
+        From 0.25 to 4: the Gaussian's sigma is ``sigma_ratio / (2 num_bins)``.
+    value_range
+        Which intensities are mapped to 0 and 1. ``None``: the least and the largest of each image,
+        for each item and channel. "joint": those of both images of an item and channel together.
+        Or ``((low, high), (low, high))`` of pred and of target: each a number or a tensor with one
+        for all items or one for each. A range that is empty maps everything to 0 and gives no
+        gradient, so a constant image has no mutual information with another.
+    mask : float or bool [N, C, *S], optional
+        Weights of the voxels, at least 0, constant, broadcast against ``pred``: p_ab is then the
+        weighted mean, and all is 0 where the mask is empty. ``value_range=None`` and "joint" look
+        at every voxel all the same.
+    reduction
+        "mean" or "sum" over items and channels, or "none".
+    smooth_nr, smooth_dr
+        Keep the logarithm finite, as above; at least 0, and above 0.
+
+    Returns
+    -------
+    float[] or float[N, C]
+        float64 where an image is float64, else float32. Differentiable with respect to pred and
+        target; a gradient is computed only when asked for.
+
+    Raises
+    ------
+    ValueError
+        A shape, a number or a range that does not fit, or a gradient with the kernel "delta"; the
+        message names the argument.
+    TypeError
+        A dtype or an argument's type that is not supported.
+
+    Notes
+    -----
+    The B-spline is that of Mattes et al. [1]_, here for both images. The sum is that of MONAI's
+    ``GlobalMutualInformationLoss``, which expects intensities in [0, 1] and puts the first and the
+    last centre at 0 and 1. The values of its Gaussian are those of ``value_range`` from -h to 1 + h
+    for both images, with ``h = 1 / (2 (num_bins - 1))``, and of twice its ``sigma_ratio``.
+
+    References
+    ----------
+    .. [1] D. Mattes, D. R. Haynor, H. Vesselle, T. K. Lewellen, W. Eubank: PET-CT image
+       registration in the chest using free-form deformations. IEEE Transactions on Medical Imaging
+       22(1), 2003.
+    """
+    op = "mutual_information_loss"
+    ranges = _intensity_ranges(op, value_range, pred, target)
+    return apply(
+        op,
+        (pred, target, _weights(mask, pred), ranges),
+        {
+            "num_bins": num_bins,
+            "kernel": kernel,
+            "sigma_ratio": sigma_ratio,
+            "joint_range": _is_joint(value_range),
+            "smooth_nr": smooth_nr,
+            "smooth_dr": smooth_dr,
+            "reduction": reduction,
+        },
+    )
+
+
+def joint_histogram(
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    num_bins: int = 32,
+    kernel: str = "gaussian",
+    sigma_ratio: float = 1.0,
+    value_range: ValueRange = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """How often each pair of intensities occurs in two images at the same place.
+
+    Intensities are spread over bins by Parzen windows as in :func:`mutual_information_loss`; what
+    comes out is its p_ab, of sum 1 for each item and channel.
+
+    Parameters
+    ----------
+    pred, target, num_bins, kernel, sigma_ratio, value_range, mask
+        As for :func:`mutual_information_loss`.
+
+    Returns
+    -------
+    float[N, C, num_bins, num_bins]
+        The bins of pred, then those of target. float64 where an image is float64, else float32.
+        Zero where the mask is empty. It has no gradient.
+
+    Raises
+    ------
+    ValueError
+        A shape, a number or a range that does not fit; the message names the argument.
+    TypeError
+        A dtype or an argument's type that is not supported.
+    """
+    op = "joint_histogram"
+    ranges = _intensity_ranges(op, value_range, pred, target)
+    return apply(
+        op,
+        (pred, target, _weights(mask, pred), ranges),
+        {
+            "num_bins": num_bins,
+            "kernel": kernel,
+            "sigma_ratio": sigma_ratio,
+            "joint_range": _is_joint(value_range),
+        },
+    )
+
+
+class _Loss(torch.nn.Module):
+    """A loss as a module that holds its options."""
+
+    function: ClassVar[Callable[..., torch.Tensor]]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(
+        self, pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The loss of ``pred`` against ``target``, weighted by ``mask``."""
+        return type(self).function(pred, target, mask=mask, **self.options)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LNCCLoss(_Loss):
     """:func:`lncc_loss` as a module: its options are given once.
 
     Parameters
@@ -110,6 +332,8 @@ class LNCCLoss(torch.nn.Module):
     >>> loss(moved, fixed).backward()
     """
 
+    function = staticmethod(lncc_loss)
+
     def __init__(
         self,
         kernel_size: int = 7,
@@ -120,22 +344,49 @@ class LNCCLoss(torch.nn.Module):
         smooth_dr: float = 1e-5,
         reduction: str = "mean",
     ) -> None:
-        super().__init__()
-        self.options: dict[str, Any] = {
-            "kernel_size": kernel_size,
-            "window": window,
-            "sigma": sigma,
-            "smooth_nr": smooth_nr,
-            "smooth_dr": smooth_dr,
-            "reduction": reduction,
-        }
+        super().__init__(
+            kernel_size=kernel_size,
+            window=window,
+            sigma=sigma,
+            smooth_nr=smooth_nr,
+            smooth_dr=smooth_dr,
+            reduction=reduction,
+        )
 
-    def forward(
-        self, pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The loss of ``pred`` against ``target``, weighted by ``mask``."""
-        return lncc_loss(pred, target, mask=mask, **self.options)
 
-    def extra_repr(self) -> str:
-        """What ``repr`` shows."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+class MutualInformationLoss(_Loss):
+    """:func:`mutual_information_loss` as a module: its options are given once.
+
+    Parameters
+    ----------
+    num_bins, kernel, sigma_ratio, value_range, reduction, smooth_nr, smooth_dr
+        As for :func:`mutual_information_loss`.
+
+    Examples
+    --------
+    >>> loss = MutualInformationLoss(num_bins=64, value_range=((0, 1), (-1000, 3000)))
+    >>> loss(moved, fixed).backward()
+    """
+
+    function = staticmethod(mutual_information_loss)
+
+    def __init__(
+        self,
+        num_bins: int = 32,
+        *,
+        kernel: str = "gaussian",
+        sigma_ratio: float = 1.0,
+        value_range: ValueRange = None,
+        reduction: str = "mean",
+        smooth_nr: float = 1e-7,
+        smooth_dr: float = 1e-7,
+    ) -> None:
+        super().__init__(
+            num_bins=num_bins,
+            kernel=kernel,
+            sigma_ratio=sigma_ratio,
+            value_range=value_range,
+            reduction=reduction,
+            smooth_nr=smooth_nr,
+            smooth_dr=smooth_dr,
+        )
