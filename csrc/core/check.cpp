@@ -78,7 +78,8 @@ Batch check_batch(const Call& call) {
     const Tensor& input = call.inputs[i];
     if (!input.present) continue;
     const char* name = call.op->inputs[i].name;
-    const int64_t groups = input.shape[0], items = input.shape[1];
+    // The cotangent of a sum over the items has none.
+    const int64_t groups = input.shape[0], items = input.shape.rank() > 1 ? input.shape[1] : 1;
     if (groups != 1) {
       // Frontends make the groups; a mismatch is a mistake of theirs.
       if (batch.groups != 1 && batch.groups != groups) {

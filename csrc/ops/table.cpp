@@ -20,6 +20,7 @@ const std::vector<Op>& op_table() {
     add(jacobian_determinant_ops());
     add(convert_displacement_ops());
     add(lncc_loss_ops());
+    add(mutual_information_ops());
     return all;
   }();
   return table;

@@ -1,11 +1,9 @@
 #pragma once
 
-#include "core/check.h"
+#include "core/compared.h"
 #include "ops/lncc_loss/maths.h"
 
 namespace reg {
-
-enum class Reduction { kMean, kSum, kNone };
 
 // What the inputs and attributes of a call amount to, once checked.
 struct LnccGeometry {

@@ -1,28 +1,12 @@
 // What both devices need to know of a call.
 #pragma once
 
+#include "core/compared.h"
 #include "core/dispatch.h"
-#include "core/operand.h"
 #include "ops/lncc_loss/geometry.h"
 #include "ops/lncc_loss/lncc_loss.h"
 
 namespace reg {
-
-// An image (or mask, or map) by group, item and channel.
-template <class T>
-struct Channels {
-  Operand<T> operand;
-  int64_t stride = 0;  // from channel to channel; 0 where there is one for all
-
-  Channels() = default;
-  explicit Channels(const Tensor& tensor) : operand(tensor) {
-    if (tensor.present && tensor.shape[2] != 1) stride = tensor.shape.count(3);
-  }
-  REG_HD bool present() const { return operand.data != nullptr; }
-  REG_HD T* at(int64_t group, int64_t item, int64_t channel) const {
-    return operand.at(group, item) + channel * stride;
-  }
-};
 
 // A call of either op. With one gradient asked for, I is the image that it belongs to.
 template <class T>

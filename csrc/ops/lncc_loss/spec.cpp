@@ -2,7 +2,6 @@
 #include <cmath>
 #include <limits>
 
-#include "core/check.h"
 #include "core/dispatch.h"
 #include "ops/lncc_loss/geometry.h"
 #include "ops/lncc_loss/lncc_loss.h"
@@ -10,33 +9,11 @@
 
 namespace reg {
 
-namespace {
-
-void check_same_axes(const Call& call, const char* argument, const Tensor& reference,
-                     const char* reference_name, bool one_channel_will_do) {
-  const Tensor& tensor = call.input(argument);
-  bool same = tensor.shape.rank() == reference.shape.rank();
-  for (int axis = 2; same && axis < reference.shape.rank(); ++axis) {
-    const bool broadcast = axis == 2 && one_channel_will_do && tensor.shape[axis] == 1;
-    same = tensor.shape[axis] == reference.shape[axis] || broadcast;
-  }
-  if (!same) {
-    fail_shape(
-        call, argument,
-        concat("with the ", one_channel_will_do ? "spatial axes of " : "axes of ", reference_name,
-               " after the batch axis", one_channel_will_do ? " and one channel or as many" : ""));
-  }
-}
-
-}  // namespace
-
 LnccGeometry lncc_geometry(const Call& call) {
   LnccGeometry geometry;
   geometry.dtype = check_dtypes(call);
-  geometry.dimensions = check_image(call, "pred");
+  geometry.dimensions = check_compared(call);
   const Tensor& pred = call.input("pred");
-  check_same_axes(call, "target", pred, "pred", false);
-  if (call.input("mask").present) check_same_axes(call, "mask", pred, "pred", true);
   geometry.sizes = image_sizes(pred);
   geometry.channels = pred.shape[2];
   geometry.reduction = call.choice<Reduction>("reduction");

@@ -1,0 +1,502 @@
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "core/for_each.h"
+#include "core/reduce.h"
+#include "ops/mutual_information/kernels.h"
+
+namespace reg {
+
+namespace {
+
+// Weights are computed for this many samples at a time, by vector code.
+constexpr int kBlock = 64;
+
+// The images of one element and how their values are read.
+template <class T>
+struct Pair {
+  const T* pred;
+  const T* target;
+  const T* mask;  // null: all ones
+  PairScale<T> scale;
+};
+
+// How the samples of all elements are cut into parts that threads take: by their number alone.
+struct Parts {
+  int64_t count, size;
+
+  Parts(int64_t samples, int64_t least) {
+    size = std::max<int64_t>({1, least, (samples + 63) / 64});
+    count = (samples + size - 1) / size;
+  }
+  int64_t begin(int64_t part) const { return part * size; }
+  int64_t end(int64_t part, int64_t samples) const { return std::min(samples, (part + 1) * size); }
+};
+
+template <class T>
+void find_extremes(const T* values, int64_t count, T* low, T* high) {
+  for (int64_t i = 0; i < count; ++i) {
+    const T value = values[i];
+    const bool finite = value - value == 0;
+    *low = finite && value < *low ? value : *low;
+    *high = finite && value > *high ? value : *high;
+  }
+}
+
+// The weights of a block of samples on the bins of one image, tap by tap.
+template <class T, int kReach>
+struct BlockWeights {
+  static constexpr int kMiddle = ParzenWeights<T, kReach>::kMiddle;
+  static constexpr int kTaps = 2 * kMiddle + 1;
+  int middle[kBlock];
+  T weight[kTaps][kBlock];
+  T slope[kTaps][kBlock];
+
+  template <ParzenKernel kKernel, bool kSlopes>
+  void compute(const Parzen<T>& window, const T* t) {
+    const int reach = kReach > 0 ? kReach : window.reach;
+#pragma GCC ivdep
+    for (int s = 0; s < kBlock; ++s) {
+      ParzenWeights<T, kReach> one;
+      parzen_weights<kKernel, kSlopes>(window, t[s], one);
+      middle[s] = one.middle;
+      REG_UNROLL
+      for (int j = -reach; j <= reach; ++j) {
+        weight[kMiddle + j][s] = one.weight[kMiddle + j];
+        if constexpr (kSlopes) slope[kMiddle + j][s] = one.slope[kMiddle + j];
+      }
+    }
+  }
+};
+
+// Reads a block of samples: where they are in bins, and what they weigh. A sample that weighs
+// nothing is at 0; returns whether one that does is not a number.
+template <class T>
+bool read_block(const Pair<T>& pair, int num_bins, int64_t begin, int64_t end, T* pred, T* target,
+                T* weight) {
+  const int count = static_cast<int>(std::min<int64_t>(kBlock, end - begin));
+  int bad = 0;
+#pragma GCC ivdep
+  for (int s = 0; s < kBlock; ++s) {
+    const int64_t i = begin + (s < count ? s : 0);
+    const T at_pred = pair.scale.pred.position(pair.pred[i], num_bins);
+    const T at_target = pair.scale.target.position(pair.target[i], num_bins);
+    T w = pair.mask == nullptr ? T(1) : pair.mask[i] / pair.scale.largest_weight;
+    w = s < count && !(w == 0) ? w : T(0);
+    w = pair.scale.largest_weight == 0 ? T(0) : w;
+    const T sum = at_pred + at_target + w;
+    const bool broken = !(sum == sum);
+    bad |= broken && !(w == 0);
+    weight[s] = broken ? T(0) : w;
+    pred[s] = broken ? T(0) : at_pred;
+    target[s] = broken ? T(0) : at_target;
+  }
+  return bad != 0;
+}
+
+// Adds a run of samples to a histogram with a margin for what reaches over its ends.
+template <ParzenKernel kKernel, int kReach, class T>
+bool count_samples(const Parzen<T>& window, const Pair<T>& pair, int64_t begin, int64_t end,
+                   double* histogram, int64_t pitch) {
+  using Weights = BlockWeights<T, kReach>;
+  constexpr int kMiddle = Weights::kMiddle;
+  constexpr int kWidth = kReach > 0 ? (Weights::kTaps + 3) / 4 * 4 : 0;
+  const int reach = kReach > 0 ? kReach : window.reach;
+  const int width = kWidth > 0 ? kWidth : 2 * reach + 1;
+  T at_pred[kBlock], at_target[kBlock], weight[kBlock];
+  Weights pred, target;
+  bool bad = false;
+  for (; begin < end; begin += kBlock) {
+    bad |= read_block(pair, window.num_bins, begin, end, at_pred, at_target, weight);
+    pred.template compute<kKernel, false>(window, at_pred);
+    target.template compute<kKernel, false>(window, at_target);
+    for (int s = 0; s < kBlock; ++s) {
+      if (weight[s] == 0) continue;
+      double columns[kWidth > 0 ? kWidth : Weights::kTaps] = {};
+      for (int j = -reach; j <= reach; ++j) columns[j + reach] = target.weight[kMiddle + j][s];
+      double* row = histogram + pred.middle[s] * pitch + target.middle[s];
+      for (int j = -reach; j <= reach; ++j, row += pitch) {
+        const double a = static_cast<double>(pred.weight[kMiddle + j][s]) * weight[s];
+        for (int i = 0; i < width; ++i) row[i] += a * columns[i];
+      }
+    }
+  }
+  return bad;
+}
+
+// The gradients of a run of samples. Each is written, or added to what is there.
+template <class T>
+struct GradientTarget {
+  T* data;  // null: not wanted
+  bool add;
+
+  void store(int64_t i, T value) const { data[i] = add ? data[i] + value : value; }
+};
+
+template <ParzenKernel kKernel, int kReach, class T>
+void differentiate_samples(const Parzen<T>& window, const Pair<T>& pair, int64_t begin, int64_t end,
+                           const T* table, int64_t pitch, T factor,
+                           const GradientTarget<T>& grad_pred,
+                           const GradientTarget<T>& grad_target) {
+  using Weights = BlockWeights<T, kReach>;
+  constexpr int kMiddle = Weights::kMiddle;
+  constexpr int kWidth = kReach > 0 ? (Weights::kTaps + 7) / 8 * 8 : 0;
+  const int reach = kReach > 0 ? kReach : window.reach;
+  const int width = kWidth > 0 ? kWidth : 2 * reach + 1;
+  T at_pred[kBlock], at_target[kBlock], weight[kBlock];
+  Weights pred, target;
+  for (; begin < end; begin += kBlock) {
+    read_block(pair, window.num_bins, begin, end, at_pred, at_target, weight);
+    pred.template compute<kKernel, true>(window, at_pred);
+    target.template compute<kKernel, true>(window, at_target);
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, end - begin));
+    for (int s = 0; s < count; ++s) {
+      T columns[kWidth > 0 ? kWidth : Weights::kTaps] = {};
+      T column_slopes[kWidth > 0 ? kWidth : Weights::kTaps] = {};
+      const T* row = table + pred.middle[s] * pitch + target.middle[s];
+      for (int j = -reach; j <= reach; ++j, row += pitch) {
+        const T a = pred.weight[kMiddle + j][s];
+        const T slope = pred.slope[kMiddle + j][s];
+        for (int i = 0; i < width; ++i) {
+          columns[i] += slope * row[i];
+          column_slopes[i] += a * row[i];
+        }
+      }
+      T by_pred = 0, by_target = 0;
+      for (int j = -reach; j <= reach; ++j) {
+        by_pred += columns[j + reach] * target.weight[kMiddle + j][s];
+        by_target += column_slopes[j + reach] * target.slope[kMiddle + j][s];
+      }
+      const int64_t i = begin + s;
+      const T w = factor * weight[s];
+      if (grad_pred.data != nullptr) {
+        grad_pred.store(i, w * by_pred * pair.scale.pred.slope(pair.pred[i], window.num_bins));
+      }
+      if (grad_target.data != nullptr) {
+        grad_target.store(i,
+                          w * by_target * pair.scale.target.slope(pair.target[i], window.num_bins));
+      }
+    }
+  }
+}
+
+// Everything inlined into one function for each of several instruction sets. None of them contracts
+// a multiplication and an addition, so all of them compute the same bits.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define REG_FOR_NEWER_CPUS __attribute__((target_clones("avx512f", "avx2", "default"), flatten))
+#else
+#define REG_FOR_NEWER_CPUS
+#endif
+
+#define REG_RUN_SAMPLES(T, kernel, kReach)                                                       \
+  REG_FOR_NEWER_CPUS bool run_count(IntTag<static_cast<int>(kernel)>, IntTag<kReach>,            \
+                                    const Parzen<T>& window, const Pair<T>& pair, int64_t begin, \
+                                    int64_t end, double* histogram, int64_t pitch) {             \
+    return count_samples<kernel, kReach>(window, pair, begin, end, histogram, pitch);            \
+  }                                                                                              \
+  REG_FOR_NEWER_CPUS void run_gradient(                                                          \
+      IntTag<static_cast<int>(kernel)>, IntTag<kReach>, const Parzen<T>& window,                 \
+      const Pair<T>& pair, int64_t begin, int64_t end, const T* table, int64_t pitch, T factor,  \
+      const GradientTarget<T>& grad_pred, const GradientTarget<T>& grad_target) {                \
+    differentiate_samples<kernel, kReach>(window, pair, begin, end, table, pitch, factor,        \
+                                          grad_pred, grad_target);                               \
+  }
+#define REG_RUN_WINDOWS(T)                       \
+  REG_RUN_SAMPLES(T, ParzenKernel::kGaussian, 0) \
+  REG_RUN_SAMPLES(T, ParzenKernel::kGaussian, 3) \
+  REG_RUN_SAMPLES(T, ParzenKernel::kGaussian, 4) \
+  REG_RUN_SAMPLES(T, ParzenKernel::kBSpline, 2)
+REG_RUN_WINDOWS(float)
+REG_RUN_WINDOWS(double)
+#undef REG_RUN_WINDOWS
+#undef REG_RUN_SAMPLES
+
+template <class T>
+bool count_hard(const Parzen<T>& window, const Pair<T>& pair, int64_t begin, int64_t end,
+                double* histogram, int64_t pitch) {
+  return count_samples<ParzenKernel::kDelta, 0>(window, pair, begin, end, histogram, pitch);
+}
+
+// The elements of a call with their ranges, and the joint histogram of each.
+template <class T>
+struct CpuHistograms {
+  HistogramCall<T> call;
+  std::vector<Pair<T>> pairs;
+  std::vector<double> counts;  // num_bins^2 for each element
+  std::vector<double> totals;  // NaN where a sample was not a number
+
+  explicit CpuHistograms(const Call& raw) : call(raw) {
+    call.value_range = Operand<const T>(raw.input("value_range"));
+    find_ranges();
+    count();
+  }
+
+  int64_t bins() const { return int64_t{1} * call.geometry.num_bins * call.geometry.num_bins; }
+
+ private:
+  void find_ranges() {
+    const HistogramGeometry& geometry = call.geometry;
+    const int64_t samples = geometry.samples;
+    const Parts parts(samples, 1 << 15);
+    const int64_t elements = geometry.elements();
+    const bool own = call.value_range.data == nullptr;
+    std::vector<T> extremes(elements * parts.count * kExtremes);
+    pairs.reserve(elements);
+    for (int64_t element = 0; element < elements; ++element) {
+      const auto [group, item, channel] = call.space().index(element);
+      pairs.push_back({call.pred.at(group, item, channel),
+                       call.target.at(group, item, channel),
+                       call.mask.present() ? call.mask.at(group, item, channel) : nullptr,
+                       {{0, 0}, {0, 0}, 1}});
+    }
+    parallel_for(elements * parts.count, 1, [&](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task) {
+        const Pair<T>& pair = pairs[task / parts.count];
+        const int64_t begin = parts.begin(task % parts.count);
+        const int64_t count = parts.end(task % parts.count, samples) - begin;
+        constexpr T kInfinity = std::numeric_limits<T>::infinity();
+        T found[kExtremes] = {kInfinity, -kInfinity, kInfinity, -kInfinity, 0};
+        T least = 0;
+        if (own) {
+          find_extremes(pair.pred + begin, count, &found[kLowPred], &found[kHighPred]);
+          find_extremes(pair.target + begin, count, &found[kLowTarget], &found[kHighTarget]);
+        }
+        if (pair.mask != nullptr) {
+          find_extremes(pair.mask + begin, count, &least, &found[kHighMask]);
+        }
+        std::copy(found, found + kExtremes, extremes.data() + task * kExtremes);
+      }
+    });
+    for (int64_t element = 0; element < elements; ++element) {
+      T* const found = extremes.data() + element * parts.count * kExtremes;
+      for (int64_t part = 1; part < parts.count; ++part) {
+        const T* other = found + part * kExtremes;
+        for (const int low : {kLowPred, kLowTarget}) found[low] = std::min(found[low], other[low]);
+        for (const int high : {kHighPred, kHighTarget, kHighMask}) {
+          found[high] = std::max(found[high], other[high]);
+        }
+      }
+      const auto [group, item, channel] = call.space().index(element);
+      pairs[element].scale =
+          PairScale<T>::from(own ? nullptr : call.value_range.at(group, item),
+                             call.geometry.joint_range, found, call.mask.present());
+    }
+  }
+
+  void count() {
+    const HistogramGeometry& geometry = call.geometry;
+    const int64_t elements = geometry.elements();
+    // A part's own histogram has to be cleared and added up: little beside four samples per bin.
+    const Parts parts(geometry.samples, std::max<int64_t>(1 << 13, 4 * bins()));
+    const int reach = geometry.reach;
+    // Rows are read and written a few columns further than a window goes.
+    const int64_t pitch = table_size(geometry) + 8;
+    const int64_t size = pitch * (table_size(geometry) + 1);
+    counts.assign(elements * bins(), 0);
+    totals.assign(elements, 0);
+    std::vector<double> histograms(elements * parts.count * size);
+    std::vector<char> bad(elements * parts.count);
+    parallel_for(elements * parts.count, 1, [&](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t part = task % parts.count;
+        const int64_t begin = parts.begin(part), end = parts.end(part, geometry.samples);
+        const Pair<T>& pair = pairs[task / parts.count];
+        double* const histogram = histograms.data() + task * size;
+        if (geometry.kernel == ParzenKernel::kDelta) {
+          bad[task] = count_hard(call.window, pair, begin, end, histogram, pitch);
+        } else {
+          dispatch_window(geometry.kernel, reach, [&](auto kernel, auto known_reach) {
+            bad[task] =
+                run_count(kernel, known_reach, call.window, pair, begin, end, histogram, pitch);
+          });
+        }
+      }
+    });
+    for (int64_t element = 0; element < elements; ++element) {
+      double* const sum = counts.data() + element * bins();
+      for (int64_t part = 0; part < parts.count; ++part) {
+        const double* row =
+            histograms.data() + (element * parts.count + part) * size + reach * pitch + reach;
+        for (int a = 0; a < geometry.num_bins; ++a, row += pitch) {
+          for (int b = 0; b < geometry.num_bins; ++b) sum[a * geometry.num_bins + b] += row[b];
+        }
+        if (bad[element * parts.count + part]) {
+          totals[element] = std::numeric_limits<double>::quiet_NaN();
+        }
+      }
+      for (int64_t bin = 0; bin < bins(); ++bin) totals[element] += sum[bin];
+    }
+  }
+};
+
+// The mutual information of one element, and its derivatives with respect to p_ab.
+struct Information {
+  double value = 0;
+  std::vector<double> by_p;  // empty: not wanted
+
+  Information(const double* counts, double total, int num_bins, double smooth_nr, double smooth_dr,
+              bool wants_derivatives) {
+    const double scale = total == 0 ? 0 : 1 / total;
+    std::vector<double> p_a(num_bins), p_b(num_bins);
+    for (int a = 0; a < num_bins; ++a) {
+      for (int b = 0; b < num_bins; ++b) {
+        p_a[a] += counts[a * num_bins + b] * scale;
+        p_b[b] += counts[a * num_bins + b] * scale;
+      }
+    }
+    if (wants_derivatives) by_p.resize(int64_t{1} * num_bins * num_bins);
+    std::vector<double> by_p_a(num_bins), by_p_b(num_bins);
+    for (int a = 0; a < num_bins; ++a) {
+      for (int b = 0; b < num_bins; ++b) {
+        const int i = a * num_bins + b;
+        const InformationTerm term =
+            information_term(counts[i] * scale, p_a[a] * p_b[b], smooth_nr, smooth_dr);
+        value += term.value;
+        if (!wants_derivatives) continue;
+        by_p[i] = term.by_p;
+        by_p_a[a] += term.by_q * p_b[b];
+        by_p_b[b] += term.by_q * p_a[a];
+      }
+    }
+    if (!wants_derivatives) return;
+    for (int a = 0; a < num_bins; ++a) {
+      for (int b = 0; b < num_bins; ++b) by_p[a * num_bins + b] += by_p_a[a] + by_p_b[b];
+    }
+  }
+};
+
+template <class T>
+void save(const CpuHistograms<T>& histograms, int64_t element, const Information& information,
+          const Tensor& table, const Tensor& scaling) {
+  const HistogramGeometry& geometry = histograms.call.geometry;
+  const int64_t size = table_size(geometry);
+  T* const rows = table.as<T>() + element * size * size;
+  std::fill(rows, rows + size * size, T(0));
+  for (int a = 0; a < geometry.num_bins; ++a) {
+    T* const row = rows + (a + geometry.reach) * size + geometry.reach;
+    for (int b = 0; b < geometry.num_bins; ++b) {
+      row[b] = static_cast<T>(-information.by_p[a * geometry.num_bins + b]);
+    }
+  }
+  const PairScale<T>& scale = histograms.pairs[element].scale;
+  const double total = histograms.totals[element];
+  const T values[kScalings] = {scale.pred.low, scale.pred.high, scale.target.low, scale.target.high,
+                               static_cast<T>(total == 0 ? 0 : 1 / (total * scale.largest_weight))};
+  std::copy(values, values + kScalings, scaling.as<T>() + element * kScalings);
+}
+
+template <class T>
+void loss_run(const Call& call) {
+  const CpuHistograms<T> histograms(call);
+  const HistogramGeometry& geometry = histograms.call.geometry;
+  const auto reduction = call.choice<Reduction>("reduction");
+  const Tensor& table = call.output("table");
+  const int64_t elements = geometry.elements();
+  std::vector<double> losses(elements);
+  parallel_for(elements, 1, [&](int64_t first, int64_t last) {
+    for (int64_t element = first; element < last; ++element) {
+      const Information information(
+          histograms.counts.data() + element * histograms.bins(), histograms.totals[element],
+          geometry.num_bins, call.number("smooth_nr"), call.number("smooth_dr"), table.present);
+      losses[element] = -information.value;
+      if (table.present) save(histograms, element, information, table, call.output("scaling"));
+    }
+  });
+  T* const output = call.output("output").as<T>();
+  if (reduction == Reduction::kNone) {
+    for (int64_t element = 0; element < elements; ++element) {
+      output[element] = static_cast<T>(losses[element]);
+    }
+    return;
+  }
+  const bool mean = reduction == Reduction::kMean;
+  const int64_t per_group = geometry.batch.items * geometry.channels;
+  for (int64_t group = 0; group < geometry.batch.groups; ++group) {
+    double sum = 0;
+    for (int64_t i = 0; i < per_group; ++i) sum += losses[group * per_group + i];
+    if (mean && per_group > 0) sum /= static_cast<double>(per_group);
+    output[group] = static_cast<T>(sum);
+  }
+}
+
+template <class T>
+void histogram_run(const Call& call) {
+  const CpuHistograms<T> histograms(call);
+  T* const output = call.output("output").as<T>();
+  for (int64_t element = 0; element < histograms.call.geometry.elements(); ++element) {
+    const double total = histograms.totals[element];
+    const double scale = total == 0 ? 0 : 1 / total;
+    for (int64_t bin = 0; bin < histograms.bins(); ++bin) {
+      const int64_t i = element * histograms.bins() + bin;
+      output[i] = static_cast<T>(histograms.counts[i] * scale);
+    }
+  }
+}
+
+template <class T>
+void gradient_run(const Cpu& device, const Call& call) {
+  const HistogramCall<T> histogram(call);
+  const HistogramGeometry& geometry = histogram.geometry;
+  if (geometry.elements() * geometry.samples == 0) {
+    for (const char* name : {"grad_pred", "grad_target"}) {
+      if (call.output(name).present) clear(device, call.output(name));
+    }
+    return;
+  }
+  const GradientCall<T> gradient(call, histogram);
+  const int64_t turns = gradient.items_together() ? gradient.space.items : 1;
+  const ElementSpace work{gradient.space.items / turns, gradient.space.channels};
+  const Parts parts(geometry.samples, 1 << 14);
+  parallel_for(geometry.elements() / turns * parts.count, 1, [&](int64_t first, int64_t last) {
+    // Rows of the table are read a few columns further than a window goes.
+    const int64_t size = table_size(geometry), pitch = size + 8;
+    std::vector<T> table((size + 1) * pitch);
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t begin = parts.begin(task % parts.count);
+      const int64_t end = parts.end(task % parts.count, geometry.samples);
+      ElementIndex index = work.index(task / parts.count);
+      for (int64_t turn = 0; turn < turns; ++turn) {
+        index.item = turns > 1 ? turn : index.item;
+        const auto [group, item, channel] = index;
+        const Pair<T> pair{
+            gradient.pred.at(group, item, channel), gradient.target.at(group, item, channel),
+            gradient.mask.present() ? gradient.mask.at(group, item, channel) : nullptr,
+            gradient.scale(index)};
+        const T* const rows = gradient.table_of(index);
+        for (int64_t row = 0; row < size; ++row) {
+          std::copy(rows + row * size, rows + (row + 1) * size, table.data() + row * pitch);
+        }
+        const auto to = [&, g = group, i = item, c = channel](const Channels<T>& target,
+                                                              bool shared) {
+          return GradientTarget<T>{target.present() ? target.at(g, i, c) : nullptr,
+                                   shared && turn > 0};
+        };
+        dispatch_window(geometry.kernel, geometry.reach, [&](auto kernel, auto reach) {
+          run_gradient(kernel, reach, gradient.window, pair, begin, end, table.data(), pitch,
+                       gradient.factor(index), to(gradient.grad_pred, gradient.sum_pred),
+                       to(gradient.grad_target, gradient.sum_target));
+        });
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void mutual_information_loss_cpu(const Context&, const Call& call) {
+  dispatch_dtype(call.input("pred").dtype,
+                 [&](auto type) { loss_run<typename decltype(type)::type>(call); });
+}
+void mutual_information_loss_grad_cpu(const Context& context, const Call& call) {
+  dispatch_dtype(call.input("pred").dtype, [&](auto type) {
+    gradient_run<typename decltype(type)::type>(Cpu(context), call);
+  });
+}
+void joint_histogram_cpu(const Context&, const Call& call) {
+  dispatch_dtype(call.input("pred").dtype,
+                 [&](auto type) { histogram_run<typename decltype(type)::type>(call); });
+}
+
+}  // namespace reg

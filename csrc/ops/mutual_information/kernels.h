@@ -1,0 +1,144 @@
+// What both devices need to know of a call.
+#pragma once
+
+#include "core/dispatch.h"
+#include "ops/mutual_information/geometry.h"
+#include "ops/mutual_information/mutual_information.h"
+
+namespace reg {
+
+// How the values of one pair of images are read.
+template <class T>
+struct PairScale {
+  IntensityRange<T> pred, target;
+  T largest_weight;  // samples weigh mask / largest_weight
+
+  REG_HD static PairScale from(const T* given, bool joint, const T* extremes, bool masked) {
+    T low_pred, high_pred, low_target, high_target;
+    if (given != nullptr) {
+      low_pred = given[0], high_pred = given[1], low_target = given[2], high_target = given[3];
+    } else {
+      low_pred = extremes[kLowPred], high_pred = extremes[kHighPred];
+      low_target = extremes[kLowTarget], high_target = extremes[kHighTarget];
+      if (joint) {
+        low_pred = low_target = low_pred < low_target ? low_pred : low_target;
+        high_pred = high_target = high_pred > high_target ? high_pred : high_target;
+      }
+    }
+    return {IntensityRange<T>(low_pred, high_pred), IntensityRange<T>(low_target, high_target),
+            masked ? extremes[kHighMask] : T(1)};
+  }
+};
+
+// An element of a call is a pair of images: those of a group, item and channel.
+struct ElementIndex {
+  int64_t group, item, channel;
+};
+
+struct ElementSpace {
+  int64_t items, channels;
+
+  REG_HD ElementIndex index(int64_t element) const {
+    const int64_t outer = element / channels;
+    const int64_t group = outer / items;
+    return {group, outer - group * items, element - outer * channels};
+  }
+  REG_HD int64_t element(const ElementIndex& index) const {
+    return (index.group * items + index.item) * channels + index.channel;
+  }
+};
+
+template <class T>
+struct HistogramCall {
+  HistogramGeometry geometry;
+  Parzen<T> window;
+  Channels<const T> pred, target, mask;
+  Operand<const T> value_range;
+
+  explicit HistogramCall(const Call& call)
+      : geometry(histogram_geometry(call)),
+        window(parzen_window<T>(call, geometry)),
+        pred(call.input("pred")),
+        target(call.input("target")),
+        mask(call.input("mask")) {
+    geometry.batch = check_batch(call);
+  }
+  ElementSpace space() const { return {geometry.batch.items, geometry.channels}; }
+};
+
+// What the gradient goes by.
+template <class T>
+struct GradientCall {
+  Parzen<T> window;
+  Channels<const T> pred, target, mask;
+  Channels<T> grad_pred, grad_target;
+  bool sum_pred, sum_target;  // the gradient is shared by all items
+  Operand<const T> table, scaling, cotangent;
+  bool one_cotangent;  // for all items and channels
+  T reduction;
+  ElementSpace space;
+  int64_t table_count;  // entries of one channel's table
+
+  GradientCall(const Call& call, const HistogramCall<T>& histogram)
+      : window(histogram.window),
+        pred(histogram.pred),
+        target(histogram.target),
+        mask(histogram.mask),
+        grad_pred(call.output("grad_pred")),
+        grad_target(call.output("grad_target")),
+        table(call.input("table")),
+        scaling(call.input("scaling")),
+        space(histogram.space()) {
+    const HistogramGeometry& geometry = histogram.geometry;
+    const auto shared = [&](const Channels<T>& gradient, const char* name) {
+      return gradient.present() && call.output(name).shape[1] != geometry.batch.items;
+    };
+    sum_pred = shared(grad_pred, "grad_pred");
+    sum_target = shared(grad_target, "grad_target");
+    const Tensor& grad_output = call.input("grad_output");
+    one_cotangent = grad_output.shape.rank() == 1;
+    cotangent.data = grad_output.as<const T>();
+    cotangent.stride.group = grad_output.shape[0] == 1 ? 0 : grad_output.shape.count(1);
+    reduction = T(1);
+    if (call.choice<Reduction>("reduction") == Reduction::kMean) {
+      reduction = static_cast<T>(1 / static_cast<double>(space.items * space.channels));
+    }
+    table_count = table_size(geometry) * table_size(geometry);
+  }
+
+  // Where gradients are shared, all items of a group and channel are one piece of work.
+  bool items_together() const { return sum_pred || sum_target; }
+
+  REG_HD const T* table_of(const ElementIndex& index) const {
+    return table.at(index.group, index.item) + index.channel * table_count;
+  }
+  REG_HD PairScale<T> scale(const ElementIndex& index) const {
+    const T* const values = scaling_of(index);
+    return {IntensityRange<T>(values[kRangePred], values[kRangePred + 1]),
+            IntensityRange<T>(values[kRangeTarget], values[kRangeTarget + 1]), T(1)};
+  }
+  REG_HD T factor(const ElementIndex& index) const {
+    const int64_t place = one_cotangent ? 0 : index.item * space.channels + index.channel;
+    const T cotangent_here = cotangent.data[index.group * cotangent.stride.group + place];
+    return cotangent_here * reduction * scaling_of(index)[kInverseTotal];
+  }
+
+ private:
+  REG_HD const T* scaling_of(const ElementIndex& index) const {
+    return scaling.at(index.group, index.item) + index.channel * kScalings;
+  }
+};
+
+// Calls body(kernel, reach) with compile-time values; a reach of 0 is one known only at run time.
+template <class Body>
+void dispatch_window(ParzenKernel kernel, int reach, const Body& body) {
+  if (kernel == ParzenKernel::kBSpline) {
+    return body(IntTag<static_cast<int>(ParzenKernel::kBSpline)>{}, IntTag<2>{});
+  }
+  constexpr IntTag<static_cast<int>(ParzenKernel::kGaussian)> gaussian;
+  if (reach == 3) return body(gaussian, IntTag<3>{});
+  if (reach == 4) return body(gaussian, IntTag<4>{});
+  body(gaussian, IntTag<0>{});
+}
+
+}  // namespace reg

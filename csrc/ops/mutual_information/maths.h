@@ -1,0 +1,221 @@
+// Parzen windows, and the terms of the mutual information.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "core/host_device.h"
+
+namespace reg {
+
+enum class ParzenKernel { kGaussian, kBSpline, kDelta };
+
+// Intensities are counted in bins: t = x num_bins - 1/2, so that the centre of bin b is at t = b.
+template <class T>
+struct Parzen {
+  int num_bins;
+  int reach;        // bins to either side of the nearest one that a window may cover
+  T sharpness;      // log2(e) / (2 s^2), s being the Gaussian's width in bins
+  T inverse_width;  // 1 / s^2
+  // 2^(-sharpness j^2). A Gaussian reaches no further than 8.6 s, s <= 2: in float64 what is beyond
+  // is below the rounding of the sum.
+  static constexpr int kMaxReach = 17;
+  T falloff[kMaxReach + 1];
+};
+
+// How intensities map to [0, 1]. An empty range maps everything to 0 and has no derivative, and
+// what is not a number stays so.
+template <class T>
+struct IntensityRange {
+  T low, high;
+  T inverse;  // 2 / (high - low), or 0
+
+  REG_HD IntensityRange(T l, T h) : low(l), high(h), inverse(0) {
+    // By halves, since the difference may be more than the largest number.
+    const T half = T(0.5) * h - T(0.5) * l;
+    if (half > 0) inverse = 1 / half;
+    if (!(inverse <= largest())) inverse = 0;
+  }
+  REG_HD T position(T value, int num_bins) const {
+    const T inside = value < low ? low : (value > high ? high : value);
+    const T x = (T(0.5) * inside - T(0.5) * low) * inverse;
+    return (x > 1 ? T(1) : x) * static_cast<T>(num_bins) - T(0.5);
+  }
+  // dt / dvalue; at the two ends the clamp passes the derivative.
+  REG_HD T slope(T value, int num_bins) const {
+    return value >= low && value <= high ? T(0.5) * inverse * static_cast<T>(num_bins) : T(0);
+  }
+
+ private:
+  static REG_HD T largest() { return sizeof(T) == 4 ? T(3.4028234e38) : T(1.7976931348623157e308); }
+};
+
+REG_HD double exp2_of(double x) {
+#ifdef __CUDA_ARCH__
+  return exp2(x);
+#else
+  return std::exp2(x);
+#endif
+}
+
+// On the CPU to about a unit in the last place, without a branch: the compiler makes vector code.
+REG_HD float exp2_of(float x) {
+#ifdef __CUDA_ARCH__
+  return exp2f(x);
+#else
+  x = x < -126.0f ? -126.0f : x;
+  const float shifted = x + 12582912.0f;  // 1.5 2^23: rounds to an integer, in the low bits
+  int32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  const float y = (x - (shifted - 12582912.0f)) * 0.693147181f;
+  float power = 1.0f / 5040;
+  power = power * y + 1.0f / 720;
+  power = power * y + 1.0f / 120;
+  power = power * y + 1.0f / 24;
+  power = power * y + 1.0f / 6;
+  power = power * y + 0.5f;
+  power = power * y + 1.0f;
+  power = power * y + 1.0f;
+  const int32_t scale_bits = static_cast<int32_t>(static_cast<uint32_t>(bits) << 23) + 0x3f800000;
+  float scale;
+  std::memcpy(&scale, &scale_bits, sizeof(scale));
+  return power * scale;
+#endif
+}
+
+// To the nearest integer, for numbers below 2^22 in magnitude.
+REG_HD float round_small(float x) {
+#ifdef __CUDA_ARCH__
+  return rintf(x);
+#else
+  return (x + 12582912.0f) - 12582912.0f;
+#endif
+}
+REG_HD double round_small(double x) {
+#ifdef __CUDA_ARCH__
+  return rint(x);
+#else
+  return (x + 6755399441055744.0) - 6755399441055744.0;
+#endif
+}
+
+// The cubic B-spline and its derivative.
+template <class T>
+REG_HD T b_spline(T d) {
+  const T a = d < 0 ? -d : d;
+  const T outer = a < 2 ? 2 - a : T(0);
+  return a < 1 ? T(2.0 / 3) - a * a * (1 - T(0.5) * a) : outer * outer * outer * T(1.0 / 6);
+}
+template <class T>
+REG_HD T b_spline_slope(T d) {
+  const T a = d < 0 ? -d : d;
+  const T outer = a < 2 ? 2 - a : T(0);
+  const T slope = a < 1 ? a * (T(1.5) * a - 2) : T(-0.5) * outer * outer;
+  return d < 0 ? -slope : slope;
+}
+
+// The bin that a sample is nearest to.
+template <ParzenKernel kKernel, class T>
+REG_HD T nearest_bin(T t, int num_bins) {
+  T bin = round_small(t);
+  // Bins are half open: what lies between two belongs to the upper one.
+  if (kKernel == ParzenKernel::kDelta && t - bin == T(0.5)) bin += 1;
+  const T last = static_cast<T>(num_bins - 1);
+  return bin < last ? bin : last;
+}
+
+// The weights of a sample on the bins about the nearest one, of sum 1, and their derivatives with
+// respect to t. `kReach` is the reach of the window where the compiler knows it, else 0.
+template <class T, int kReach>
+struct ParzenWeights {
+  static constexpr int kMiddle = kReach > 0 ? kReach : Parzen<T>::kMaxReach;
+  int middle;
+  T weight[2 * kMiddle + 1];
+  T slope[2 * kMiddle + 1];
+};
+
+template <ParzenKernel kKernel, bool kSlopes, class T, int kReach>
+REG_HD void parzen_weights(const Parzen<T>& window, T t, ParzenWeights<T, kReach>& out) {
+  constexpr int kMiddle = ParzenWeights<T, kReach>::kMiddle;
+  const int reach = kReach > 0 ? kReach : window.reach;
+  const T bin = nearest_bin<kKernel>(t, window.num_bins);
+  const T f = t - bin;
+  out.middle = static_cast<int>(bin);
+  if constexpr (kKernel == ParzenKernel::kDelta) {
+    REG_UNROLL
+    for (int j = 1; j <= reach; ++j) out.weight[kMiddle - j] = out.weight[kMiddle + j] = 0;
+    out.weight[kMiddle] = 1;
+    return;
+  }
+  T sum, slopes;
+  if constexpr (kKernel == ParzenKernel::kGaussian) {
+    // exp(-(f - j)^2 / 2s^2) = exp(-f^2 / 2s^2) exp(f / s^2)^j exp(-j^2 / 2s^2)
+    const T step = window.sharpness * f;
+    const T ratio = exp2_of(2 * step);
+    const T inverse_ratio = 1 / ratio;
+    T up = exp2_of(-step * f);
+    T down = up;
+    sum = out.weight[kMiddle] = up;
+    slopes = kSlopes ? out.slope[kMiddle] = -f * up : T(0);
+    REG_UNROLL
+    for (int j = 1; j <= reach; ++j) {
+      up *= ratio;
+      down *= inverse_ratio;
+      const T above = out.middle + j < window.num_bins ? up * window.falloff[j] : T(0);
+      const T below = out.middle - j >= 0 ? down * window.falloff[j] : T(0);
+      out.weight[kMiddle + j] = above;
+      out.weight[kMiddle - j] = below;
+      sum += above + below;
+      if constexpr (kSlopes) {
+        out.slope[kMiddle + j] = (static_cast<T>(j) - f) * above;
+        out.slope[kMiddle - j] = (static_cast<T>(-j) - f) * below;
+        slopes += out.slope[kMiddle + j] + out.slope[kMiddle - j];
+      }
+    }
+  } else {
+    sum = slopes = 0;
+    REG_UNROLL
+    for (int j = -reach; j <= reach; ++j) {
+      const int b = out.middle + j;
+      const bool inside = b >= 0 && b < window.num_bins;
+      out.weight[kMiddle + j] = inside ? b_spline(f - static_cast<T>(j)) : T(0);
+      sum += out.weight[kMiddle + j];
+      if constexpr (kSlopes) {
+        out.slope[kMiddle + j] = inside ? b_spline_slope(f - static_cast<T>(j)) : T(0);
+        slopes += out.slope[kMiddle + j];
+      }
+    }
+  }
+  const T inverse_sum = 1 / sum;
+  const T mean_slope = slopes * inverse_sum;
+  const T unit = kKernel == ParzenKernel::kGaussian ? window.inverse_width : T(1);
+  REG_UNROLL
+  for (int j = -reach; j <= reach; ++j) {
+    T& weight = out.weight[kMiddle + j];
+    if constexpr (kSlopes) {
+      T& slope = out.slope[kMiddle + j];
+      slope = (slope - weight * mean_slope) * inverse_sum * unit;
+    }
+    weight *= inverse_sum;
+  }
+}
+
+// One bin's term of the sum, p log((p + nr) / (q + dr) + dr), and its derivatives with respect to
+// p and to q = p_a p_b.
+struct InformationTerm {
+  double value;
+  double by_p;
+  double by_q;
+};
+
+REG_HD InformationTerm information_term(double p, double q, double smooth_nr, double smooth_dr) {
+  const double inverse = 1 / (q + smooth_dr);
+  const double ratio = (p + smooth_nr) * inverse;
+  const double argument = ratio + smooth_dr;
+  const double logarithm = log(argument);
+  const double slope = p * inverse / argument;
+  return {p * logarithm, logarithm + slope, -slope * ratio};
+}
+
+}  // namespace reg
