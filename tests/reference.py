@@ -564,12 +564,14 @@ def intensity_ranges(
 ) -> list[tuple[float, float]]:
     """The intensities of pred and of target that are mapped to 0 and to 1.
 
-    The images are one item and channel.
+    The images are one item and channel. Voxels that are not finite have no part in it.
     """
+    finite = [x[np.isfinite(x)] for x in images]
     if value_range is None:
-        return [(x.min(), x.max()) for x in images]
+        return [(x.min(), x.max()) for x in finite]
     if value_range == "joint":
-        return [(np.min(images), np.max(images))] * 2
+        both = np.concatenate(finite)
+        return [(both.min(), both.max())] * 2
     return [(float(lo), float(hi)) for lo, hi in value_range]
 
 
@@ -581,12 +583,13 @@ def parzen_windows(
     Both are ``(samples, num_bins)``. The range is held fixed. What lies outside counts as at its
     end and has no derivative; at the ends there is one. An empty range maps everything to 0.
     """
-    scale = 0 if lo == hi else 1 / (hi - lo)
-    x = np.clip((image.ravel() - lo) * scale, 0, 1)[:, None]
-    slope = np.where((image.ravel() < lo) | (image.ravel() > hi), 0, scale)[:, None]
+    scale = 1 / (hi - lo) if lo < hi else 0
+    x = ((np.clip(image, lo, hi) - lo) * scale)[:, None]
+    slope = np.where((image < lo) | (image > hi), 0, scale)[:, None]
     distance = x - (np.arange(num_bins) + 0.5) / num_bins
     if kernel == "delta":
-        hard = np.eye(num_bins)[np.minimum(np.floor(x[:, 0] * num_bins), num_bins - 1).astype(int)]
+        nearest = np.minimum(np.floor(x * num_bins), num_bins - 1)
+        hard = np.where(np.isnan(x), np.nan, nearest == np.arange(num_bins))
         return hard, np.zeros_like(hard)
     if kernel == "gaussian":
         sigma = sigma_ratio / (2 * num_bins)
@@ -616,7 +619,8 @@ def paired_samples(
 ) -> Iterator[tuple[tuple[int, int], Array, list[tuple[Array, Array]]]]:
     """Of each item and channel: its indices, the share of each sample, both images' windows.
 
-    A bound of ``value_range`` is a number, or an array of one for each item.
+    A bound of ``value_range`` is a number, or an array of one for each item. A sample that weighs
+    nothing does not count, whatever its intensities are.
     """
     count = batch_size(pred, target, mask)
     for n, c in np.ndindex(count, pred.shape[1]):
@@ -630,7 +634,9 @@ def paired_samples(
         if given is not None and given != "joint":
             given = [[np.broadcast_to(bound, count)[n] for bound in pair] for pair in given]
         windows = [
-            parzen_windows(image, lo, hi, num_bins, kernel, sigma_ratio)
+            parzen_windows(
+                np.where(weights == 0, lo, image.ravel()), lo, hi, num_bins, kernel, sigma_ratio
+            )
             for image, (lo, hi) in zip(images, intensity_ranges(images, given), strict=True)
         ]
         yield (n, c), divide_or_zero(weights, weights.sum()), windows
