@@ -25,6 +25,11 @@ class Example:
     def count(self) -> int:
         return len(self.operands)
 
+    @property
+    def differentiable(self) -> range:
+        """The numbers of the operands that the function can be differentiated by."""
+        return range(0 if self.name in WITHOUT_GRADIENT else self.count)
+
     def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function of the operands alone."""
         return lambda *operands: function(*operands, **self.options)
@@ -42,7 +47,13 @@ OPS = [
     "jacobian_determinant",
     "convert_displacement",
     "lncc_loss",
+    "mutual_information_loss",
 ]
+
+LOSSES = ["lncc_loss", "mutual_information_loss"]
+
+# Functions that have no gradient by any operand.
+WITHOUT_GRADIENT = ["joint_histogram"]
 
 OPERANDS = {
     "interpolate": ("image", "affine", "grid"),
@@ -52,7 +63,7 @@ OPERANDS = {
     "gaussian_smooth": ("x",),
     "jacobian_determinant": ("displacement",),
     "convert_displacement": ("displacement",),
-    "lncc_loss": ("pred", "target"),
+    **dict.fromkeys([*LOSSES, *WITHOUT_GRADIENT], ("pred", "target")),
 }
 
 
@@ -69,7 +80,7 @@ def example(
     seed: int = 0,
     **options: Any,
 ) -> Example:
-    """The op with every operand it can be differentiated by, batch 2; further options are added.
+    """The op with every operand that is no option, batch 2; further options are added.
 
     Seeds give different values.
     """
@@ -81,6 +92,8 @@ def example(
     image = random_array(base + 4, 2, 2, *shape, dtype=dtype)
     other = random_array(base + 5, 2, 2, *shape, dtype=dtype)
     spacing = (0.5, 2.0, 3.5)[:dim]
+    # Around all values: where a range is the images' own, differences would move it.
+    binning = {"num_bins": 6, "value_range": ((-1.1, 1.2), (-1.3, 1.1))}
     case = {
         "interpolate": Example("interpolate", (image, affine, first)),
         "compose": Example("compose", (first, second, affine)),
@@ -94,5 +107,7 @@ def example(
             {"source": "normalised", "target": "mm", "spacing": spacing},
         ),
         "lncc_loss": Example("lncc_loss", (image, other), {"kernel_size": 3}),
+        "mutual_information_loss": Example("mutual_information_loss", (image, other), binning),
+        "joint_histogram": Example("joint_histogram", (image, other), binning),
     }[name]
     return replace(case, options={**case.options, **options})

@@ -17,11 +17,13 @@ import _regcore
 import numpy as np
 import pytest
 from backends import BACKENDS, Backend, JaxBackend
-from examples import OPERANDS, OPS, example
+from examples import LOSSES, OPERANDS, OPS, WITHOUT_GRADIENT, example
 
 NAN, INFINITY = float("nan"), float("inf")
 TABLE = _regcore.ops()
 TABLE_NAMES = {"scaling_and_squaring": "scale_velocity"}  # of functions that are called otherwise
+FUNCTIONS = [*OPS, *WITHOUT_GRADIENT]
+SET_BY_ANOTHER = {"joint_range": "value_range"}  # attributes that an argument of another name sets
 
 # The axes of each operand: a small letter is a spatial axis, D has as many entries as those, S as
 # many as in the other operands.
@@ -35,6 +37,12 @@ LAYOUTS = {
 
 def zeros(*shape: int, dtype: object = np.float32) -> np.ndarray:
     return np.zeros(shape, dtype)
+
+
+def attributes(op: str) -> list[tuple[str, str]]:
+    """The attributes of an op that its function takes, and their kinds."""
+    found = TABLE[TABLE_NAMES.get(op, op)]["attributes"]
+    return [(name, kind) for name, kind, _ in found if name not in SET_BY_ANOTHER]
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,7 @@ WRONG_VALUES = {
 
 def attribute_cases(op: str) -> Iterator[Bad]:
     parameters = inspect.signature(BACKENDS["torch", "cpu"].function(op)).parameters
-    for name, kind, _ in TABLE[TABLE_NAMES.get(op, op)]["attributes"]:
+    for name, kind in attributes(op):
         for value in WRONG_TYPES[kind]:
             if value is not None or parameters[name].default is not None:
                 yield bad_type(op, name, value, r"\S")
@@ -132,15 +140,36 @@ def attribute_cases(op: str) -> Iterator[Bad]:
             yield bad_value(op, name, value, r"\S")
 
 
-FROM_THE_TABLE = [case for op in OPS for case in (*operand_cases(op), *attribute_cases(op))]
+FROM_THE_TABLE = [case for op in FUNCTIONS for case in (*operand_cases(op), *attribute_cases(op))]
 
 FIELDS = [(op, name) for op in OPS for name in OPERANDS[op] if LAYOUTS[name] == "NzyxD"]
 AFFINES = [("interpolate", "affine"), ("compose", "affine"), ("affine_warp", "affine")]
 
 # Of an operand without a gradient, which the examples do not have.
 MASKS = [
-    bad_value("lncc_loss", "mask", zeros(*shape), numbers(*shape))
+    bad_value(op, "mask", zeros(*shape), numbers(*shape))
+    for op in (*LOSSES, *WITHOUT_GRADIENT)
     for shape in [(2, 3, 3, 4, 5), (2, 0, 3, 4, 5), (2, 2, 3, 4, 6), (2, 2, 4, 5)]
+]
+
+HISTOGRAMS = ["mutual_information_loss", "joint_histogram"]
+RANGES: list[tuple[Any, type[Exception], str]] = [
+    ("join", ValueError, "join"),
+    (((0, 1),), ValueError, r"\(\(0, 1\),\)"),
+    ((0, 1), ValueError, r"\(0, 1\)"),
+    (((0, 1), (0, 1, 2)), ValueError, "2"),
+    (((0, 1), (1, 0.5)), ValueError, "0.5"),
+    (((0, 1), (0, NAN)), ValueError, "nan"),
+    (((-INFINITY, 1), (0, 1)), ValueError, "inf"),
+    (((0, 1e39), (0, 1)), ValueError, "e.39"),  # of float32
+    (((0, 10**400), (0, 1)), ValueError, "100"),
+    (3.5, TypeError, "3.5"),
+    (True, TypeError, "True"),
+    (zeros(2, 2), TypeError, "array"),
+    (((0, 1), ("low", 1)), TypeError, "low"),
+    (((0, 1), (None, 1)), TypeError, "None"),
+    (((0, 1), (False, True)), TypeError, "False"),
+    (((0, 1), ((0, 1), 1)), TypeError, "1"),
 ]
 
 ONE_BY_ONE = [
@@ -148,6 +177,15 @@ ONE_BY_ONE = [
     bad_value("lncc_loss", "mask", zeros(3, 1, 3, 4, 5), "3"),
     bad_type("lncc_loss", "mask", zeros(2, 2, 3, 4, 5, dtype=np.int16), "int16"),
     bad_type("lncc_loss", "mask", "brain.nii", "str"),
+    *[
+        Bad(op, "value_range", error, came, {"value_range": value})
+        for op in HISTOGRAMS
+        for value, error, came in RANGES
+    ],
+    *[bad_value(op, "num_bins", n, str(n)) for op in HISTOGRAMS for n in (-3, 0, 1, 257)],
+    *[bad_value(op, "sigma_ratio", r, f"{r:g}") for op in HISTOGRAMS for r in (-1.0, 0.2, 4.1)],
+    bad_value("mutual_information_loss", "smooth_nr", -1.0, "-1"),
+    *[bad_value("mutual_information_loss", "smooth_dr", x, f"{x:g}") for x in (-1.0, 0.0)],
     # Dimensions that do not fit each other.
     *[bad_value(op, name, zeros(2, 5, 3), numbers(2, 5, 3)) for op, name in FIELDS],
     *[bad_value(op, name, zeros(2, 2, 3), numbers(2, 2, 3)) for op, name in AFFINES],
@@ -219,14 +257,15 @@ def test_the_error_names_the_argument_and_what_came(backend: Backend, bad: Bad) 
     assert re.search(bad.came, message.split("got", 1)[1]), message
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", FUNCTIONS)
 def test_every_operand_and_attribute_of_the_table_is_tried(op: str) -> None:
     entry = TABLE[TABLE_NAMES.get(op, op)]
     tried = {name for bad in BAD if bad.op == op for name in bad.changes}
-    assert tried >= {name for name, *_ in (*entry["inputs"], *entry["attributes"])}
+    named = [name for name, *_ in (*entry["inputs"], *entry["attributes"])]
+    assert tried >= {SET_BY_ANOTHER.get(name, name) for name in named}
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", FUNCTIONS)
 def test_axes_that_are_free_may_have_any_size(backend: Backend, op: str) -> None:
     """The counterpart of the bad shapes: what is not refused there is accepted here."""
     for operand, good in zip(OPERANDS[op], example(op, dtype=np.float32).operands, strict=True):
@@ -259,21 +298,21 @@ def test_jax_refuses_bad_arrays_when_it_traces(bad: Bad) -> None:
         jax.eval_shape(lambda *a: backend.function(bad.op)(*a, **options), *operands)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", FUNCTIONS)
 def test_unknown_arguments_are_refused(backend: Backend, op: str) -> None:
     operands, options = arguments_of(op, {})
     with pytest.raises(TypeError, match="align_croners"):
         backend.call(op, *operands, align_croners=True, **options)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", FUNCTIONS)
 def test_numpy_numbers_are_as_good_as_python_ones(backend: Backend, op: str) -> None:
     """Also as arrays without axes; the result is the same."""
     numbers_of = {"bool": np.bool_, "int": np.int16, "float": np.float64, "choice": np.str_}
     operands, options = arguments_of(op, {})
     expected = backend.call(op, *operands, **options)
     parameters = inspect.signature(backend.function(op)).parameters
-    for name, kind, _ in TABLE[TABLE_NAMES.get(op, op)]["attributes"]:
+    for name, kind in attributes(op):
         value = options.get(name, parameters[name].default)
         if value is None:
             continue
@@ -283,7 +322,7 @@ def test_numpy_numbers_are_as_good_as_python_ones(backend: Backend, op: str) -> 
             np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", FUNCTIONS)
 def test_torch_tensors_that_hold_no_plain_memory_are_refused(op: str) -> None:
     import torch
 
@@ -302,7 +341,7 @@ def test_torch_tensors_that_hold_no_plain_memory_are_refused(op: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("op", [op for op in OPS if len(OPERANDS[op]) > 1])
+@pytest.mark.parametrize("op", [op for op in FUNCTIONS if len(OPERANDS[op]) > 1])
 def test_torch_tensors_on_two_devices_are_refused(op: str) -> None:
     import torch
 
@@ -323,14 +362,14 @@ def test_jax_refuses_arrays_that_hold_no_numbers() -> None:
             function(bad, 1.0)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", FUNCTIONS)
 def test_jax_refuses_attributes_that_are_traced(op: str) -> None:
     """They choose the kernel; a program for all of their values does not exist."""
     import jax
 
     function = BACKENDS["jax", "cpu"].function(op)
     operands, options = arguments_of(op, {})
-    for name, kind, _ in TABLE[TABLE_NAMES.get(op, op)]["attributes"]:
+    for name, kind in attributes(op):
         if kind == "choice":
             continue  # no array holds a string
         with pytest.raises(TypeError, match=rf"\b{name}\b: expected"):

@@ -12,7 +12,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from examples import OPS, example
+from examples import LOSSES, OPS, example
 from inputs import assert_close, assert_same, random_affine, random_array, small_displacement
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -91,7 +91,7 @@ def assert_all_close(actual: Any, expected: Any) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_each_device_works_on_its_own_items(name: str, axis_type: AxisType) -> None:
     """Forward and backward, without a word to the others, to the last bit."""
-    options = {"reduction": "none"} if name == "lncc_loss" else {}
+    options = {"reduction": "none"} if name in LOSSES else {}
     cases = [example(name, seed=seed, **options) for seed in range(2)]
     batches = [np.concatenate(pair) for pair in zip(*(c.operands for c in cases), strict=True)]
     function = cases[0].bind(getattr(jaxreg, name))
@@ -118,11 +118,12 @@ def test_the_gradient_of_an_operand_for_all_items_is_summed_over_devices(
     assert_all_close(results, gradient(image, affine, grid))
 
 
-def test_a_loss_of_all_items_is_that_of_the_whole_batch(axis_type: AxisType) -> None:
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_of_all_items_is_that_of_the_whole_batch(name: str, axis_type: AxisType) -> None:
     """A mean over the items is known only to who sees them all; that of each item is not."""
-    cases = [example("lncc_loss", seed=seed) for seed in range(2)]
+    cases = [example(name, seed=seed) for seed in range(2)]
     batches = [np.concatenate(pair) for pair in zip(*(c.operands for c in cases), strict=True)]
-    both = jax.jit(jax.value_and_grad(cases[0].bind(jaxreg.lncc_loss), (0, 1)))
+    both = jax.jit(jax.value_and_grad(cases[0].bind(getattr(jaxreg, name)), (0, 1)))
     spread = [put(batch, mesh(axis_type), "batch") for batch in batches]
     value, gradients = both(*spread)
     expected, expected_gradients = both(*batches)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from backends import BACKENDS, Backend
-from examples import OPERANDS, OPS, example
+from examples import OPERANDS, OPS, WITHOUT_GRADIENT, example
 from inputs import assert_close, assert_same, random_array
 from parity_digests import cases
 
@@ -21,6 +21,7 @@ import jaxreg
 import torchreg
 
 THREADS = [1, 2, 5]
+FUNCTIONS = [*OPS, *WITHOUT_GRADIENT]
 
 Digests = dict[str, dict[str, dict[str, str]]]
 
@@ -67,12 +68,12 @@ def test_jax_and_torch_agree_on_the_gpu(title: str) -> None:
         backend = BACKENDS[framework, "cuda"]
         value = backend.call(case.name, *case.operands, **case.options)
         cotangent = random_array(7, *value.shape, dtype=value.dtype)
-        wrt = range(case.count)
+        wrt = case.differentiable
         gradients = backend.vjp(case.name, case.operands, cotangent, wrt, **case.options)
         results.append((value, *gradients))
     scattered = {("interpolate", "image"), ("compose", "u"), ("scaling_and_squaring", "velocity")}
     names = ("value", *OPERANDS[case.name])
-    for name, of_jax, of_torch in zip(names, *results, strict=True):
+    for name, of_jax, of_torch in zip(names, *results, strict=False):
         if (case.name, name) in scattered:
             assert_close(of_jax, of_torch, of_torch.dtype)
         else:
@@ -81,7 +82,7 @@ def test_jax_and_torch_agree_on_the_gpu(title: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("framework", ["jax", "torch"])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_gpu_agrees_with_the_cpu(name: str, framework: str) -> None:
     case = example(name, shape=(29, 37, 43), dtype=np.float32)
     on_cpu, on_gpu = (
@@ -92,11 +93,11 @@ def test_the_gpu_agrees_with_the_cpu(name: str, framework: str) -> None:
 
 
 def test_both_packages_offer_the_same_functions() -> None:
-    assert set(OPS) <= set(jaxreg.__all__)
-    assert set(OPS) <= set(torchreg.__all__)
+    assert set(FUNCTIONS) <= set(jaxreg.__all__)
+    assert set(FUNCTIONS) <= set(torchreg.__all__)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_take_the_same_arguments_in_both_packages(name: str) -> None:
     """The same names, kinds and defaults."""
     in_jax, in_torch = (
@@ -140,6 +141,12 @@ def test_numbers_and_shapes_may_come_from_numpy(backend: Backend) -> None:
             "sigma": np.float32(1.5),
         },
     )
+    same(
+        "mutual_information_loss",
+        image,
+        {"target": 2 * image, "value_range": ((-1.0, 1.0), (-2.0, 2.0))},
+        {"target": 2 * image, "value_range": [(np.int64(-1), np.array(1)), (np.float32(-2), 2)]},
+    )
     units = {"source": "voxel", "target": "mm"}
     same(
         "convert_displacement",
@@ -150,7 +157,7 @@ def test_numbers_and_shapes_may_come_from_numpy(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("package", [jaxreg, torchreg], ids=lambda package: package.__name__)
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_argument_is_documented(name: str, package: object) -> None:
     function = getattr(package, name)
     documented = inspect.getdoc(function) or ""

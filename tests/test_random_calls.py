@@ -252,6 +252,42 @@ def test_lncc_loss(device: str, call: tuple[tuple[np.ndarray, ...], dict[str, An
         assert_close(gradient, expected, np.float64)
 
 
+KERNELS = st.sampled_from(["gaussian", "b-spline"])
+
+
+@st.composite
+def binnings(draw: st.DrawFn) -> dict[str, Any]:
+    """How intensities between -1 and 1 may be counted."""
+    given = st.tuples(*[st.tuples(st.floats(-1.5, -0.5), st.floats(-0.4, 1.5))] * 2)
+    return {
+        "num_bins": draw(st.one_of(st.integers(2, 40), st.sampled_from([64, 255, 256]))),
+        "kernel": draw(KERNELS),
+        "sigma_ratio": draw(st.floats(0.25, 2.5)),
+        "value_range": draw(st.one_of(st.none(), st.just("joint"), given)),
+    }
+
+
+@ON_EACH_DEVICE
+@given(losses(), binnings())
+def test_mutual_information(
+    device: str, call: tuple[tuple[np.ndarray, ...], dict[str, Any]], binning: dict[str, Any]
+) -> None:
+    operands, others = call
+    options = {**binning, **{k: others[k] for k in ("mask",) if k in others}}
+    backend = BACKENDS["torch", device]
+    histogram = reference.joint_histogram(*operands, **options)
+    assert_close(backend.call("joint_histogram", *operands, **options), histogram, np.float64)
+    options["reduction"] = others["reduction"]
+    expected = reference.mutual_information_loss(*operands, **options)
+    actual = backend.call("mutual_information_loss", *operands, **options)
+    assert_close(actual, expected, np.float64)
+    cotangent = random_array(0, *expected.shape)
+    gradients = backend.vjp("mutual_information_loss", operands, cotangent, (0, 1), **options)
+    slopes = reference.mutual_information_loss_vjp(cotangent, *operands, **options)
+    for gradient, slope in zip(gradients, slopes, strict=True):
+        assert_close(gradient, slope, np.float64)
+
+
 # Finite inputs that are as far from ordinary as a result can bear: for each op, sizes of its
 # operands. Larger ones overflow on the way. Images of 1e38 have slopes that no float32 holds, and
 # from a difference of two infinities comes NaN.
@@ -264,6 +300,8 @@ SIZES = {
     "jacobian_determinant": [(1,), (1e9,), (1e-38,)],
     "convert_displacement": [(1,), (1e30,), (1e-38,)],
     "lncc_loss": [(1, 1), (1e30, 1e30), (1e-38, 1), (1e19, 1e-30)],
+    "mutual_information_loss": [(1, 1), (1e38, 1e38), (1e-38, 1), (1e38, 1e-38)],
+    "joint_histogram": [(1, 1), (1e38, 1e38), (1e-38, 1), (1e38, 1e-38)],
 }
 
 
@@ -328,6 +366,17 @@ def extreme_calls(draw: st.DrawFn) -> tuple[str, tuple[Any, ...], dict[str, Any]
             "smooth_nr": draw(st.sampled_from([0.0, 1.0])),
         }
         return name, (values(channels, *shape), values(channels, *shape)), options
+    if name in ("mutual_information_loss", "joint_histogram"):
+        channels = draw(st.integers(0, 3))
+        options = {
+            "num_bins": draw(st.sampled_from([2, 32, 33, 256])),
+            "kernel": draw(KERNELS),
+            "sigma_ratio": draw(st.sampled_from([0.25, 1.0, 4.0])),
+            "value_range": draw(st.sampled_from([None, "joint", ((-0.5, 0.5), (0, 1e-30))])),
+        }
+        if name == "mutual_information_loss":
+            options["reduction"] = draw(st.sampled_from(["sum", "none"]))
+        return name, (values(channels, *shape), values(channels, *shape)), options
     units, ends = st.sampled_from(["normalised", "voxel", "mm"]), st.sampled_from(["first", "last"])
     options = {
         **aligned,
@@ -352,6 +401,7 @@ def test_finite_operands_give_no_nan(
     result = backend.call(name, *args, **options)
     assert not np.isnan(result).any()
     wrt = [k for k, operand in enumerate(args) if operand is not None]
+    wrt = [] if name == "joint_histogram" else wrt
     cotangent = random_array(0, *result.shape, dtype=result.dtype)
     for gradient in backend.vjp(name, args, cotangent, wrt, **options):
         assert not np.isnan(gradient).any()
