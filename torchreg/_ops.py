@@ -467,6 +467,15 @@ class _Apply(torch.autograd.Function):
         return unfolded, tuple(None if x is None else 0 for x in unfolded)
 
 
+def _check_constants(signature: _Signature, needs: Sequence[bool]) -> None:
+    for i in signature.constants:
+        if needs[i]:
+            raise ValueError(
+                f"{signature.op}: {signature.inputs[i]}: expected a tensor that requires no "
+                "gradient, as it has none, got one that does"
+            )
+
+
 def _make_derivative(signature: _Signature) -> Callable[..., list[torch.Tensor]]:
     """For calls of the registered op itself, which is what exported programs are made of."""
 
@@ -482,6 +491,7 @@ def _make_derivative(signature: _Signature) -> Callable[..., list[torch.Tensor]]
                 f"torch.ops.torchreg.{signature.op} has no derivative of its own: "
                 "call the function of the same name in torchreg"
             )
+        _check_constants(signature, needs)
         ordered = tuple(attributes.values())
         return [_result(signature, _Apply.apply(signature.op, ordered, needs, grouped, *operands))]
 
@@ -625,12 +635,7 @@ def _needs(
         )
     else:
         needs = tuple(x is not None and _requires_gradient(x) for x in operands)
-    for i in signature.constants:
-        if needs[i]:
-            raise ValueError(
-                f"{signature.op}: {signature.inputs[i]}: expected a tensor that requires no "
-                "gradient, as it has none, got one that does"
-            )
+    _check_constants(signature, needs)
     return needs
 
 
