@@ -143,6 +143,8 @@ class TorchBackend(Backend):
     ) -> tuple[Array, ...]:
         import torch
 
+        if not wrt:
+            return ()
         operands = [self.array(a) for a in args]
         chosen = [operands[k].requires_grad_() for k in wrt]
         result = self.function(name)(*operands, **self.arrays(options))
