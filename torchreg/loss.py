@@ -121,7 +121,7 @@ def _intensity_ranges(op: str, value_range: Any, pred: Any, target: Any) -> Any:
     dtype = torch.float64 if wide else torch.float32
     device = images[0].device if images else None
     largest = torch.finfo(dtype).max
-    bounds = []
+    bounds: list[float | torch.Tensor] = []
     for row in rows:
         numbers = []
         for bound in row:
