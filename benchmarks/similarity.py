@@ -2,12 +2,18 @@
 
     python benchmarks/similarity.py [--device cuda|cpu] [--size [N C] [Z] Y X] [--json FILE]
 
-LNCC with box windows and a Gaussian one: the value, and with the gradient for the first image or
-for both. Beside it, each if it can be imported: MONAI's loss as it is and compiled (3-D and 2-D),
-`fused_lncc` (3-D, CUDA, box), and separable sums in jnp under `jax.jit`, by `reduce_window` and by
-adding shifted slices. Before anything is timed, values are compared with ours.
+The value, and with the gradient for the first image or for both, beside what can be imported.
 
-`harness.py` says what the columns are. ``--work 'k=7 '`` leaves out other windows.
+LNCC with box windows and a Gaussian one: MONAI's loss as it is and compiled (3-D and 2-D),
+`fused_lncc` (3-D, CUDA, box), and separable sums in jnp under `jax.jit`, by `reduce_window` and by
+adding shifted slices.
+
+Mutual information of noise, and of images with half their voxels at one value, as the background
+of a brain is: MONAI's loss as it is and compiled, of images scaled to [0, 1], and Parzen windows
+as matrices in jnp under `jax.jit`, multiplied a chunk of voxels at a time.
+
+Before anything is timed, values are compared with ours. `harness.py` says what the columns are.
+``--work 'LNCC box k=7 '`` and ``--work 'MI gaussian 32'`` leave out other work.
 """
 
 from __future__ import annotations
@@ -15,7 +21,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +35,21 @@ import torchreg
 
 WINDOWS = [(k, "rectangular") for k in (3, 5, 7, 9, 11, 15)] + [(7, "gaussian")]
 SMOOTH = 1e-5
+HISTOGRAMS = [(num_bins, "gaussian") for num_bins in (32, 16, 64, 128)] + [(32, "b-spline")]
 
 TorchLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 JaxLoss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def make_set(rng: np.random.Generator, shape: tuple[int, ...]) -> Mapping[str, np.ndarray]:
-    """Two images that correlate in part."""
+    """Two images that correlate in part; and these with the first half of their voxels alike."""
     pred, noise = rng.normal(size=(2, *shape)).astype(np.float32)
-    return {"pred": pred, "target": 0.6 * pred + 0.8 * noise + np.float32(0.5)}
+    images = {"pred": pred, "target": 0.6 * pred + 0.8 * noise + np.float32(0.5)}
+    for name, image in list(images.items()):
+        masked = image.copy()
+        masked[..., : shape[-2] // 2, :] = image.min()
+        images[f"{name} with background"] = masked
+    return images
 
 
 def weights(kernel_size: int, window: str) -> list[float]:
@@ -127,52 +140,159 @@ def jax_losses(kernel_size: int, window: str) -> dict[str, JaxLoss]:
     return losses
 
 
-def check(bench: Bench, in_torch: Mapping[str, TorchLoss], in_jax: Mapping[str, JaxLoss]) -> None:
+def windows(x: jax.Array, low: jax.Array, high: jax.Array, num_bins: int, kernel: str) -> jax.Array:
+    """The weights of every voxel on every bin."""
+    position = num_bins * jnp.clip((x - low) / (high - low), 0, 1)[:, None]
+    distance = jnp.abs(position - jnp.arange(num_bins) - 0.5)
+    if kernel == "gaussian":
+        weight = jnp.exp(-2 * distance**2)  # sigma is half a bin
+    else:
+        inner = (4 - 6 * distance**2 + 3 * distance**3) / 6
+        weight = jnp.where(distance < 1, inner, jnp.maximum(2 - distance, 0) ** 3 / 6)
+    return weight / weight.sum(axis=1, keepdims=True)
+
+
+def jnp_mutual_information(
+    pred: jax.Array, target: jax.Array, *, num_bins: int, kernel: str
+) -> jax.Array:
+    """Mutual information by its definition, in array operations; of one item and channel."""
+    ends = [jax.lax.stop_gradient((x.min(), x.max())) for x in (pred, target)]
+    chunk = math.gcd(pred.size, 1 << 16)
+
+    @jax.checkpoint
+    def add(total: jax.Array, voxels: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        of_pred, of_target = (
+            windows(x, low, high, num_bins, kernel)
+            for x, (low, high) in zip(voxels, ends, strict=True)
+        )
+        return total + of_pred.T @ of_target, None
+
+    chunks = (pred.reshape(-1, chunk), target.reshape(-1, chunk))
+    joint = jax.lax.scan(add, jnp.zeros((num_bins, num_bins)), chunks)[0] / pred.size
+    product = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0)
+    return -(joint * jnp.log((joint + 1e-7) / (product + 1e-7) + 1e-7)).sum()
+
+
+def torch_information_losses(num_bins: int, kernel: str) -> dict[str, TorchLoss]:
+    """Ours and its peers in PyTorch."""
+    losses: dict[str, TorchLoss] = {
+        "torchreg": functools.partial(
+            torchreg.mutual_information_loss, num_bins=num_bins, kernel=kernel
+        )
+    }
+    if importlib.util.find_spec("monai"):
+        from monai.losses import GlobalMutualInformationLoss
+
+        monai = GlobalMutualInformationLoss(kernel, num_bins, sigma_ratio=0.5)
+
+        def of_unit_images(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            ends = [x.detach().aminmax() for x in (pred, target)]
+            scaled = [
+                (x - low) / (high - low)
+                for x, (low, high) in zip((pred, target), ends, strict=True)
+            ]
+            value: torch.Tensor = monai(*scaled)
+            return value
+
+        losses["MONAI"] = of_unit_images
+        losses["MONAI compiled"] = torch.compile(of_unit_images)
+    return losses
+
+
+def jax_information_losses(num_bins: int, kernel: str) -> dict[str, JaxLoss]:
+    """Ours and its peer in JAX."""
+    return {
+        "jaxreg": functools.partial(
+            jaxreg.mutual_information_loss, num_bins=num_bins, kernel=kernel
+        ),
+        "jnp matrices": functools.partial(jnp_mutual_information, num_bins=num_bins, kernel=kernel),
+    }
+
+
+def check(
+    bench: Bench,
+    in_torch: Mapping[str, TorchLoss],
+    in_jax: Mapping[str, JaxLoss],
+    names: tuple[str, str],
+    rtol: float,
+) -> None:
     """Refuse to time what does not compute the same number."""
     values = {}
     for who, loss in in_torch.items():
-        if who != "fused_lncc":  # returns another function of the same correlation
-            values[who] = float(loss(bench.torch[0]["pred"], bench.torch[0]["target"]))
+        values[who] = float(loss(*(bench.torch[0][name] for name in names)))
     for who, loss in in_jax.items() if bench.jax else ():
-        values[who] = float(jax.jit(loss)(bench.jax[0]["pred"], bench.jax[0]["target"]))
-    if values and not np.allclose(list(values.values()), next(iter(values.values())), rtol=1e-3):
+        values[who] = float(jax.jit(loss)(*(bench.jax[0][name] for name in names)))
+    if values and not np.allclose(list(values.values()), next(iter(values.values())), rtol=rtol):
         raise ValueError(f"expected one value from all of them, got {values}")
 
 
+def measure(
+    bench: Bench,
+    title: str,
+    bytes_per_voxel: tuple[int, int, int],
+    in_torch: Callable[[], Mapping[str, TorchLoss]],
+    in_jax: Callable[[], Mapping[str, JaxLoss]],
+    names: tuple[str, str] = ("pred", "target"),
+    another_number: Collection[str] = (),
+    rtol: float = 1e-3,
+) -> None:
+    """Measure a loss of two images: the value, and with the gradient of one or of both.
+
+    Values are to agree to within ``rtol``, but for those of ``another_number``.
+    """
+    works = [
+        (f"{title} loss", bytes_per_voxel[0], ()),
+        (f"{title} + grad pred", bytes_per_voxel[1], names[:1]),
+        (f"{title} + grad both", bytes_per_voxel[2], names),
+    ]
+    works = [work for work in works if bench.work in work[0]]
+    if not works:
+        return
+    torch.compiler.reset()
+    torch_losses = {who: loss for who, loss in in_torch().items() if bench.only in who}
+    jax_losses = {who: loss for who, loss in in_jax().items() if bench.only in f"{who} in a loop"}
+    alike = {who: loss for who, loss in torch_losses.items() if who not in another_number}
+    check(bench, alike, jax_losses, names, rtol)
+    for work, size, wrt in works:
+        for who, loss in torch_losses.items():
+            if who == "fused_lncc" and len(wrt) == 2:
+                continue
+
+            def forward(s: Mapping[str, Any], loss: TorchLoss = loss) -> torch.Tensor:
+                return loss(s[names[0]], s[names[1]])
+
+            bench.torch_work(work, size, who, forward, wrt, None)
+        for who, loss in jax_losses.items():
+            bench.jax_work(work, size, who, loss, names, wrt, None, loop=True)
+
+
 def run(bench: Bench, dim: int) -> None:
-    """Measure every window, and every gradient of it."""
+    """Measure every window and every histogram."""
     for kernel_size, window in WINDOWS:
-        window_name = f"LNCC {'box' if window == 'rectangular' else window} k={kernel_size} "
-        works = [
-            (window_name + "loss", 8, ()),
-            (window_name + "+ grad pred", 12, ("pred",)),
-            (window_name + "+ grad both", 16, ("pred", "target")),
-        ]
-        works = [work for work in works if bench.work in work[0]]
-        if not works:
-            continue
-        torch.compiler.reset()
-        in_torch = {
-            who: loss
-            for who, loss in torch_losses(kernel_size, window, dim, bench.device).items()
-            if bench.only in who
-        }
-        in_jax = {
-            who: loss
-            for who, loss in jax_losses(kernel_size, window).items()
-            if bench.only in f"{who} in a loop"
-        }
-        check(bench, in_torch, in_jax)
-        for work, size, wrt in works:
-            for who, loss in in_torch.items():
-                if who == "fused_lncc" and len(wrt) == 2:
-                    continue
-                bench.torch_work(
-                    work, size, who, lambda s, f=loss: f(s["pred"], s["target"]), wrt, None
-                )
-            for who, loss in in_jax.items():
-                names = ("pred", "target")
-                bench.jax_work(work, size, who, loss, names, wrt, None, loop=True)
+        measure(
+            bench,
+            f"LNCC {'box' if window == 'rectangular' else window} k={kernel_size}",
+            (8, 12, 16),
+            functools.partial(torch_losses, kernel_size, window, dim, bench.device),
+            functools.partial(jax_losses, kernel_size, window),
+            another_number=["fused_lncc"],  # it returns another function of the same correlation
+        )
+    for num_bins, kernel in HISTOGRAMS:
+        for background in ("", " with background"):
+            measure(
+                bench,
+                f"MI {kernel} {num_bins}{background}",
+                # Both images are read for their range, to be counted, and for the gradient.
+                (16, 28, 32),
+                functools.partial(torch_information_losses, num_bins, kernel),
+                functools.partial(jax_information_losses, num_bins, kernel),
+                (f"pred{background}", f"target{background}"),
+                # Its outermost centres are at the ends of the range; and it counts the target in
+                # hard bins where pred is counted by B-splines.
+                another_number=["MONAI", "MONAI compiled"],
+                # On a GPU XLA multiplies matrices of float32 in fewer bits.
+                rtol=1e-2,
+            )
 
 
 def main() -> None:
