@@ -1,6 +1,6 @@
 """Arrays of more than 2**31 elements. Run on a GPU with room, by ``pytest -m large``.
 
-Everything is linear and shifted by whole voxels, so that what comes out can be told without a
+What is sampled is linear and shifted by whole voxels, so that what comes out can be told without a
 second computation of that size: a wrapped index would be off by far more than the rounding.
 """
 
@@ -96,3 +96,29 @@ def test_compose_reaches_the_last_voxel() -> None:
     inner = to_v[0, -1, :-2, :-3]
     assert ((inner - expected).abs() / expected).max() < 1e-3
     assert not to_v[0, : shape[0] - 1].any()
+
+
+def test_a_joint_histogram_counts_every_voxel() -> None:
+    """Nearly all are in one bin: more than float32 can count to, or 31 bits."""
+    import torch
+
+    import torchreg
+
+    images = torch.zeros((2, 1, 1, 1300, 1290, 1290), device="cuda")
+    voxels = images[0].numel()
+    assert voxels > 2**31
+    images[0, ..., -1, -1, -7:] = 1
+    images[1, ..., -1, -1, -3:] = 1
+    by_voxels = torch.tensor([[voxels - 7, 0], [4, 3]], dtype=torch.float64, device="cuda") / voxels
+    for kernel in ("delta", "gaussian", "b-spline"):
+        # The windows of 0 and of 1: the marginals of images of one voxel.
+        options = {"num_bins": 2, "kernel": kernel, "value_range": ((0, 1), (0, 1))}
+        windows = torch.stack(
+            [
+                torchreg.joint_histogram(x, x, **options)[0, 0].double().sum(0)
+                for x in torch.tensor([0.0, 1.0], device="cuda").reshape(2, 1, 1, 1, 1)
+            ]
+        )
+        expected = windows.T @ by_voxels @ windows
+        actual = torchreg.joint_histogram(*images, **options)[0, 0].double()
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)

@@ -164,7 +164,7 @@ def test_a_registered_op_has_the_right_gradients_or_refuses(name: str) -> None:
         names = [argument.name for argument in op._schema.arguments]
         constants = [a for n, a in zip(names, args, strict=True) if n == "value_range"]
         if constants:
-            with pytest.raises(ValueError, match="value_range: .*requires no gradient"):
+            with pytest.raises(ValueError, match=r"value_range: .*requires no gradient"):
                 call(*tensors)
             constants[0].requires_grad_(False)
         assert torch.autograd.gradcheck(call, tensors)

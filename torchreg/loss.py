@@ -121,20 +121,22 @@ def _intensity_ranges(op: str, value_range: Any, pred: Any, target: Any) -> Any:
     dtype = torch.float64 if wide else torch.float32
     device = images[0].device if images else None
     largest = torch.finfo(dtype).max
-    bounds = []
+    bounds: list[float | torch.Tensor] = []
     for row in rows:
         numbers = []
-        for bound in map(plain_number, row):
+        for bound in row:
             if isinstance(bound, torch.Tensor):
                 if bound.ndim > 1 or bound.is_complex():
                     raise ValueError(
                         f"{expected}, each a real number or one per item, got {bound!r}"
                     )
-            elif isinstance(bound, bool) or not isinstance(bound, int | float):
+                bounds.append(bound)
+                continue
+            number = plain_number(bound)
+            if isinstance(number, bool) or not isinstance(number, int | float):
                 raise TypeError(f"{expected} of numbers, got {bound!r}")
-            else:
-                numbers.append(bound)
-            bounds.append(bound)
+            numbers.append(number)
+            bounds.append(number)
         # Written so that what is not a number is refused.
         if not all(abs(bound) <= largest for bound in numbers) or sorted(numbers) != numbers:
             raise ValueError(f"{expected} of finite numbers, the lower first, got {row!r}")

@@ -23,8 +23,8 @@ struct Parzen {
   T falloff[kMaxReach + 1];
 };
 
-// How intensities map to [0, 1]. An empty range maps everything to 0 and has no derivative, and
-// what is not a number stays so.
+// How intensities map to [0, 1]. An empty range maps everything to 0 and has no derivative. What is
+// not a number stays so, and a range whose ends are not finite makes it of everything.
 template <class T>
 struct IntensityRange {
   T low, high;
@@ -34,7 +34,8 @@ struct IntensityRange {
     // By halves, since the difference may be more than the largest number.
     const T half = T(0.5) * h - T(0.5) * l;
     if (half > 0) inverse = 1 / half;
-    if (!(inverse <= largest())) inverse = 0;
+    if (inverse > largest()) inverse = 0;
+    if (!(half - half == 0)) inverse = half - half;
   }
   REG_HD T position(T value, int num_bins) const {
     T inside = value > high ? high : value;
