@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/fast_math.h"
 #include "core/host_device.h"
 
 namespace reg {
@@ -39,19 +40,6 @@ struct Correlation {
   T cross;
   T variance_i, variance_j;
 };
-
-// Of a normal number, to within a unit in the last place: on CUDA an exact quotient takes ten
-// instructions.
-REG_HD float reciprocal(float x) {
-#ifdef __CUDA_ARCH__
-  float result;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-#else
-  return 1 / x;
-#endif
-}
-REG_HD double reciprocal(double x) { return 1 / x; }
 
 template <class T>
 REG_HD T window_variance(T sum, T mean, T squares, const Window<T>& window, bool* flat) {

@@ -203,10 +203,9 @@ void differentiate_samples(const Parzen<T>& window, const Pair<T>& pair, int64_t
     differentiate_samples<kernel, kReach>(window, pair, begin, end, table, pitch, factor,        \
                                           grad_pred, grad_target);                               \
   }
-#define REG_RUN_WINDOWS(T)                       \
-  REG_RUN_SAMPLES(T, ParzenKernel::kGaussian, 0) \
-  REG_RUN_SAMPLES(T, ParzenKernel::kGaussian, 3) \
-  REG_RUN_SAMPLES(T, ParzenKernel::kGaussian, 4) \
+#define REG_RUN_WINDOWS(T)                                     \
+  REG_RUN_SAMPLES(T, ParzenKernel::kGaussian, 0)               \
+  REG_RUN_SAMPLES(T, ParzenKernel::kGaussian, kCommonReach<T>) \
   REG_RUN_SAMPLES(T, ParzenKernel::kBSpline, 2)
 REG_RUN_WINDOWS(float)
 REG_RUN_WINDOWS(double)
@@ -307,7 +306,7 @@ struct CpuHistograms {
         if (geometry.kernel == ParzenKernel::kDelta) {
           bad[task] = count_hard(call.window, pair, begin, end, histogram, pitch);
         } else {
-          dispatch_window(geometry.kernel, reach, [&](auto kernel, auto known_reach) {
+          dispatch_window<T>(geometry.kernel, reach, [&](auto kernel, auto known_reach) {
             bad[task] =
                 run_count(kernel, known_reach, call.window, pair, begin, end, histogram, pitch);
           });
@@ -362,7 +361,7 @@ struct Information {
     }
     if (!wants_derivatives) return;
     for (int a = 0; a < num_bins; ++a) {
-      for (int b = 0; b < num_bins; ++b) by_p[a * num_bins + b] += by_p_a[a] + by_p_b[b];
+      for (int b = 0; b < num_bins; ++b) by_p[a * num_bins + b] += by_p_a[a] + by_p_b[b] + 1;
     }
   }
 };
@@ -473,7 +472,7 @@ void gradient_run(const Cpu& device, const Call& call) {
           return GradientTarget<T>{target.present() ? target.at(g, i, c) : nullptr,
                                    shared && turn > 0};
         };
-        dispatch_window(geometry.kernel, geometry.reach, [&](auto kernel, auto reach) {
+        dispatch_window<T>(geometry.kernel, geometry.reach, [&](auto kernel, auto reach) {
           run_gradient(kernel, reach, gradient.window, pair, begin, end, table.data(), pitch,
                        gradient.factor(index), to(gradient.grad_pred, gradient.sum_pred),
                        to(gradient.grad_target, gradient.sum_target));

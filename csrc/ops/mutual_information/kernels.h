@@ -107,7 +107,7 @@ struct GradientCall {
   }
 
   // Where gradients are shared, all items of a group and channel are one piece of work.
-  bool items_together() const { return sum_pred || sum_target; }
+  REG_HD bool items_together() const { return sum_pred || sum_target; }
 
   REG_HD const T* table_of(const ElementIndex& index) const {
     return table.at(index.group, index.item) + index.channel * table_count;
@@ -129,15 +129,18 @@ struct GradientCall {
   }
 };
 
+// The reach of a Gaussian at a sigma_ratio of 1, which is worth a kernel of its own.
+template <class T>
+inline constexpr int kCommonReach = sizeof(T) == 4 ? 3 : 4;
+
 // Calls body(kernel, reach) with compile-time values; a reach of 0 is one known only at run time.
-template <class Body>
+template <class T, class Body>
 void dispatch_window(ParzenKernel kernel, int reach, const Body& body) {
   if (kernel == ParzenKernel::kBSpline) {
     return body(IntTag<static_cast<int>(ParzenKernel::kBSpline)>{}, IntTag<2>{});
   }
   constexpr IntTag<static_cast<int>(ParzenKernel::kGaussian)> gaussian;
-  if (reach == 3) return body(gaussian, IntTag<3>{});
-  if (reach == 4) return body(gaussian, IntTag<4>{});
+  if (reach == kCommonReach<T>) return body(gaussian, IntTag<kCommonReach<T>>{});
   body(gaussian, IntTag<0>{});
 }
 

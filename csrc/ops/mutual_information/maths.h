@@ -2,9 +2,8 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 
+#include "core/fast_math.h"
 #include "core/host_device.h"
 
 namespace reg {
@@ -39,7 +38,8 @@ struct IntensityRange {
     if (!(half - half == 0)) inverse = half - half;
   }
   REG_HD T position(T value, int num_bins) const {
-    const T inside = value < low ? low : (value > high ? high : value);
+    T inside = value > high ? high : value;
+    inside = inside < low ? low : inside;
     const T x = (T(0.5) * inside - T(0.5) * low) * inverse;
     return (x > 1 ? T(1) : x) * static_cast<T>(num_bins) - T(0.5);
   }
@@ -51,55 +51,6 @@ struct IntensityRange {
  private:
   static REG_HD T largest() { return sizeof(T) == 4 ? T(3.4028234e38) : T(1.7976931348623157e308); }
 };
-
-REG_HD double exp2_of(double x) {
-#ifdef __CUDA_ARCH__
-  return exp2(x);
-#else
-  return std::exp2(x);
-#endif
-}
-
-// On the CPU to about a unit in the last place, without a branch: the compiler makes vector code.
-REG_HD float exp2_of(float x) {
-#ifdef __CUDA_ARCH__
-  return exp2f(x);
-#else
-  x = x < -126.0f ? -126.0f : x;
-  const float shifted = x + 12582912.0f;  // 1.5 2^23: rounds to an integer, in the low bits
-  int32_t bits;
-  std::memcpy(&bits, &shifted, sizeof(bits));
-  const float y = (x - (shifted - 12582912.0f)) * 0.693147181f;
-  float power = 1.0f / 5040;
-  power = power * y + 1.0f / 720;
-  power = power * y + 1.0f / 120;
-  power = power * y + 1.0f / 24;
-  power = power * y + 1.0f / 6;
-  power = power * y + 0.5f;
-  power = power * y + 1.0f;
-  power = power * y + 1.0f;
-  const int32_t scale_bits = static_cast<int32_t>(static_cast<uint32_t>(bits) << 23) + 0x3f800000;
-  float scale;
-  std::memcpy(&scale, &scale_bits, sizeof(scale));
-  return power * scale;
-#endif
-}
-
-// To the nearest integer, for numbers below 2^22 in magnitude.
-REG_HD float round_small(float x) {
-#ifdef __CUDA_ARCH__
-  return rintf(x);
-#else
-  return (x + 12582912.0f) - 12582912.0f;
-#endif
-}
-REG_HD double round_small(double x) {
-#ifdef __CUDA_ARCH__
-  return rint(x);
-#else
-  return (x + 6755399441055744.0) - 6755399441055744.0;
-#endif
-}
 
 // The cubic B-spline and its derivative.
 template <class T>
@@ -118,12 +69,13 @@ REG_HD T b_spline_slope(T d) {
 
 // The bin that a sample is nearest to.
 template <ParzenKernel kKernel, class T>
-REG_HD T nearest_bin(T t, int num_bins) {
-  T bin = round_small(t);
+REG_HD Rounded<T> nearest_bin(T t, int num_bins) {
+  Rounded<T> bin = round_small(t);
   // Bins are half open: what lies between two belongs to the upper one.
-  if (kKernel == ParzenKernel::kDelta && t - bin == T(0.5)) bin += 1;
-  const T last = static_cast<T>(num_bins - 1);
-  return bin < last ? bin : last;
+  if (kKernel == ParzenKernel::kDelta && t - bin.value == T(0.5))
+    bin = {bin.value + 1, bin.integer + 1};
+  const bool beyond = bin.integer >= num_bins;
+  return {beyond ? static_cast<T>(num_bins - 1) : bin.value, beyond ? num_bins - 1 : bin.integer};
 }
 
 // The weights of a sample on the bins about the nearest one, of sum 1, and their derivatives with
@@ -140,9 +92,9 @@ template <ParzenKernel kKernel, bool kSlopes, class T, int kReach>
 REG_HD void parzen_weights(const Parzen<T>& window, T t, ParzenWeights<T, kReach>& out) {
   constexpr int kMiddle = ParzenWeights<T, kReach>::kMiddle;
   const int reach = kReach > 0 ? kReach : window.reach;
-  const T bin = nearest_bin<kKernel>(t, window.num_bins);
-  const T f = t - bin;
-  out.middle = static_cast<int>(bin);
+  const Rounded<T> bin = nearest_bin<kKernel>(t, window.num_bins);
+  const T f = t - bin.value;
+  out.middle = bin.integer;
   if constexpr (kKernel == ParzenKernel::kDelta) {
     REG_UNROLL
     for (int j = 1; j <= reach; ++j) out.weight[kMiddle - j] = out.weight[kMiddle + j] = 0;
@@ -154,7 +106,7 @@ REG_HD void parzen_weights(const Parzen<T>& window, T t, ParzenWeights<T, kReach
     // exp(-(f - j)^2 / 2s^2) = exp(-f^2 / 2s^2) exp(f / s^2)^j exp(-j^2 / 2s^2)
     const T step = window.sharpness * f;
     const T ratio = exp2_of(2 * step);
-    const T inverse_ratio = 1 / ratio;
+    const T inverse_ratio = reciprocal(ratio);
     T up = exp2_of(-step * f);
     T down = up;
     sum = out.weight[kMiddle] = up;
@@ -188,7 +140,7 @@ REG_HD void parzen_weights(const Parzen<T>& window, T t, ParzenWeights<T, kReach
       }
     }
   }
-  const T inverse_sum = 1 / sum;
+  const T inverse_sum = reciprocal(sum);
   const T mean_slope = slopes * inverse_sum;
   const T unit = kKernel == ParzenKernel::kGaussian ? window.inverse_width : T(1);
   REG_UNROLL
