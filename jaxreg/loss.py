@@ -191,8 +191,11 @@ def mutual_information_loss(
         Which intensities are mapped to 0 and 1. ``None``: the least and the largest of each image,
         for each item and channel. "joint": those of both images of an item and channel together.
         Or ``((low, high), (low, high))`` of pred and of target: each a number or an array with one
-        for all items or one for each. A range that is empty maps everything to 0 and gives no
-        gradient, so a constant image has no mutual information with another.
+        for all items or one for each. Numbers are to be finite, the lower first; what arrays hold
+        is not checked, and a bound that is not finite gives NaN. An empty range maps everything to
+        0 and gives no gradient, so that a constant image tells nothing about another. Infinite
+        voxels have no part in a range and count as at its ends; one that is NaN makes its item and
+        channel NaN, unless it weighs nothing.
     mask : float or bool [N, C, *S], optional
         Weights of the voxels, at least 0, constant, broadcast against ``pred``: p_ab is then the
         weighted mean, and all is 0 where the mask is empty. ``value_range=None`` and "joint" look
