@@ -67,7 +67,7 @@ def test_simpleitk_moves_the_brain_through_the_demos_field(output: Path) -> None
     from jaxreg.commands.demo import load
 
     _, moving = load(rotation=15.0, shift=20.0)
-    image = sitk.GetImageFromArray(np.asarray(moving.array))
+    image = sitk.GetImageFromArray(np.asarray(moving.array, np.float32))
     image.SetSpacing(moving.spacing.tolist())
     image.SetOrigin(moving.origin.tolist())
     image.SetDirection(moving.direction.ravel().tolist())

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+from scenes import as_image, header, physical_grid, scene
 
 from jaxreg import compose, convert_displacement, interpolate, lncc_loss
 from jaxreg.registration import (
@@ -19,13 +20,10 @@ from jaxreg.registration import (
     Progress,
     Volume,
     align_centres_of_mass,
-    centre_of_mass,
     downsample,
     level_shape,
     ncc,
     ncc_loss,
-    normalised_affine,
-    read_volume,
     register,
     register_affine,
     resample,
@@ -34,54 +32,7 @@ from jaxreg.registration import (
     rigid_motion,
     step_gradient,
     write_displacement,
-    write_volume,
 )
-from jaxreg.registration.files import atomic_path
-
-# --- things to register -------------------------------------------------------------------------
-
-BLOBS = np.array([(0, 0, 0, 20), (18, -8, 11, 10), (-15, 18, -9, 9), (-4, -20, 16, 8)], float)
-
-
-def scene(points: np.ndarray, power: float = 1.0) -> np.ndarray:
-    """A smooth function of physical points ``(..., D)``: a few Gaussian blobs near the origin."""
-    dim = points.shape[-1]
-    value = np.zeros(points.shape[:-1])
-    for weight, (*centre, width) in zip((1.0, 0.8, -0.6, 0.9), BLOBS, strict=True):
-        distance = ((points - np.array(centre)[:dim]) ** 2).sum(axis=-1)
-        value += weight * np.exp(-distance / (2 * width**2))
-    return np.abs(value) ** power
-
-
-def physical_grid(volume: Volume) -> np.ndarray:
-    """The physical positions of a volume's voxels, ``([Z,] Y, X, D)``."""
-    index = np.stack(np.indices(volume.shape)[::-1], axis=-1)
-    matrix = volume.voxel_to_physical()
-    return index @ matrix[:-1, :-1].T + matrix[:-1, -1]
-
-
-def header(shape: tuple[int, ...], spacing: tuple[float, ...], turn: float = 0.0) -> Volume:
-    """An empty volume about the origin, its axes turned by an angle in degrees."""
-    dim = len(shape)
-    direction = rigid_motion(turn, (1, -2, 2), (0, 0, 0), (0, 0, 0))[:3, :3]
-    if dim == 2:
-        cos, sin = np.cos(np.deg2rad(turn)), np.sin(np.deg2rad(turn))
-        direction = np.array([[cos, -sin], [sin, cos]])
-    volume = Volume.create(np.zeros(shape), spacing, np.zeros(dim), direction)
-    return dataclasses.replace(volume, origin=-volume.centre())
-
-
-def random_header(rng: np.random.Generator) -> Volume:
-    volume = header((7, 9, 8), (1.5, 0.8, 2.5), turn=40)
-    return dataclasses.replace(volume, origin=rng.normal(size=3) * 20)
-
-
-def as_image(volume: Volume) -> sitk.Image:
-    image = sitk.GetImageFromArray(np.asarray(volume.array))
-    image.SetSpacing(volume.spacing.tolist())
-    image.SetOrigin(volume.origin.tolist())
-    image.SetDirection(volume.direction.ravel().tolist())
-    return image
 
 
 def similarity(fixed: Volume, other: Volume) -> float:
@@ -163,121 +114,6 @@ def test_a_constant_image_has_no_correlation_and_no_gradient() -> None:
     value, gradient = jax.value_and_grad(ncc_loss)(jnp.ones_like(image), image)
     assert float(value) == 0
     np.testing.assert_array_equal(gradient, np.zeros_like(image))
-
-
-# --- physical space -----------------------------------------------------------------------------
-
-
-def test_voxels_are_where_simpleitk_puts_them() -> None:
-    volume = random_header(np.random.default_rng(2))
-    image = as_image(volume)
-    grid = physical_grid(volume)
-    for x, y, z in [(0, 0, 0), (7, 8, 6), (3, 1, 5)]:
-        np.testing.assert_allclose(image.TransformIndexToPhysicalPoint((x, y, z)), grid[z, y, x])
-    corner = volume.normalised_to_physical() @ [1, 1, 1, 1]
-    np.testing.assert_allclose(corner[:3], grid[-1, -1, -1])
-
-
-def test_a_normalised_affine_is_the_transform_between_the_two_grids() -> None:
-    rng = np.random.default_rng(3)
-    fixed, moving = random_header(rng), header((5, 1, 11), (2, 3, 1), turn=-70)
-    transform = np.eye(4)
-    transform[:3] += rng.normal(size=(3, 4)) * [0.2, 0.2, 0.2, 10]
-    affine = normalised_affine(transform, fixed, moving)[0]
-    point = np.array([0.3, -0.8, 0.6, 1.0])
-    expected = transform @ fixed.normalised_to_physical() @ point
-    np.testing.assert_allclose(
-        moving.normalised_to_physical() @ [*(affine @ point), 1.0], expected, atol=1e-12
-    )
-
-
-def test_moving_a_header_moves_the_voxels_and_nothing_else() -> None:
-    volume = random_header(np.random.default_rng(4))
-    motion = rigid_motion(30, (1, 1, 0), (5, -6, 7), volume.centre())
-    moved = volume.moved_by(motion)
-    expected = physical_grid(volume) @ motion[:3, :3].T + motion[:3, 3]
-    np.testing.assert_allclose(physical_grid(moved), expected)
-    np.testing.assert_allclose(moved.centre(), volume.centre() + np.array([5, -6, 7]))
-
-
-def test_resampling_between_headers_agrees_with_simpleitk() -> None:
-    fixed = header((18, 20, 22), (3, 2.5, 2), turn=20)
-    moving = header((30, 28, 26), (2, 2.2, 2.4), turn=-35)
-    moving = moving.with_array(scene(physical_grid(moving) * 2))
-    transform = rigid_motion(10, (1, 2, 3), (3, -2, 1), (0, 0, 0))
-    itk_transform = sitk.AffineTransform(3)
-    itk_transform.SetMatrix(transform[:3, :3].ravel().tolist())
-    itk_transform.SetTranslation(transform[:3, 3].tolist())
-    expected = sitk.Resample(as_image(moving), as_image(fixed), itk_transform, sitk.sitkLinear, 0.0)
-    ours = resample(moving, fixed, transform).array
-    # SimpleITK extends a volume by half a voxel; zeros padding fades it out there instead.
-    inside = resample(moving.with_array(np.ones(moving.shape)), fixed, transform).array > 1 - 1e-5
-    assert inside.mean() > 0.5
-    assert np.abs(ours - sitk.GetArrayFromImage(expected))[inside].max() < 1e-5
-
-
-def test_the_centre_of_mass_is_in_millimetres() -> None:
-    volume = random_header(np.random.default_rng(5))
-    array = np.full(volume.shape, 2.0)
-    array[4, 2, 6] += 3
-    array[2, 2, 6] += 3
-    grid = physical_grid(volume)
-    expected = (grid[4, 2, 6] + grid[2, 2, 6]) / 2
-    np.testing.assert_allclose(centre_of_mass(volume.with_array(array)), expected)
-    np.testing.assert_allclose(centre_of_mass(volume), volume.centre())
-
-
-def test_a_volume_comes_back_from_its_file(tmp_path: Path) -> None:
-    rng = np.random.default_rng(6)
-    volume = random_header(rng)
-    volume = volume.with_array(rng.normal(size=volume.shape))
-    for name in ("volume.nii.gz", "volume.mha", "volume.nrrd"):
-        write_volume(volume, tmp_path / name)
-        again = read_volume(tmp_path / name)
-        np.testing.assert_array_equal(again.array, volume.array)
-        for part in ("spacing", "origin", "direction"):
-            np.testing.assert_allclose(getattr(again, part), getattr(volume, part), atol=1e-5)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "volume.mha",
-        "volume.nii.gz",
-        "volume.nrrd",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("array", "options", "message"),
-    [
-        (np.zeros(3), {}, "array: expected 2 or 3 dimensions"),
-        (np.zeros((0, 3)), {}, "array: expected voxels"),
-        (np.full((2, 2), np.nan), {}, "array: expected finite"),
-        (np.zeros((2, 2)), {"spacing": (1, 0)}, "spacing: expected positive"),
-        (np.zeros((2, 2)), {"spacing": (1, 1, 1)}, r"spacing: expected \(2,\)"),
-        (np.zeros((2, 2)), {"origin": (np.inf, 0)}, "origin: expected"),
-        (np.zeros((2, 2)), {"direction": np.ones((2, 2))}, "direction: expected independent"),
-    ],
-)
-def test_a_volume_that_cannot_be_is_refused(array: np.ndarray, options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Volume.create(array, **options)
-
-
-def test_what_is_not_an_image_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"missing\.nii"):
-        read_volume(tmp_path / "missing.nii")
-    text = tmp_path / "text.nii.gz"
-    text.write_text("no image")
-    with pytest.raises(ValueError, match=r"text\.nii\.gz"):
-        read_volume(text)
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "result.txt"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), atomic_path(path) as beside:
-        beside.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 # --- affine -------------------------------------------------------------------------------------
