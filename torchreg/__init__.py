@@ -7,6 +7,8 @@ from torchreg.warp import (
     compose,
     convert_displacement,
     interpolate,
+    interpolate_labels,
+    invert_displacement,
     jacobian_determinant,
     scaling_and_squaring,
 )
@@ -18,6 +20,8 @@ __all__ = [
     "convert_displacement",
     "gaussian_smooth",
     "interpolate",
+    "interpolate_labels",
+    "invert_displacement",
     "jacobian_determinant",
     "lncc_loss",
     "scaling_and_squaring",

@@ -20,6 +20,8 @@ const std::vector<Op>& op_table() {
     add(jacobian_determinant_ops());
     add(convert_displacement_ops());
     add(lncc_loss_ops());
+    add(interpolate_labels_ops());
+    add(invert_displacement_ops());
     return all;
   }();
   return table;
