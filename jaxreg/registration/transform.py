@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxreg import interpolate
+from jaxreg import interpolate, interpolate_labels, invert_displacement
 from jaxreg.registration.grid import Grid, Matrix, inverse_matrix
 from jaxreg.registration.volume import Volume
 
 __all__ = ["DisplacementField", "Interpolation", "Part", "Transform", "move_points", "resample_by"]
 
-Interpolation = Literal["linear", "nearest"]
+Interpolation = Literal["linear", "nearest", "labels"]
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +46,30 @@ class DisplacementField:
 
     grid: Grid
     vectors: Any
+
+    def inverse(self, *, tolerance: float = 0.01) -> tuple[DisplacementField, NDArray[np.float32]]:
+        """Return the field that undoes this one, by `jaxreg.invert_displacement`.
+
+        Parameters
+        ----------
+        tolerance
+            In voxels: how far from where it started a point may be after both fields.
+
+        Returns
+        -------
+        field : DisplacementField
+            On the same grid. For it, this field goes on beyond its grid as it is at the border.
+        residual : float32[*S]
+            In voxels: how far off it is. Where this field folds it may be above the tolerance.
+        """
+        voxels = inverse_matrix(self.grid.voxel_to_physical())
+        size = jnp.asarray(2 / np.array(self.grid.shape[::-1]), jnp.float32)
+        displacement = _rotate(voxels, jnp.asarray(self.vectors, jnp.float32)) * size
+        found, residual = invert_displacement(
+            displacement[None], tolerance=tolerance, align_corners=False, return_residual=True
+        )
+        vectors = _rotate(self.grid.voxel_to_physical(), found[0] / size)
+        return DisplacementField(self.grid, vectors), np.asarray(residual)[0]
 
 
 Part = NDArray[np.float64] | DisplacementField
@@ -303,7 +327,8 @@ def resample_by(
         Matrices ``(D + 1, D + 1)`` and displacement fields, in the order in which a point of the
         reference goes through them.
     interpolation
-        ``"linear"``, with a result in float32, or ``"nearest"``, which keeps the dtype.
+        ``"linear"``, with a result in float32; ``"nearest"``; or ``"labels"``, the label with the
+        largest sum of linear weights. The latter two keep the dtype, and make up no values.
 
     Returns
     -------
@@ -313,7 +338,8 @@ def resample_by(
     Raises
     ------
     ValueError
-        If the dimensions differ, or a matrix cannot be inverted where it has to be.
+        If the dimensions differ, a matrix cannot be inverted where it has to be, or labels are
+        not integers.
     """
     grid = reference.grid if isinstance(reference, Volume) else reference
     if grid.ndim != volume.ndim:
@@ -324,41 +350,51 @@ def resample_by(
     affine = _affine(volume.grid, matrix @ to_physical)
     displacement = None if vectors is None else _rotate(inverse_matrix(to_physical), vectors)[None]
 
-    def sample(image: jax.Array, mode: Literal["bilinear", "nearest"]) -> NDArray[Any]:
-        image = image.reshape(1, volume.channels, *volume.shape)
-        sampled = interpolate(
-            image,
-            jnp.asarray(affine, jnp.float32),
-            displacement,
-            affine_last=True,
-            out_shape=grid.shape,
-            mode=mode,
-            align_corners=False,
-        )
-        result: NDArray[Any] = np.asarray(sampled)
-        return result.reshape(*np.shape(volume.array)[: -volume.ndim], *grid.shape)
-
+    where: dict[str, Any] = {
+        "affine": jnp.asarray(affine, jnp.float32),
+        "grid": displacement,
+        "affine_last": True,
+        "out_shape": grid.shape,
+        "align_corners": False,
+    }
+    values = np.asarray(volume.array)
+    batch = values.reshape(1, volume.channels, *volume.shape)
     if interpolation == "linear":
-        return Volume.on_grid(grid, sample(jnp.asarray(volume.array, jnp.float32), "bilinear"))
-    codes, decode = _encode(np.asarray(volume.array), np.float32)
-    return Volume.on_grid(grid, decode(sample(jnp.asarray(codes), "nearest")))
+        sampled = np.asarray(interpolate(jnp.asarray(batch, jnp.float32), **where))
+    elif interpolation == "nearest":
+        codes, decode = _encode(batch)
+        sampled = decode(np.asarray(interpolate(jnp.asarray(codes), mode="nearest", **where)))
+    else:
+        sampled = _sample_labels(batch, where)
+    return Volume.on_grid(grid, sampled.reshape(*values.shape[: -volume.ndim], *grid.shape))
+
+
+def _sample_labels(labels: NDArray[Any], where: dict[str, Any]) -> NDArray[Any]:
+    whole = labels
+    if not np.issubdtype(labels.dtype, np.integer):
+        whole = labels.astype(np.int64)
+        if not np.array_equal(whole, labels):
+            raise ValueError("volume: expected labels, which are integers, got other numbers")
+    with jax.enable_x64(whole.dtype.itemsize == 8):
+        sampled = interpolate_labels(jnp.asarray(whole), **where)
+    return np.asarray(sampled).astype(labels.dtype)
 
 
 def _encode(
-    values: NDArray[Any], dtype: type[np.float32 | np.int32]
-) -> tuple[NDArray[Any], Callable[[NDArray[Any]], NDArray[Any]]]:
-    """Write values as others of a dtype, without loss, and give the way back.
+    values: NDArray[Any],
+) -> tuple[NDArray[np.float32], Callable[[NDArray[np.float32]], NDArray[Any]]]:
+    """Write values in float32 without loss, 0 as 0, and give the way back.
 
-    Their order stays, and 0 stays 0. Where the dtype does not hold them, they are numbered.
+    Where float32 does not hold all values of their dtype, they are numbered.
     """
-    if np.can_cast(values.dtype, dtype):
-        return values.astype(dtype), lambda codes: codes.astype(values.dtype)
+    if np.can_cast(values.dtype, np.float32):
+        return values.astype(np.float32), lambda codes: codes.astype(values.dtype)
     different = np.union1d(values, [0]).astype(values.dtype)
     zero = np.searchsorted(different, 0)
     codes = np.searchsorted(different, values) - zero
     if different.size > 2**24:
         raise ValueError(f"volume: expected at most 2^24 different values, got {different.size}")
-    return codes.astype(dtype), lambda codes: different[codes.astype(np.int64) + zero]
+    return codes.astype(np.float32), lambda codes: different[codes.astype(np.int64) + zero]
 
 
 def move_points(points: ArrayLike, parts: Sequence[Part]) -> NDArray[np.float64]:
