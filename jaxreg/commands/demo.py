@@ -24,8 +24,10 @@ from jaxreg.data import load_pair_paths
 from jaxreg.registration import (
     Affine,
     Greedy,
+    Moments,
     Registration,
     Volume,
+    displacement_to_physical,
     ncc,
     read_volume,
     register,
@@ -84,10 +86,11 @@ def demo(
         fixed, moving = load(rotation, shift)
         stages = _stages(quick)
         result = _register(fixed, moving, stages, console)
+        matrix, displacement = result.transform.matrix, result.transform.displacement
         scores = {
             "before": _score(fixed, moving),
-            "affine": _score(fixed, moving, result.transform),
-            "deformable": _score(fixed, moving, result.transform, result.displacement),
+            "affine": _score(fixed, moving, matrix),
+            "deformable": _score(fixed, moving, matrix, displacement),
         }
         written = time.perf_counter()
         with console.status("Writing the images and the report"):
@@ -96,7 +99,7 @@ def demo(
     console.print(_score_table(scores))
     table = _fold_table(result)
     table.add_section()
-    for name, record in zip(("Affine", "Deformable"), result.stages, strict=True):
+    for name, record in zip(("Moments", "Affine", "Deformable"), result.stages, strict=True):
         table.add_row(f"{name} stage", f"{record.seconds:.1f} s")
     table.add_row("Files and report", f"{now - written:.1f} s")
     table.add_row("Total", f"{now - start:.1f} s", style="bold")
@@ -139,10 +142,10 @@ def load(rotation: float, shift: float) -> tuple[Volume, Volume]:
     return fixed, moving.moved_by(motion)
 
 
-def _stages(quick: bool) -> tuple[Affine, Greedy]:
+def _stages(quick: bool) -> tuple[Moments, Affine, Greedy]:
     if quick:
-        return Affine((4,), (60,)), Greedy((4, 2), (30, 10))
-    return Affine(), Greedy()
+        return Moments(), Affine((4,), (60,)), Greedy((4, 2), (30, 10))
+    return Moments(), Affine(), Greedy()
 
 
 def _score(
@@ -163,7 +166,7 @@ def _score(
 
 
 def _register(
-    fixed: Volume, moving: Volume, stages: tuple[Affine, Greedy], console: Console
+    fixed: Volume, moving: Volume, stages: tuple[Moments, Affine, Greedy], console: Console
 ) -> Registration:
     """Register behind a progress bar that moves after each block of iterations."""
     columns = (
@@ -174,7 +177,7 @@ def _register(
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        affine, greedy = (sum(stage.iterations) for stage in stages)
+        affine, greedy = (sum(stage.iterations) for stage in stages[1:])
         tasks = {
             "affine": bar.add_task("Affine", total=affine, start=False, note="compiling"),
             "greedy": bar.add_task("Deformable", total=greedy, start=False, note="compiling"),
@@ -183,6 +186,8 @@ def _register(
         bar.start_task(tasks["affine"])
 
         def advance(block: Block) -> None:
+            if block.stage not in tasks:
+                return
             loss = float(block.losses[-1])  # waits for the block
             bar.start_task(tasks[block.stage])
             bar.update(
@@ -201,7 +206,10 @@ def _write(
     displacement = output_dir / "displacement.nii.gz"
     report = output_dir / "report.png"
     write_volume(result.moved, moved)
-    write_displacement(result.displacement_field(), result.fixed, displacement)
+    field = displacement_to_physical(
+        result.transform.displacement[0], result.transform.matrix, result.fixed
+    )
+    write_displacement(field, result.fixed, displacement)
     seconds = sum(record.seconds for record in result.stages)
     write_report(
         result,

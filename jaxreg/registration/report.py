@@ -92,7 +92,7 @@ def _draw(
     gain, offset = np.polyfit(moved.ravel(), fixed.ravel(), 1) if np.ptp(moved) else (1.0, 0.0)
     before, moved = gain * before + offset, gain * moved + offset
     log_jacobian = np.log2(np.maximum(view.arrange(result.jacobian), 2.0**-8))
-    points = view.deformed_points(np.asarray(result.displacement[0]))
+    points = view.deformed_points(np.asarray(result.transform.displacement[0]))
     slices = _middle_slices(fixed, view.spacing)
     board = _checkerboard(fixed.shape, view.spacing)
 
