@@ -21,7 +21,7 @@ from jaxreg.registration import (
     Volume,
     move_points,
     read_transform,
-    resample_by,
+    resample,
     write_affine,
     write_displacement,
     write_transform,
@@ -86,7 +86,7 @@ def itk_composite(*in_the_order_of_points: Any) -> sitk.CompositeTransform:
 
 def inside(reference: Volume, moving: Volume, parts: tuple[Any, ...]) -> np.ndarray:
     """Where all that is sampled lies in the volume: SimpleITK extends one by half a voxel."""
-    return resample_by(moving.with_array(np.ones(moving.shape)), reference, parts).array > 1 - 1e-4
+    return resample(moving.with_array(np.ones(moving.shape)), reference, parts).array > 1 - 1e-4
 
 
 def assert_same_as_itk(
@@ -157,7 +157,7 @@ def test_any_chain_resamples_as_in_simpleitk(dim: int) -> None:
             sitk.TranslationTransform(dim),
         )
         where = inside(reference, moving, parts)
-        ours = resample_by(moving, reference, parts)
+        ours = resample(moving, reference, parts)
         assert_same_as_itk(ours, moving, itk, where, sitk.sitkLinear)
         collapsed = Transform.from_parts(reference.grid, parts).apply(moving)
         np.testing.assert_allclose(collapsed.array, ours.array, atol=2e-5)
@@ -166,19 +166,19 @@ def test_any_chain_resamples_as_in_simpleitk(dim: int) -> None:
 def test_a_slice_is_a_slice_and_no_column() -> None:
     thin = Volume.create(np.full((1, 4, 5), 7.0), spacing=(1, 1, 2))
     thick = Volume.create(np.zeros((5, 4, 5)), origin=(0, 0, -2))
-    found = resample_by(thin, thick).array
+    found = resample(thin, thick).array
     np.testing.assert_allclose(found[:, 2, 2], [0, 3.5, 7, 3.5, 0])
     # Out of the plane of a slice, too.
     whole = Volume.create(np.broadcast_to(np.arange(5.0)[:, None, None], (5, 4, 5)))
     up = DisplacementField(thin.grid, np.broadcast_to([0, 0, 1.25], (1, 4, 5, 3)))
-    np.testing.assert_allclose(resample_by(whole, thin, (up,)).array, 1.25)
+    np.testing.assert_allclose(resample(whole, thin, (up,)).array, 1.25)
 
 
 def test_nothing_is_lost_where_nothing_happens() -> None:
     still = volume(3)
-    np.testing.assert_array_equal(resample_by(still, still).array, still.array)
+    np.testing.assert_array_equal(resample(still, still).array, still.array)
     labels = np.arange(still.array.size).reshape(still.shape) + 2**60
-    kept = resample_by(still.with_array(labels), still, (), "nearest")
+    kept = resample(still.with_array(labels), still, (), "nearest")
     assert kept.array.dtype == np.int64
     np.testing.assert_array_equal(kept.array, labels)
 
@@ -191,10 +191,10 @@ def test_nearest_keeps_values_and_dtype_of_every_channel(dtype: type) -> None:
     if dtype in (np.int64, np.uint32):
         channels[channels > 60] += 2**31  # beyond float32
     reference = volume(3, turn=0)
-    ours = resample_by(moving.with_array(channels), reference, (affine(3),), "nearest")
+    ours = resample(moving.with_array(channels), reference, (affine(3),), "nearest")
     assert ours.array.dtype == dtype
     for k in range(2):
-        one = resample_by(moving.with_array(channels[k]), reference, (affine(3),), "nearest")
+        one = resample(moving.with_array(channels[k]), reference, (affine(3),), "nearest")
         np.testing.assert_array_equal(ours.array[k], one.array)
         theirs = sitk.Resample(
             as_image(moving.with_array(channels[k])),
@@ -229,7 +229,7 @@ def test_the_whole_transform_is_one_field_if_wanted() -> None:
     transform, fixed, moving = deformation(3)
     whole = DisplacementField(fixed.grid, transform.displacement_field(with_affine=True))
     np.testing.assert_allclose(
-        resample_by(moving, fixed, (whole,)).array, transform.apply(moving).array, atol=1e-4
+        resample(moving, fixed, (whole,)).array, transform.apply(moving).array, atol=1e-4
     )
     no_field = Transform(fixed.grid, np.eye(4)).displacement_field()
     np.testing.assert_array_equal(no_field, np.zeros((*fixed.shape, 3)))
@@ -307,7 +307,7 @@ def test_we_resample_through_simpleitks_files(tmp_path: Path, dim: int) -> None:
     for name, transform in transforms.items():
         parts = read_transform(tmp_path / name)
         where = inside(reference, moving, parts)
-        ours = resample_by(moving, reference, parts)
+        ours = resample(moving, reference, parts)
         assert_same_as_itk(ours, moving, transform, where, sitk.sitkLinear)
 
 

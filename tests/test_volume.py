@@ -64,9 +64,11 @@ def test_resampling_between_headers_agrees_with_simpleitk() -> None:
     itk_transform.SetMatrix(transform[:3, :3].ravel().tolist())
     itk_transform.SetTranslation(transform[:3, 3].tolist())
     expected = sitk.Resample(as_image(moving), as_image(fixed), itk_transform, sitk.sitkLinear, 0.0)
-    ours = resample(moving, fixed, transform).array
+    ours = resample(moving, fixed, (transform,)).array
     # SimpleITK extends a volume by half a voxel; zeros padding fades it out there instead.
-    inside = resample(moving.with_array(np.ones(moving.shape)), fixed, transform).array > 1 - 1e-5
+    inside = (
+        resample(moving.with_array(np.ones(moving.shape)), fixed, (transform,)).array > 1 - 1e-5
+    )
     assert inside.mean() > 0.5
     assert np.abs(ours - sitk.GetArrayFromImage(expected))[inside].max() < 1e-5
 

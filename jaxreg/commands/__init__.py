@@ -8,6 +8,7 @@ from jaxreg.commands.apply import apply
 from jaxreg.commands.demo import demo
 from jaxreg.commands.info import info
 from jaxreg.commands.invert import invert
+from jaxreg.commands.register import register
 
 __all__ = ["app"]
 
@@ -16,6 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command(no_args_is_help=True)(register)
 app.command(no_args_is_help=True)(apply)
 app.command(no_args_is_help=True)(invert)
 app.command()(info)

@@ -13,7 +13,7 @@ import typer
 from jaxreg.commands import device as devices
 from jaxreg.commands.device import Device
 from jaxreg.commands.inputs import naming, read_chain, refuse_overwriting
-from jaxreg.registration import read_volume, resample_by, write_volume
+from jaxreg.registration import read_volume, resample, write_volume
 from jaxreg.registration.itk_images import image_grid, read_image
 
 __all__ = ["apply"]
@@ -72,6 +72,6 @@ def apply(
     with jax.default_device(devices.find(device)):
         parts = read_chain("--transform", texts, volume.ndim)
         with naming("IMAGE"):
-            moved = resample_by(volume, grid, parts, "labels" if labels else interpolation.value)
+            moved = resample(volume, grid, parts, "labels" if labels else interpolation.value)
     with naming("--output"):
         write_volume(moved, output)

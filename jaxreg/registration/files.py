@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,10 +38,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str], owned: Iterable[str] = ()) -> Iterator[Path]:
     """Give an empty folder to write to; on success its files move to the folder ``path``.
 
-    That is made if it is missing. Files of other names stay in it. On an exception nothing has
+    That is made if it is missing. Files of other names stay in it, except those that are
+    ``owned``: were they not written again, they would be leftovers. On an exception nothing has
     changed.
 
     Raises
@@ -59,7 +60,10 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield beside
         path.mkdir(parents=True, exist_ok=True)
+        written = {file.name for file in beside.iterdir()}
         for file in sorted(beside.iterdir()):
             os.replace(file, path / file.name)
+        for name in set(owned) - written:
+            (path / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from jaxreg.registration.files import atomic_path
 from jaxreg.registration.pipeline import Registration
-from jaxreg.registration.volume import Volume, resample
+from jaxreg.registration.transform import resample
+from jaxreg.registration.volume import Volume
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,6 +39,7 @@ def write_report(
     title: str,
     subtitle: str = "",
     names: tuple[str, str] = ("fixed", "moving"),
+    facts: dict[str, str] | None = None,
     dpi: int = 110,
 ) -> None:
     """Draw a registration of two 3-D volumes as orthogonal slices.
@@ -92,7 +94,7 @@ def _draw(
     gain, offset = np.polyfit(moved.ravel(), fixed.ravel(), 1) if np.ptp(moved) else (1.0, 0.0)
     before, moved = gain * before + offset, gain * moved + offset
     log_jacobian = np.log2(np.maximum(view.arrange(result.jacobian), 2.0**-8))
-    points = view.deformed_points(np.asarray(result.displacement[0]))
+    points = view.deformed_points(np.asarray(result.transform.displacement[0]))
     slices = _middle_slices(fixed, view.spacing)
     board = _checkerboard(fixed.shape, view.spacing)
 

@@ -23,7 +23,7 @@ from jaxreg import interpolate, interpolate_labels, invert_displacement
 from jaxreg.registration.grid import Grid, Matrix, inverse_matrix
 from jaxreg.registration.volume import Volume
 
-__all__ = ["DisplacementField", "Interpolation", "Part", "Transform", "move_points", "resample_by"]
+__all__ = ["DisplacementField", "Interpolation", "Part", "Transform", "move_points", "resample"]
 
 Interpolation = Literal["linear", "nearest", "labels"]
 
@@ -123,6 +123,16 @@ class Transform:
         if vectors is None:
             return cls(grid, matrix)
         return cls(grid, matrix, _to_normalised(vectors, grid))
+
+    def with_inverse(self) -> Transform:
+        """Return the same transform with the inverse of its deformation.
+
+        It is computed by `jaxreg.invert_displacement`, to 0.01 voxels.
+        """
+        if self.displacement is None:
+            return self
+        inverse = invert_displacement(jnp.asarray(self.displacement, jnp.float32))
+        return dataclasses.replace(self, inverse_displacement=inverse)
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -267,14 +277,14 @@ class Transform:
         reference
             Gives the grid of the result; the transform's own by default.
         interpolation
-            See `resample_by`.
+            See `resample`.
 
         Returns
         -------
         Volume
             On the reference's grid.
         """
-        return resample_by(
+        return resample(
             moving, self.grid if reference is None else reference, self.parts, interpolation
         )
 
@@ -294,7 +304,7 @@ class Transform:
         reference
             Gives the grid of the result, usually the moving volume.
         interpolation
-            See `resample_by`.
+            See `resample`.
 
         Returns
         -------
@@ -306,10 +316,10 @@ class Transform:
         ValueError
             If the inverse of the deformation is not known.
         """
-        return resample_by(fixed, reference, self.inverse_parts, interpolation)
+        return resample(fixed, reference, self.inverse_parts, interpolation)
 
 
-def resample_by(
+def resample(
     volume: Volume,
     reference: Volume | Grid,
     parts: Sequence[Part] = (),

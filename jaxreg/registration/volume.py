@@ -22,17 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxreg import interpolate
 from jaxreg.registration.grid import Grid, Matrix
 from jaxreg.registration.itk_images import image_grid, image_values, read_image, write_image
 
 __all__ = [
     "Volume",
     "centre_of_mass",
-    "displacement_to_physical",
     "normalised_affine",
     "read_volume",
-    "resample",
     "rigid_motion",
     "write_volume",
 ]
@@ -295,72 +292,6 @@ def rigid_motion(
     motion[:3, :3] = rotation
     motion[:3, 3] = np.asarray(centre) - rotation @ np.asarray(centre) + np.asarray(shift)
     return motion
-
-
-def resample(
-    moving: Volume,
-    fixed: Volume,
-    transform: ArrayLike | None = None,
-    displacement: jax.Array | None = None,
-) -> Volume:
-    """Sample the moving volume on the fixed grid.
-
-    Parameters
-    ----------
-    moving
-        The volume to sample; zero outside its grid.
-    fixed
-        Gives the grid of the result.
-    transform
-        ``(D + 1, D + 1)``, physical fixed -> physical moving; the identity by default.
-    displacement
-        ``(1, [Z,] Y, X, D)`` on the fixed grid in normalised coordinates, applied before the
-        transform: the sample at ``x`` is taken at ``A(x + d(x))``.
-
-    Returns
-    -------
-    Volume
-        On the fixed grid, linearly interpolated.
-    """
-    transform = np.eye(fixed.ndim + 1) if transform is None else transform
-    affine = jnp.asarray(normalised_affine(transform, fixed, moving), jnp.float32)
-    moved = interpolate(
-        moving.batched(), affine, displacement, affine_last=True, out_shape=fixed.shape
-    )
-    return fixed.with_array(
-        np.asarray(moved)[0].reshape(*np.shape(moving.array)[: -moving.ndim], *fixed.shape)
-    )
-
-
-def displacement_to_physical(
-    displacement: ArrayLike, transform: ArrayLike, fixed: Volume
-) -> NDArray[np.float64]:
-    """Express ``A(x + d(x))`` as one displacement in millimetres, as ITK reads it.
-
-    Parameters
-    ----------
-    displacement
-        ``([Z,] Y, X, D)`` on the fixed grid in normalised coordinates.
-    transform
-        ``(D + 1, D + 1)``, physical fixed -> physical moving.
-    fixed
-        Gives the grid.
-
-    Returns
-    -------
-    ndarray
-        ``([Z,] Y, X, D)``: with ``p`` a voxel's physical position, ``p + result`` is where the
-        moving image is sampled. Millimetres, LPS.
-    """
-    to_physical = fixed.normalised_to_physical()
-    axes = [np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in fixed.shape]
-    grid = np.stack(np.meshgrid(*axes, indexing="ij")[::-1], axis=-1)
-    # An axis of length 1 has the coordinate 0 alone: a displacement along it has no effect.
-    extended = np.array([n > 1 for n in fixed.shape[::-1]], dtype=np.float64)
-    warped = grid + np.asarray(displacement, dtype=np.float64) * extended
-    total = np.asarray(transform, dtype=np.float64) @ to_physical
-    target = warped @ total[:-1, :-1].T + total[:-1, -1]
-    return target - (grid @ to_physical[:-1, :-1].T + to_physical[:-1, -1])
 
 
 def read_volume(path: str | os.PathLike[str]) -> Volume:
