@@ -14,7 +14,7 @@ import SimpleITK as sitk  # noqa: N813
 from jaxreg import cli
 from jaxreg.data import copyright_notice, load_pair_paths
 from jaxreg.registration import Volume, ncc, read_volume
-from jaxreg.registration.report import View
+from jaxreg.registration.report_pictures import View
 
 
 def run(*arguments: object) -> int:
