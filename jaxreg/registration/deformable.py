@@ -18,7 +18,7 @@ from jaxreg.registration.problem import Alignment
 from jaxreg.registration.similarity import Metric
 from jaxreg.registration.stage import Iterative
 
-__all__ = ["Deformable", "Regularisation", "step_gradient"]
+__all__ = ["Deformable", "Regularisation", "confined", "step_gradient"]
 
 Regularisation = Callable[[jax.Array], jax.Array]
 """``penalty(field)``: a scalar that is added to the loss."""
@@ -69,14 +69,14 @@ class Deformable(Iterative):
 
     def smooth(self, field: jax.Array) -> jax.Array:
         """Smooth a field after its step."""
-        return gaussian_smooth(field, self.field_sigma, channel_last=True)
+        return confined(gaussian_smooth(field, self.field_sigma, channel_last=True))
 
     def descend(self, gradient: jax.Array, moments: AdamMoments) -> tuple[jax.Array, AdamMoments]:
         """Return the step for the gradient of a mean loss, and Adam's moments after it."""
         # The loss is a mean: its sum has a gradient whose size does not depend on the grid.
         gradient = gradient * math.prod(gradient.shape[1:-1])
         gradient = gaussian_smooth(gradient, self.gradient_sigma, channel_last=True)
-        return riemannian_adam_step(
+        step, moments = riemannian_adam_step(
             gradient,
             moments,
             learning_rate=self.learning_rate,
@@ -84,6 +84,7 @@ class Deformable(Iterative):
             beta2=self.beta2,
             epsilon=self.epsilon,
         )
+        return confined(step), moments
 
     def penalty_of_composing(self, displacement: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the regularisation of a field, and its gradient with respect to a step.
@@ -109,6 +110,21 @@ class Deformable(Iterative):
             inverse = None if inverse is None or before is None else compose(inverse, before)
         inverse = invert_displacement(displacement, initial=inverse)
         return Alignment(alignment.matrix, displacement, inverse)
+
+
+def confined(field: jax.Array) -> jax.Array:
+    """Set the component across each face of the volume to 0 there; along it points may slide.
+
+    A flow that never crosses the border takes the volume onto itself. Otherwise points would leave
+    the grid, where nothing is known of the inverse.
+    """
+    components = []
+    for component in range(field.shape[-1]):
+        axis = field.ndim - 2 - component  # components are in x, y, z order
+        index = jax.lax.broadcasted_iota(jnp.int32, field.shape[:-1], axis)
+        inside = (index > 0) & (index < field.shape[axis] - 1)
+        components.append(jnp.where(inside, field[..., component], 0))
+    return jnp.stack(components, axis=-1)
 
 
 def step_gradient(moved: jax.Array, slope: jax.Array) -> jax.Array:
