@@ -39,7 +39,7 @@ def write_report(
     *,
     title: str,
     subtitle: str = "",
-    names: tuple[str, str] = ("fixed", "moving"),
+    names: tuple[str, str] = ("", ""),
     facts: Mapping[str, str] | None = None,
     dpi: int = 110,
 ) -> None:
@@ -122,7 +122,7 @@ def _stages(result: Registration) -> str:
                 f"1/{level.scale:g}",
                 " x ".join(map(str, level.shape[::-1])),
                 f"{len(level.losses)}{', converged' if level.converged else ''}",
-                *(f"{loss:.5g}" for loss in (*level.losses[:1], *level.losses[-1:])),
+                *(f"{loss:.5g}" for loss in (*level.losses[:1], *level.losses[-1:]) or ("", "")),
             )
             cells = _cells(values, "td", "number")
             if number == 0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -34,7 +33,7 @@ _LINE_EVERY = 1 / 36
 
 
 def draw_slices(
-    result: Registration, *, title: str, subtitle: str = "", names: tuple[str, str]
+    result: Registration, *, title: str, subtitle: str = "", names: tuple[str, str] = ("", "")
 ) -> Figure:
     """Draw a registration in eight panels.
 
@@ -62,15 +61,11 @@ def draw_slices(
     view = View.of(result.fixed)
     resampled = resample(result.moving, result.fixed)
     fixed, before, moved = (view.scalar(v) for v in (result.fixed, resampled, result.moved))
-    # One scale for both, or the pictures before and after could not be compared.
-    scale = _scale(moved)
-    matched = (
-        np.polyfit(moved.ravel(), _scale(fixed)(fixed).ravel(), 1) if np.ptp(moved) else (1, 0)
-    )
-    differences = [
-        matched[0] * image + matched[1] - _scale(fixed)(fixed) for image in (before, moved)
-    ]
-    fixed, before, moved = _scale(fixed)(fixed), scale(before), scale(moved)
+    fixed = _scaled(fixed, fixed)
+    # One gain and offset for both, or the differences before and after could not be compared.
+    gain, offset = np.polyfit(moved.ravel(), fixed.ravel(), 1) if np.ptp(moved) else (1.0, 0.0)
+    differences = [gain * image + offset - fixed for image in (before, moved)]
+    before, moved = _scaled(before, moved), _scaled(moved, moved)
     log_jacobian = np.log2(np.maximum(view.arrange(_in_space(result.jacobian)), 2.0**-8))
     slices = _middle_slices(fixed, view.spacing, result.fixed.ndim)
     length = max(abs(b - a) for cut in slices for a, b in (cut.window[:2], cut.window[2:]))
@@ -81,8 +76,8 @@ def draw_slices(
     growth: dict[str, Any] = {"cmap": _colours(*_DIVERGING), "vmin": -1.5, "vmax": 1.5}
 
     panels = _Panels(slices, title, subtitle)
-    panels.image(f"Fixed · {names[0]}", fixed, gray, letters=True)
-    panels.image(f"Moving, as loaded · {names[1]}", before, gray)
+    panels.image(_joined("Fixed", names[0]), fixed, gray, letters=True)
+    panels.image(_joined("Moving, as loaded", names[1]), before, gray)
     panels.image("Moved", moved, gray)
     axes, drawn = panels.image("Deformed grid, log₂ Jacobian", log_jacobian, growth)
     if result.transform.displacement is not None:
@@ -140,6 +135,10 @@ def draw_losses(stages: tuple[StageRecord, ...]) -> Figure | None:
     return figure
 
 
+def _joined(*words: str) -> str:
+    return " · ".join(filter(None, words))
+
+
 def _in_space(array: NDArray[Any], components: int = 0) -> NDArray[Any]:
     """Turn ``(Y, X)`` into ``(1, Y, X)`` and ``(Y, X, 2)`` into ``(1, Y, X, 3)``; else nothing."""
     if array.ndim == 3 + bool(components):
@@ -150,11 +149,12 @@ def _in_space(array: NDArray[Any], components: int = 0) -> NDArray[Any]:
     return np.pad(array, padding)[None]
 
 
-def _scale(image: NDArray[np.float32]) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
-    """Return what maps an image to 0 at its minimum and to 1 where nearly all of it is below."""
-    low = float(image.min())
-    high = float(np.percentile(image[image > low], 99.5)) if np.ptp(image) else low + 1
-    return lambda values: (values - low) / (high - low)
+def _scaled(image: NDArray[np.float32], like: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Map an image so that another one has its minimum at 0, and nearly all of it below 1."""
+    low = like.min()
+    high = np.percentile(like[like > low], 99.5) if np.ptp(like) else low + 1
+    scaled: NDArray[np.float32] = (image - low) / np.float32(high - low)
+    return scaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,9 +241,8 @@ def _middle_slices(
     low, high = first * step - margin, last * step + margin
     edges = (np.array(image.shape) - 0.5) * step
     slices = []
-    for axis, letters in ((0, ("R", "A")), (1, ("R", "S")), (2, ("A", "S")))[
-        : 1 if ndim == 2 else 3
-    ]:
+    shown = ((0, ("R", "A")), (1, ("R", "S")), (2, ("A", "S")))
+    for axis, letters in shown[: 1 if ndim == 2 else 3]:
         down, right = (a for a in range(3) if a != axis)
         box = (-step[right] / 2, edges[right], -step[down] / 2, edges[down])
         window = (low[right], high[right], low[down], high[down])
@@ -321,10 +320,9 @@ class _Panels:
         """Put a slim colour bar into the title line of the last panel."""
         row, column = divmod(self.shown - 1, self.columns)
         right = self._SIDE + column * (self.panel_width + self._GAP) + self.panel_width
+        top = self._HEADER + row * self.panel_height
         width = 0.2 * self.panel_width
-        bar = self._axes(
-            right - width - 0.3, self._HEADER + row * self.panel_height + 0.05, width, 0.06
-        )
+        bar = self._axes(right - width - 0.3, top + 0.05, width, 0.06)
         self.figure.colorbar(drawn, cax=bar, orientation="horizontal", ticks=ticks)
         bar.set_xticklabels(labels, fontsize=7, color=FAINT)
         bar.tick_params(length=0, pad=1.5)
