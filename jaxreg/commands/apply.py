@@ -27,7 +27,7 @@ class Interpolation(enum.StrEnum):
 
 
 def apply(
-    image: Annotated[Path, typer.Argument(help="What to resample, 2-D or 3-D.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="What to resample, 2-D or 3-D.")],
     reference: Annotated[
         Path, typer.Option("--reference", "-r", help="Image whose grid the result gets.")
     ],

@@ -19,7 +19,7 @@ __all__ = ["info"]
 
 
 def info(
-    file: Annotated[Path | None, typer.Argument(help="An image or a transform.")] = None,
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="Image or transform.")] = None,
 ) -> None:
     """Describe an image or a transform; without FILE, the installation."""
     if file is None:

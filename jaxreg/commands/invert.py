@@ -18,7 +18,7 @@ __all__ = ["invert"]
 
 
 def invert(
-    transform: Annotated[Path, typer.Argument(help="Affine or displacement field.")],
+    transform: Annotated[Path, typer.Argument(metavar="TRANSFORM", help="Affine or field.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Where to write its inverse, as such a file.")
     ],

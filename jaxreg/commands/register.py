@@ -60,8 +60,10 @@ class Preset(enum.StrEnum):
 
 
 def register(
-    fixed: Annotated[Path, typer.Argument(help="Image that stays where it is, 2-D or 3-D.")],
-    moving: Annotated[Path, typer.Argument(help="Image to bring to it.")],
+    fixed: Annotated[
+        Path, typer.Argument(metavar="FIXED", help="Image to bring it to, 2-D or 3-D.")
+    ],
+    moving: Annotated[Path, typer.Argument(metavar="MOVING", help="Image to bring there.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT_DIR", help="Folder, made if missing.")
     ],
@@ -198,7 +200,7 @@ def _write(result: Registration, folder: Path) -> None:
         inverse = transform.inverse_displacement_field()
         write_displacement(inverse, result.fixed, folder / _INVERSE_WARP)
     write_volume(result.moved, folder / _MOVED)
-    write_volume(result.fixed_moved, folder / _FIXED_MOVED)
+    write_volume(transform.apply_inverse(result.fixed, result.moving), folder / _FIXED_MOVED)
 
 
 def _record(result: Registration, inputs: dict[str, Any], facts: dict[str, str]) -> dict[str, Any]:

@@ -79,11 +79,11 @@ def draw_slices(
     panels.image(_joined("Fixed", names[0]), fixed, gray, letters=True)
     panels.image(_joined("Moving, as loaded", names[1]), before, gray)
     panels.image("Moved", moved, gray)
-    axes, drawn = panels.image("Deformed grid, log₂ Jacobian", log_jacobian, growth)
+    axes, drawn = panels.image("Grid, log₂ Jacobian", log_jacobian, growth)
     if result.transform.displacement is not None:
         points = view.deformed_points(_in_space(np.asarray(result.transform.displacement[0]), 3))
         _draw_grid(axes, points, slices, _LINE_EVERY * length)
-    panels.colourbar(drawn, ("halved", "kept", "doubled"), (-1, 0, 1))
+    panels.colourbar(drawn, ("halved", "", "doubled"), (-1, 0, 1))
     for word, difference in zip(("before", "after"), differences, strict=True):
         _, drawn = panels.image(f"Difference {word}", difference, change)
     panels.colourbar(drawn, ("fixed brighter", "", "moving brighter"), (-0.5, 0, 0.5))
@@ -321,7 +321,7 @@ class _Panels:
         row, column = divmod(self.shown - 1, self.columns)
         right = self._SIDE + column * (self.panel_width + self._GAP) + self.panel_width
         top = self._HEADER + row * self.panel_height
-        width = 0.2 * self.panel_width
+        width = max(0.2 * self.panel_width, 0.95)
         bar = self._axes(right - width - 0.3, top + 0.05, width, 0.06)
         self.figure.colorbar(drawn, cax=bar, orientation="horizontal", ticks=ticks)
         bar.set_xticklabels(labels, fontsize=7, color=FAINT)
