@@ -1,13 +1,16 @@
-"""Volumes to register and to resample, whose intensities are a function of physical space."""
+"""Things to register: smooth scenes in physical space, volumes that show them, random fields."""
 
 from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from jaxreg.registration import Volume, rigid_motion
+from jaxreg import convert_displacement
+from jaxreg.registration import Volume, ncc, resize_field, rigid_motion
 
 BLOBS = np.array([(0, 0, 0, 20), (18, -8, 11, 10), (-15, 18, -9, 9), (-4, -20, 16, 8)], float)
 
@@ -55,3 +58,16 @@ def as_image(volume: Volume) -> sitk.Image:
     image.SetOrigin(volume.origin.tolist())
     image.SetDirection(volume.direction.ravel().tolist())
     return image
+
+
+def similarity(fixed: Volume, other: Volume) -> float:
+    """The global correlation of two volumes on the same grid."""
+    return float(ncc(other.batched(), fixed.batched())[0, 0])
+
+
+def smooth_field(shape: tuple[int, ...], amplitude: float, seed: int) -> jax.Array:
+    """A random smooth displacement, ``(1, [Z,] Y, X, D)``, at most ``amplitude`` voxels."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.uniform(-amplitude, amplitude, (1, *(5 for _ in shape), len(shape)))
+    field = resize_field(jnp.asarray(coarse, jnp.float32), shape)
+    return convert_displacement(field, "voxel", "normalised")

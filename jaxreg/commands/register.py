@@ -200,7 +200,7 @@ def _write(result: Registration, folder: Path) -> None:
         inverse = transform.inverse_displacement_field()
         write_displacement(inverse, result.fixed, folder / _INVERSE_WARP)
     write_volume(result.moved, folder / _MOVED)
-    write_volume(transform.apply_inverse(result.fixed, result.moving), folder / _FIXED_MOVED)
+    write_volume(result.fixed_moved, folder / _FIXED_MOVED)
 
 
 def _record(result: Registration, inputs: dict[str, Any], facts: dict[str, str]) -> dict[str, Any]:

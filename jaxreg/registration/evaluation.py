@@ -72,8 +72,9 @@ def target_registration_error(
         raise ValueError(f"points_fixed: expected shape (K, {ndim}), got {fixed.shape}")
     if moving.shape != fixed.shape:
         raise ValueError(f"points_moving: expected shape {fixed.shape}, got {moving.shape}")
-    found = np.asarray(transform.transform_points(fixed), dtype=np.float64)  # type: ignore[attr-defined]
-    distances: NDArray[np.float64] = np.linalg.norm(found - moving, axis=1)
+    distances: NDArray[np.float64] = np.linalg.norm(
+        transform.transform_points(fixed) - moving, axis=1
+    )
     return distances
 
 

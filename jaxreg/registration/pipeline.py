@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxreg import compose, interpolate, jacobian_determinant
+from jaxreg import compose, jacobian_determinant
 from jaxreg.registration.engine import Stage, make_problem
 from jaxreg.registration.grid import Grid, Matrix
 from jaxreg.registration.presets import preset
@@ -22,7 +22,7 @@ from jaxreg.registration.progress import Callback
 from jaxreg.registration.pyramid import level_shape
 from jaxreg.registration.stage import Trace
 from jaxreg.registration.transform import Transform
-from jaxreg.registration.volume import Volume, normalised_affine
+from jaxreg.registration.volume import Volume
 
 __all__ = ["Folds", "LevelRecord", "Registration", "StageRecord", "register"]
 
@@ -107,27 +107,12 @@ class Registration:
     @functools.cached_property
     def moved(self) -> Volume:
         """The moving volume on the fixed grid, linearly interpolated; 0 outside of its own."""
-        affine = normalised_affine(self.transform.matrix, self.fixed, self.moving)
-        moved = interpolate(
-            self.moving.batched(),
-            jnp.asarray(affine, jnp.float32),
-            self.transform.displacement,
-            affine_last=True,
-            out_shape=self.fixed.shape,
-        )
-        return _on_grid(self.fixed, moved)
+        return self.transform.apply(self.moving)
 
     @functools.cached_property
     def fixed_moved(self) -> Volume:
         """The fixed volume on the moving grid, through the inverse; 0 outside of its own."""
-        back = np.linalg.inv(self.transform.matrix)
-        affine = jnp.asarray(normalised_affine(back, self.moving, self.fixed), jnp.float32)
-        inverse = self.transform.inverse_displacement
-        if inverse is not None:
-            still = jnp.zeros((1, *self.moving.shape, self.moving.grid.ndim), jnp.float32)
-            inverse = compose(inverse, still, affine, add=False)
-        moved = interpolate(self.fixed.batched(), affine, inverse, out_shape=self.moving.shape)
-        return _on_grid(self.moving, moved)
+        return self.transform.apply_inverse(self.fixed, self.moving)
 
     @functools.cached_property
     def jacobian(self) -> NDArray[np.float32]:
@@ -233,12 +218,6 @@ def register(
         fixed.grid, matrix, alignment.displacement, alignment.inverse_displacement
     )
     return Registration(fixed, moving, transform, tuple(records))
-
-
-def _on_grid(volume: Volume, image: jax.Array) -> Volume:
-    """Put an image ``(1, C, [Z,] Y, X)`` on the grid of a volume."""
-    array = np.asarray(image)[0]
-    return volume.with_array(array if array.shape[0] > 1 else array[0])
 
 
 def _levels(stage: Stage, fixed: Volume, traces: tuple[Trace, ...]) -> tuple[LevelRecord, ...]:

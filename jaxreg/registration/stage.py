@@ -66,7 +66,8 @@ class Iterative(abc.ABC):
         Bins of ``"mi"`` per image.
     window, tolerance
         A level has converged when a line through its last ``window`` losses falls by less than
-        ``tolerance`` times the largest of them. A tolerance of 0 runs all iterations.
+        ``tolerance`` times the largest loss of the level, in magnitude. A tolerance of 0 runs all
+        iterations.
     block
         Iterations between two tests of convergence, and two calls of the callback. Where the
         iterations of a level are no multiple of it, the nearest divisor that they have.
@@ -142,7 +143,9 @@ class Iterative(abc.ABC):
             level = problem.level(scale, alignment)
             memory = self.begin(level) if memory is None else self.resized(memory, level.shape)
             trace = _no_trace(iterations)
-            if callback is None:
+            if iterations == 0:
+                pass
+            elif callback is None:
                 memory, trace = _run_level(self, level, memory, trace)
             else:
                 for first in range(0, iterations, length := block_length(iterations, self.block)):
@@ -193,7 +196,7 @@ def _converged(stage: Iterative, losses: jax.Array, ran: jax.Array) -> jax.Array
     recent = jax.lax.dynamic_slice(losses, (ran - window,), (window,))
     time = jnp.arange(window, dtype=jnp.float32) - (window - 1) / 2
     slope = (time * recent).sum() / (time**2).sum()
-    flat = -slope * window < stage.tolerance * jnp.abs(recent).max()
+    flat = -slope * window < stage.tolerance * jnp.abs(losses).max()
     return flat & (ran >= window)
 
 
