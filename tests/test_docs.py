@@ -1,9 +1,12 @@
-"""The API reference (``make docs``) is made of docstrings: every public name has a whole one."""
+"""The documentation: every public name has a whole docstring, and the examples in docs/ run."""
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 
@@ -58,3 +61,20 @@ def test_every_op_tells_its_errors(module: str) -> None:
             continue
         raises = sections(inspect.getdoc(thing) or "")["Raises"]
         assert "ValueError" in raises and "TypeError" in raises, name
+
+
+PAGES = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_examples_of_a_page_give_what_it_shows(page: Path) -> None:
+    """What stands in its blocks of Python, one after the other."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    examples = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, page.name, str(page), 0)
+    assert examples.examples
+    runner = doctest.DocTestRunner(
+        optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False
+    )
+    report: list[str] = []
+    runner.run(examples, out=report.append)
+    assert not report, "".join(report)
