@@ -1,10 +1,8 @@
-"""The API reference (``make docs``) is made of docstrings: every public name has a whole one.
-
-The pages of ``docs/`` are true: their examples run.
-"""
+"""The documentation: every public name has a whole docstring, and the examples in docs/ run."""
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import inspect
 import re
@@ -96,15 +94,30 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_examples_of_a_page_run_in_its_order(
     page: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Python, with what it shows where there are prompts, and commands of ours."""
     monkeypatch.chdir(images)
-    blocks = re.findall(r"^```(python|sh)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```(python|sh)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     assert blocks
     names: dict[str, object] = {}
     for language, text in blocks:
-        if language == "python":
+        if language == "sh":
+            for line in text.splitlines():
+                program, *arguments = shlex.split(line)
+                assert program == "jaxreg"
+                assert run(*arguments) == 0, line
+        elif ">>>" in text:
+            run_session(text, names, page.name)
+        else:
             exec(compile(text, page.name, "exec"), names)
-            continue
-        for line in text.splitlines():
-            program, *arguments = shlex.split(line)
-            assert program == "jaxreg"
-            assert run(*arguments) == 0, line
+
+
+def run_session(text: str, names: dict[str, object], name: str) -> None:
+    """Run what stands behind prompts, compare what is shown, and keep the names."""
+    examples = doctest.DocTestParser().get_doctest(text, names, name, name, 0)
+    runner = doctest.DocTestRunner(
+        optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False
+    )
+    report: list[str] = []
+    runner.run(examples, out=report.append, clear_globs=False)
+    assert not report, "".join(report)
+    names.update(examples.globs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from numpy.typing import ArrayLike
 from scenes import header, physical_grid, scene, similarity
 
 from jaxreg import compose, convert_displacement, lncc_loss
-from jaxreg.commands.demo import load
+from jaxreg.data import load_pair_paths
 from jaxreg.registration import (
     SVF,
     Affine,
@@ -28,6 +29,7 @@ from jaxreg.registration import (
     dice,
     ncc,
     preset,
+    read_volume,
     register,
     register_images,
     rigid_motion,
@@ -48,6 +50,13 @@ def pair(shift: float = 5.0, dim: int = 2) -> tuple[Volume, Volume]:
         fixed.with_array(scene(points)),
         fixed.with_array(scene(points + shift + 4 * np.sin(points[..., ::-1] / 15))),
     )
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A test with it runs on each kind of device."""
+    with jax.default_device(jax.devices(request.param)[0]):
+        yield request.param
 
 
 @pytest.fixture
@@ -132,13 +141,35 @@ def test_a_level_that_has_stopped_repeats_its_last_loss_to_the_callback() -> Non
     )
 
 
-def test_the_same_input_gives_the_same_bits() -> None:
+@pytest.mark.parametrize("deformable", [Greedy, SVF, SyN])
+@pytest.mark.usefixtures("device")
+def test_the_same_input_gives_the_same_bits(deformable: type) -> None:
     fixed, moving = pair()
-    first, second = (register(fixed, moving, STAGES) for _ in range(2))
+    stages = [*STAGES[:2], deformable((1,), (20,))]
+    first, second = (register(fixed, moving, stages) for _ in range(2))
     for field in ("matrix", "displacement", "inverse_displacement"):
         np.testing.assert_array_equal(
             getattr(first.transform, field), getattr(second.transform, field)
         )
+
+
+def test_double_precision_elsewhere_does_not_matter() -> None:
+    fixed, moving = pair()
+    once = register(fixed, moving, STAGES)
+    with jax.enable_x64(True):
+        again = register(fixed, moving, STAGES)
+        assert again.transform.displacement.dtype == jnp.float32
+    np.testing.assert_allclose(again.moved.array, once.moved.array, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(16, 18), (1, 16, 18)])
+def test_where_there_is_nothing_to_see_nothing_moves(shape: tuple[int, ...]) -> None:
+    volume = header(shape, (2,) * len(shape))
+    stages = [Moments(), Affine((1,), (5,)), *(s((1,), (5,)) for s in (Greedy, SVF, SyN))]
+    result = register(volume, volume, stages)
+    np.testing.assert_allclose(result.transform.matrix, np.eye(len(shape) + 1), atol=1e-5)
+    np.testing.assert_array_equal(result.jacobian, np.ones(shape))
+    np.testing.assert_array_equal(result.transform.inverse_displacement, 0)
 
 
 @pytest.mark.parametrize("deformable", [Greedy, SVF, SyN])
@@ -292,7 +323,11 @@ def test_the_default_preset_finds_the_shipped_brains_wherever_they_start() -> No
     """The pair of the demo: turned by 15 degrees and shifted by 20 mm, and as it is."""
     scores = []
     for rotation, shift in ((15.0, 20.0), (0.0, 0.0)):
-        fixed, moving = load(rotation, shift)
+        fixed, moving = map(read_volume, load_pair_paths())
+        motion = rigid_motion(
+            rotation, (1, 2, 3), np.array((2, -1, 2)) / 3 * shift, moving.centre()
+        )
+        moving = moving.moved_by(motion)
         result = register(fixed, moving)
         moved, target = result.moved.batched(), fixed.batched()
         scores.append(

@@ -12,6 +12,7 @@ import pytest
 from scenes import header, physical_grid, scene, similarity, smooth_field
 from scipy.spatial.transform import Rotation
 
+import jaxreg
 from jaxreg import compose, convert_displacement, interpolate, lncc_loss
 from jaxreg.registration import (
     SVF,
@@ -34,6 +35,7 @@ from jaxreg.registration import (
 )
 from jaxreg.registration.inverse import invert_displacement
 from jaxreg.registration.linear import rotation_matrix
+from jaxreg.registration.similarity import find_loss
 from jaxreg.registration.stage import block_length
 
 LINEAR = [Translation, Rigid, Similarity, Affine]
@@ -341,6 +343,20 @@ def test_a_stage_minimises_the_metric_that_it_is_given(stage: type) -> None:
     ):
         result = register(fixed, moving, [settings])
         np.testing.assert_allclose(result.stages[0].levels[0].losses, [loss], rtol=1e-4)
+
+
+def test_mutual_information_is_looked_up_when_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def loss(pred: object, target: object, **options: object) -> jax.Array:
+        calls.append((pred, target, options))
+        return jnp.zeros(())
+
+    monkeypatch.setattr(jaxreg, "mutual_information_loss", loss, raising=False)
+    find_loss("mi", num_bins=16)("pred", "target", None)
+    assert calls == [("pred", "target", {"num_bins": 16, "mask": None})]
 
 
 @pytest.mark.parametrize("stage", [Rigid, Greedy, SyN])

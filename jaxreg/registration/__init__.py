@@ -12,7 +12,7 @@ Needs SimpleITK to read and write files: ``pip install 'regkernels[jax,cli]'``.
 from __future__ import annotations
 
 from jaxreg.registration.adam import AdamMoments, riemannian_adam_step
-from jaxreg.registration.deformable import step_gradient
+from jaxreg.registration.deformable import Deformable, step_gradient
 from jaxreg.registration.engine import ArrayRegistration, Stage, register_images
 from jaxreg.registration.evaluation import dice, target_registration_error
 from jaxreg.registration.greedy import Greedy
@@ -23,7 +23,7 @@ from jaxreg.registration.itk_transforms import (
     write_displacement,
     write_transform,
 )
-from jaxreg.registration.linear import Affine, Rigid, Similarity, Translation
+from jaxreg.registration.linear import Affine, Linear, Rigid, Similarity, Translation
 from jaxreg.registration.moments import Moments
 from jaxreg.registration.pipeline import Folds, LevelRecord, Registration, StageRecord, register
 from jaxreg.registration.presets import preset, stage_from_name
@@ -31,7 +31,7 @@ from jaxreg.registration.problem import Alignment
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.pyramid import downsample, level_shape, resize_field, resize_image
 from jaxreg.registration.similarity import mse_loss, ncc, ncc_loss
-from jaxreg.registration.stage import Trace
+from jaxreg.registration.stage import Iterative, Trace
 from jaxreg.registration.svf import SVF
 from jaxreg.registration.syn import SyN
 from jaxreg.registration.transform import DisplacementField, Transform, move_points, resample
@@ -51,11 +51,14 @@ __all__ = [
     "Alignment",
     "ArrayRegistration",
     "Callback",
+    "Deformable",
     "DisplacementField",
     "Folds",
     "Greedy",
     "Grid",
+    "Iterative",
     "LevelRecord",
+    "Linear",
     "Moments",
     "Progress",
     "Registration",

@@ -89,4 +89,5 @@ def invert_displacement(
 def _lengths(displacement: jax.Array) -> jax.Array:
     """Return the length of every vector in voxels, ``(N, [Z,] Y, X, 1)``."""
     voxels = convert_displacement(displacement, "normalised", "voxel")
-    return jnp.linalg.norm(voxels, axis=-1, keepdims=True)
+    lengths: jax.Array = jnp.linalg.norm(voxels, axis=-1, keepdims=True)
+    return lengths

@@ -92,5 +92,5 @@ def preset(
     if name == "fast":
         return *start, Greedy((4, 2), (60, 30))
     if name == "default":
-        return *start, SyN((4, 2, 1), (60, 40, 10) if lighter else (100, 70, 40))
+        return *start, SyN((4, 2, 1), (60, 40, 20) if lighter else (100, 70, 40))
     return *start, SyN((4, 2, 1), (100, 70, 40) if lighter else (200, 100, 80))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -37,6 +38,7 @@ class Trace(NamedTuple):
 
 
 _State = tuple[Any, Trace]  # what the iterations change, and how the loss went
+_Run = Callable[["Iterative", Level, Any, Trace], _State]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,10 +148,10 @@ class Iterative(abc.ABC):
             if iterations == 0:
                 pass
             elif callback is None:
-                memory, trace = _run_level(self, level, memory, trace)
+                memory, trace = _jitted(_run_level, level)(self, level, memory, trace)
             else:
                 for first in range(0, iterations, length := block_length(iterations, self.block)):
-                    memory, trace = _run_block(self, level, memory, trace)
+                    memory, trace = _jitted(_run_block, level)(self, level, memory, trace)
                     losses = trace.losses[first : first + length]
                     callback(Progress(self.name, scale, done + first + length, total, losses))
             done += iterations
@@ -170,6 +172,20 @@ def _no_trace(iterations: int) -> Trace:
     return Trace(
         jnp.zeros(iterations, jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.bool)
     )
+
+
+@functools.cache
+def _jit(run: _Run, donate: bool) -> _Run:
+    jitted: _Run = jax.jit(run, donate_argnames=("memory", "trace") if donate else ())
+    return jitted
+
+
+def _jitted(run: _Run, level: Level) -> _Run:
+    """Compile a function so that it writes the fields where they are, if it may.
+
+    Within a transformation it may not: under ``vmap`` the first fields are those of all pairs.
+    """
+    return _jit(run, donate=not isinstance(level.fixed, jax.core.Tracer))
 
 
 def _advance(stage: Iterative, level: Level, memory: Any, trace: Trace) -> _State:
@@ -200,7 +216,6 @@ def _converged(stage: Iterative, losses: jax.Array, ran: jax.Array) -> jax.Array
     return flat & (ran >= window)
 
 
-@functools.partial(jax.jit, donate_argnames=("memory", "trace"))
 def _run_level(stage: Iterative, level: Level, memory: Any, trace: Trace) -> _State:
     """Run a level until it has converged or its iterations are used up."""
     iterations = trace.losses.size
@@ -220,7 +235,6 @@ def _run_level(stage: Iterative, level: Level, memory: Any, trace: Trace) -> _St
     return state
 
 
-@functools.partial(jax.jit, donate_argnames=("memory", "trace"))
 def _run_block(stage: Iterative, level: Level, memory: Any, trace: Trace) -> _State:
     """Run one block of a level, unless it has converged."""
 
