@@ -25,6 +25,11 @@ class Example:
     def count(self) -> int:
         return len(self.operands)
 
+    @property
+    def differentiable(self) -> tuple[int, ...]:
+        """The operands that it can be differentiated by."""
+        return () if self.name in WITHOUT_GRADIENT else tuple(range(self.count))
+
     def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function of the operands alone."""
         return lambda *operands: function(*operands, **self.options)
@@ -44,6 +49,10 @@ OPS = [
     "lncc_loss",
 ]
 
+WITHOUT_GRADIENT = ["interpolate_labels", "invert_displacement"]
+
+ALL_OPS = [*OPS, *WITHOUT_GRADIENT]
+
 OPERANDS = {
     "interpolate": ("image", "affine", "grid"),
     "compose": ("u", "v", "affine"),
@@ -53,6 +62,8 @@ OPERANDS = {
     "jacobian_determinant": ("displacement",),
     "convert_displacement": ("displacement",),
     "lncc_loss": ("pred", "target"),
+    "interpolate_labels": ("labels", "affine", "grid"),
+    "invert_displacement": ("displacement",),
 }
 
 
@@ -71,7 +82,7 @@ def example(
 ) -> Example:
     """The op with every operand it can be differentiated by, batch 2; further options are added.
 
-    Seeds give different values.
+    Seeds give different values. Labels are int32 whatever the dtype.
     """
     dim = len(shape)
     base = 10 * seed
@@ -79,6 +90,8 @@ def example(
     second = small_displacement(base + 2, 2, shape, 0.3, dtype)
     affine = random_affine(base + 3, 2, dim, dtype)
     image = random_array(base + 4, 2, 2, *shape, dtype=dtype)
+    labels = np.random.default_rng(base + 4).integers(-3, 4, (2, 2, *shape), np.int32)
+    gentle = small_displacement(base + 1, 2, shape, 0.25 / max(shape), dtype)
     other = random_array(base + 5, 2, 2, *shape, dtype=dtype)
     spacing = (0.5, 2.0, 3.5)[:dim]
     case = {
@@ -94,5 +107,7 @@ def example(
             {"source": "normalised", "target": "mm", "spacing": spacing},
         ),
         "lncc_loss": Example("lncc_loss", (image, other), {"kernel_size": 3}),
+        "interpolate_labels": Example("interpolate_labels", (labels, affine, first)),
+        "invert_displacement": Example("invert_displacement", (gentle,), {"tolerance": 0.0}),
     }[name]
     return replace(case, options={**case.options, **options})
