@@ -411,8 +411,11 @@ def invert_displacement(
     has_extent = half_extent(displacement.shape[1:-1], align_corners) > 0
     u = np.where(has_extent, displacement, 0).astype(np.float64)
     e = np.zeros_like(u)
-    for _ in range(200):
-        e = -compose(u, e, add=False, padding_mode=padding_mode, align_corners=align_corners)
+    options = {"padding_mode": padding_mode, "align_corners": align_corners}
+    for _ in range(500):
+        last, e = e, -compose(u, e, add=False, **options)
+        if np.allclose(e, last, rtol=0, atol=1e-15):
+            break
     return e
 
 
