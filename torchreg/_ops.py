@@ -680,7 +680,7 @@ def apply_for(
     """
     operands, result_dtype = _prepare(op, operands)
     signature = _SIGNATURES[op]
-    attributes = {name: _plain(value) for name, value in attributes.items()}
+    attributes = {name: plain_number(value) for name, value in attributes.items()}
     arguments = [x if x is None else _plain_memory(x) for x in operands]
     if results == ("output",) and signature.has_labels:
         # Integers do not vary with what they are computed from: as with any other function of

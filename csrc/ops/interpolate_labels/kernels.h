@@ -44,7 +44,7 @@ struct LabelInterpolation {
   static constexpr int D = R::D;
   static constexpr int kDepth = R::kField ? 8 : 16;
   static constexpr int kUnroll = 1;
-  static constexpr int kMinBlocks = 4;
+  static constexpr int kMinBlocks = sizeof(T) == sizeof(double) ? 2 : 4;
 
   R resampling;
   Operand<Bits> output;

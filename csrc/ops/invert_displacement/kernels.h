@@ -92,7 +92,8 @@ struct DisplacementInversion {
       REG_UNROLL
       for (int k = 0; k < D; ++k) {
         best[k] *= frame.half[k];
-        if (!(abs(best[k]) < kInfinity)) best[k] = 0;
+        const bool is_finite = best[k] > -kInfinity && best[k] < kInfinity;
+        if (!is_finite) best[k] = 0;
       }
       T least = kInfinity;
       Vec<T, D> tried = best, opposite{}, step{};
