@@ -8,6 +8,8 @@ from jaxreg.warp import (
     compose,
     convert_displacement,
     interpolate,
+    interpolate_labels,
+    invert_displacement,
     jacobian_determinant,
     scaling_and_squaring,
 )
@@ -19,6 +21,8 @@ __all__ = [
     "export_checks",
     "gaussian_smooth",
     "interpolate",
+    "interpolate_labels",
+    "invert_displacement",
     "jacobian_determinant",
     "joint_histogram",
     "lncc_loss",

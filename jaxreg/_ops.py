@@ -32,6 +32,7 @@ _HALVES = (jnp.dtype("float16"), jnp.dtype("bfloat16"))
 _FLOATS = (*_HALVES, _FLOAT32, _FLOAT64)
 
 Attributes = tuple[Any, ...]
+Results = tuple[str, ...]
 
 
 def _target(op: str) -> str:
@@ -161,8 +162,8 @@ def _run(op: str, attributes: Attributes, wanted: int, operands: Operands) -> di
     return {name: output[0] for name, output in outputs.items()}
 
 
-def _all_results(op: str) -> int:
-    return _mask([role == "result" for _, role in _TABLE[op]["outputs"]])
+def _asked_for(op: str, results: Sequence[str]) -> int:
+    return _mask([name in results for name, _ in _TABLE[op]["outputs"]])
 
 
 def _gradient_inputs(op: str) -> set[str]:
@@ -187,12 +188,15 @@ def _times(unit_gradient: jax.Array, cotangent: jax.Array, dtype: Any) -> jax.Ar
     return (unit_gradient * jnp.expand_dims(cotangent, tuple(axes))).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _differentiable(op: str, attributes: Attributes, operands: Operands) -> jax.Array:
-    return _run(op, attributes, _all_results(op), operands)["output"]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _differentiable(
+    op: str, attributes: Attributes, results: Results, operands: Operands
+) -> tuple[jax.Array, ...]:
+    outputs = _run(op, attributes, _asked_for(op, results), operands)
+    return tuple(outputs[name] for name in results)
 
 
-def _forward(op: str, attributes: Attributes, operands: Any) -> Any:
+def _forward(op: str, attributes: Attributes, results: Results, operands: Any) -> Any:
     entry = _TABLE[op]
     values = {
         name: None if x is None else x.value
@@ -212,7 +216,7 @@ def _forward(op: str, attributes: Attributes, operands: Any) -> Any:
             )
     asked = {f"grad_{name}" for name in perturbed}
     wanted = [
-        role == "result"
+        name in results
         or (role == "unit_gradient" and name in asked)
         or (role == "saved" and bool(perturbed))
         for name, role in entry["outputs"]
@@ -236,13 +240,17 @@ def _forward(op: str, attributes: Attributes, operands: Any) -> Any:
         _mask([name in perturbed for name in values]),
         _mask([x is not None for x in extra.values()]),
     )
-    return outputs["output"], (inputs, extras, jnp.empty((*flags, 0), jnp.int8))
+    values_of_results = tuple(outputs[name] for name in results)
+    return values_of_results, (inputs, extras, jnp.empty((*flags, 0), jnp.int8))
 
 
-def _backward(op: str, attributes: Attributes, residuals: Any, cotangent: Any) -> Any:
+def _backward(
+    op: str, attributes: Attributes, results: Results, residuals: Any, cotangents: Any
+) -> Any:
     inputs, extras, flags = residuals
     names = [name for name, *_ in _TABLE[op]["inputs"]]
     perturbed = [name for i, name in enumerate(names) if flags.shape[0] >> i & 1]
+    cotangent = cotangents[0]  # an op with a gradient has one result
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero) or not perturbed:
         return ((None,) * len(names),)
     values = dict(zip(names, inputs, strict=True))
@@ -271,9 +279,9 @@ def _kernel_dtypes(op: str, operands: Operands) -> tuple[list[jnp.dtype | None],
     """The dtypes that the kernels take the operands in, and what their result is to become.
 
     Fields lead to coordinates and are computed with as they are; images may be stored in half
-    precision. The result is the image's again if that was converted, has the fields' common
-    dtype where there is no image, and stays in what it was computed in where images are
-    compared. ``None``: as it is.
+    precision; labels are integers. The result is the image's again if that was converted, has the
+    fields' common dtype where there is neither an image nor labels, and stays in what it was
+    computed in where images are compared. ``None``: as it is.
     """
     known = [x.dtype for x in operands if x is not None and x.dtype in _FLOATS]
     arithmetic = _FLOAT64 if _FLOAT64 in known else _FLOAT32
@@ -284,25 +292,28 @@ def _kernel_dtypes(op: str, operands: Operands) -> tuple[list[jnp.dtype | None],
             taken.append(None)
             continue
         stays = kind == "image" and x.dtype in _HALVES and arithmetic == _FLOAT32
-        taken.append(arithmetic if x.dtype in _FLOATS and not stays else x.dtype)
+        converts = x.dtype in _FLOATS and not stays and kind != "labels"
+        taken.append(arithmetic if converts else x.dtype)
         if kind != "field" and not has_image:
             has_image = True
-            result = None if stays or kind == "compared" else x.dtype
+            result = None if stays or kind in ("compared", "labels") else x.dtype
     if not has_image and known:
         result = functools.reduce(jnp.promote_types, known)
     return taken, result
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _jitted(op: str, attributes: Attributes, operands: Operands) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _jitted(
+    op: str, attributes: Attributes, results: Results, operands: Operands
+) -> tuple[jax.Array, ...]:
     # Conversions are outside of the differentiated function, so that JAX returns each gradient in
     # the dtype of its operand.
     dtypes, result_dtype = _kernel_dtypes(op, operands)
     converted = tuple(
         x if x is None else x.astype(d) for x, d in zip(operands, dtypes, strict=True)
     )
-    result = _differentiable(op, attributes, align(converted))
-    return result if result_dtype is None else result.astype(result_dtype)
+    first, *others = _differentiable(op, attributes, results, align(converted))
+    return (first if result_dtype is None else first.astype(result_dtype), *others)
 
 
 def widened(array: Any) -> Any:
@@ -364,6 +375,16 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> jax.A
     ValueError, TypeError
         What the op's checks find, naming the argument.
     """
+    return apply_for(("output",), op, operands, attributes)[0]
+
+
+def apply_for(
+    results: Results, op: str, operands: Sequence[Any], attributes: dict[str, Any]
+) -> tuple[jax.Array, ...]:
+    """Call an op of the table for several results, by name, of which ``output`` is the first.
+
+    Otherwise as :func:`apply`. An op with a gradient has one result.
+    """
     entry = _TABLE[op]
     for (name, optional, _), value in zip(entry["inputs"], operands, strict=True):
         _check_operand(op, name, optional, value)
@@ -375,10 +396,14 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> jax.A
         None if x is None or d is None else (d.name, (1, *x.shape))
         for x, d in zip(arrays, dtypes, strict=True)
     ]
-    _regcore.infer(op, specs, attributes, _all_results(op))
+    _regcore.infer(op, specs, attributes, _asked_for(op, results))
+    if results == ("output",) and any(kind == "labels" for *_, kind in entry["inputs"]):
+        # Integers do not vary with what they are computed from: as with any other function of JAX
+        # that returns them, their tangent is float0.
+        arrays = jax.lax.stop_gradient(arrays)
     ordered = tuple(attributes[name] for name, _, _ in entry["attributes"])
-    result: jax.Array = _jitted(op, ordered, arrays)
-    return result
+    values: tuple[jax.Array, ...] = _jitted(op, ordered, results, arrays)
+    return values
 
 
 def export_checks() -> list[jax.export.DisabledSafetyCheck]:

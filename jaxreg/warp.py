@@ -8,10 +8,10 @@ as in ``torch.nn.functional.grid_sample``. Affines ``float[N, D, D+1]`` map outp
 input coordinates. Each operand's batch size is 1 or N; 1 is broadcast without a copy, and its
 gradient is the sum over the batch.
 
-Operands are float64, float32, float16 or bfloat16 and need not agree. All is computed in float64
-where an operand is float64, and in float32 otherwise, coordinates above all. Images are read and
-written in half precision as they are; fields and affines are converted first. A gradient has the
-dtype of its operand.
+Label maps are integers. All other operands are float64, float32, float16 or bfloat16 and need not
+agree. All is computed in float64 where an operand is float64, and in float32 otherwise, coordinates
+above all. Images are read and written in half precision as they are; fields and affines are
+converted first. A gradient has the dtype of its operand.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Literal
 
 import jax
 
-from jaxreg._ops import apply, static_tuple, widened
+from jaxreg._ops import apply, apply_for, static_tuple, widened
 
 Unit = Literal["normalised", "voxel", "mm"]
 Channels = Literal["first", "last"]
@@ -106,6 +106,85 @@ def interpolate(
             "deterministic": deterministic,
         },
     )
+
+
+def interpolate_labels(
+    labels: jax.Array,
+    affine: jax.Array | None = None,
+    grid: jax.Array | None = None,
+    *,
+    affine_last: bool = False,
+    is_displacement: bool = True,
+    out_shape: Sequence[int] | None = None,
+    padding_mode: PaddingMode = "zeros",
+    align_corners: bool = True,
+    background: int = 0,
+    return_weights: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Sample a label map through an affine, a displacement field, or both.
+
+    Each output voxel gets the label with the largest sum of linear weights among the 2^D voxels
+    around its position, the smallest of several: the ``argmax`` of all labels' indicator images,
+    each interpolated linearly, without making any of them. Positions are those of
+    :func:`interpolate`, and no value appears that is neither a label nor the background.
+
+    Parameters
+    ----------
+    labels : integer[N, C, *S] or bool[N, C, *S]
+        Of 8 to 64 bits, signed or not. Channels are label maps of their own.
+    affine : float[N, D, D+1], optional
+        From output to input coordinates, normalised.
+    grid : float[N, *T, D], optional
+        Normalised, components x, y, z.
+    affine_last
+        Apply the affine after the displacement instead of before.
+    is_displacement
+        Whether ``grid`` is added to coordinates or holds coordinates itself.
+    out_shape
+        Spatial sizes of the output, or a full shape of which the last D entries count. Without it
+        the output has the grid's size, or without a grid the labels' own.
+    padding_mode
+        What lies outside the label map: with ``"zeros"`` the background, otherwise its
+        ``"border"`` or its ``"reflection"``. A coordinate that is not finite lies outside.
+    align_corners
+        Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
+    background
+        The label of what lies outside with ``padding_mode="zeros"``. It is a candidate like any
+        other.
+    return_weights
+        Whether to return, beside the labels, the sum of the weights of each: how much of the
+        sample agrees, from 2^-D to 1.
+
+    Returns
+    -------
+    integer[N, C, *T] or bool[N, C, *T]
+        Of the labels' dtype. Integers have no
+        derivative: under ``jax.grad`` they are constants.
+    float32[N, C, *T]
+        The weights, with ``return_weights``. They refuse to be differentiated.
+
+    Raises
+    ------
+    ValueError
+        A shape, mode or size that does not fit, or a background that the labels' dtype cannot
+        hold; the message names the argument.
+    TypeError
+        A dtype or an argument's type that is not supported. Also an
+        operand that is differentiated, with ``return_weights``.
+    """
+    attributes = {
+        "affine_last": affine_last,
+        "is_displacement": is_displacement,
+        "out_shape": () if out_shape is None else static_tuple(out_shape),
+        "padding_mode": padding_mode,
+        "align_corners": align_corners,
+        "background": background,
+    }
+    operands = (labels, affine, grid)
+    if not return_weights:
+        return apply("interpolate_labels", operands, attributes)
+    result, weight = apply_for(("output", "weight"), "interpolate_labels", operands, attributes)
+    return result, weight
 
 
 def compose(
@@ -253,6 +332,82 @@ def scaling_and_squaring(
             deterministic=deterministic,
         )
     return displacement.astype(velocity.dtype)
+
+
+def invert_displacement(
+    displacement: jax.Array,
+    initial: jax.Array | None = None,
+    *,
+    tolerance: float = 0.01,
+    max_iterations: int = 50,
+    padding_mode: PaddingMode = "border",
+    align_corners: bool = True,
+    return_residual: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Find the displacement ``e`` that undoes ``u``: ``e(y) + u(y + e(y)) = 0``.
+
+    That is ``compose(u, e) = 0``: ``id + e`` is the inverse of ``id + u``, which is interpolated
+    linearly. Each voxel is solved for on its own, by Newton's method. Steps that do not bring the
+    residual, the length of ``e(y) + u(y + e(y))``, down are shortened or replaced by those of the
+    fixed-point iteration ``e <- -u(y + e)``. The result is the best ``e`` that was met.
+
+    Parameters
+    ----------
+    displacement : float[N, *S, D]
+        ``u``, normalised. Where it folds there may be several solutions, of which any is found, or
+        none.
+    initial : float[N, *S, D], optional
+        Where to start, normalised: the inverse of a displacement that is nearly the same. Without
+        it, at 0.
+    tolerance
+        The residual, in voxels, at which a voxel is done. Rounding sets a limit to it, which is
+        some 1e-7 of the volume's size in float32.
+    max_iterations
+        How often a voxel may try another ``e``, from 1 to 10000.
+    padding_mode
+        What ``u`` is outside its grid.
+    align_corners
+        Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
+    return_residual
+        Whether to return the residual of every voxel as well: ``(residual > tolerance).sum()``
+        voxels did not converge.
+
+    Returns
+    -------
+    float[N, *S, D]
+        ``e``, normalised; 0 along an axis without extent. Not differentiable. Differentiating
+        it is refused: ``jax.lax.stop_gradient(displacement)`` makes a constant of it.
+    float32[N, *S]
+        The residual in voxels, with ``return_residual``. It is infinite where no ``e`` was met
+        at which ``u`` is finite; ``e`` is then ``initial``, or 0 where that is not finite.
+
+    Raises
+    ------
+    ValueError
+        A shape, mode or number that does not fit; the message names the argument.
+    TypeError
+        A dtype or an argument's type that is not supported. Also an
+        operand that is differentiated.
+
+    Notes
+    -----
+    By the implicit function theorem the derivative of ``e`` is ``de = -(I + Du)^-1 du``, with
+    ``du`` and ``Du`` taken at ``y + e(y)``. A loss that compares ``compose(u, e)`` with 0, ``e``
+    held constant, penalises inverse inconsistency without it.
+    """
+    attributes = {
+        "tolerance": tolerance,
+        "max_iterations": max_iterations,
+        "padding_mode": padding_mode,
+        "align_corners": align_corners,
+    }
+    operands = (displacement, initial)
+    if not return_residual:
+        return apply("invert_displacement", operands, attributes)
+    inverse, residual = apply_for(
+        ("output", "residual"), "invert_displacement", operands, attributes
+    )
+    return inverse, residual
 
 
 def jacobian_determinant(displacement: jax.Array, *, align_corners: bool = True) -> jax.Array:

@@ -13,6 +13,8 @@ from ml_dtypes import bfloat16
 
 Array = np.ndarray
 
+WIDE = (np.float64, np.int64, np.uint64)
+
 
 def cuda_device_exists() -> bool:
     """Whether the CUDA driver has a device, whatever the frameworks make of it."""
@@ -55,8 +57,8 @@ class Backend:
             for name, value in options.items()
         }
 
-    def call(self, name: str, *args: Any, **options: Any) -> Array:
-        """What the public function returns."""
+    def call(self, name: str, *args: Any, **options: Any) -> Any:
+        """What the public function returns: an array, or a tuple of them."""
         raise NotImplementedError
 
     def vjp(
@@ -74,7 +76,7 @@ class JaxBackend(Backend):
         """64-bit types exactly where an argument has them; the device for what is created."""
         import jax
 
-        wide = any(isinstance(a, np.ndarray) and a.dtype == np.float64 for a in args)
+        wide = any(isinstance(a, np.ndarray) and a.dtype in WIDE for a in args)
         stack = contextlib.ExitStack()
         stack.enter_context(jax.enable_x64(wide))
         stack.enter_context(jax.default_device(jax.devices(self.device)[0]))
@@ -87,9 +89,11 @@ class JaxBackend(Backend):
             return value
         return jax.device_put(value, jax.devices(self.device)[0])
 
-    def call(self, name: str, *args: Any, **options: Any) -> Array:
+    def call(self, name: str, *args: Any, **options: Any) -> Any:
         with self.scope((*args, *options.values())):
             result = self.function(name)(*map(self.array, args), **self.arrays(options))
+            if isinstance(result, tuple):
+                return tuple(map(np.asarray, result))
             return np.asarray(result)
 
     def vjp(
@@ -97,6 +101,8 @@ class JaxBackend(Backend):
     ) -> tuple[Array, ...]:
         import jax
 
+        if not wrt:
+            return ()
         with self.scope((*args, *options.values())):
             operands, options = [self.array(a) for a in args], self.arrays(options)
 
@@ -133,10 +139,12 @@ class TorchBackend(Backend):
             return tensor.view(torch.int16).numpy(force=True).view(bfloat16)
         return tensor.numpy(force=True)
 
-    def call(self, name: str, *args: Any, **options: Any) -> Array:
+    def call(self, name: str, *args: Any, **options: Any) -> Any:
         result = self.function(name)(*map(self.array, args), **self.arrays(options))
-        assert result.device.type == self.device
-        return self.to_numpy(result)
+        results = result if isinstance(result, tuple) else (result,)
+        assert all(r.device.type == self.device for r in results)
+        arrays = tuple(map(self.to_numpy, results))
+        return arrays if isinstance(result, tuple) else arrays[0]
 
     def vjp(
         self, name: str, args: Sequence[Any], cotangent: Array, wrt: Sequence[int], **options: Any

@@ -26,9 +26,9 @@ class Example:
         return len(self.operands)
 
     @property
-    def differentiable(self) -> range:
-        """The numbers of the operands that the function can be differentiated by."""
-        return range(0 if self.name in WITHOUT_GRADIENT else self.count)
+    def differentiable(self) -> tuple[int, ...]:
+        """The operands that it can be differentiated by."""
+        return () if self.name in WITHOUT_GRADIENT else tuple(range(self.count))
 
     def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function of the operands alone."""
@@ -52,8 +52,9 @@ OPS = [
 
 LOSSES = ["lncc_loss", "mutual_information_loss"]
 
-# Functions that have no gradient by any operand.
-WITHOUT_GRADIENT = ["joint_histogram"]
+WITHOUT_GRADIENT = ["joint_histogram", "interpolate_labels", "invert_displacement"]
+
+ALL_OPS = [*OPS, *WITHOUT_GRADIENT]
 
 OPERANDS = {
     "interpolate": ("image", "affine", "grid"),
@@ -63,7 +64,9 @@ OPERANDS = {
     "gaussian_smooth": ("x",),
     "jacobian_determinant": ("displacement",),
     "convert_displacement": ("displacement",),
-    **dict.fromkeys([*LOSSES, *WITHOUT_GRADIENT], ("pred", "target")),
+    **dict.fromkeys([*LOSSES, "joint_histogram"], ("pred", "target")),
+    "interpolate_labels": ("labels", "affine", "grid"),
+    "invert_displacement": ("displacement",),
 }
 
 
@@ -82,7 +85,7 @@ def example(
 ) -> Example:
     """The op with every operand that is no option, batch 2; further options are added.
 
-    Seeds give different values.
+    Seeds give different values. Labels are int32 whatever the dtype.
     """
     dim = len(shape)
     base = 10 * seed
@@ -90,6 +93,8 @@ def example(
     second = small_displacement(base + 2, 2, shape, 0.3, dtype)
     affine = random_affine(base + 3, 2, dim, dtype)
     image = random_array(base + 4, 2, 2, *shape, dtype=dtype)
+    labels = np.random.default_rng(base + 4).integers(-3, 4, (2, 2, *shape), np.int32)
+    gentle = small_displacement(base + 1, 2, shape, 0.25 / max(shape), dtype)
     other = random_array(base + 5, 2, 2, *shape, dtype=dtype)
     spacing = (0.5, 2.0, 3.5)[:dim]
     # Around all values: where a range is the images' own, differences would move it.
@@ -109,5 +114,7 @@ def example(
         "lncc_loss": Example("lncc_loss", (image, other), {"kernel_size": 3}),
         "mutual_information_loss": Example("mutual_information_loss", (image, other), binning),
         "joint_histogram": Example("joint_histogram", (image, other), binning),
+        "interpolate_labels": Example("interpolate_labels", (labels, affine, first)),
+        "invert_displacement": Example("invert_displacement", (gentle,), {"tolerance": 0.0}),
     }[name]
     return replace(case, options={**case.options, **options})

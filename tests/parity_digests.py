@@ -11,7 +11,7 @@ import json
 
 import numpy as np
 from backends import BACKENDS
-from examples import OPERANDS, OPS, WITHOUT_GRADIENT, Example, example
+from examples import ALL_OPS, OPERANDS, Example, example
 from inputs import HALVES, random_array
 
 # Large enough for every loop to be divided among threads, and odd enough to be divided unevenly.
@@ -21,11 +21,11 @@ SHAPES = {2: (181, 203), 3: (29, 37, 43)}
 def cases() -> dict[str, Example]:
     """Calls by a name that says what is special about them."""
     result = {}
-    for name, dim in itertools.product([*OPS, *WITHOUT_GRADIENT], SHAPES):
+    for name, dim in itertools.product(ALL_OPS, SHAPES):
         result[f"{name} {dim}-D"] = example(name, shape=SHAPES[dim], dtype=np.float32)
     for name in ("interpolate", "compose", "lncc_loss", "mutual_information_loss"):
         result[f"{name} float64"] = example(name, shape=SHAPES[3])
-    for name, dtype in itertools.product(OPS, HALVES):
+    for name, dtype in itertools.product(ALL_OPS, HALVES):
         case = example(name, shape=SHAPES[3], dtype=dtype)
         result[f"{name} {np.dtype(dtype).name}"] = case
     for padding, align in [("border", True), ("reflection", False)]:
@@ -83,12 +83,11 @@ def main() -> None:
             value = backend.call(case.name, *case.operands, **case.options)
             assert np.isfinite(value).all()
             cotangent = random_array(7, *value.shape, dtype=value.dtype)
-            gradients = backend.vjp(
-                case.name, case.operands, cotangent, case.differentiable, **case.options
-            )
-            named = zip(OPERANDS[case.name], gradients, strict=False)
+            wrt = case.differentiable
+            gradients = backend.vjp(case.name, case.operands, cotangent, wrt, **case.options)
             digests[title][framework] = {"value": digest(value)} | {
-                f"gradient of {operand}": digest(gradient) for operand, gradient in named
+                f"gradient of {OPERANDS[case.name][k]}": digest(gradient)
+                for k, gradient in zip(wrt, gradients, strict=True)
             }
     print(json.dumps(digests))
 

@@ -314,6 +314,43 @@ def interpolate_vjp(
     return to_image, to_affine, to_grid
 
 
+def interpolate_labels(
+    labels: Array,
+    affine: Array | None = None,
+    grid: Array | None = None,
+    *,
+    affine_last: bool = False,
+    is_displacement: bool = True,
+    out_shape: Sequence[int] | None = None,
+    padding_mode: str = "zeros",
+    align_corners: bool = True,
+    background: int = 0,
+    return_weights: bool = False,
+) -> Array | tuple[Array, Array]:
+    """The label with the largest sum of linear weights at ``Ax + u``, ``A(x + u)`` or ``v``.
+
+    The smallest of several. What is missing from the weights lies outside: the background's share.
+    """
+    affine, grid = float64(affine), float64(grid)
+    shape, out = labels.shape[2:], output_shape(labels, grid, out_shape)
+    size = (batch_size(labels, affine, grid), labels.shape[1], *out)
+    winner, share = np.zeros(size, labels.dtype), np.full(size, -1.0)
+    for n in range(size[0]):
+        position = sampling_positions(
+            shape, out, item(affine, n), item(grid, n), affine_last, is_displacement, align_corners
+        )
+        found = list(corners(position, shape, "bilinear", padding_mode, align_corners))
+        outside = 1 - sum(weight for _, weight, _ in found)
+        for c in range(size[1]):
+            values = item(labels, n)[c]
+            for label in sorted({*values.ravel().tolist(), background}):
+                weights = sum(weight * (values[index] == label) for index, weight, _ in found)
+                weights = weights + (outside if label == background else 0)
+                better = weights > share[n, c]
+                winner[n, c][better], share[n, c][better] = label, weights[better]
+    return (winner, share) if return_weights else winner
+
+
 def compose(
     u: Array,
     v: Array,
@@ -357,6 +394,29 @@ def affine_warp(affine: Array, displacement: Array, *, align_corners: bool = Tru
     x = normalised_coordinates(displacement.shape[1:-1], align_corners)
     moved = [x @ item(affine, n)[:, :dim].T + item(affine, n)[:, dim] for n in range(len(affine))]
     return np.array(moved).reshape(len(affine), *x.shape) + displacement
+
+
+def invert_displacement(
+    displacement: Array,
+    *,
+    tolerance: float = 0.0,
+    padding_mode: str = "border",
+    align_corners: bool = True,
+) -> Array:
+    """The ``e`` with ``e + u(x + e) = 0``, to rounding whatever the tolerance.
+
+    By the iteration ``e <- -u(x + e)``, for displacements for which that converges: where
+    neighbours differ by less than their distance. An axis without extent has no displacement.
+    """
+    has_extent = half_extent(displacement.shape[1:-1], align_corners) > 0
+    u = np.where(has_extent, displacement, 0).astype(np.float64)
+    e = np.zeros_like(u)
+    options = {"padding_mode": padding_mode, "align_corners": align_corners}
+    for _ in range(500):
+        last, e = e, -compose(u, e, add=False, **options)
+        if np.allclose(e, last, rtol=0, atol=1e-15):
+            break
+    return e
 
 
 def scaling_and_squaring(

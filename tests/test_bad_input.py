@@ -17,19 +17,18 @@ import _regcore
 import numpy as np
 import pytest
 from backends import BACKENDS, Backend, JaxBackend
-from examples import LOSSES, OPERANDS, OPS, WITHOUT_GRADIENT, example
+from examples import ALL_OPS, LOSSES, OPERANDS, example
 
 NAN, INFINITY = float("nan"), float("inf")
 TABLE = _regcore.ops()
 TABLE_NAMES = {"scaling_and_squaring": "scale_velocity"}  # of functions that are called otherwise
-FUNCTIONS = [*OPS, *WITHOUT_GRADIENT]
 SET_BY_ANOTHER = {"joint_range": "value_range"}  # attributes that an argument of another name sets
 
 # The axes of each operand: a small letter is a spatial axis, D has as many entries as those, S as
 # many as in the other operands.
 LAYOUTS = {
     **dict.fromkeys(["pred", "target"], "NSSSS"),
-    **dict.fromkeys(["image", "x"], "NCzyx"),
+    **dict.fromkeys(["image", "x", "labels"], "NCzyx"),
     **dict.fromkeys(["grid", "u", "v", "displacement", "velocity"], "NzyxD"),
     "affine": "NDE",
 }
@@ -80,7 +79,8 @@ def numbers(*values: int) -> str:
 
 
 def dtype_cases(op: str, operand: str, good: np.ndarray) -> Iterator[Bad]:
-    for dtype in ("int32", "uint8", "bool", "complex64"):
+    integers, floats = ("int32", "uint8", "bool"), ("float32", "float16")
+    for dtype in (*(floats if good.dtype == np.int32 else integers), "complex64"):
         yield bad_type(op, operand, good.astype(dtype), dtype)
 
 
@@ -140,15 +140,15 @@ def attribute_cases(op: str) -> Iterator[Bad]:
             yield bad_value(op, name, value, r"\S")
 
 
-FROM_THE_TABLE = [case for op in FUNCTIONS for case in (*operand_cases(op), *attribute_cases(op))]
+FROM_THE_TABLE = [case for op in ALL_OPS for case in (*operand_cases(op), *attribute_cases(op))]
 
-FIELDS = [(op, name) for op in OPS for name in OPERANDS[op] if LAYOUTS[name] == "NzyxD"]
-AFFINES = [("interpolate", "affine"), ("compose", "affine"), ("affine_warp", "affine")]
+FIELDS = [(op, name) for op in ALL_OPS for name in OPERANDS[op] if LAYOUTS[name] == "NzyxD"]
+AFFINES = [(op, "affine") for op in ALL_OPS if "affine" in OPERANDS[op]]
 
 # Of an operand without a gradient, which the examples do not have.
 MASKS = [
     bad_value(op, "mask", zeros(*shape), numbers(*shape))
-    for op in (*LOSSES, *WITHOUT_GRADIENT)
+    for op in (*LOSSES, "joint_histogram")
     for shape in [(2, 3, 3, 4, 5), (2, 0, 3, 4, 5), (2, 2, 3, 4, 6), (2, 2, 4, 5)]
 ]
 
@@ -174,6 +174,13 @@ RANGES: list[tuple[Any, type[Exception], str]] = [
 
 ONE_BY_ONE = [
     *MASKS,
+    *[
+        bad_value("invert_displacement", "initial", zeros(*shape), numbers(*shape))
+        for shape in [(2, 3, 4, 6, 3), (2, 3, 4, 3), (2, 4, 5, 2)]
+    ],
+    bad_value("invert_displacement", "initial", zeros(3, 3, 4, 5, 3), "3"),
+    bad_type("invert_displacement", "initial", zeros(2, 3, 4, 5, 3, dtype=np.int16), "int16"),
+    bad_type("invert_displacement", "initial", "brain.nii", "str"),
     bad_value("lncc_loss", "mask", zeros(3, 1, 3, 4, 5), "3"),
     bad_type("lncc_loss", "mask", zeros(2, 2, 3, 4, 5, dtype=np.int16), "int16"),
     bad_type("lncc_loss", "mask", "brain.nii", "str"),
@@ -190,6 +197,7 @@ ONE_BY_ONE = [
     *[bad_value(op, name, zeros(2, 5, 3), numbers(2, 5, 3)) for op, name in FIELDS],
     *[bad_value(op, name, zeros(2, 2, 3), numbers(2, 2, 3)) for op, name in AFFINES],
     bad_value("interpolate", "grid", zeros(2, 4, 5, 2), numbers(2, 4, 5, 2)),
+    bad_value("interpolate_labels", "grid", zeros(2, 4, 5, 2), numbers(2, 4, 5, 2)),
     bad_value("compose", "v", zeros(2, 4, 5, 2), numbers(2, 4, 5, 2)),
     bad_value(
         "convert_displacement",
@@ -227,6 +235,13 @@ ONE_BY_ONE = [
     *[bad_value("lncc_loss", "sigma", s, f"{s:g}") for s in (-1.0, 0.0, NAN, INFINITY)],
     bad_value("lncc_loss", "smooth_nr", -1.0, "-1"),
     *[bad_value("lncc_loss", "smooth_dr", x, f"{x:g}") for x in (-1.0, 0.0, 1e-19)],
+    *[bad_value("invert_displacement", "tolerance", t, f"{t:g}") for t in (-1.0, NAN, INFINITY)],
+    *[bad_value("invert_displacement", "max_iterations", n, str(n)) for n in (-1, 0, 10001)],
+    *[
+        Bad("interpolate_labels", "background", ValueError, f"{label}", {"background": label} | x)
+        for dtype, label in [("bool", 2), ("uint8", 256), ("uint16", -1), ("int8", -129)]
+        for x in [{"labels": zeros(2, 2, 3, 4, 5, dtype=dtype)}]
+    ],
     # A value that is still being computed.
     bad_type("gaussian_smooth", "sigma", np.array([[1.0]]), "1.0"),
     bad_type("scaling_and_squaring", "num_steps", np.array([3]), "3"),
@@ -257,7 +272,7 @@ def test_the_error_names_the_argument_and_what_came(backend: Backend, bad: Bad) 
     assert re.search(bad.came, message.split("got", 1)[1]), message
 
 
-@pytest.mark.parametrize("op", FUNCTIONS)
+@pytest.mark.parametrize("op", ALL_OPS)
 def test_every_operand_and_attribute_of_the_table_is_tried(op: str) -> None:
     entry = TABLE[TABLE_NAMES.get(op, op)]
     tried = {name for bad in BAD if bad.op == op for name in bad.changes}
@@ -265,7 +280,7 @@ def test_every_operand_and_attribute_of_the_table_is_tried(op: str) -> None:
     assert tried >= {SET_BY_ANOTHER.get(name, name) for name in named}
 
 
-@pytest.mark.parametrize("op", FUNCTIONS)
+@pytest.mark.parametrize("op", ALL_OPS)
 def test_axes_that_are_free_may_have_any_size(backend: Backend, op: str) -> None:
     """The counterpart of the bad shapes: what is not refused there is accepted here."""
     for operand, good in zip(OPERANDS[op], example(op, dtype=np.float32).operands, strict=True):
@@ -298,14 +313,14 @@ def test_jax_refuses_bad_arrays_when_it_traces(bad: Bad) -> None:
         jax.eval_shape(lambda *a: backend.function(bad.op)(*a, **options), *operands)
 
 
-@pytest.mark.parametrize("op", FUNCTIONS)
+@pytest.mark.parametrize("op", ALL_OPS)
 def test_unknown_arguments_are_refused(backend: Backend, op: str) -> None:
     operands, options = arguments_of(op, {})
     with pytest.raises(TypeError, match="align_croners"):
         backend.call(op, *operands, align_croners=True, **options)
 
 
-@pytest.mark.parametrize("op", FUNCTIONS)
+@pytest.mark.parametrize("op", ALL_OPS)
 def test_numpy_numbers_are_as_good_as_python_ones(backend: Backend, op: str) -> None:
     """Also as arrays without axes; the result is the same."""
     numbers_of = {"bool": np.bool_, "int": np.int16, "float": np.float64, "choice": np.str_}
@@ -322,7 +337,7 @@ def test_numpy_numbers_are_as_good_as_python_ones(backend: Backend, op: str) -> 
             np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.parametrize("op", FUNCTIONS)
+@pytest.mark.parametrize("op", ALL_OPS)
 def test_torch_tensors_that_hold_no_plain_memory_are_refused(op: str) -> None:
     import torch
 
@@ -341,7 +356,7 @@ def test_torch_tensors_that_hold_no_plain_memory_are_refused(op: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("op", [op for op in FUNCTIONS if len(OPERANDS[op]) > 1])
+@pytest.mark.parametrize("op", [op for op in ALL_OPS if len(OPERANDS[op]) > 1])
 def test_torch_tensors_on_two_devices_are_refused(op: str) -> None:
     import torch
 
@@ -362,7 +377,7 @@ def test_jax_refuses_arrays_that_hold_no_numbers() -> None:
             function(bad, 1.0)
 
 
-@pytest.mark.parametrize("op", FUNCTIONS)
+@pytest.mark.parametrize("op", ALL_OPS)
 def test_jax_refuses_attributes_that_are_traced(op: str) -> None:
     """They choose the kernel; a program for all of their values does not exist."""
     import jax

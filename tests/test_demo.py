@@ -10,18 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+from command import run
 
 from jaxreg import cli
 from jaxreg.data import copyright_notice, load_pair_paths
 from jaxreg.registration import Volume, ncc, read_volume
-from jaxreg.registration.report import View
-
-
-def run(*arguments: object) -> int:
-    """Run the command line in this process; return its exit status."""
-    with pytest.raises(SystemExit) as end:
-        cli.main([str(argument) for argument in arguments])
-    return int(end.value.code or 0)
+from jaxreg.registration.report_pictures import View
 
 
 def test_the_brains_ship_with_the_package() -> None:
@@ -67,7 +61,7 @@ def test_simpleitk_moves_the_brain_through_the_demos_field(output: Path) -> None
     from jaxreg.commands.demo import load
 
     _, moving = load(rotation=15.0, shift=20.0)
-    image = sitk.GetImageFromArray(np.asarray(moving.array))
+    image = sitk.GetImageFromArray(np.asarray(moving.array, np.float32))
     image.SetSpacing(moving.spacing.tolist())
     image.SetOrigin(moving.origin.tolist())
     image.SetDirection(moving.direction.ravel().tolist())

@@ -1,11 +1,20 @@
-"""The API reference (``make docs``) is made of docstrings: every public name has a whole one."""
+"""The documentation: every public name has a whole docstring, and the examples in docs/ run."""
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import inspect
+import re
+import shlex
+from pathlib import Path
 
+import numpy as np
 import pytest
+from command import run
+from scenes import header, physical_grid, scene
+
+from jaxreg.registration import write_volume
 
 PUBLIC = [
     (module, name)
@@ -58,3 +67,57 @@ def test_every_op_tells_its_errors(module: str) -> None:
             continue
         raises = sections(inspect.getdoc(thing) or "")["Raises"]
         assert "ValueError" in raises and "TypeError" in raises, name
+
+
+PAGES = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the pages assume: two images, a mask of one and labels on the other."""
+    folder = tmp_path_factory.mktemp("docs")
+    fixed, moving = header((30, 32), (3, 3)), header((31, 29), (3.2, 3.1), turn=8)
+    fixed = fixed.with_array(scene(physical_grid(fixed)))
+    moving = moving.with_array(scene(physical_grid(moving) * 0.95 + 2))
+    write_volume(fixed, folder / "fixed.nii.gz")
+    write_volume(moving, folder / "moving.nii.gz")
+    write_volume(fixed.with_array(np.asarray(fixed.array) > 0.1), folder / "mask.nii.gz")
+    write_volume(moving.with_array(np.asarray(moving.array) > 0.5), folder / "labels.nii.gz")
+    arguments = ["fixed.nii.gz", "moving.nii.gz", "-o", "out", "--preset", "fast"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run("register", *arguments) == 0
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_examples_of_a_page_run_in_its_order(
+    page: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python, with what it shows where there are prompts, and commands of ours."""
+    monkeypatch.chdir(images)
+    blocks = re.findall(r"^```(python|sh)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks
+    names: dict[str, object] = {}
+    for language, text in blocks:
+        if language == "sh":
+            for line in text.splitlines():
+                program, *arguments = shlex.split(line)
+                assert program == "jaxreg"
+                assert run(*arguments) == 0, line
+        elif ">>>" in text:
+            run_session(text, names, page.name)
+        else:
+            exec(compile(text, page.name, "exec"), names)
+
+
+def run_session(text: str, names: dict[str, object], name: str) -> None:
+    """Run what stands behind prompts, compare what is shown, and keep the names."""
+    examples = doctest.DocTestParser().get_doctest(text, names, name, name, 0)
+    runner = doctest.DocTestRunner(
+        optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False
+    )
+    report: list[str] = []
+    runner.run(examples, out=report.append, clear_globs=False)
+    assert not report, "".join(report)
+    names.update(examples.globs)

@@ -12,7 +12,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from examples import EXCHANGEABLE, OPS, Example, example
+from examples import ALL_OPS, EXCHANGEABLE, OPS, WITHOUT_GRADIENT, Example, example
 from inputs import assert_close, assert_same, random_array
 
 import jaxreg
@@ -64,7 +64,7 @@ def subsets(count: int) -> list[tuple[int, ...]]:
 CHOICES = [(name, chosen) for name in OPS for chosen in subsets(example(name).count)]
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", ALL_OPS)
 def test_jit_changes_nothing(name: str) -> None:
     case = example(name)
     function = bound(case)
@@ -157,6 +157,21 @@ def test_vmap_is_a_loop_for_values_and_gradients(name: str, mapped: tuple[int, .
         assert_close(np.asarray(result), np.stack(results), np.float64)
 
 
+@pytest.mark.parametrize(
+    ("name", "mapped"),
+    [(name, chosen) for name in WITHOUT_GRADIENT for chosen in subsets(example(name).count)],
+)
+def test_vmap_is_a_loop_for_ops_without_a_gradient(name: str, mapped: tuple[int, ...]) -> None:
+    """Both results."""
+    flag = {"interpolate_labels": "return_weights", "invert_displacement": "return_residual"}
+    function = bound(example(name, **{flag[name]: True}))
+    operands = mapped_operands(name, mapped)
+    actual = jax.jit(jax.vmap(function, in_axes(len(operands), mapped)))(*operands)
+    expected = one_by_one(jax.jit(function), operands, mapped)
+    for result, results in zip(actual, zip(*expected, strict=True), strict=True):
+        assert_same(np.asarray(result), np.stack(results))
+
+
 @pytest.mark.parametrize(("name", "mapped"), CHOICES)
 def test_the_gradient_of_a_vmap_sums_what_unmapped_operands_receive(
     name: str, mapped: tuple[int, ...]
@@ -213,10 +228,10 @@ def test_vmap_over_axes_other_than_the_first() -> None:
     assert_close(np.asarray(actual), expected, np.float64)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", ALL_OPS)
 def test_vmap_over_no_examples_is_empty(name: str) -> None:
     case = example(name)
-    operands = [np.zeros((0, *operand.shape)) for operand in case.operands]
+    operands = [np.zeros((0, *operand.shape), operand.dtype) for operand in case.operands]
     value = jax.vmap(bound(case))(*operands)
     assert value.shape == (0, *case.reference().shape)
 
@@ -331,7 +346,7 @@ def test_single_precision_stays_single_where_double_is_enabled(name: str) -> Non
         assert gradient.dtype == np.float32
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", ALL_OPS)
 def test_numpy_arrays_are_arrays(name: str) -> None:
     case = example(name)
     from_jax = bound(case)(*[jnp.asarray(operand) for operand in case.operands])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from backends import BACKENDS, Backend
-from examples import OPERANDS, OPS, WITHOUT_GRADIENT, example
+from examples import ALL_OPS, OPERANDS, example
 from inputs import assert_close, assert_same, random_array
 from parity_digests import cases
 
@@ -21,7 +21,6 @@ import jaxreg
 import torchreg
 
 THREADS = [1, 2, 5]
-FUNCTIONS = [*OPS, *WITHOUT_GRADIENT]
 
 Digests = dict[str, dict[str, dict[str, str]]]
 
@@ -72,8 +71,8 @@ def test_jax_and_torch_agree_on_the_gpu(title: str) -> None:
         gradients = backend.vjp(case.name, case.operands, cotangent, wrt, **case.options)
         results.append((value, *gradients))
     scattered = {("interpolate", "image"), ("compose", "u"), ("scaling_and_squaring", "velocity")}
-    names = ("value", *OPERANDS[case.name])
-    for name, of_jax, of_torch in zip(names, *results, strict=False):
+    names = ("value", *(OPERANDS[case.name][k] for k in case.differentiable))
+    for name, of_jax, of_torch in zip(names, *results, strict=True):
         if (case.name, name) in scattered:
             assert_close(of_jax, of_torch, of_torch.dtype)
         else:
@@ -82,22 +81,25 @@ def test_jax_and_torch_agree_on_the_gpu(title: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("framework", ["jax", "torch"])
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", ALL_OPS)
 def test_the_gpu_agrees_with_the_cpu(name: str, framework: str) -> None:
     case = example(name, shape=(29, 37, 43), dtype=np.float32)
     on_cpu, on_gpu = (
         BACKENDS[framework, device].call(name, *case.operands, **case.options)
         for device in ("cpu", "cuda")
     )
-    assert_close(on_gpu, on_cpu, np.float32)
+    if on_cpu.dtype == np.int32:  # rounding decides between labels that weigh the same
+        assert (on_gpu != on_cpu).mean() < 1e-4
+    else:
+        assert_close(on_gpu, on_cpu, np.float32)
 
 
 def test_both_packages_offer_the_same_functions() -> None:
-    assert set(FUNCTIONS) <= set(jaxreg.__all__)
-    assert set(FUNCTIONS) <= set(torchreg.__all__)
+    assert set(ALL_OPS) <= set(jaxreg.__all__)
+    assert set(ALL_OPS) <= set(torchreg.__all__)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", ALL_OPS)
 def test_functions_take_the_same_arguments_in_both_packages(name: str) -> None:
     """The same names, kinds and defaults."""
     in_jax, in_torch = (
@@ -157,7 +159,7 @@ def test_numbers_and_shapes_may_come_from_numpy(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("package", [jaxreg, torchreg], ids=lambda package: package.__name__)
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", ALL_OPS)
 def test_every_argument_is_documented(name: str, package: object) -> None:
     function = getattr(package, name)
     documented = inspect.getdoc(function) or ""

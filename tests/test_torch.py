@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from examples import EXCHANGEABLE, OPS, Example, example
+from examples import ALL_OPS, EXCHANGEABLE, OPS, WITHOUT_GRADIENT, Example, example
 from inputs import assert_close
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
@@ -41,7 +41,11 @@ def bound(case: Example) -> Function:
 
 
 def leaves(case: Example, device: str = "cpu") -> list[Tensor]:
-    return [torch.tensor(op, device=device, requires_grad=True) for op in case.operands]
+    wrt = case.differentiable
+    return [
+        torch.tensor(op, device=device, requires_grad=k in wrt)
+        for k, op in enumerate(case.operands)
+    ]
 
 
 def weights_of(value: Tensor) -> Tensor:
@@ -54,6 +58,8 @@ def value_and_gradients(
     function: Function, operands: Sequence[Tensor], cotangent: Tensor | None = None
 ) -> list[Tensor]:
     value = function(*operands)
+    if not value.requires_grad:
+        return [value]
     cotangent = weights_of(value) if cotangent is None else cotangent
     return [value.detach(), *torch.autograd.grad(value, operands, cotangent)]
 
@@ -129,18 +135,19 @@ def test_kernels_are_told_of_deterministic_algorithms(name: str, asked: bool) ->
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("name", "options"), [*((name, {}) for name in FUSED), ("lncc_loss", {"reduction": "none"})]
+    ("name", "options"),
+    [*((name, {}) for name in (*FUSED, *WITHOUT_GRADIENT)), ("lncc_loss", {"reduction": "none"})],
 )
 def test_every_registered_op_passes_opcheck(
     name: str, options: dict[str, str], device: str
 ) -> None:
     """The forward and the backward ops that a call with gradients goes through.
 
-    There is no backward op where the gradient comes with a scalar loss.
+    There is no backward op where the gradient comes with a scalar loss, or not at all.
     """
     case = example(name, dtype=np.float32, **options)
     calls = recorded_calls(case, device)
-    count = 1 if case.reference().ndim == 0 else 2
+    count = 1 if case.reference().ndim == 0 or not case.differentiable else 2
     assert len({str(op) for op, _, _ in calls}) >= count
     for op, args, kwargs in calls:
         torch.library.opcheck(op, args, kwargs)
@@ -233,13 +240,13 @@ def strided_copies(tensor: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["permuted", "with gaps", "not aligned"])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", ALL_OPS)
 def test_operands_and_cotangents_may_have_any_strides(name: str, layout: str, device: str) -> None:
     case = example(name, dtype=np.float32)
     plain = leaves(case, device)
     cotangent = weights_of(bound(case)(*plain).detach())
     expected = value_and_gradients(bound(case), plain, cotangent)
-    strided = [strided_copies(op.detach())[layout].requires_grad_() for op in plain]
+    strided = [strided_copies(op.detach())[layout].requires_grad_(op.requires_grad) for op in plain]
     actual = value_and_gradients(bound(case), strided, strided_copies(cotangent)[layout])
     check = assert_equal if device == "cpu" else assert_rounds_equal
     check(actual, expected)
@@ -373,7 +380,7 @@ def test_only_the_gradients_asked_for_are_computed(chosen: tuple[int, ...]) -> N
         assert (tuple(operand.shape) in outputs.shapes) == (k in chosen)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", ALL_OPS)
 def test_operands_stay_as_they_are(name: str) -> None:
     case = example(name)
     operands = leaves(case)
@@ -411,7 +418,7 @@ def test_no_gradient_is_recorded_where_none_is_wanted() -> None:
     assert not torchreg.interpolate(*[op.detach() for op in operands]).requires_grad
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", ALL_OPS)
 def test_a_compiled_call_gives_the_same_values_and_gradients(name: str) -> None:
     case = example(name, dtype=np.float32)
     compiled = torch.compile(bound(case), backend="aot_eager", fullgraph=True)
@@ -540,7 +547,7 @@ def test_operands_on_different_devices_are_refused(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", ALL_OPS)
 def test_work_is_queued_on_the_current_stream(name: str) -> None:
     """A side stream that is busy first: work on another stream would read stale operands."""
     case = example(name, shape=(20, 24, 28), dtype=np.float32)
@@ -551,14 +558,17 @@ def test_work_is_queued_on_the_current_stream(name: str) -> None:
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
-        operands = [(a + b.detach()).requires_grad_() for a, b in zip(late, fresh, strict=True)]
+        operands = [
+            (a + b.detach()).requires_grad_(b.requires_grad)
+            for a, b in zip(late, fresh, strict=True)
+        ]
         actual = value_and_gradients(bound(case), operands)
     torch.cuda.synchronize()
     assert_rounds_equal(actual, expected)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", ALL_OPS)
 def test_a_cuda_graph_replays_values_and_gradients(name: str) -> None:
     case, other = (example(name, dtype=np.float32, seed=seed) for seed in (0, 1))
     operands = leaves(case, "cuda")
@@ -645,7 +655,7 @@ def test_autocast_leaves_full_precision_as_it_is(name: str, device: str) -> None
     assert_rounds_equal(actual, value_and_gradients(bound(case), leaves(case, device)))
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", ALL_OPS)
 def test_threads_do_not_disturb_each_other(name: str) -> None:
     cases = [example(name, shape=(12, 13, 14), dtype=np.float32, seed=seed) for seed in range(4)]
     expected = [value_and_gradients(bound(case), leaves(case)) for case in cases]
@@ -673,7 +683,7 @@ def test_a_tensor_of_a_subclass_stays_one() -> None:
     assert_equal([a.as_subclass(Tensor) for a in actual], expected)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", ALL_OPS)
 def test_shapes_can_be_had_without_computing(name: str) -> None:
     """With fake tensors and on the device "meta", gradients included."""
     case = example(name, dtype=np.float32)
@@ -681,8 +691,8 @@ def test_shapes_can_be_had_without_computing(name: str) -> None:
     for mode, device in ((FakeTensorMode(), "cpu"), (contextlib.nullcontext(), "meta")):
         with mode:
             operands = [
-                torch.empty(op.shape, dtype=torch.float32, device=device, requires_grad=True)
-                for op in case.operands
+                torch.empty_like(op, device=device, requires_grad=op.requires_grad)
+                for op in leaves(case)
             ]
             results = value_and_gradients(bound(case), operands)
         assert [(x.shape, x.dtype) for x in results] == expected
@@ -707,7 +717,7 @@ def test_everything_is_deterministic_on_the_cpu(name: str, deterministic: None) 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", ALL_OPS)
 def test_work_goes_to_the_device_of_the_tensors(name: str) -> None:
     """Whichever device is the current one."""
     if torch.cuda.device_count() < 2:

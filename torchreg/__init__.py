@@ -13,6 +13,8 @@ from torchreg.warp import (
     compose,
     convert_displacement,
     interpolate,
+    interpolate_labels,
+    invert_displacement,
     jacobian_determinant,
     scaling_and_squaring,
 )
@@ -25,6 +27,8 @@ __all__ = [
     "convert_displacement",
     "gaussian_smooth",
     "interpolate",
+    "interpolate_labels",
+    "invert_displacement",
     "jacobian_determinant",
     "joint_histogram",
     "lncc_loss",

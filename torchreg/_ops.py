@@ -63,6 +63,7 @@ class _Signature:
         self.outputs = [name for name, _ in entry["outputs"]]
         self.roles = [role for _, role in entry["outputs"]]
         self.result = self.roles.index("result")
+        self.has_labels = any(kind == "labels" for *_, kind in entry["inputs"])
         self.saved = _mask([role == "saved" for role in self.roles])
         self.workspaces = [i for i, role in enumerate(self.roles) if role == "workspace"]
         arguments = [
@@ -170,7 +171,7 @@ def _run(
 
 # A registered op returns no None: an output that is absent is an empty tensor of a dtype that no
 # output has.
-_ABSENT = torch.bool
+_ABSENT = torch.complex64
 
 
 def _pack(outputs: _Outputs, wanted: int, like: torch.Tensor) -> list[torch.Tensor]:
@@ -391,6 +392,14 @@ def _first_derivatives(
     return gradients
 
 
+def _refuse_dual_numbers(op: str, tensors: Sequence[torch.Tensor | None]) -> None:
+    """A tangent that got lost would be a derivative of zero."""
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        raise NotImplementedError(f"torchreg: {op}: forward mode is not supported")
+
+
 def _gradients(ctx: Any, grad_output: torch.Tensor | None) -> _Outputs:
     """The gradient of each input that is asked for it."""
     signature = _SIGNATURES[ctx.op]
@@ -399,11 +408,7 @@ def _gradients(ctx: Any, grad_output: torch.Tensor | None) -> _Outputs:
     if grad_output is None or True not in needs:
         return [None] * count
     saved = ctx.saved_tensors
-    if forward_ad._current_level >= 0 and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None
-        for x in (*saved, grad_output)
-    ):
-        raise NotImplementedError(f"torchreg: {ctx.op}: forward mode is not supported")
+    _refuse_dual_numbers(ctx.op, (*saved, grad_output))
     if not torch.is_grad_enabled():
         return _first_derivatives(ctx, signature, needs, saved, grad_output)
     with torch.no_grad():
@@ -567,10 +572,10 @@ def _convert(
     """The operands in the dtypes that the kernels take, and what their result is to become.
 
     Fields lead to coordinates and are computed with as they are; images may be stored in half
-    precision. The result is the image's again if that was converted, has the fields' common
-    dtype where there is no image, and stays in what it was computed in where images are
-    compared. ``None``: as it is. The conversions are outside of the differentiated function, so
-    that autograd returns each gradient in the dtype of its operand.
+    precision; labels are integers. The result is the image's again if that was converted, has the
+    fields' common dtype where there is neither an image nor labels, and stays in what it was
+    computed in where images are compared. ``None``: as it is. The conversions are outside of the
+    differentiated function, so that autograd returns each gradient in the dtype of its operand.
     """
     known = [x.dtype for x in operands if x is not None and x.dtype in _FLOATS]
     arithmetic = torch.float64 if torch.float64 in known else torch.float32
@@ -581,10 +586,11 @@ def _convert(
             converted.append(None)
             continue
         stays = kind == "image" and x.dtype in _HALVES and arithmetic == torch.float32
-        converted.append(x.to(arithmetic) if x.dtype in _FLOATS and not stays else x)
+        converts = x.dtype in _FLOATS and not stays and kind != "labels"
+        converted.append(x.to(arithmetic) if converts else x)
         if kind != "field" and not has_image:
             has_image = True
-            result = None if stays or kind == "compared" else x.dtype
+            result = None if stays or kind in ("compared", "labels") else x.dtype
     if not has_image and known:
         result = functools.reduce(torch.promote_types, known)
     return converted, result
@@ -660,6 +666,46 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> torch
     ValueError, TypeError
         What the op's checks find, naming the argument.
     """
+    operands, result_dtype = _prepare(op, operands)
+    result = _dispatch(op, operands, attributes)
+    return result if result_dtype is None else result.to(result_dtype)
+
+
+def apply_for(
+    results: tuple[str, ...], op: str, operands: Sequence[Any], attributes: dict[str, Any]
+) -> tuple[torch.Tensor, ...]:
+    """Call an op without a gradient for some of its results, by name, ``output`` the first.
+
+    Otherwise as :func:`apply`.
+    """
+    operands, result_dtype = _prepare(op, operands)
+    signature = _SIGNATURES[op]
+    attributes = {name: plain_number(value) for name, value in attributes.items()}
+    arguments = [x if x is None else _plain_memory(x) for x in operands]
+    if results == ("output",) and signature.has_labels:
+        # Integers do not vary with what they are computed from: as with any other function of
+        # PyTorch that returns them, they are constants.
+        arguments = [x if x is None else x.detach() for x in arguments]
+    is_eager = _is_eager(arguments)
+    _needs(signature, arguments, is_eager)  # which refuses any
+    _refuse_dual_numbers(op, arguments)
+    wanted = _mask([name in results for name in signature.outputs])
+    if not is_eager and not torch.compiler.is_compiling():
+        specs = [None if x is None else _spec(x, False) for x in arguments]
+        _regcore.infer(op, specs, attributes, wanted)
+    outputs = _call(op, arguments, attributes, wanted, False)
+    values = [x for x, name in zip(outputs, signature.outputs, strict=True) if name in results]
+    first, *others = [x for x in values if x is not None]
+    return (first if result_dtype is None else first.to(result_dtype), *others)
+
+
+def _prepare(
+    op: str, operands: Sequence[Any]
+) -> tuple[Sequence[torch.Tensor | None], torch.dtype | None]:
+    """Operands checked for what the kernels take for granted, in the dtypes that they take.
+
+    Also the dtype that the result is to become; ``None``: as it is.
+    """
     first_name, first, alike = "", None, True
     for (name, optional, _), value in zip(_TABLE[op]["inputs"], operands, strict=True):
         _check_operand(op, name, optional, value)
@@ -675,11 +721,9 @@ def apply(op: str, operands: Sequence[Any], attributes: dict[str, Any]) -> torch
             )
         if value.dtype != first.dtype:
             alike = False
-    result_dtype = None
     if not alike or (first is not None and first.dtype in _HALVES):
-        operands, result_dtype = _convert(op, operands)
-    result = _dispatch(op, operands, attributes)
-    return result if result_dtype is None else result.to(result_dtype)
+        return _convert(op, operands)
+    return operands, None
 
 
 def _dispatch(

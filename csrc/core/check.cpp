@@ -46,6 +46,12 @@ DType check_dtypes(const Call& call) {
       if (!specs[i].optional) fail_type(call, specs[i].name, "an array", "None");
       continue;
     }
+    if (specs[i].kind == InputKind::kLabels) {
+      if (!is_integer(input.dtype)) {
+        fail_type(call, specs[i].name, "an integer dtype or bool", dtype_name(input.dtype));
+      }
+      continue;
+    }
     // Fields as well: what a frontend converts is fine with the user.
     if (input.dtype != DType::kFloat32 && input.dtype != DType::kFloat64 && !is_half(input.dtype)) {
       fail_type(call, specs[i].name, "float32, float64, float16 or bfloat16",
@@ -56,7 +62,7 @@ DType check_dtypes(const Call& call) {
   const char* first = nullptr;
   for (size_t i = 0; i < specs.size(); ++i) {
     const Tensor& input = call.inputs[i];
-    if (!input.present) continue;
+    if (!input.present || specs[i].kind == InputKind::kLabels) continue;
     const bool is_image = specs[i].kind == InputKind::kImage;
     if (common == DType::kInvalid) {
       common = is_half(input.dtype) ? DType::kFloat32 : input.dtype;
@@ -68,7 +74,7 @@ DType check_dtypes(const Call& call) {
                 dtype_name(input.dtype));
     }
   }
-  return common;
+  return common == DType::kInvalid ? DType::kFloat32 : common;
 }
 
 Batch check_batch(const Call& call) {

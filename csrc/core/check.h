@@ -18,8 +18,8 @@ std::string describe(const Tensor& tensor);
                             const std::string& got);
 [[noreturn]] void fail_shape(const Call& call, const char* argument, const std::string& expected);
 
-// The dtype that the call computes in, float32 or float64. All present inputs have it; images may
-// instead be stored in half precision where it is float32.
+// The dtype that the call computes in, float32 or float64. All present inputs have it, except for
+// labels, which are integers; images may instead be stored in half precision where it is float32.
 DType check_dtypes(const Call& call);
 
 // The two batch axes shared by all present inputs: each is 1 or the common size.

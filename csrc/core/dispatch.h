@@ -1,6 +1,7 @@
 // From run-time dtypes and dimensions to template arguments.
 #pragma once
 
+#include <cstdint>
 #include <stdexcept>
 
 #include "core/half.h"
@@ -41,6 +42,49 @@ void dispatch_storage(DType dtype, const Body& body) {
     if (dtype == DType::kBFloat16) return body(TypeTag<BFloat16>{});
   }
   dispatch_dtype(dtype, body);
+}
+
+// Calls body(TypeTag<T>) with the C++ type of an integer dtype.
+template <class Body>
+void dispatch_integer(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kBool:
+      return body(TypeTag<bool>{});
+    case DType::kInt8:
+      return body(TypeTag<int8_t>{});
+    case DType::kUInt8:
+      return body(TypeTag<uint8_t>{});
+    case DType::kInt16:
+      return body(TypeTag<int16_t>{});
+    case DType::kUInt16:
+      return body(TypeTag<uint16_t>{});
+    case DType::kInt32:
+      return body(TypeTag<int32_t>{});
+    case DType::kUInt32:
+      return body(TypeTag<uint32_t>{});
+    case DType::kInt64:
+      return body(TypeTag<int64_t>{});
+    case DType::kUInt64:
+      return body(TypeTag<uint64_t>{});
+    default:
+      throw std::logic_error("a dtype that the checks let through is no integer");
+  }
+}
+
+// Calls body(TypeTag<T>) with an unsigned type of as many bytes, for kernels to which no more than
+// these matters.
+template <class Body>
+void dispatch_width(size_t bytes, const Body& body) {
+  switch (bytes) {
+    case 1:
+      return body(TypeTag<uint8_t>{});
+    case 2:
+      return body(TypeTag<uint16_t>{});
+    case 4:
+      return body(TypeTag<uint32_t>{});
+    default:
+      return body(TypeTag<uint64_t>{});
+  }
 }
 
 template <class Body>

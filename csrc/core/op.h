@@ -26,8 +26,9 @@ struct AttrSpec {
 // Images (and what is as good as one: a cotangent of an image, an array to be smoothed) may be
 // stored in half precision; kernels convert as they load. Fields and affines lead to coordinates: a
 // frontend converts them to the arithmetic dtype beforehand, and the result back. What a loss
-// compares (kCompared) is converted as well, and the loss stays in the arithmetic dtype.
-enum class InputKind { kField, kImage, kCompared };
+// compares (kCompared) is converted as well, and the loss stays in the arithmetic dtype. Labels are
+// integers (bool counts): they are told apart and put in order, never computed with or converted.
+enum class InputKind { kField, kImage, kCompared, kLabels };
 
 struct InputSpec {
   const char* name;
@@ -35,9 +36,10 @@ struct InputSpec {
   InputKind kind = InputKind::kField;
 };
 
-// A result is what the user asked for; each op has one, called `output`. A workspace is scratch
-// memory, an output only so that the framework's allocator owns it. The other two are computed in
-// the forward pass for the sake of the backward one, when the call's `wanted` asks for them:
+// A result is what the user asked for. An op has one, called `output`; one without a gradient may
+// have more, for `wanted` to ask for. A workspace is scratch memory, an output only so that the
+// framework's allocator owns it. The other two are computed in the forward pass for the sake of the
+// backward one, when the call's `wanted` asks for them:
 //   kUnitGradient, named grad_<input>: the gradient for a cotangent of 1. Where shape inference
 //     leaves it present, the backward pass is its product with the cotangent, nothing else. The
 //     result is then one number per group, or per item with the unit gradient's leading axes.

@@ -61,10 +61,10 @@ REG_HD void for_each_channel(const Layout& layout, const Body& body) {
 //
 // The array that is sampled, the result and its cotangent are stored as S; everything else, and all
 // arithmetic, is T.
-template <class Storage, int kD, bool kHasAffine, bool kHasField, class InLayout>
+template <class Storage, class Compute, int kD, bool kHasAffine, bool kHasField, class InLayout>
 struct Resampling {
   using S = Storage;
-  using T = Arithmetic<S>;
+  using T = Compute;
   static constexpr int D = kD;
   static constexpr bool kAffine = kHasAffine;
   static constexpr bool kField = kHasField;
@@ -104,9 +104,11 @@ struct Resampling {
     REG_HD Vec<T, D> position(const Voxel& voxel, const Vec<T, D>& u) const {
       return self->map.template position<kField>(item, voxel.index<D>(), u);
     }
-    // Values at the corners; `kChecked`: of a cell that may lie partly outside.
-    template <bool kChecked>
-    REG_HD void load_corners(const Cell<T, D>& cell, int channel, T (&value)[1 << D]) const {
+    // Values at the corners, each what `convert` makes of what is stored; `kChecked`: of a cell
+    // that may lie partly outside, where they are `outside`.
+    template <bool kChecked, class Value, class Convert>
+    REG_HD void load_corners(const Cell<T, D>& cell, int channel, Value outside,
+                             const Convert& convert, Value (&value)[1 << D]) const {
       const auto& size = self->map.in.size;
       constexpr int kRows = 1 << (D - 1);
       const S* row[kRows];
@@ -129,12 +131,17 @@ struct Resampling {
       const bool upper = cell.index[0] + 1u < unsigned(size[0]);
       REG_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        value[2 * i] = value[2 * i + 1] = 0;
-        if (!kChecked || (row_inside[i] & lower)) value[2 * i] = to_arithmetic(row[i][0]);
+        value[2 * i] = value[2 * i + 1] = outside;
+        if (!kChecked || (row_inside[i] & lower)) value[2 * i] = convert(row[i][0]);
         if (!kChecked || (row_inside[i] & upper)) {
-          value[2 * i + 1] = to_arithmetic(row[i][Layout::kPixel]);
+          value[2 * i + 1] = convert(row[i][Layout::kPixel]);
         }
       }
+    }
+    template <bool kChecked>
+    REG_HD void load_corners(const Cell<T, D>& cell, int channel, T (&value)[1 << D]) const {
+      load_corners<kChecked>(
+          cell, channel, T(0), [](S stored) { return to_arithmetic(stored); }, value);
     }
 
     // Calls take(cell, IntTag<0>, unused) for a sample to which no boundary rule applies and
@@ -733,11 +740,10 @@ struct ResampleCall {
   const Tensor* partial_sums = nullptr;
 };
 
-template <class S, int D, bool kAffine, bool kField, class Layout>
-Resampling<S, D, kAffine, kField, Layout> make_resampling(const ResampleCall& call,
-                                                          Layout in_layout, Layout out_layout) {
-  using T = Arithmetic<S>;
-  Resampling<S, D, kAffine, kField, Layout> r;
+template <class S, class T, int D, bool kAffine, bool kField, class Layout>
+Resampling<S, T, D, kAffine, kField, Layout> make_resampling(const ResampleCall& call,
+                                                             Layout in_layout, Layout out_layout) {
+  Resampling<S, T, D, kAffine, kField, Layout> r;
   const int64_t in[3] = {call.in_sizes.x, call.in_sizes.y, call.in_sizes.z};
   const int64_t out[3] = {call.out_sizes.x, call.out_sizes.y, call.out_sizes.z};
   r.map.placement = call.placement;
@@ -763,32 +769,39 @@ Resampling<S, D, kAffine, kField, Layout> make_resampling(const ResampleCall& ca
   return r;
 }
 
-// Calls body(resampling) with the concrete type for this call.
+// Calls body(resampling) with the concrete type for this call, of an array stored as S and
+// arithmetic in T.
+template <bool kChannelsLast, class S, class T, class Body>
+void with_stored(const ResampleCall& call, const Body& body) {
+  dispatch_dimensions(call.dimensions, [&](auto dimensions) {
+    constexpr int D = decltype(dimensions)::value;
+    const bool affine = call.affine->present && call.placement != Placement::kFull;
+    dispatch_bool(affine, [&](auto has_affine) {
+      constexpr bool kAffine = decltype(has_affine)::value;
+      if constexpr (kChannelsLast) {
+        body(make_resampling<S, T, D, kAffine, true>(call, ChannelsLast<D>{}, ChannelsLast<D>{}));
+      } else {
+        const int channels = static_cast<int>(call.input->shape[2]);
+        const ChannelsFirst in{channels, call.in_sizes.voxels()};
+        const ChannelsFirst out{channels, call.out_sizes.voxels()};
+        if constexpr (kAffine) {
+          if (!call.field->present) {
+            return body(make_resampling<S, T, D, true, false>(call, in, out));
+          }
+        }
+        body(make_resampling<S, T, D, kAffine, true>(call, in, out));
+      }
+    });
+  });
+}
+
+// The same, of floating-point numbers.
 template <bool kChannelsLast, class Body>
 void with_resampling(const ResampleCall& call, const Body& body) {
   // Fields are never stored in half precision.
   dispatch_storage<!kChannelsLast>(call.input->dtype, [&](auto type) {
     using S = typename decltype(type)::type;
-    dispatch_dimensions(call.dimensions, [&](auto dimensions) {
-      constexpr int D = decltype(dimensions)::value;
-      const bool affine = call.affine->present && call.placement != Placement::kFull;
-      dispatch_bool(affine, [&](auto has_affine) {
-        constexpr bool kAffine = decltype(has_affine)::value;
-        if constexpr (kChannelsLast) {
-          body(make_resampling<S, D, kAffine, true>(call, ChannelsLast<D>{}, ChannelsLast<D>{}));
-        } else {
-          const int channels = static_cast<int>(call.input->shape[2]);
-          const ChannelsFirst in{channels, call.in_sizes.voxels()};
-          const ChannelsFirst out{channels, call.out_sizes.voxels()};
-          if constexpr (kAffine) {
-            if (!call.field->present) {
-              return body(make_resampling<S, D, true, false>(call, in, out));
-            }
-          }
-          body(make_resampling<S, D, kAffine, true>(call, in, out));
-        }
-      });
-    });
+    with_stored<kChannelsLast, S, Arithmetic<S>>(call, body);
   });
 }
 

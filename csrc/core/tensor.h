@@ -29,6 +29,7 @@ enum class DType : int {
 };
 
 inline bool is_half(DType dtype) { return dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
+inline bool is_integer(DType dtype) { return dtype >= DType::kBool && dtype <= DType::kUInt64; }
 
 const char* dtype_name(DType dtype);
 DType dtype_from_name(const std::string& name);  // kInvalid when the name is none of ours

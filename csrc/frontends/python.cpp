@@ -45,7 +45,7 @@ DType dtype_of(const Op& op, const char* name, const py::handle& value) {
   const DType dtype = dtype_from_name(text);
   if (dtype == DType::kInvalid) {
     throw TypeError(concat(op.name, ": ", name,
-                           ": expected a floating-point dtype of 16 to 64 bits, got ", text));
+                           ": expected a dtype of numbers of at most 64 bits, got ", text));
   }
   return dtype;
 }
@@ -262,6 +262,8 @@ const char* kind_name(InputKind kind) {
       return "image";
     case InputKind::kCompared:
       return "compared";
+    case InputKind::kLabels:
+      return "labels";
   }
   return "";
 }

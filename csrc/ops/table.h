@@ -16,8 +16,10 @@ std::vector<Op> jacobian_determinant_ops();
 std::vector<Op> convert_displacement_ops();
 std::vector<Op> lncc_loss_ops();
 std::vector<Op> mutual_information_ops();
+std::vector<Op> interpolate_labels_ops();
+std::vector<Op> invert_displacement_ops();
 
 // The number of ops, known to the compiler so that the XLA frontend can make one handler for each.
-inline constexpr int kOps = 19;
+inline constexpr int kOps = 21;
 
 }  // namespace reg

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import typer
 
+from jaxreg.commands.apply import apply
 from jaxreg.commands.demo import demo
+from jaxreg.commands.info import info
+from jaxreg.commands.invert import invert
+from jaxreg.commands.register import register
 
 __all__ = ["app"]
 
@@ -13,6 +17,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command(no_args_is_help=True)(register)
+app.command(no_args_is_help=True)(apply)
+app.command(no_args_is_help=True)(invert)
+app.command()(info)
 app.command()(demo)
 
 

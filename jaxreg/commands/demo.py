@@ -5,37 +5,37 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import jax
 import numpy as np
 import typer
-from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from jaxreg import lncc_loss
 from jaxreg.commands import device as devices
 from jaxreg.commands.compilation import compile_seconds
 from jaxreg.commands.device import Device
+from jaxreg.commands.progress import register_watched
 from jaxreg.data import load_pair_paths
 from jaxreg.registration import (
     Affine,
     Greedy,
+    Moments,
     Registration,
     Volume,
     ncc,
     read_volume,
-    register,
     resample,
     rigid_motion,
     write_displacement,
     write_volume,
 )
-from jaxreg.registration import Progress as Block
 from jaxreg.registration.report import write_report
+from jaxreg.registration.transform import Part
 
 __all__ = ["demo", "load"]
 
@@ -83,11 +83,12 @@ def demo(
     with jax.default_device(target):
         fixed, moving = load(rotation, shift)
         stages = _stages(quick)
-        result = _register(fixed, moving, stages, console)
+        result = register_watched(fixed, moving, stages, console)
+        parts = result.transform.parts
         scores = {
             "before": _score(fixed, moving),
-            "affine": _score(fixed, moving, result.transform),
-            "deformable": _score(fixed, moving, result.transform, result.displacement),
+            "affine": _score(fixed, moving, parts[1:]),
+            "deformable": _score(fixed, moving, parts),
         }
         written = time.perf_counter()
         with console.status("Writing the images and the report"):
@@ -96,7 +97,7 @@ def demo(
     console.print(_score_table(scores))
     table = _fold_table(result)
     table.add_section()
-    for name, record in zip(("Affine", "Deformable"), result.stages, strict=True):
+    for name, record in zip(("Moments", "Affine", "Deformable"), result.stages, strict=True):
         table.add_row(f"{name} stage", f"{record.seconds:.1f} s")
     table.add_row("Files and report", f"{now - written:.1f} s")
     table.add_row("Total", f"{now - start:.1f} s", style="bold")
@@ -139,59 +140,22 @@ def load(rotation: float, shift: float) -> tuple[Volume, Volume]:
     return fixed, moving.moved_by(motion)
 
 
-def _stages(quick: bool) -> tuple[Affine, Greedy]:
+def _stages(quick: bool) -> tuple[Moments, Affine, Greedy]:
     if quick:
-        return Affine((4,), (60,)), Greedy((4, 2), (30, 10))
-    return Affine(), Greedy()
+        return Moments(), Affine((4,), (60,)), Greedy((4, 2), (30, 10))
+    return Moments(), Affine(), Greedy()
 
 
-def _score(
-    fixed: Volume,
-    moving: Volume,
-    transform: NDArray[np.float64] | None = None,
-    displacement: jax.Array | None = None,
-) -> _Scores:
-    moved, target = resample(moving, fixed, transform, displacement).batched(), fixed.batched()
+def _score(fixed: Volume, moving: Volume, parts: Sequence[Part] = ()) -> _Scores:
+    moved, target = resample(moving, fixed, parts).batched(), fixed.batched()
     brain = target > 0
     other = moving.with_array(np.asarray(moving.array) > 0)
-    moved_brain = resample(other, fixed, transform, displacement).batched() > 0.5
+    moved_brain = resample(other, fixed, parts).batched() > 0.5
     return _Scores(
         float(ncc(moved, target)[0, 0]),
         -float(lncc_loss(moved, target, mask=brain)),
         float(2 * (brain & moved_brain).sum() / (brain.sum() + moved_brain.sum())),
     )
-
-
-def _register(
-    fixed: Volume, moving: Volume, stages: tuple[Affine, Greedy], console: Console
-) -> Registration:
-    """Register behind a progress bar that moves after each block of iterations."""
-    columns = (
-        TextColumn("{task.description:<10}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        affine, greedy = (sum(stage.iterations) for stage in stages)
-        tasks = {
-            "affine": bar.add_task("Affine", total=affine, start=False, note="compiling"),
-            "greedy": bar.add_task("Deformable", total=greedy, start=False, note="compiling"),
-        }
-        measures = {"affine": "NCC", "greedy": "LNCC"}
-        bar.start_task(tasks["affine"])
-
-        def advance(block: Block) -> None:
-            loss = float(block.losses[-1])  # waits for the block
-            bar.start_task(tasks[block.stage])
-            bar.update(
-                tasks[block.stage],
-                completed=block.done,
-                note=f"1/{block.scale:g} resolution, {measures[block.stage]} {-loss:.4f}",
-            )
-
-        return register(fixed, moving, stages, callback=advance)
 
 
 def _write(
@@ -201,7 +165,8 @@ def _write(
     displacement = output_dir / "displacement.nii.gz"
     report = output_dir / "report.png"
     write_volume(result.moved, moved)
-    write_displacement(result.displacement_field(), result.fixed, displacement)
+    field = result.transform.displacement_field(with_affine=True)
+    write_displacement(field, result.fixed, displacement)
     seconds = sum(record.seconds for record in result.stages)
     write_report(
         result,

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Grid", "Matrix", "normalised_to_voxel"]
+__all__ = ["Grid", "Matrix", "inverse_matrix", "normalised_to_voxel"]
 
 Matrix = NDArray[np.float64]
 
@@ -49,24 +49,36 @@ class Grid:
         matrix[:-1, -1] = self.origin
         return matrix
 
-    def normalised_to_physical(self) -> Matrix:
+    def normalised_to_physical(self, *, align_corners: bool = True) -> Matrix:
         """Return the matrix from normalised to physical coordinates."""
-        return self.voxel_to_physical() @ normalised_to_voxel(self.shape)
+        return self.voxel_to_physical() @ normalised_to_voxel(
+            self.shape, align_corners=align_corners
+        )
 
     def centre(self) -> NDArray[np.float64]:
         """Return the physical position of the middle of the grid in millimetres, ``(D,)``."""
         return self.normalised_to_physical()[:-1, -1]
 
 
-def normalised_to_voxel(shape: Sequence[int]) -> Matrix:
+def normalised_to_voxel(shape: Sequence[int], *, align_corners: bool = True) -> Matrix:
     """Return the matrix from normalised to voxel coordinates of a grid.
 
     Parameters
     ----------
     shape
-        Array shape, ``([Z,] Y, X)``. An axis of length 1 counts as one voxel long.
+        Array shape, ``([Z,] Y, X)``.
+    align_corners
+        Whether -1 and 1 are the centres of the first and last voxel (an axis of length 1 counts
+        as one voxel long) or the outer edges.
     """
     size = np.array(shape[::-1], dtype=np.float64)
-    matrix = np.diag([*np.maximum(size - 1, 1) / 2, 1.0])
+    length = np.maximum(size - 1, 1) if align_corners else size
+    matrix = np.diag([*length / 2, 1.0])
     matrix[:-1, -1] = (size - 1) / 2
     return matrix
+
+
+def inverse_matrix(matrix: ArrayLike) -> Matrix:
+    """Return the inverse of a homogeneous matrix in float64."""
+    inverse: Matrix = np.linalg.inv(np.asarray(matrix, dtype=np.float64))
+    return inverse

@@ -1,4 +1,4 @@
-"""Registration of two volumes, stage by stage."""
+"""Registration of two volumes in physical space, stage by stage."""
 
 from __future__ import annotations
 
@@ -13,15 +13,39 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxreg import jacobian_determinant
-from jaxreg.registration.affine import Affine, register_affine
-from jaxreg.registration.greedy import Greedy, register_greedy
+from jaxreg import compose, jacobian_determinant
+from jaxreg.registration.engine import Stage, make_problem
+from jaxreg.registration.grid import Grid, Matrix
+from jaxreg.registration.presets import preset
+from jaxreg.registration.problem import Alignment
 from jaxreg.registration.progress import Callback
-from jaxreg.registration.volume import Volume, displacement_to_physical, resample
+from jaxreg.registration.pyramid import level_shape
+from jaxreg.registration.stage import Trace
+from jaxreg.registration.transform import Transform
+from jaxreg.registration.volume import Volume
 
-__all__ = ["Folds", "Registration", "Stage", "StageRecord", "register"]
+__all__ = ["Folds", "LevelRecord", "Registration", "StageRecord", "register"]
 
-Stage = Affine | Greedy
+
+class LevelRecord(NamedTuple):
+    """How a level of a stage went.
+
+    Attributes
+    ----------
+    scale
+        How many times wider a voxel is than at full resolution.
+    shape
+        Shape of the fixed grid of the level, ``([Z,] Y, X)``.
+    losses
+        The loss before each iteration that ran; of `Moments`, the loss at its start and its end.
+    converged
+        Whether the level stopped before its iterations were used up.
+    """
+
+    scale: float
+    shape: tuple[int, ...]
+    losses: NDArray[np.float32]
+    converged: bool
 
 
 class StageRecord(NamedTuple):
@@ -29,16 +53,19 @@ class StageRecord(NamedTuple):
 
     Attributes
     ----------
+    name
+        Its name, as `stage_from_name` takes it.
     settings
         The stage as it was asked for.
-    losses
-        The loss before each step.
+    levels
+        One record for each level, in the order in which they ran.
     seconds
         Wall time, compilation included.
     """
 
+    name: str
     settings: Stage
-    losses: NDArray[np.float32]
+    levels: tuple[LevelRecord, ...]
     seconds: float
 
 
@@ -60,71 +87,83 @@ class Folds(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Registration:
-    """The transform that takes the fixed volume's points to the moving volume's.
-
-    A voxel of the fixed grid at the normalised position ``x`` is sampled at ``A(x + d(x))``.
+    """What `register` returns: the transform, and what follows from it.
 
     Attributes
     ----------
     fixed, moving
         The volumes.
     transform
-        ``A`` in physical space: ``(D + 1, D + 1)``, fixed -> moving, millimetres, LPS.
-    displacement
-        ``d``: ``(1, [Z,] Y, X, D)`` on the fixed grid, normalised coordinates.
+        Takes points of the fixed space to the moving space.
     stages
         One record for each stage that ran, in their order.
     """
 
     fixed: Volume
     moving: Volume
-    transform: NDArray[np.float64]
-    displacement: jax.Array
+    transform: Transform
     stages: tuple[StageRecord, ...]
 
     @functools.cached_property
     def moved(self) -> Volume:
-        """The moving volume on the fixed grid, through the whole transform."""
-        return resample(self.moving, self.fixed, self.transform, self.displacement)
+        """The moving volume on the fixed grid, linearly interpolated; 0 outside of its own."""
+        return self.transform.apply(self.moving)
+
+    @functools.cached_property
+    def fixed_moved(self) -> Volume:
+        """The fixed volume on the moving grid, through the inverse; 0 outside of its own."""
+        return self.transform.apply_inverse(self.fixed, self.moving)
 
     @functools.cached_property
     def jacobian(self) -> NDArray[np.float32]:
-        """Jacobian determinant of ``id + d`` at the fixed voxels, ``([Z,] Y, X)``."""
-        determinant: NDArray[np.float32] = np.asarray(jacobian_determinant(self.displacement))[0]
-        return determinant
+        """Jacobian determinant of the deformation at the fixed voxels, ``([Z,] Y, X)``.
 
-    @property
+        The affine is left out: where nothing is deformed it is 1.
+        """
+        if self.transform.displacement is None:
+            return np.ones(self.fixed.shape, np.float32)
+        determinant = jacobian_determinant(self.transform.displacement)
+        array: NDArray[np.float32] = np.asarray(determinant)[0]
+        return array
+
+    @functools.cached_property
     def folds(self) -> Folds:
-        """Where ``id + d`` is not invertible; the affine is not counted."""
+        """Where the deformation is not invertible, and how much it changes volumes."""
         determinant = self.jacobian
         return Folds(
             float(np.mean(determinant <= 0)), float(determinant.min()), float(determinant.max())
         )
 
-    def displacement_field(self) -> NDArray[np.float64]:
-        """Return the whole transform as one displacement, ``([Z,] Y, X, D)``, millimetres, LPS."""
-        return displacement_to_physical(self.displacement[0], self.transform, self.fixed)
-
 
 def register(
     fixed: Volume,
     moving: Volume,
-    stages: Sequence[Stage] = (Affine(), Greedy()),
+    stages: Sequence[Stage] | None = None,
     *,
-    initial: ArrayLike | None = None,
+    fixed_mask: Volume | None = None,
+    moving_mask: Volume | None = None,
+    initial: ArrayLike | Transform | None = None,
     callback: Callback | None = None,
 ) -> Registration:
     """Register a moving volume to a fixed one.
 
+    The stages run on JAX's default device. Each level of a stage is one compiled program; shapes
+    and settings that were compiled before in this process are not compiled again.
+
     Parameters
     ----------
     fixed, moving
-        Volumes that may differ in size, spacing, origin and direction, of the same dimension.
+        Volumes that may differ in size, spacing, origin and direction, of the same dimension and
+        with the same channels. Outside of its grid the moving volume is 0.
     stages
-        What to run: at most one `Affine`, at most one `Greedy`, in this order.
+        What to run, one after the other; each goes on from where the one before has come to. By
+        default the preset ``"default"`` for the device; see `preset`.
+    fixed_mask, moving_mask
+        Weights of at least 0 of the voxels of each volume in the metric, on its grid. That of the
+        moving volume is warped with it; where there are both, they are multiplied.
     initial
-        ``(D + 1, D + 1)``, physical fixed -> physical moving, to start from. By default an affine
-        stage starts from aligned centres of mass, a greedy one alone from the headers.
+        Where to start: ``(D + 1, D + 1)``, physical fixed -> physical moving, millimetres, or a
+        transform, whose grid may be another one. By default the headers are trusted.
     callback
         Called with a `Progress` after each block of iterations.
 
@@ -136,30 +175,130 @@ def register(
     Raises
     ------
     ValueError
-        If the dimensions differ, or for an order of stages that cannot be composed.
+        If the volumes do not fit together, for a mask of another grid, with a negative weight or
+        without a positive one, or for a matrix that cannot be inverted.
     """
-    if fixed.ndim != moving.ndim:
-        raise ValueError(f"moving: expected {fixed.ndim} dimensions as fixed, got {moving.ndim}")
-    kinds = [type(stage) for stage in stages]
-    if kinds not in ([], [Affine], [Greedy], [Affine, Greedy]):
-        names = [kind.__name__ for kind in kinds]
-        raise ValueError(f"stages: expected Affine, Greedy or Affine then Greedy, got {names}")
-
-    transform = None if initial is None else np.asarray(initial, dtype=np.float64)
-    displacement = jnp.zeros((1, *fixed.shape, fixed.ndim), jnp.float32)
+    if fixed.grid.ndim != moving.grid.ndim:
+        raise ValueError(
+            f"moving: expected {fixed.grid.ndim} dimensions as fixed, got {moving.grid.ndim}"
+        )
+    if stages is None:
+        platform = next(iter(jnp.zeros(()).devices())).platform
+        stages = preset(
+            "default", ndim=fixed.grid.ndim, device="cpu" if platform == "cpu" else "gpu"
+        )
+    # About the middle of the fixed grid float32 holds coordinates to a fraction of a micrometre.
+    centre = np.eye(fixed.grid.ndim + 1)
+    centre[:-1, -1] = fixed.grid.centre()
+    problem = make_problem(
+        fixed.batched()[0],
+        moving.batched()[0],
+        fixed_mask=_weights("fixed_mask", fixed_mask, fixed),
+        moving_mask=_weights("moving_mask", moving_mask, moving),
+        fixed_to_physical=np.linalg.solve(centre, fixed.grid.normalised_to_physical()),
+        moving_to_physical=np.linalg.solve(centre, moving.grid.normalised_to_physical()),
+        moving_ratio=_moving_ratio(fixed.grid, moving.grid),
+    )
+    matrix, *fields = _initial(initial, fixed.grid)
+    start = _float32(np.linalg.solve(centre, matrix @ centre))
+    alignment = Alignment(start, *fields)
     records = []
     for stage in stages:
-        start = time.perf_counter()
-        if isinstance(stage, Affine):
-            transform, losses = register_affine(
-                fixed, moving, stage, initial=transform, callback=callback
-            )
-        else:
-            displacement, losses = register_greedy(
-                fixed, moving, stage, transform=transform, callback=callback
-            )
-            displacement.block_until_ready()
-        records.append(StageRecord(stage, losses, time.perf_counter() - start))
-    if transform is None:
-        transform = np.eye(fixed.ndim + 1)
-    return Registration(fixed, moving, transform, displacement, tuple(records))
+        began = time.perf_counter()
+        alignment, traces = stage.run(problem, alignment, callback)
+        alignment.matrix.block_until_ready()
+        if alignment.inverse_displacement is not None:
+            alignment.inverse_displacement.block_until_ready()
+        seconds = time.perf_counter() - began
+        records.append(StageRecord(stage.name, stage, _levels(stage, fixed, traces), seconds))
+    # Without a stage that turns or shifts, the matrix keeps all of its digits.
+    if not np.array_equal(alignment.matrix, start):
+        matrix = centre @ np.asarray(alignment.matrix, np.float64) @ np.linalg.inv(centre)
+    transform = Transform(
+        fixed.grid, matrix, alignment.displacement, alignment.inverse_displacement
+    )
+    return Registration(fixed, moving, transform, tuple(records))
+
+
+def _levels(stage: Stage, fixed: Volume, traces: tuple[Trace, ...]) -> tuple[LevelRecord, ...]:
+    scales = stage.scales if hasattr(stage, "scales") else (stage.scale,)
+    return tuple(
+        LevelRecord(
+            scale,
+            level_shape(fixed.shape, scale),
+            np.asarray(trace.losses)[: int(trace.ran)],
+            bool(trace.converged),
+        )
+        for scale, trace in zip(scales, traces, strict=True)
+    )
+
+
+def _weights(name: str, mask: Volume | None, image: Volume) -> NDArray[np.float32] | None:
+    if mask is None:
+        return None
+    grid, own = image.grid, mask.grid
+    if own.shape != grid.shape:
+        raise ValueError(f"{name}: expected shape {grid.shape} as the image, got {own.shape}")
+    if np.abs(own.voxel_to_physical() - grid.voxel_to_physical()).max() > 1e-3:
+        raise ValueError(f"{name}: expected the image's spacing, origin and direction")
+    weights: NDArray[np.float32] = np.asarray(mask.batched())[0, 0]
+    if not weights.min() >= 0:
+        raise ValueError(f"{name}: expected weights of at least 0, got {weights.min()}")
+    if not weights.max() > 0:
+        raise ValueError(f"{name}: expected a voxel above 0, got none")
+    return weights
+
+
+def _moving_ratio(fixed: Grid, moving: Grid) -> float:
+    """Return the ratio of the voxel sizes in steps of a quarter of an octave.
+
+    So headers that differ by a little have levels of the same shapes, and share their programs.
+    """
+
+    def size(grid: Grid) -> float:
+        return float(np.mean(np.log2(np.asarray(grid.spacing, np.float64))))
+
+    return float(2 ** (round(4 * (size(fixed) - size(moving))) / 4))
+
+
+def _initial(
+    initial: ArrayLike | Transform | None, grid: Grid
+) -> tuple[Matrix, jax.Array | None, jax.Array | None]:
+    """Return the matrix to start from, and the fields on a grid."""
+    if initial is None:
+        return np.eye(grid.ndim + 1), None, None
+    if not isinstance(initial, Transform):
+        return _checked(initial, grid.ndim), None, None
+    if initial.grid.ndim != grid.ndim:
+        raise ValueError(f"initial: expected {grid.ndim} dimensions, got {initial.grid.ndim}")
+    forward, inverse = (
+        None if field is None else _field_on(jnp.asarray(field, jnp.float32), initial.grid, grid)
+        for field in (initial.displacement, initial.inverse_displacement)
+    )
+    return _checked(initial.matrix, grid.ndim), forward, inverse
+
+
+def _checked(matrix: ArrayLike, ndim: int) -> Matrix:
+    array = np.asarray(matrix, dtype=np.float64)
+    if array.shape != (ndim + 1, ndim + 1) or not np.isfinite(array).all():
+        raise ValueError(
+            f"initial: expected {(ndim + 1, ndim + 1)} finite numbers, got shape {array.shape}"
+        )
+    if np.linalg.det(array[:-1, :-1]) == 0:
+        raise ValueError("initial: expected a matrix that can be inverted, got a singular one")
+    return array
+
+
+def _field_on(field: jax.Array, source: Grid, target: Grid) -> jax.Array:
+    """Sample a displacement on another grid; beyond its own it keeps the value at the border."""
+    chain = np.linalg.solve(source.normalised_to_physical(), target.normalised_to_physical())
+    if source.shape == target.shape and np.allclose(chain, np.eye(len(chain)), atol=1e-6):
+        return field
+    still = jnp.zeros((1, *target.shape, target.ndim), jnp.float32)
+    sampled = compose(field, still, _float32(chain[None, :-1]), add=False)
+    back = _float32(np.linalg.inv(chain[:-1, :-1]))
+    return jnp.einsum("...i,ji->...j", sampled, back, precision=jax.lax.Precision.HIGHEST)
+
+
+def _float32(array: ArrayLike) -> jax.Array:
+    return jnp.asarray(array, jnp.float32)

@@ -1,19 +1,13 @@
-"""How the stages run their loops: blocks of iterations on the device, and a word in between."""
+"""What a registration tells while it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 
-__all__ = ["BLOCK", "Callback", "Loss", "Progress", "blocks", "check_schedule"]
-
-BLOCK = 10
-"""Iterations that run on the device without the host being asked."""
-
-Loss = Callable[[jax.Array, jax.Array], jax.Array]
-"""``loss(pred, target)``: a scalar, the mean over whatever the images hold."""
+__all__ = ["Callback", "Progress"]
 
 
 class Progress(NamedTuple):
@@ -22,14 +16,16 @@ class Progress(NamedTuple):
     Attributes
     ----------
     stage
-        ``"affine"`` or ``"greedy"``.
+        Name of the stage, as `stage_from_name` takes it.
     scale
         How many times wider a voxel is than at full resolution.
     done, total
-        Iterations of the stage, over all its levels.
+        Iterations of the stage, over all its levels. Those that a level saves by stopping early
+        count as done.
     losses
-        The losses of the block, still on the device: reading them waits for the block to end, not
-        reading them lets the next one be queued behind it.
+        The loss before each iteration of the block, still on the device: reading them waits for
+        the block to end, not reading them lets the next one be queued behind it. A level that has
+        stopped early repeats its last loss.
     """
 
     stage: str
@@ -40,24 +36,3 @@ class Progress(NamedTuple):
 
 
 Callback = Callable[[Progress], None]
-
-
-def blocks(iterations: int) -> Iterator[tuple[int, int]]:
-    """Split a number of iterations into blocks of at most `BLOCK`: ``(first, count)`` pairs."""
-    for first in range(0, iterations, BLOCK):
-        yield first, min(BLOCK, iterations - first)
-
-
-def check_schedule(scales: tuple[float, ...], iterations: tuple[int, ...]) -> None:
-    """Check the levels of a stage.
-
-    Raises
-    ------
-    ValueError
-        If there are no levels, if a scale is below 1, if a number of iterations is negative or if
-        there is not one for each scale.
-    """
-    if not scales or any(not scale >= 1 for scale in scales):
-        raise ValueError(f"scales: expected numbers of at least 1, got {scales}")
-    if len(iterations) != len(scales) or any(count < 0 for count in iterations):
-        raise ValueError(f"iterations: expected a count for each of {scales}, got {iterations}")

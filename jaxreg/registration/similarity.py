@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 
 from jaxreg.loss import lncc_loss
-from jaxreg.registration.progress import Loss
 
-__all__ = ["Similarity", "find_loss", "ncc", "ncc_loss"]
+__all__ = ["Metric", "find_loss", "mse_loss", "ncc", "ncc_loss"]
 
-Similarity = Literal["ncc", "lncc"] | Loss
-"""A measure by its name, or ``loss(pred, target)`` itself."""
+Metric = Literal["lncc", "mi", "mse", "ncc"] | Callable[..., jax.Array]
+"""A measure by its name, or ``loss(pred, target)`` itself, to be minimised."""
+
+Loss = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+"""``loss(pred, target, mask)``: a scalar, the mean over whatever the images hold."""
 
 
 def ncc(pred: jax.Array, target: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -72,32 +77,84 @@ def ncc_loss(pred: jax.Array, target: jax.Array, mask: jax.Array | None = None) 
     return -ncc(pred, target, mask).mean()
 
 
-@functools.cache
-def find_loss(similarity: Similarity, kernel_size: int) -> Loss:
-    """Return the loss that a stage's settings ask for.
-
-    The same settings get the same object, so that nothing is compiled twice for it.
+def mse_loss(pred: jax.Array, target: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    r"""Mean squared difference, :math:`\sum w\,(I - J)^2 / \sum w`.
 
     Parameters
     ----------
-    similarity
-        ``"ncc"``, ``"lncc"`` or the loss itself.
+    pred, target, mask
+        As in `ncc`.
+
+    Returns
+    -------
+    jax.Array
+        A scalar; 0 where the mask is empty.
+    """
+    squares = (pred - target) ** 2
+    if mask is None:
+        return squares.mean()
+    weight = jnp.broadcast_to(mask, squares.shape)
+    return (weight * squares).sum() / jnp.maximum(weight.sum(), jnp.finfo(squares.dtype).tiny)
+
+
+@functools.cache
+def find_loss(metric: Metric, kernel_size: int = 7, num_bins: int = 32) -> Loss:
+    """Return the loss that a stage's settings ask for.
+
+    Parameters
+    ----------
+    metric
+        ``"lncc"``, ``"mi"``, ``"mse"``, ``"ncc"`` or the loss itself: ``loss(pred, target)``, or
+        ``loss(pred, target, mask=...)`` where there is a mask.
     kernel_size
         Window of ``"lncc"`` in voxels, odd, from 3 to 31.
+    num_bins
+        Bins of ``"mi"`` along each axis of the histogram, from 2 to 256.
+
+    Returns
+    -------
+    callable
+        ``loss(pred, target, mask)``; the mask may be `None`.
 
     Raises
     ------
     ValueError
-        If there is no such measure, or for a window that `jaxreg.lncc_loss` does not take.
+        If there is no such measure, or for a window or a number of bins that the measure does not
+        take.
     """
-    if callable(similarity):
-        return similarity
-    if similarity == "ncc":
-        return ncc_loss
-    if similarity != "lncc":
-        raise ValueError(
-            f"loss: expected 'ncc', 'lncc' or a function of two images, got {similarity!r}"
-        )
     if kernel_size not in range(3, 32, 2):
         raise ValueError(f"kernel_size: expected an odd number from 3 to 31, got {kernel_size!r}")
-    return functools.partial(lncc_loss, kernel_size=kernel_size)
+    if num_bins not in range(2, 257):
+        raise ValueError(f"num_bins: expected an integer from 2 to 256, got {num_bins!r}")
+    if callable(metric):
+        return functools.partial(_call, metric)
+    options: dict[str, Callable[..., jax.Array]] = {
+        "lncc": functools.partial(lncc_loss, kernel_size=kernel_size),
+        "mi": functools.partial(_mutual_information_loss, num_bins=num_bins),
+        "mse": mse_loss,
+        "ncc": ncc_loss,
+    }
+    if metric not in options:
+        raise ValueError(
+            f"metric: expected one of {sorted(options)} or a function of two images, got {metric!r}"
+        )
+    measure = options[metric]
+    return lambda pred, target, mask: measure(pred, target, mask=mask)
+
+
+def _call(
+    metric: Callable[..., jax.Array], pred: jax.Array, target: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+    """Call a user's loss, with the mask only where there is one."""
+    if mask is None:
+        return metric(pred, target)
+    parameters = inspect.signature(metric).parameters.values()
+    if not any(p.name == "mask" or p.kind is p.VAR_KEYWORD for p in parameters):
+        raise ValueError(f"metric: expected a function that takes mask=, got {metric!r}")
+    return metric(pred, target, mask=mask)
+
+
+def _mutual_information_loss(pred: jax.Array, target: jax.Array, **options: Any) -> jax.Array:
+    # Looked up when it is wanted: the other measures work in a build that does not have it.
+    loss = importlib.import_module("jaxreg").mutual_information_loss
+    return cast(jax.Array, loss(pred, target, **options))

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,32 +22,40 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxreg import interpolate
-from jaxreg.registration.files import atomic_path
 from jaxreg.registration.grid import Grid, Matrix
+from jaxreg.registration.itk_images import image_grid, image_values, read_image, write_image
 
 __all__ = [
     "Volume",
     "centre_of_mass",
-    "displacement_to_physical",
     "normalised_affine",
     "read_volume",
-    "resample",
     "rigid_motion",
-    "write_displacement",
     "write_volume",
 ]
+
+
+def _voxel_values(array: ArrayLike) -> NDArray[Any]:
+    """Keep integers, so that labels are not rounded; everything else is computed with anyway."""
+    values = np.asarray(array)
+    if np.iscomplexobj(values):
+        raise ValueError("array: expected real numbers, got complex ones")
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8)
+    if np.issubdtype(values.dtype, np.integer):
+        return values
+    return values.astype(np.float32)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Volume:
-    """A scalar image on a regular grid in physical space; a JAX pytree.
+    """An image on a regular grid in physical space; a JAX pytree.
 
     Attributes
     ----------
     array
-        Intensities, ``([Z,] Y, X)``.
+        Voxel values, ``([Z,] Y, X)`` or, with several channels, ``(C, [Z,] Y, X)``.
     spacing
         Distance between voxel centres in millimetres, ``(D,)``, x first.
     origin
@@ -75,9 +82,11 @@ class Volume:
         Parameters
         ----------
         array
-            Intensities, ``([Z,] Y, X)``; converted to float32.
+            Voxel values, ``([Z,] Y, X)`` or ``(C, [Z,] Y, X)``. Integers stay what they are,
+            booleans become uint8, all else float32.
         spacing
-            Millimetres, x first; 1 by default.
+            Millimetres, x first; 1 by default. Its length says how many of the array's axes are
+            spatial; without it all are.
         origin
             Millimetres, LPS; 0 by default.
         direction
@@ -89,10 +98,15 @@ class Volume:
             If the array is not 2-D or 3-D, is empty or holds a value that is not finite, if the
             spacing is not positive, if the direction cannot be inverted, or if a size is wrong.
         """
-        values = np.asarray(array, dtype=np.float32)
-        ndim = values.ndim
+        values = _voxel_values(array)
+        ndim = values.ndim if spacing is None else np.size(spacing)
         if ndim not in (2, 3):
             raise ValueError(f"array: expected 2 or 3 dimensions, got {ndim}")
+        if values.ndim not in (ndim, ndim + 1):
+            raise ValueError(
+                f"array: expected {ndim} dimensions as spacing, or one more for channels, "
+                f"got shape {values.shape}"
+            )
         if values.size == 0:
             raise ValueError(f"array: expected voxels, got shape {values.shape}")
         if not np.isfinite(values).all():
@@ -114,15 +128,41 @@ class Volume:
             raise ValueError(f"direction: expected independent columns, got {direction!r}")
         return cls(values, **parts)
 
+    @classmethod
+    def on_grid(cls, grid: Grid, array: ArrayLike) -> Volume:
+        """Return a volume on a grid.
+
+        Parameters
+        ----------
+        grid
+            Where the voxels lie.
+        array
+            ``([Z,] Y, X)`` or ``(C, [Z,] Y, X)``; its dtype is as in `create`.
+
+        Raises
+        ------
+        ValueError
+            If the array does not have the grid's shape.
+        """
+        shape = np.shape(array)
+        if shape[-grid.ndim :] != grid.shape or len(shape) > grid.ndim + 1:
+            raise ValueError(f"array: expected shape {grid.shape}, got {shape}")
+        return cls(_voxel_values(array), grid.spacing, grid.origin, grid.direction)
+
     @property
     def ndim(self) -> int:
         """Number of spatial dimensions."""
-        return len(self.array.shape)
+        return int(np.shape(self.spacing)[0])
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Array shape, ``([Z,] Y, X)``."""
-        return tuple(self.array.shape)
+        """Voxels along each axis, ``([Z,] Y, X)``."""
+        return tuple(np.shape(self.array)[-self.ndim :])
+
+    @property
+    def channels(self) -> int:
+        """Number of values per voxel."""
+        return 1 if np.ndim(self.array) == self.ndim else int(np.shape(self.array)[0])
 
     @property
     def grid(self) -> Grid:
@@ -142,14 +182,15 @@ class Volume:
         return self.grid.centre()
 
     def batched(self) -> jax.Array:
-        """Return the intensities as a batch of one, ``(1, 1, [Z,] Y, X)``, float32."""
-        return jnp.asarray(self.array, jnp.float32)[None, None]
+        """Return the voxel values as a batch of one, ``(1, C, [Z,] Y, X)``, float32."""
+        return jnp.asarray(self.array, jnp.float32).reshape(1, self.channels, *self.shape)
 
     def with_array(self, array: ArrayLike) -> Volume:
-        """Return a volume on the same grid with other intensities."""
-        if np.shape(array) != self.shape:
-            raise ValueError(f"array: expected shape {self.shape}, got {np.shape(array)}")
-        return dataclasses.replace(self, array=np.asarray(array, dtype=np.float32))
+        """Return a volume on the same grid with other values, one or several channels of them.
+
+        Their dtype is as in `create`.
+        """
+        return Volume.on_grid(self.grid, array)
 
     def moved_by(self, motion: ArrayLike) -> Volume:
         """Return the same voxels at another place: a change of the header, without resampling.
@@ -197,7 +238,8 @@ def centre_of_mass(volume: Volume) -> NDArray[np.float64]:
     Parameters
     ----------
     volume
-        A constant one has its centre of mass in the middle of the grid.
+        A constant one has its centre of mass in the middle of the grid; of several channels the
+        sum counts.
 
     Returns
     -------
@@ -205,6 +247,7 @@ def centre_of_mass(volume: Volume) -> NDArray[np.float64]:
         ``(D,)``, millimetres.
     """
     weights = np.asarray(volume.array, dtype=np.float64)
+    weights = weights.reshape(-1, *volume.shape).sum(axis=0)
     weights = weights - weights.min()
     total = weights.sum()
     if total == 0:
@@ -251,72 +294,8 @@ def rigid_motion(
     return motion
 
 
-def resample(
-    moving: Volume,
-    fixed: Volume,
-    transform: ArrayLike | None = None,
-    displacement: jax.Array | None = None,
-) -> Volume:
-    """Sample the moving volume on the fixed grid.
-
-    Parameters
-    ----------
-    moving
-        The volume to sample; zero outside its grid.
-    fixed
-        Gives the grid of the result.
-    transform
-        ``(D + 1, D + 1)``, physical fixed -> physical moving; the identity by default.
-    displacement
-        ``(1, [Z,] Y, X, D)`` on the fixed grid in normalised coordinates, applied before the
-        transform: the sample at ``x`` is taken at ``A(x + d(x))``.
-
-    Returns
-    -------
-    Volume
-        On the fixed grid, linearly interpolated.
-    """
-    transform = np.eye(fixed.ndim + 1) if transform is None else transform
-    affine = jnp.asarray(normalised_affine(transform, fixed, moving), jnp.float32)
-    moved = interpolate(
-        moving.batched(), affine, displacement, affine_last=True, out_shape=fixed.shape
-    )
-    return fixed.with_array(np.asarray(moved)[0, 0])
-
-
-def displacement_to_physical(
-    displacement: ArrayLike, transform: ArrayLike, fixed: Volume
-) -> NDArray[np.float64]:
-    """Express ``A(x + d(x))`` as one displacement in millimetres, as ITK reads it.
-
-    Parameters
-    ----------
-    displacement
-        ``([Z,] Y, X, D)`` on the fixed grid in normalised coordinates.
-    transform
-        ``(D + 1, D + 1)``, physical fixed -> physical moving.
-    fixed
-        Gives the grid.
-
-    Returns
-    -------
-    ndarray
-        ``([Z,] Y, X, D)``: with ``p`` a voxel's physical position, ``p + result`` is where the
-        moving image is sampled. Millimetres, LPS.
-    """
-    to_physical = fixed.normalised_to_physical()
-    axes = [np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in fixed.shape]
-    grid = np.stack(np.meshgrid(*axes, indexing="ij")[::-1], axis=-1)
-    # An axis of length 1 has the coordinate 0 alone: a displacement along it has no effect.
-    extended = np.array([n > 1 for n in fixed.shape[::-1]], dtype=np.float64)
-    warped = grid + np.asarray(displacement, dtype=np.float64) * extended
-    total = np.asarray(transform, dtype=np.float64) @ to_physical
-    target = warped @ total[:-1, :-1].T + total[:-1, -1]
-    return target - (grid @ to_physical[:-1, :-1].T + to_physical[:-1, -1])
-
-
 def read_volume(path: str | os.PathLike[str]) -> Volume:
-    """Read a scalar 2-D or 3-D image (NIfTI, MHA, NRRD, ...) through SimpleITK.
+    """Read a 2-D or 3-D image (NIfTI, MHA, NRRD, ...) through SimpleITK.
 
     Parameters
     ----------
@@ -326,76 +305,42 @@ def read_volume(path: str | os.PathLike[str]) -> Volume:
     Returns
     -------
     Volume
-        Its values and its place in the world.
+        Its values and its place in the world. Several values per voxel become channels.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is not an image, has several channels or holds values that are not finite.
+        If it is not an image of real numbers, or holds values that are not finite.
     """
-    import SimpleITK as sitk  # noqa: N813
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    image = read_image(path)
+    array = image_values(image)
+    if image.GetNumberOfComponentsPerPixel() > 1:
+        array = np.moveaxis(array, -1, 0)
+    grid = image_grid(image)
     try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path}: not an image that SimpleITK can read") from error
-    if image.GetNumberOfComponentsPerPixel() != 1:
-        raise ValueError(f"{path}: expected one value per voxel")
-    ndim = image.GetDimension()
-    try:
-        return Volume.create(
-            sitk.GetArrayFromImage(image),
-            image.GetSpacing(),
-            image.GetOrigin(),
-            np.reshape(image.GetDirection(), (ndim, ndim)),
-        )
+        return Volume.create(array, grid.spacing, grid.origin, grid.direction)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def write_volume(volume: Volume, path: str | os.PathLike[str]) -> None:
-    """Write a volume through SimpleITK, as float32; the file appears complete or not at all.
+    """Write a volume through SimpleITK; the file appears complete or not at all.
 
     Parameters
     ----------
     volume
-        What to write.
+        What to write, with the dtype of its array. Channels become several values per voxel.
     path
         The file; its ending says in which format.
+
+    Raises
+    ------
+    ValueError
+        If the format is unknown, or cannot hold such an image.
     """
-    import SimpleITK as sitk  # noqa: N813
-
-    _write(sitk.GetImageFromArray(np.asarray(volume.array, dtype=np.float32)), volume, path)
-
-
-def write_displacement(field: ArrayLike, reference: Volume, path: str | os.PathLike[str]) -> None:
-    """Write a displacement field as an ITK displacement image.
-
-    Parameters
-    ----------
-    field
-        ``([Z,] Y, X, D)`` in millimetres, LPS (see `displacement_to_physical`).
-    reference
-        Gives the grid.
-    path
-        Where to; the suffix chooses the format. The file appears complete or not at all.
-    """
-    import SimpleITK as sitk  # noqa: N813
-
-    image = sitk.GetImageFromArray(np.asarray(field, dtype=np.float32), isVector=True)
-    _write(image, reference, path)
-
-
-def _write(image: Any, reference: Volume, path: str | os.PathLike[str]) -> None:
-    import SimpleITK as sitk  # noqa: N813
-
-    image.SetSpacing(np.asarray(reference.spacing).tolist())
-    image.SetOrigin(np.asarray(reference.origin).tolist())
-    image.SetDirection(np.ravel(reference.direction).tolist())
-    with atomic_path(path) as beside:
-        sitk.WriteImage(image, str(beside), useCompression=True)
+    array = np.asarray(volume.array)
+    if array.ndim > volume.ndim:
+        array = np.moveaxis(array, 0, -1)
+    write_image(array, volume.grid, path, vectors=array.ndim > volume.ndim)

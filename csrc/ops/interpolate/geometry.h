@@ -4,10 +4,11 @@
 
 namespace reg {
 
-// What the inputs and attributes of an interpolation amount to, once checked.
+// What the inputs and attributes of an interpolation amount to, once checked. `sampled` is the name
+// of the input that is sampled.
 struct InterpolateGeometry {
   DType arithmetic;
-  DType storage;  // of the image, the result and its cotangent
+  DType storage;  // of what is sampled, the result and its cotangent
   int dimensions;
   Sizes in_sizes;
   Sizes out_sizes;
@@ -15,6 +16,6 @@ struct InterpolateGeometry {
   Shape output;
 };
 
-InterpolateGeometry interpolate_geometry(const Call& call);
+InterpolateGeometry interpolate_geometry(const Call& call, const char* sampled = "image");
 
 }  // namespace reg

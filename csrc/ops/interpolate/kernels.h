@@ -1,28 +1,13 @@
 #pragma once
 
 #include "core/resample.h"
-#include "ops/interpolate/geometry.h"
+#include "ops/interpolate/call.h"
 #include "ops/interpolate/interpolate.h"
 
 namespace reg {
 
 inline ResampleCall interpolate_call(const Call& call) {
-  const InterpolateGeometry geometry = interpolate_geometry(call);
-  ResampleCall resample;
-  resample.input = &call.input("image");
-  resample.affine = &call.input("affine");
-  resample.field = &call.input("grid");
-  resample.in_sizes = geometry.in_sizes;
-  resample.out_sizes = geometry.out_sizes;
-  resample.dimensions = geometry.dimensions;
-  resample.placement = !call.flag("is_displacement") ? Placement::kFull
-                       : call.flag("affine_last")    ? Placement::kAffineLast
-                                                     : Placement::kAffineFirst;
-  resample.sampling = {call.choice<Mode>("mode"), call.choice<Padding>("padding_mode"),
-                       call.flag("align_corners")};
-  resample.groups = geometry.batch.groups;
-  resample.items = geometry.batch.items;
-  return resample;
+  return interpolate_call(call, "image", call.choice<Mode>("mode"));
 }
 
 template <class Device>

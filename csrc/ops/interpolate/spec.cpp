@@ -6,21 +6,21 @@
 
 namespace reg {
 
-InterpolateGeometry interpolate_geometry(const Call& call) {
-  const Tensor& image = call.input("image");
+InterpolateGeometry interpolate_geometry(const Call& call, const char* sampled) {
+  const Tensor& image = call.input(sampled);
   const Tensor& affine = call.input("affine");
   const Tensor& grid = call.input("grid");
   InterpolateGeometry geometry;
   geometry.arithmetic = check_dtypes(call);
   geometry.storage = image.dtype;
-  geometry.dimensions = check_image(call, "image");
+  geometry.dimensions = check_image(call, sampled);
   const int D = geometry.dimensions;
   geometry.in_sizes = geometry.out_sizes = image_sizes(image);
   if (affine.present) check_affine(call, "affine", D);
   if (grid.present && check_field(call, "grid") != D) {
     fail_shape(call, "grid",
-               D == 3 ? "(N, Z, Y, X, 3), as image has 3 spatial axes"
-                      : "(N, Y, X, 2), as image has 2 spatial axes");
+               concat(D == 3 ? "(N, Z, Y, X, 3)" : "(N, Y, X, 2)", ", as ", sampled, " has ", D,
+                      " spatial axes"));
   }
   if (!grid.present && !call.flag("is_displacement")) {
     fail_value(call, "grid", "a field of coordinates, as is_displacement is False", "None");

@@ -1,0 +1,57 @@
+#include <limits>
+
+#include "core/dispatch.h"
+#include "ops/interpolate/geometry.h"
+#include "ops/interpolate_labels/interpolate_labels.h"
+#include "ops/table.h"
+
+namespace reg {
+
+namespace {
+
+// Attributes have 64 bits and a sign; that does for all of an unsigned label but the upper half.
+void check_background(const Call& call) {
+  const DType dtype = call.input("labels").dtype;
+  dispatch_integer(dtype, [&](auto type) {
+    using Limits = std::numeric_limits<typename decltype(type)::type>;
+    constexpr uint64_t kLargest = static_cast<uint64_t>(Limits::max());
+    const int64_t background = call.integer("background");
+    const bool fits = background < 0 ? background >= static_cast<int64_t>(Limits::min())
+                                     : static_cast<uint64_t>(background) <= kLargest;
+    if (!fits) {
+      fail_value(call, "background", concat("a label that ", dtype_name(dtype), " can hold"),
+                 std::to_string(background));
+    }
+  });
+}
+
+enum Output { kLabel, kWeight };
+
+void infer(Call& call) {
+  const InterpolateGeometry geometry = interpolate_geometry(call, "labels");
+  check_background(call);
+  call.outputs[kLabel] = tensor_spec(geometry.storage, geometry.output);
+  if (call.wants(kWeight)) call.outputs[kWeight] = tensor_spec(DType::kFloat32, geometry.output);
+}
+
+}  // namespace
+
+std::vector<Op> interpolate_labels_ops() {
+  return {
+      {"interpolate_labels",
+       nullptr,
+       {{"labels", false, InputKind::kLabels}, {"affine", true}, {"grid", true}},
+       {{"output"}, {"weight"}},
+       {{"affine_last", AttrKind::kBool},
+        {"is_displacement", AttrKind::kBool},
+        {"out_shape", AttrKind::kInts},
+        {"padding_mode", AttrKind::kChoice, {"zeros", "border", "reflection"}},
+        {"align_corners", AttrKind::kBool},
+        {"background", AttrKind::kInt}},
+       infer,
+       interpolate_labels_cpu,
+       REG_CUDA_LAUNCH(interpolate_labels_cuda)},
+  };
+}
+
+}  // namespace reg

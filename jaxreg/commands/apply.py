@@ -1,0 +1,77 @@
+"""``jaxreg apply``: an image through transforms."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import numpy as np
+import typer
+
+from jaxreg.commands import device as devices
+from jaxreg.commands.device import Device
+from jaxreg.commands.inputs import naming, read_chain, refuse_overwriting
+from jaxreg.registration import read_volume, resample, write_volume
+from jaxreg.registration.itk_images import image_grid, read_image
+
+__all__ = ["apply"]
+
+
+class Interpolation(enum.StrEnum):
+    """How to read between voxels."""
+
+    LINEAR = "linear"
+    NEAREST = "nearest"
+
+
+def apply(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="What to resample, 2-D or 3-D.")],
+    reference: Annotated[
+        Path, typer.Option("--reference", "-r", help="Image whose grid the result gets.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the result.")],
+    transform: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--transform",
+            "-t",
+            metavar="FILE[:inverse]",
+            help="Affine or displacement field. Give several in the order in which a point of the "
+            "reference goes through them, as antsApplyTransforms takes them: -t warp -t affine.",
+        ),
+    ] = None,
+    labels: Annotated[
+        bool,
+        typer.Option(
+            "--labels", help="IMAGE holds labels: take the one with the largest linear weight."
+        ),
+    ] = False,
+    interpolation: Annotated[Interpolation, typer.Option()] = Interpolation.LINEAR,
+    device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,
+) -> None:
+    """Resample IMAGE onto the grid of a reference, through any number of transforms.
+
+    Beyond IMAGE there is 0. Labels and nearest neighbours keep the type of the voxels, linear
+    interpolation writes float32.
+    """
+    texts = transform or []
+    refuse_overwriting(
+        [output],
+        [("IMAGE", image), ("--reference", reference), *(("--transform", t) for t in texts)],
+    )
+    with naming("IMAGE"):
+        volume = read_volume(image)
+        if labels and (np.asarray(volume.array) % 1).any():
+            raise ValueError(f"{image}: expected integers for --labels, got fractions")
+    with naming("--reference"):
+        grid = image_grid(read_image(reference))
+        if grid.ndim != volume.ndim:
+            raise ValueError(f"{reference}: expected a {volume.ndim}-D image, got {grid.ndim}-D")
+    with jax.default_device(devices.find(device)):
+        parts = read_chain("--transform", texts, volume.ndim)
+        with naming("IMAGE"):
+            moved = resample(volume, grid, parts, "labels" if labels else interpolation.value)
+    with naming("--output"):
+        write_volume(moved, output)

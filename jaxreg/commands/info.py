@@ -1,0 +1,90 @@
+"""``jaxreg info``: what a file holds, or what is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from numpy.typing import ArrayLike, NDArray
+
+from jaxreg.commands.inputs import naming
+from jaxreg.info import describe
+from jaxreg.registration import DisplacementField, Grid, Volume, read_transform, read_volume
+from jaxreg.registration.itk_transforms import TRANSFORM_SUFFIXES
+from jaxreg.registration.transform import Part
+
+__all__ = ["info"]
+
+
+def info(
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="Image or transform.")] = None,
+) -> None:
+    """Describe an image or a transform; without FILE, the installation."""
+    if file is None:
+        _print(describe())
+        return
+    with naming("FILE"):
+        if file.suffix.lower() in TRANSFORM_SUFFIXES:
+            for number, part in enumerate(read_transform(file), start=1):
+                _print({"transform": f"{number}, as a point goes through them", **_of_part(part)})
+        else:
+            _print(_of_volume(read_volume(file)))
+
+
+def _print(facts: dict[str, str]) -> None:
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        for line in value.splitlines():
+            print(f"{name:<{width}}  {line}")
+            name = ""
+
+
+def _of_part(part: Part) -> dict[str, str]:
+    if isinstance(part, DisplacementField):
+        return {"kind": "displacement field", **_of_grid(part.grid), **_of_vectors(part.vectors)}
+    linear = part[:-1, :-1]
+    return {
+        "kind": "affine",
+        "dimensions": str(len(linear)),
+        "matrix": "\n".join(map(_numbers, linear)),
+        "translation (mm)": _numbers(part[:-1, -1]),
+        "determinant": f"{np.linalg.det(linear):.6g}",
+    }
+
+
+def _of_volume(volume: Volume) -> dict[str, str]:
+    values = np.asarray(volume.array)
+    facts = {
+        "kind": "image",
+        **_of_grid(volume.grid),
+        "channels": str(volume.channels),
+        "voxel type": str(values.dtype),
+        "values": f"{values.min():g} to {values.max():g}, mean {values.mean(dtype=np.float64):g}",
+    }
+    if volume.channels == volume.ndim:
+        facts["kind"] = "image, or displacement field"
+        facts |= _of_vectors(np.moveaxis(values, 0, -1))
+    return facts
+
+
+def _of_grid(grid: Grid) -> dict[str, str]:
+    last = grid.voxel_to_physical() @ [*(np.array(grid.shape[::-1]) - 1), 1]
+    return {
+        "dimensions": str(grid.ndim),
+        "size (x first)": " x ".join(map(str, grid.shape[::-1])),
+        "spacing (mm)": _numbers(grid.spacing),
+        "first voxel (mm, LPS)": _numbers(grid.origin),
+        "last voxel (mm, LPS)": _numbers(last[:-1]),
+        "direction": "\n".join(map(_numbers, np.asarray(grid.direction))),
+    }
+
+
+def _of_vectors(vectors: ArrayLike) -> dict[str, str]:
+    lengths: NDArray[np.float64] = np.linalg.norm(np.asarray(vectors, np.float64), axis=-1)
+    return {"length of vectors": f"mean {lengths.mean():.4g}, at most {lengths.max():.4g}"}
+
+
+def _numbers(values: ArrayLike) -> str:
+    return "  ".join(f"{value:.6g}" for value in np.asarray(values))

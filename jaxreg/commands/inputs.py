@@ -1,0 +1,104 @@
+"""What the commands read; what is wrong with it is told with the name of the argument."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from jaxreg.registration import DisplacementField, read_transform
+from jaxreg.registration.grid import inverse_matrix
+from jaxreg.registration.transform import Part
+
+__all__ = ["inverted", "naming", "read_chain", "refuse_overwriting"]
+
+_INVERSE = ":inverse"
+_TOLERANCE = 0.01
+
+
+@contextmanager
+def naming(argument: str) -> Iterator[None]:
+    """Say which argument an error is about."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument}: {error}") from error
+
+
+def read_chain(option: str, texts: Sequence[str], ndim: int) -> tuple[Part, ...]:
+    """Read transforms given on the command line.
+
+    Parameters
+    ----------
+    option
+        Its name.
+    texts
+        Files, in the order in which a point goes through them; ``:inverse`` after a name inverts.
+    ndim
+        What they have to be.
+
+    Returns
+    -------
+    tuple
+        In the same order.
+
+    Raises
+    ------
+    ValueError
+        If one cannot be read, or has another dimension.
+    """
+    chain: list[Part] = []
+    for text in texts:
+        with naming(option):
+            parts = read_transform(Path(text.removesuffix(_INVERSE)))
+        for part in parts:
+            found = part.grid.ndim if isinstance(part, DisplacementField) else len(part) - 1
+            if found != ndim:
+                raise ValueError(f"{option}: {text}: expected a {ndim}-D transform, got {found}-D")
+        chain += inverted(parts, text) if text.endswith(_INVERSE) else parts
+    return tuple(chain)
+
+
+def inverted(parts: Sequence[Part], name: str) -> tuple[Part, ...]:
+    """Invert a chain; say on stderr where a displacement field has no inverse."""
+    result: list[Part] = []
+    for part in reversed(parts):
+        if not isinstance(part, DisplacementField):
+            result.append(inverse_matrix(part))
+            continue
+        inverse, residual = part.inverse(tolerance=_TOLERANCE)
+        share = float(np.mean(residual > _TOLERANCE))
+        if share:
+            print(
+                f"jaxreg: warning: {name}: no inverse within {_TOLERANCE} voxels found for "
+                f"{100 * share:.3g} % of the voxels; the largest error is "
+                f"{residual.max():.3g} voxels",
+                file=sys.stderr,
+            )
+        result.append(inverse)
+    return tuple(result)
+
+
+def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[tuple[str, Path | str]]) -> None:
+    """See that no file is read and written, before any work is done.
+
+    Parameters
+    ----------
+    outputs
+        What will be written.
+    inputs
+        Names of arguments, and what is read.
+
+    Raises
+    ------
+    ValueError
+        If a file is both.
+    """
+    written = {path.resolve() for path in outputs}
+    for argument, path in inputs:
+        path = Path(str(path).removesuffix(_INVERSE))
+        if path.resolve() in written:
+            raise ValueError(f"{argument}: {path} would be overwritten; write somewhere else")

@@ -1,0 +1,46 @@
+"""``jaxreg invert``: a transform file the other way round."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import typer
+
+from jaxreg.commands import device as devices
+from jaxreg.commands.device import Device
+from jaxreg.commands.inputs import inverted, naming, refuse_overwriting
+from jaxreg.registration import DisplacementField, read_transform, write_transform
+
+__all__ = ["invert"]
+
+
+def invert(
+    transform: Annotated[Path, typer.Argument(metavar="TRANSFORM", help="Affine or field.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where to write its inverse, as such a file.")
+    ],
+    device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,
+) -> None:
+    """Invert an affine, or a displacement field on its own grid.
+
+    Where a field folds, or sends points beyond its grid, its inverse may be inexact; a warning
+    tells for how many voxels.
+    """
+    refuse_overwriting([output], [("TRANSFORM", transform)])
+    with naming("TRANSFORM"):
+        parts = read_transform(transform)
+        matrices = [part for part in parts if not isinstance(part, DisplacementField)]
+        if len(matrices) == len(parts):
+            parts = (functools.reduce(lambda first, then: then @ first, matrices),)
+        if len(parts) > 1:
+            raise ValueError(
+                f"{transform}: expected affines or one displacement field, got {len(parts)} "
+                "transforms; `jaxreg apply -t FILE:inverse` inverts them on the fly"
+            )
+    with jax.default_device(devices.find(device)):
+        (inverse,) = inverted(parts, str(transform))
+    with naming("--output"):
+        write_transform(inverse, output)

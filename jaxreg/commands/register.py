@@ -1,0 +1,246 @@
+"""``jaxreg register``: two images, and the transform between them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import jax
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jaxreg.commands import device as devices
+from jaxreg.commands.compilation import compile_seconds, keep_compiled
+from jaxreg.commands.device import Device
+from jaxreg.commands.inputs import naming, read_chain, refuse_overwriting
+from jaxreg.commands.progress import register_watched
+from jaxreg.info import describe
+from jaxreg.registration import (
+    Registration,
+    Stage,
+    Transform,
+    Volume,
+    preset,
+    read_volume,
+    stage_from_name,
+    write_affine,
+    write_displacement,
+    write_volume,
+)
+from jaxreg.registration.files import atomic_folder
+from jaxreg.registration.report import write_report
+from jaxreg.registration.similarity import Metric
+
+__all__ = ["register"]
+
+_AFFINE = "affine.tfm"
+_WARP = "warp.nii.gz"
+_INVERSE_WARP = "inverse_warp.nii.gz"
+_MOVED = "moved.nii.gz"
+_FIXED_MOVED = "fixed_moved.nii.gz"
+_RECORD = "registration.json"
+_REPORT = "report.html"
+_FILES = (_AFFINE, _WARP, _INVERSE_WARP, _MOVED, _FIXED_MOVED, _RECORD, _REPORT)
+
+
+class Preset(enum.StrEnum):
+    """How much effort."""
+
+    FAST = "fast"
+    DEFAULT = "default"
+    ACCURATE = "accurate"
+
+
+def register(
+    fixed: Annotated[
+        Path, typer.Argument(metavar="FIXED", help="Image to bring it to, 2-D or 3-D.")
+    ],
+    moving: Annotated[Path, typer.Argument(metavar="MOVING", help="Image to bring there.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT_DIR", help="Folder, made if missing.")
+    ],
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="What to run, in this order: moments, translation, rigid, similarity, affine, "
+            "greedy, svf, syn. By default those of the preset.",
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="lncc, ncc, mi or mse, in all stages. By default each has its own."),
+    ] = None,
+    effort: Annotated[
+        Preset, typer.Option("--preset", help="Schedule: how many iterations at what resolution.")
+    ] = Preset.DEFAULT,
+    fixed_mask: Annotated[
+        Path | None, typer.Option(help="Image of weights on the grid of FIXED; 0 leaves out.")
+    ] = None,
+    moving_mask: Annotated[
+        Path | None, typer.Option(help="Image of weights on the grid of MOVING.")
+    ] = None,
+    initial: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:inverse]",
+            help="Transform to start from; several as for `jaxreg apply -t`.",
+        ),
+    ] = None,
+    device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,
+    report: Annotated[
+        bool, typer.Option("--report", help=f"Also write {_REPORT}, to be looked at.")
+    ] = False,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep compiled programs there for the next run."),
+    ] = None,
+) -> None:
+    """Register MOVING to FIXED.
+
+    Writes affine.tfm and, if there is a deformation, warp.nii.gz and inverse_warp.nii.gz, which
+    ITK, ANTs and 3D Slicer read; moved.nii.gz, MOVING on the grid of FIXED; fixed_moved.nii.gz,
+    FIXED on the grid of MOVING; registration.json, with settings, versions and losses.
+    """
+    start, compiled = time.perf_counter(), compile_seconds()
+    given = [("--initial", text) for text in initial or []]
+    files = (
+        ("FIXED", fixed),
+        ("MOVING", moving),
+        ("--fixed-mask", fixed_mask),
+        ("--moving-mask", moving_mask),
+    )
+    read = [(name, path) for name, path in files if path is not None]
+    refuse_overwriting([output / name for name in _FILES], [*read, *given])
+    volumes = dict(_read(read))
+    target = devices.find(device)
+    if cache is not None:
+        with naming("--cache"):
+            keep_compiled(cache)
+    console = Console()
+    with contextlib.ExitStack() as stack:
+        with naming("--output"):
+            folder = stack.enter_context(atomic_folder(output, owned=_FILES))
+        stack.enter_context(jax.default_device(target))
+        image = volumes["FIXED"]
+        parts = read_chain("--initial", initial or [], image.ndim)
+        result = register_watched(
+            image,
+            volumes["MOVING"],
+            _stages(stages, metric, effort, image.ndim, target, console),
+            console,
+            fixed_mask=volumes.get("--fixed-mask"),
+            moving_mask=volumes.get("--moving-mask"),
+            initial=Transform.from_parts(image.grid, parts).with_inverse() if parts else None,
+        )
+        _write(result, folder)
+        facts = {**describe(), "device": devices.describe(target)}
+        inputs = {name: str(path) for name, path in read} | {"--initial": initial or []}
+        record = json.dumps(_record(result, inputs, facts), indent=2)
+        (folder / _RECORD).write_text(f"{record}\n")
+        if report:
+            title = f"{moving.name} registered to {fixed.name}"
+            write_report(result, folder / _REPORT, title=title, facts=facts)
+        written = sorted(path.name for path in folder.iterdir())
+    seconds = time.perf_counter() - start
+    console.print(_summary(result, seconds, compile_seconds() - compiled, devices.describe(target)))
+    for name in written:
+        console.print(output / name, highlight=False, soft_wrap=True, markup=False)
+
+
+def _read(paths: list[tuple[str, Path]]) -> Iterator[tuple[str, Volume]]:
+    for argument, path in paths:
+        with naming(argument):
+            yield argument, read_volume(path)
+
+
+def _stages(
+    names: str | None,
+    metric: str | None,
+    effort: Preset,
+    ndim: int,
+    target: jax.Device,
+    console: Console,
+) -> tuple[Stage, ...]:
+    """Choose the stages; those that the preset has too take its schedule."""
+    kind: Literal["cpu", "gpu"] = "cpu" if target.platform == "cpu" else "gpu"
+    stages = preset(effort.value, ndim=ndim, device=kind)
+    if names is not None:
+        known = {stage.name: stage for stage in stages}
+        with naming("--stages"):
+            stages = tuple(
+                known.get(name) or stage_from_name(name)
+                for name in map(str.strip, names.split(","))
+            )
+    if kind == "cpu" and set(stages) & set(preset(effort.value, ndim=ndim)) - set(
+        preset(effort.value, ndim=ndim, device="gpu")
+    ):
+        console.print("On the CPU this preset has fewer iterations than on a GPU.", style="dim")
+    if metric is not None:
+        with naming("--metric"):
+            stages = tuple(
+                dataclasses.replace(stage, metric=cast(Metric, metric)) for stage in stages
+            )
+    return stages
+
+
+def _write(result: Registration, folder: Path) -> None:
+    transform = result.transform
+    write_affine(transform.matrix, folder / _AFFINE)
+    if transform.displacement is not None:
+        write_displacement(transform.displacement_field(), result.fixed, folder / _WARP)
+        inverse = transform.inverse_displacement_field()
+        write_displacement(inverse, result.fixed, folder / _INVERSE_WARP)
+    write_volume(result.moved, folder / _MOVED)
+    write_volume(result.fixed_moved, folder / _FIXED_MOVED)
+
+
+def _record(result: Registration, inputs: dict[str, Any], facts: dict[str, str]) -> dict[str, Any]:
+    """Return what is worth keeping beside the images, for JSON."""
+    deformed = result.transform.displacement is not None
+    return {
+        "inputs": inputs,
+        "transform": {
+            "fixed to moving": [_WARP, _AFFINE] if deformed else [_AFFINE],
+            "moving to fixed": [f"{_AFFINE}:inverse", *([_INVERSE_WARP] if deformed else [])],
+            "matrix": np.asarray(result.transform.matrix).tolist(),
+        },
+        "jacobian": result.folds._asdict(),
+        "stages": [
+            {
+                "name": stage.name,
+                "settings": dataclasses.asdict(stage.settings),
+                "seconds": stage.seconds,
+                "levels": [
+                    {**level._asdict(), "losses": np.asarray(level.losses).tolist()}
+                    for level in stage.levels
+                ],
+            }
+            for stage in result.stages
+        ],
+        "versions": facts,
+    }
+
+
+def _summary(result: Registration, seconds: float, compiling: float, device: str) -> Table:
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for stage in result.stages:
+        table.add_row(stage.name.capitalize(), f"{stage.seconds:.1f} s")
+    table.add_row("Total", f"{seconds:.1f} s", style="bold")
+    table.add_row("of which XLA compilation", f"{compiling:.1f} s", style="dim")
+    table.add_row("Device", device)
+    table.add_section()
+    folds = result.folds
+    table.add_row("Voxels with Jacobian determinant ≤ 0", f"{100 * folds.share:.4g} %")
+    table.add_row("Jacobian determinant", f"{folds.minimum:.3f} to {folds.maximum:.3f}")
+    return table

@@ -1,0 +1,248 @@
+"""What the iterative stages have in common: the schedule, and the loop that runs on the device."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg.registration.problem import Alignment, Level, Problem, combined
+from jaxreg.registration.progress import Callback, Progress
+from jaxreg.registration.similarity import Metric, find_loss
+
+__all__ = ["Iterative", "Trace", "block_length"]
+
+
+class Trace(NamedTuple):
+    """How the loss of a level went.
+
+    Attributes
+    ----------
+    losses
+        The loss before each iteration, ``(iterations,)``; after an early stop the last one is
+        repeated.
+    ran
+        Iterations until then.
+    converged
+        Whether the level stopped by itself.
+    """
+
+    losses: jax.Array
+    ran: jax.Array
+    converged: jax.Array
+
+
+_State = tuple[Any, Trace]  # what the iterations change, and how the loss went
+_Run = Callable[["Iterative", Level, Any, Trace], _State]
+
+
+@dataclasses.dataclass(frozen=True)
+class Iterative(abc.ABC):
+    """Settings of every stage that iterates from coarse to fine.
+
+    A stage is a JAX pytree without leaves: its settings are static, and functions that take it
+    are compiled for them.
+
+    Attributes
+    ----------
+    scales
+        How many times wider a voxel is than at full resolution, per level.
+    iterations
+        Steps per level, at most.
+    learning_rate
+        How far a step may go, in voxels of the level; see the stage.
+    metric
+        What is minimised: ``"lncc"``, local normalised cross-correlation; ``"ncc"``, the global
+        one, which still pulls where little overlaps; ``"mi"``, mutual information, between
+        contrasts that differ; ``"mse"``, the mean squared difference; or ``loss(pred, target)``, a
+        scalar, the mean over the voxels: any JAX function of two images ``(1, C, [Z,] Y, X)``,
+        which takes ``mask=``, too, if there are masks.
+    kernel_size
+        Window of ``"lncc"``, in voxels of the level, odd.
+    num_bins
+        Bins of ``"mi"`` per image.
+    window, tolerance
+        A level has converged when a line through its last ``window`` losses falls by less than
+        ``tolerance`` times the largest loss of the level, in magnitude. A tolerance of 0 runs all
+        iterations.
+    block
+        Iterations between two tests of convergence, and two calls of the callback. Where the
+        iterations of a level are no multiple of it, the nearest divisor that they have.
+
+    Raises
+    ------
+    ValueError
+        If scales and iterations do not make a schedule, for an unknown metric, or for a number out
+        of its range.
+    """
+
+    name: ClassVar[str]
+
+    scales: tuple[float, ...]
+    iterations: tuple[int, ...]
+    learning_rate: float = 0.5
+    metric: Metric = "lncc"
+    kernel_size: int = 7
+    num_bins: int = 32
+    window: int = 10
+    tolerance: float = 1e-4
+    block: int = 10
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        jax.tree_util.register_static(cls)
+
+    def __post_init__(self) -> None:
+        if not self.scales or any(not scale >= 1 for scale in self.scales):
+            raise ValueError(f"scales: expected numbers of at least 1, got {self.scales}")
+        if len(self.iterations) != len(self.scales) or any(n < 0 for n in self.iterations):
+            raise ValueError(
+                f"iterations: expected a count for each of {self.scales}, got {self.iterations}"
+            )
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        find_loss(self.metric, self.kernel_size, self.num_bins)
+        for name, least in (("window", 2), ("tolerance", 0), ("block", 1)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+    def loss(
+        self, pred: tuple[jax.Array, jax.Array | None], target: tuple[jax.Array, jax.Array | None]
+    ) -> jax.Array:
+        """Return the metric of two images, each with its mask."""
+        find = find_loss(self.metric, self.kernel_size, self.num_bins)
+        return find(pred[0], target[0], combined(pred[1], target[1]))
+
+    @abc.abstractmethod
+    def begin(self, level: Level) -> Any:
+        """Return what the iterations change, before the first of them."""
+
+    @abc.abstractmethod
+    def resized(self, memory: Any, shape: tuple[int, ...]) -> Any:
+        """Return the same on a grid of another shape."""
+
+    @abc.abstractmethod
+    def step(self, level: Level, memory: Any, progress: jax.Array) -> tuple[Any, jax.Array]:
+        """Take one step; return the loss before it. ``progress`` goes from 0 to 1 in a level."""
+
+    @abc.abstractmethod
+    def finish(self, shape: tuple[int, ...], alignment: Alignment, memory: Any) -> Alignment:
+        """Return the alignment after the stage, its fields on the fixed grid of a shape."""
+
+    def run(
+        self, problem: Problem, alignment: Alignment, callback: Callback | None = None
+    ) -> tuple[Alignment, tuple[Trace, ...]]:
+        """Run all levels from an alignment; return the one that they find, and their traces."""
+        memory = None
+        traces = []
+        done, total = 0, sum(self.iterations)
+        for scale, iterations in zip(self.scales, self.iterations, strict=True):
+            level = problem.level(scale, alignment)
+            memory = self.begin(level) if memory is None else self.resized(memory, level.shape)
+            trace = _no_trace(iterations)
+            if iterations == 0:
+                pass
+            elif callback is None:
+                memory, trace = _jitted(_run_level, level)(self, level, memory, trace)
+            else:
+                for first in range(0, iterations, length := block_length(iterations, self.block)):
+                    memory, trace = _jitted(_run_block, level)(self, level, memory, trace)
+                    losses = trace.losses[first : first + length]
+                    callback(Progress(self.name, scale, done + first + length, total, losses))
+            done += iterations
+            traces.append(trace)
+        return self.finish(problem.shape, alignment, memory), tuple(traces)
+
+
+def block_length(iterations: int, block: int) -> int:
+    """Return the divisor of a number of iterations that is nearest to a block, by their ratio.
+
+    With equal blocks one compiled program serves them all.
+    """
+    divisors = (n for n in range(1, iterations + 1) if iterations % n == 0)
+    return max(divisors, key=lambda n: (min(n, block) / max(n, block), n), default=1)
+
+
+def _no_trace(iterations: int) -> Trace:
+    return Trace(
+        jnp.zeros(iterations, jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.bool)
+    )
+
+
+@functools.cache
+def _jit(run: _Run, donate: bool) -> _Run:
+    jitted: _Run = jax.jit(run, donate_argnames=("memory", "trace") if donate else ())
+    return jitted
+
+
+def _jitted(run: _Run, level: Level) -> _Run:
+    """Compile a function so that it writes the fields where they are, if it may.
+
+    Within a transformation it may not: under ``vmap`` the first fields are those of all pairs.
+    """
+    return _jit(run, donate=not isinstance(level.fixed, jax.core.Tracer))
+
+
+def _advance(stage: Iterative, level: Level, memory: Any, trace: Trace) -> _State:
+    """Run one block of iterations."""
+    iterations = trace.losses.size
+    length = block_length(iterations, stage.block)
+
+    def iterate(memory: Any, index: jax.Array) -> tuple[Any, jax.Array]:
+        progress = index.astype(jnp.float32) / max(iterations - 1, 1)
+        return stage.step(level, memory, progress)
+
+    memory, block = jax.lax.scan(iterate, memory, trace.ran + jnp.arange(length, dtype=jnp.int32))
+    ran = trace.ran + length
+    losses = jax.lax.dynamic_update_slice(trace.losses, block.astype(jnp.float32), (trace.ran,))
+    last = jnp.arange(iterations) >= ran
+    losses = jnp.where(last, losses[ran - 1], losses)
+    return memory, Trace(losses, ran, _converged(stage, losses, ran))
+
+
+def _converged(stage: Iterative, losses: jax.Array, ran: jax.Array) -> jax.Array:
+    window = stage.window
+    if losses.size < window or stage.tolerance == 0:
+        return jnp.zeros((), jnp.bool)
+    recent = jax.lax.dynamic_slice(losses, (ran - window,), (window,))
+    time = jnp.arange(window, dtype=jnp.float32) - (window - 1) / 2
+    slope = (time * recent).sum() / (time**2).sum()
+    flat = -slope * window < stage.tolerance * jnp.abs(losses).max()
+    return flat & (ran >= window)
+
+
+def _run_level(stage: Iterative, level: Level, memory: Any, trace: Trace) -> _State:
+    """Run a level until it has converged or its iterations are used up."""
+    iterations = trace.losses.size
+    blocks = iterations // block_length(iterations, stage.block)
+
+    def advance(state: _State) -> _State:
+        return _advance(stage, level, *state)
+
+    def unfinished(state: _State) -> jax.Array:
+        return (state[1].ran < iterations) & ~state[1].converged
+
+    state: _State = (memory, trace)
+    if stage.tolerance == 0 or blocks < 2:  # no test, and the host need not wait for its outcome
+        state = jax.lax.fori_loop(0, blocks, lambda _, state: advance(state), state)
+    else:
+        state = jax.lax.while_loop(unfinished, advance, state)
+    return state
+
+
+def _run_block(stage: Iterative, level: Level, memory: Any, trace: Trace) -> _State:
+    """Run one block of a level, unless it has converged."""
+
+    def advance(memory: Any, trace: Trace) -> _State:
+        return _advance(stage, level, memory, trace)
+
+    def rest(memory: Any, trace: Trace) -> _State:
+        return memory, trace
+
+    state: _State = jax.lax.cond(trace.converged, rest, advance, memory, trace)
+    return state

@@ -1,0 +1,464 @@
+"""The stages of a registration: what each finds, and how it gets there."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scenes import header, physical_grid, scene, similarity, smooth_field
+from scipy.spatial.transform import Rotation
+
+import jaxreg
+from jaxreg import compose, convert_displacement, interpolate, lncc_loss
+from jaxreg.registration import (
+    SVF,
+    AdamMoments,
+    Affine,
+    Greedy,
+    Moments,
+    Rigid,
+    Similarity,
+    SyN,
+    Translation,
+    Volume,
+    mse_loss,
+    ncc_loss,
+    register,
+    register_images,
+    riemannian_adam_step,
+    rigid_motion,
+    step_gradient,
+)
+from jaxreg.registration.inverse import invert_displacement
+from jaxreg.registration.linear import rotation_matrix
+from jaxreg.registration.similarity import find_loss
+from jaxreg.registration.stage import block_length
+
+LINEAR = [Translation, Rigid, Similarity, Affine]
+DEFORMABLE = [Greedy, SVF, SyN]
+
+
+def plane(transform: np.ndarray, dim: int) -> np.ndarray:
+    """A transform of space, or what it does in the x-y plane."""
+    keep = [*range(dim), 3]
+    return transform[np.ix_(keep, keep)]
+
+
+def seen_through(moving: Volume, transform: np.ndarray, gain: float = 1.0) -> Volume:
+    """The scene on a grid, every point of it moved by a transform."""
+    inverse = np.linalg.inv(np.asarray(transform))
+    points = physical_grid(moving) @ inverse[:-1, :-1].T + inverse[:-1, -1]
+    return moving.with_array(gain * scene(points))
+
+
+def error_in_mm(found: np.ndarray, truth: np.ndarray, fixed: Volume) -> float:
+    """The largest distance between two transforms in the inner half of a volume."""
+    inner = 0.5 * physical_grid(fixed).reshape(-1, fixed.ndim)
+    difference = np.asarray(found) - truth
+    distances = np.linalg.norm(inner @ difference[:-1, :-1].T + difference[:-1, -1], axis=1)
+    return float(distances.max())
+
+
+def round_trip(one: jax.Array, other: jax.Array) -> np.ndarray:
+    """How far points are, in voxels, after going through one field and then the other."""
+    residual = convert_displacement(compose(one, other), "normalised", "voxel")
+    return np.linalg.norm(np.asarray(residual), axis=-1)
+
+
+# --- linear -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_an_affine_known_by_construction_is_recovered(dim: int) -> None:
+    fixed = header((40, 44, 36)[-dim:], (3.5, 3, 4)[:dim])
+    fixed = fixed.with_array(scene(physical_grid(fixed)))
+    truth = rigid_motion(18, (0, 0, 1), (12, -9, 7), (5, 5, 5)) @ np.diag([1.1, 0.93, 1.05, 1])
+    truth = plane(truth, dim)
+    # Another size, spacing, origin and direction; the same scene seen through the transform.
+    moving = header((44, 38, 46)[-dim:], (3.3, 4, 3.4)[:dim], turn=25)
+    moving = dataclasses.replace(moving, origin=moving.origin + truth[:-1, -1])
+    moving = seen_through(moving, truth, gain=7)
+
+    result = register(fixed, moving, [Moments(), Affine((2, 1), (80, 80), tolerance=0)])
+
+    assert error_in_mm(result.transform.matrix, truth, fixed) < 0.5  # of voxels 3 to 4 mm wide
+    assert [level.losses.shape for level in result.stages[1].levels] == [(80,), (80,)]
+    assert result.stages[1].levels[-1].losses[-1] < -0.9999
+    assert result.transform.displacement is None
+    np.testing.assert_array_equal(result.jacobian, np.ones(fixed.shape))
+
+
+@pytest.mark.parametrize(
+    ("stage", "truth"),
+    [
+        (Translation, rigid_motion(0, (0, 0, 1), (9, -6, 4), (0, 0, 0))),
+        (Rigid, rigid_motion(14, (1, 2, 2), (6, -4, 3), (0, 0, 0))),
+        (Similarity, rigid_motion(14, (1, 2, 2), (6, -4, 3), (0, 0, 0)) @ np.diag([1.1] * 3 + [1])),
+    ],
+)
+@pytest.mark.parametrize("dim", [2, 3])
+def test_a_stage_finds_its_own_kind_of_transform(stage: type, truth: np.ndarray, dim: int) -> None:
+    if dim == 2 and stage is not Translation:
+        truth = plane(rigid_motion(14, (0, 0, 1), (6, -4, 3), (0, 0, 0)) * truth[3, 3], 3)
+        truth = truth @ np.diag([1.1 if stage is Similarity else 1.0] * 3 + [1])
+    truth = plane(truth, dim)
+    fixed = header((20, 24, 22)[-dim:], (6, 6, 6)[:dim])
+    moving = seen_through(fixed, truth)
+    fixed = fixed.with_array(scene(physical_grid(fixed)))
+    matrix = register(fixed, moving, [stage((1,), (80,), tolerance=0)]).transform.matrix
+    assert error_in_mm(matrix, truth, fixed) < 0.9  # of voxels 6 mm wide
+    turn = matrix[:-1, :-1]
+    scale = np.linalg.det(turn) ** (1 / dim)
+    np.testing.assert_allclose(turn @ turn.T, scale**2 * np.eye(dim), atol=1e-5)
+    assert stage is Similarity or scale == pytest.approx(1, abs=1e-5)
+
+
+def test_a_rotation_vector_makes_the_rotation_about_it() -> None:
+    for vector in ([0.3, -1.2, 0.4], [0.01, 0.002, -0.003], [0.0, 0.0, 0.0], [2.0, 2.0, 1.0]):
+        expected = Rotation.from_rotvec(vector).as_matrix()
+        np.testing.assert_allclose(rotation_matrix(jnp.asarray(vector)), expected, atol=2e-6)
+    slope = jax.jacobian(rotation_matrix)(jnp.zeros(3))
+    np.testing.assert_allclose(slope[2, 1], [1, 0, 0], atol=1e-6)  # about x, y turns towards z
+    np.testing.assert_allclose(
+        rotation_matrix(jnp.asarray([0.3])), Rotation.from_rotvec([0, 0, 0.3]).as_matrix()[:2, :2]
+    )
+
+
+def test_a_linear_stage_starts_where_it_is_told() -> None:
+    fixed = header((12, 14, 16), (8, 8, 8))
+    fixed = fixed.with_array(scene(physical_grid(fixed)))
+    initial = rigid_motion(5, (1, 0, 0), (2, 3, 4), (0, 0, 0))
+    result = register(fixed, fixed, [Affine((1,), (0,))], initial=initial)
+    np.testing.assert_allclose(result.transform.matrix, initial, atol=1e-4)
+    assert result.stages[0].levels[0].losses.size == 0
+    np.testing.assert_array_equal(
+        register(fixed, fixed, [], initial=initial).transform.matrix, initial
+    )
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_moments_undo_any_rotation(dim: int) -> None:
+    fixed = header((30, 32, 34)[-dim:], (4, 4, 4)[:dim])
+    # Longer than wide, and wider than high: a ball has no axes.
+    shape = np.diag([*(0.8, 1.2, 1.6)[:dim], 1])
+    fixed = seen_through(fixed, np.linalg.inv(shape))
+    for angle in (100, 170):
+        turn = rigid_motion(angle, (1, -1, 2) if dim == 3 else (0, 0, 1), (30, 9, 4), (0, 0, 0))
+        truth = plane(turn, dim)
+        moving = header((34, 34, 34)[-dim:], (4, 4, 4)[:dim])
+        moving = dataclasses.replace(moving, origin=moving.origin + truth[:-1, -1])
+        moving = seen_through(moving, truth @ np.linalg.inv(shape))
+        found = register(fixed, moving, [Moments(scale=2)])
+        assert error_in_mm(found.transform.matrix, truth, fixed) < 4  # one voxel
+        before, after = found.stages[0].levels[0].losses
+        assert after < min(before, -0.98)
+        shifted = register(fixed, moving, [Moments(rotation=False, scale=2)]).transform.matrix
+        np.testing.assert_array_equal(shifted[:-1, :-1], np.eye(dim))
+
+
+def test_moments_keep_a_start_that_is_better() -> None:
+    fixed = header((32, 34), (4, 4))
+    fixed = fixed.with_array(scene(physical_grid(fixed)))
+    spoilt = np.array(fixed.array)
+    spoilt[:8, :8] = 3  # draws the centre of mass away
+    result = register(fixed, fixed.with_array(spoilt), [Moments(scale=1, metric="lncc")])
+    np.testing.assert_array_equal(result.transform.matrix, np.eye(3))
+
+
+# --- deformable ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_the_gradient_is_that_of_composing_a_step_from_the_right(dim: int) -> None:
+    shape = (36, 40, 44)[-dim:]
+    fixed = header(shape, (4, 4, 4)[:dim])
+    moving_image = jnp.asarray(scene(physical_grid(fixed) * 0.6), jnp.float32)[None, None]
+    fixed_image = jnp.asarray(scene(physical_grid(fixed) * 0.66), jnp.float32)[None, None]
+    field = smooth_field(shape, 2.0, seed=1)
+    affine = jnp.eye(dim, dim + 1)[None] * 0.95
+
+    def loss_after(step: jax.Array) -> jax.Array:
+        warp = compose(field, step)
+        return ncc_loss(interpolate(moving_image, affine, warp, affine_last=True), fixed_image)
+
+    moved = interpolate(moving_image, affine, field, affine_last=True)
+    gradient = step_gradient(moved, jax.grad(ncc_loss)(moved, fixed_image))
+    for seed in range(3):
+        # A step that fades out at the border, where differences are one-sided.
+        window = np.prod(
+            np.meshgrid(*(np.hanning(n) for n in shape), indexing="ij"), axis=0
+        ).astype(np.float32)
+        step = smooth_field(shape, 0.2, seed=10 + seed) * window[None, ..., None]
+        expected = float(loss_after(step) - loss_after(-step)) / 2
+        assert float((gradient * step).sum()) == pytest.approx(expected, rel=0.05, abs=1e-5)
+
+
+def test_no_step_is_longer_than_half_a_voxel_times_the_learning_rate() -> None:
+    shape = (2, 9, 10, 11, 3)
+    gradient = (
+        jax.random.normal(jax.random.key(0), shape)
+        * jnp.asarray([1.0, 1e-3])[:, None, None, None, None]
+    )
+    moments = AdamMoments.zeros(gradient)
+    for _ in range(3):
+        step, moments = riemannian_adam_step(gradient, moments, learning_rate=0.4)
+    lengths = jnp.linalg.norm(convert_displacement(step, "normalised", "voxel"), axis=-1)
+    np.testing.assert_allclose(lengths.max(axis=(1, 2, 3)), 0.2, rtol=1e-5)  # each batch item
+    assert float((gradient * step).sum()) < 0
+    assert int(moments.steps) == 3
+
+
+def test_without_a_gradient_there_is_no_step() -> None:
+    zero = jnp.zeros((1, 5, 6, 2))
+    step, _ = riemannian_adam_step(zero, AdamMoments.zeros(zero), learning_rate=1.0)
+    np.testing.assert_array_equal(step, zero)
+
+
+@pytest.mark.parametrize("stage", DEFORMABLE)
+@pytest.mark.parametrize("dim", [2, 3])
+def test_a_random_smooth_deformation_is_found_without_folds_and_with_its_inverse(
+    stage: type, dim: int
+) -> None:
+    shape = (24, 28, 26)[-dim:]
+    fixed = header(shape, (5, 5, 5)[:dim])
+    # More texture than the scene alone has, and a deformation of a few voxels.
+    noise = jax.random.normal(jax.random.key(1), (1, 1, *(n // 3 for n in shape)))
+    image = (
+        scene(physical_grid(fixed)) + 0.3 * np.asarray(interpolate(noise, out_shape=shape))[0, 0]
+    )
+    warp = smooth_field(shape, 2.0, seed=3)
+    moving = fixed.with_array(image)
+    fixed = fixed.with_array(
+        np.asarray(interpolate(moving.batched(), grid=warp, padding_mode="border"))[0, 0]
+    )
+
+    result = register(fixed, moving, [stage((2, 1), (30, 30), tolerance=0)])
+
+    before, after = similarity(fixed, moving), similarity(fixed, result.moved)
+    assert 1 - after < 0.15 * (1 - before)
+    assert 1 - similarity(moving, result.fixed_moved) < 0.2 * (1 - before)
+    assert result.folds.share == 0
+    assert 0.05 < result.folds.minimum < 1 < result.folds.maximum
+    forward, inverse = result.transform.displacement, result.transform.inverse_displacement
+    for error in (round_trip(forward, inverse), round_trip(inverse, forward)):
+        assert error.mean() < 0.1
+        assert error.max() < 1
+
+
+def test_syn_treats_both_images_alike() -> None:
+    fixed = header((28, 30), (5, 5))
+    points = physical_grid(fixed)
+    fixed = fixed.with_array(scene(points))
+    moving = fixed.with_array(scene(points + 6 * np.sin(points[..., ::-1] / 18)))
+    stages = [SyN((2, 1), (20, 20), metric="mse", tolerance=0)]
+    one, other = register(fixed, moving, stages), register(moving, fixed, stages)
+    np.testing.assert_allclose(
+        one.stages[0].levels[1].losses, other.stages[0].levels[1].losses, rtol=1e-3
+    )
+    difference = convert_displacement(
+        one.transform.displacement - other.transform.inverse_displacement, "normalised", "voxel"
+    )
+    assert float(jnp.abs(difference).mean()) < 0.05
+
+
+@pytest.mark.parametrize("stage", DEFORMABLE)
+def test_no_point_leaves_the_volume(stage: type) -> None:
+    fixed = header((20, 24), (5, 5))
+    points = physical_grid(fixed)
+    fixed, moving = fixed.with_array(scene(points + 9)), fixed.with_array(scene(points - 9))
+    result = register(fixed, moving, [stage((1,), (40,), field_sigma=0, gradient_sigma=1)])
+    field = np.asarray(result.transform.displacement)[0]
+    assert np.abs(field[..., 0][:, [0, -1]]).max() < 1e-6
+    assert np.abs(field[..., 1][[0, -1]]).max() < 1e-6
+    assert np.abs(field[..., 1][:, [0, -1]]).max() > 1e-3  # along the border it may slide
+
+
+@pytest.mark.parametrize("stage", DEFORMABLE)
+def test_going_on_with_the_next_level_is_going_on(stage: type) -> None:
+    """The field and Adam's moments are carried over: two levels of one shape are one level."""
+    fixed = header((20, 24), (5, 5))
+    points = physical_grid(fixed)
+    fixed, moving = fixed.with_array(scene(points)), fixed.with_array(scene(points + 5))
+    once, twice = (
+        register(fixed, moving, [stage((1,) * n, (20 // n,) * n, tolerance=0, block=10)])
+        for n in (1, 2)
+    )
+    np.testing.assert_array_equal(once.transform.displacement, twice.transform.displacement)
+
+
+@pytest.mark.parametrize("stage", DEFORMABLE)
+def test_a_penalty_holds_the_field_back(stage: type) -> None:
+    fixed = header((20, 24), (5, 5))
+    points = physical_grid(fixed)
+    fixed, moving = fixed.with_array(scene(points)), fixed.with_array(scene(points + 5))
+
+    def size(field: jax.Array) -> jax.Array:
+        return 100 * (field**2).mean()
+
+    free, held = (
+        register(fixed, moving, [stage((1,), (20,), regularisation=penalty, tolerance=0)])
+        for penalty in (None, size)
+    )
+    displacement = held.transform.displacement
+    assert jnp.abs(displacement).mean() < 0.3 * jnp.abs(free.transform.displacement).mean()
+    first = held.stages[0].levels[0].losses[0]
+    assert first == pytest.approx(free.stages[0].levels[0].losses[0])  # no field yet, no penalty
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_an_inverse_takes_points_back_even_where_space_is_stretched(dim: int) -> None:
+    field = smooth_field((30, 32, 34)[-dim:], 3.5, seed=5)
+    # Space cannot be pushed across the border and still come back.
+    window = np.prod(
+        np.meshgrid(*(np.hanning(n) for n in field.shape[1:-1]), indexing="ij"), axis=0
+    )
+    field = field * jnp.asarray(window, jnp.float32)[None, ..., None]
+    inverse = invert_displacement(field, tolerance=0.01)
+    assert round_trip(field, inverse).max() < 0.01
+    assert float(jnp.abs(convert_displacement(field, "normalised", "voxel")).max()) > 1.5
+
+
+# --- settings -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [Affine, *DEFORMABLE])
+def test_a_stage_minimises_the_metric_that_it_is_given(stage: type) -> None:
+    fixed = header((24, 28), (5, 5))
+    fixed = fixed.with_array(scene(physical_grid(fixed)))
+    moving = fixed.with_array(scene(physical_grid(fixed) + 5))
+    images = moving.batched(), fixed.batched()
+
+    def absolute(pred: jax.Array, target: jax.Array) -> jax.Array:
+        return jnp.abs(pred - target).mean()
+
+    for settings, loss in (
+        (stage((1,), (1,), metric="ncc"), ncc_loss(*images)),
+        (stage((1,), (1,), metric="mse"), mse_loss(*images)),
+        (stage((1,), (1,), metric="lncc", kernel_size=5), lncc_loss(*images, kernel_size=5)),
+        (stage((1,), (1,), metric=absolute), absolute(*images)),
+    ):
+        result = register(fixed, moving, [settings])
+        np.testing.assert_allclose(result.stages[0].levels[0].losses, [loss], rtol=1e-4)
+
+
+def test_mutual_information_is_looked_up_when_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def loss(pred: object, target: object, **options: object) -> jax.Array:
+        calls.append((pred, target, options))
+        return jnp.zeros(())
+
+    monkeypatch.setattr(jaxreg, "mutual_information_loss", loss, raising=False)
+    find_loss("mi", num_bins=16)("pred", "target", None)
+    assert calls == [("pred", "target", {"num_bins": 16, "mask": None})]
+
+
+@pytest.mark.parametrize("stage", [Rigid, Greedy, SyN])
+def test_what_a_mask_leaves_out_does_not_count(stage: type) -> None:
+    fixed = header((24, 28), (5, 5))
+    points = physical_grid(fixed)
+    fixed, moving = fixed.with_array(scene(points)), fixed.with_array(scene(points + 4))
+    spoilt_fixed, spoilt_moving = np.array(fixed.array), np.array(moving.array)
+    spoilt_fixed[:6] = 2
+    spoilt_moving[-6:] = 2
+    fixed_mask, moving_mask = np.ones(fixed.shape), np.ones(fixed.shape)
+    fixed_mask[:7], moving_mask[-7:] = 0, 0
+    settings = stage((1,), (60,), metric="mse", tolerance=0)
+    masked = register(
+        fixed.with_array(spoilt_fixed),
+        moving.with_array(spoilt_moving),
+        [settings],
+        fixed_mask=fixed.with_array(fixed_mask),
+        moving_mask=moving.with_array(moving_mask),
+    )
+    losses = masked.stages[0].levels[0].losses
+    assert losses[0] < 0.1
+    assert losses[-1] < 0.15 * losses[0]
+    unmasked = register(
+        fixed.with_array(spoilt_fixed), moving.with_array(spoilt_moving), [settings]
+    )
+    assert unmasked.stages[0].levels[0].losses[-1] > 2 * losses[-1]
+
+
+def test_a_metric_without_a_mask_cannot_be_given_one() -> None:
+    volume = header((16, 16), (5, 5)).with_array(np.eye(16))
+    stage = Greedy((1,), (1,), metric=lambda pred, target: ((pred - target) ** 2).mean())
+    with pytest.raises(ValueError, match="metric: expected a function that takes mask="):
+        register(volume, volume, [stage], fixed_mask=volume)
+
+
+@pytest.mark.parametrize("stage", [Translation, SyN])
+def test_every_channel_counts(stage: type) -> None:
+    """The first channel shows nothing; what there is to see is in the second."""
+    fixed = header((20, 24), (1, 1))
+    points = physical_grid(fixed) * 5
+    images = [np.stack([0 * i, i]) for i in (scene(points), scene(points + 5))]
+    settings = stage((1,), (30,), metric="mse", tolerance=0)
+    result = register_images(*images, [settings])
+    (losses,) = (trace.losses for trace in result.traces[0])
+    assert losses[0] == pytest.approx(float(mse_loss(*(i[None] for i in images))), rel=1e-5)
+    assert losses[-1] < 0.05 * losses[0]
+
+
+@pytest.mark.parametrize("stage", [Affine, *DEFORMABLE])
+def test_a_level_stops_when_nothing_gets_better(stage: type) -> None:
+    fixed = header((20, 24), (5, 5))
+    fixed = fixed.with_array(scene(physical_grid(fixed)))
+    result = register(fixed, fixed, [stage((2, 1), (60, 45), metric="mse", block=5, tolerance=0.1)])
+    for level, iterations in zip(result.stages[0].levels, (60, 45), strict=True):
+        assert level.converged
+        assert 10 <= level.losses.size < iterations
+        assert level.losses.size % 5 == 0
+    endless = register(fixed, fixed, [stage((2, 1), (60, 45), metric="mse", tolerance=0)])
+    assert [level.losses.size for level in endless.stages[0].levels] == [60, 45]
+    assert not any(level.converged for level in endless.stages[0].levels)
+
+
+def test_iterations_are_split_into_equal_blocks() -> None:
+    for iterations, block, length in ((60, 10, 10), (45, 10, 9), (20, 7, 5), (7, 10, 7), (0, 5, 1)):
+        assert block_length(iterations, block) == length
+        assert iterations % length == 0
+    assert math.gcd(block_length(97, 10), 97) > 1  # rather all of a prime than one by one
+
+
+@pytest.mark.parametrize("stage", [Affine, *DEFORMABLE, Moments])
+def test_a_metric_that_there_is_not_is_refused(stage: type) -> None:
+    with pytest.raises(ValueError, match=r"metric: expected .* got 'mutual'"):
+        stage(metric="mutual")
+    for size in (8, 1, 33):
+        with pytest.raises(ValueError, match=f"kernel_size: expected an odd .* got {size}"):
+            stage(kernel_size=size)
+    with pytest.raises(ValueError, match="num_bins: expected an integer from 2 to 256, got 1"):
+        stage(num_bins=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scales": (4, 2), "iterations": (10,)}, "iterations: expected a count for each"),
+        ({"scales": (0.5,), "iterations": (10,)}, "scales: expected numbers of at least 1"),
+        ({"learning_rate": 0}, "learning_rate: expected a positive number, got 0"),
+        ({"window": 1}, "window: expected at least 2, got 1"),
+        ({"tolerance": -1}, "tolerance: expected at least 0, got -1"),
+        ({"block": 0}, "block: expected at least 1, got 0"),
+    ],
+)
+@pytest.mark.parametrize("stage", [Affine, Greedy])
+def test_settings_out_of_range_are_refused(stage: type, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stage(**settings)
+
+
+def test_settings_of_a_field_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="gradient_sigma: expected at least 0, got -1"):
+        Greedy(gradient_sigma=-1)
+    with pytest.raises(ValueError, match="num_steps: expected an integer from 0 to 64, got 65"):
+        SVF(num_steps=65)
+    with pytest.raises(ValueError, match="scale: expected a number of at least 1"):
+        Moments(scale=0)

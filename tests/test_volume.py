@@ -1,0 +1,213 @@
+"""Volumes: where their voxels lie, and their files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+from scenes import as_image, header, physical_grid, random_header, scene
+
+from jaxreg.registration import (
+    Volume,
+    centre_of_mass,
+    normalised_affine,
+    read_volume,
+    resample,
+    rigid_motion,
+    write_volume,
+)
+from jaxreg.registration.files import atomic_folder, atomic_path
+
+
+def test_voxels_are_where_simpleitk_puts_them() -> None:
+    volume = random_header(np.random.default_rng(2))
+    image = as_image(volume)
+    grid = physical_grid(volume)
+    for x, y, z in [(0, 0, 0), (7, 8, 6), (3, 1, 5)]:
+        np.testing.assert_allclose(image.TransformIndexToPhysicalPoint((x, y, z)), grid[z, y, x])
+    corner = volume.normalised_to_physical() @ [1, 1, 1, 1]
+    np.testing.assert_allclose(corner[:3], grid[-1, -1, -1])
+
+
+def test_a_normalised_affine_is_the_transform_between_the_two_grids() -> None:
+    rng = np.random.default_rng(3)
+    fixed, moving = random_header(rng), header((5, 1, 11), (2, 3, 1), turn=-70)
+    transform = np.eye(4)
+    transform[:3] += rng.normal(size=(3, 4)) * [0.2, 0.2, 0.2, 10]
+    affine = normalised_affine(transform, fixed, moving)[0]
+    point = np.array([0.3, -0.8, 0.6, 1.0])
+    expected = transform @ fixed.normalised_to_physical() @ point
+    np.testing.assert_allclose(
+        moving.normalised_to_physical() @ [*(affine @ point), 1.0], expected, atol=1e-12
+    )
+
+
+def test_moving_a_header_moves_the_voxels_and_nothing_else() -> None:
+    volume = random_header(np.random.default_rng(4))
+    motion = rigid_motion(30, (1, 1, 0), (5, -6, 7), volume.centre())
+    moved = volume.moved_by(motion)
+    expected = physical_grid(volume) @ motion[:3, :3].T + motion[:3, 3]
+    np.testing.assert_allclose(physical_grid(moved), expected)
+    np.testing.assert_allclose(moved.centre(), volume.centre() + np.array([5, -6, 7]))
+
+
+def test_resampling_between_headers_agrees_with_simpleitk() -> None:
+    fixed = header((18, 20, 22), (3, 2.5, 2), turn=20)
+    moving = header((30, 28, 26), (2, 2.2, 2.4), turn=-35)
+    moving = moving.with_array(scene(physical_grid(moving) * 2))
+    transform = rigid_motion(10, (1, 2, 3), (3, -2, 1), (0, 0, 0))
+    itk_transform = sitk.AffineTransform(3)
+    itk_transform.SetMatrix(transform[:3, :3].ravel().tolist())
+    itk_transform.SetTranslation(transform[:3, 3].tolist())
+    expected = sitk.Resample(as_image(moving), as_image(fixed), itk_transform, sitk.sitkLinear, 0.0)
+    ours = resample(moving, fixed, (transform,)).array
+    # SimpleITK extends a volume by half a voxel; zeros padding fades it out there instead.
+    inside = (
+        resample(moving.with_array(np.ones(moving.shape)), fixed, (transform,)).array > 1 - 1e-5
+    )
+    assert inside.mean() > 0.5
+    assert np.abs(ours - sitk.GetArrayFromImage(expected))[inside].max() < 1e-5
+
+
+def test_the_centre_of_mass_is_in_millimetres() -> None:
+    volume = random_header(np.random.default_rng(5))
+    array = np.full(volume.shape, 2.0)
+    array[4, 2, 6] += 3
+    array[2, 2, 6] += 3
+    grid = physical_grid(volume)
+    expected = (grid[4, 2, 6] + grid[2, 2, 6]) / 2
+    np.testing.assert_allclose(centre_of_mass(volume.with_array(array)), expected)
+    np.testing.assert_allclose(centre_of_mass(volume), volume.centre())
+
+
+@pytest.mark.parametrize("name", ["volume.nii.gz", "volume.nii", "volume.mha", "volume.nrrd"])
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize("channels", [(), (3,), (4,)])
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8, np.int16, np.int32])
+def test_a_volume_comes_back_from_its_file(
+    tmp_path: Path, name: str, dim: int, channels: tuple[int, ...], dtype: type
+) -> None:
+    rng = np.random.default_rng(6)
+    empty = header((4, 7, 6)[-dim:], (1.5, 0.8, 2.5)[:dim], turn=25)
+    values = (100 * rng.uniform(size=(*channels, *empty.shape))).astype(dtype)
+    volume = empty.with_array(values)
+    write_volume(volume, tmp_path / name)
+    again = read_volume(tmp_path / name)
+    assert again.array.dtype == dtype
+    np.testing.assert_array_equal(again.array, values)
+    for part in ("spacing", "origin", "direction"):
+        np.testing.assert_allclose(getattr(again, part), getattr(volume, part), atol=1e-5)
+    assert (again.ndim, again.channels, again.shape) == (dim, *(channels or (1,)), empty.shape)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_labels_too_large_for_a_float_come_back(tmp_path: Path) -> None:
+    labels = np.array([[2**53 + 1, -(2**62)], [0, 7]])
+    write_volume(Volume.create(labels), tmp_path / "labels.nrrd")
+    np.testing.assert_array_equal(read_volume(tmp_path / "labels.nrrd").array, labels)
+
+
+def test_voxel_values_are_integers_or_float32() -> None:
+    for given, kept in [(bool, np.uint8), (np.int64, np.int64), (float, np.float32)]:
+        assert Volume.create(np.ones((2, 2), given)).array.dtype == kept
+    assert Volume.create(np.ones((2, 2))).with_array([[1, 2], [3, 4]]).array.dtype == np.int64
+
+
+def test_channels_are_what_the_spacing_leaves() -> None:
+    array = np.arange(24.0).reshape(2, 3, 4)
+    assert Volume.create(array).channels == 1
+    plane = Volume.create(array, spacing=(1, 2))
+    assert (plane.ndim, plane.channels, plane.shape) == (2, 2, (3, 4))
+    np.testing.assert_array_equal(plane.batched(), array[None])
+    assert plane.with_array(array[0]).channels == 1
+    with pytest.raises(ValueError, match=r"array: expected shape \(3, 4\), got \(4, 3\)"):
+        plane.with_array(np.zeros((4, 3)))
+
+
+def test_a_volume_is_a_pytree() -> None:
+    volume = random_header(np.random.default_rng(9))
+    doubled = jax.jit(lambda v: dataclasses.replace(v, array=v.batched()[0, 0] * 2 + 1))(volume)
+    assert doubled.shape == volume.shape
+    np.testing.assert_array_equal(doubled.array, np.ones(volume.shape))
+
+
+@pytest.mark.parametrize(
+    ("array", "options", "message"),
+    [
+        (np.zeros(3), {}, "array: expected 2 or 3 dimensions"),
+        (np.zeros((0, 3)), {}, "array: expected voxels"),
+        (np.full((2, 2), np.nan), {}, "array: expected finite"),
+        (np.zeros((2, 2)), {"spacing": (1, 0)}, "spacing: expected positive"),
+        (np.zeros((2, 2)), {"spacing": (1, 1, 1)}, "array: expected 3 dimensions as spacing"),
+        (np.zeros((2, 2, 2, 2)), {}, "array: expected 2 or 3 dimensions, got 4"),
+        (np.zeros((2, 2)), {"origin": (1, 1, 1)}, r"origin: expected \(2,\)"),
+        (np.zeros((2, 2)), {"origin": (np.inf, 0)}, "origin: expected"),
+        (np.zeros((2, 2)), {"direction": np.ones((2, 2))}, "direction: expected independent"),
+    ],
+)
+def test_a_volume_that_cannot_be_is_refused(array: np.ndarray, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Volume.create(array, **options)
+
+
+def test_what_is_not_an_image_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"missing\.nii"):
+        read_volume(tmp_path / "missing.nii")
+    text = tmp_path / "text.nii.gz"
+    text.write_text("no image")
+    with pytest.raises(ValueError, match=r"text\.nii\.gz: not an image"):
+        read_volume(text)
+    for name, values in [
+        ("4d.nrrd", np.zeros((2, 3, 4, 5))),
+        ("complex.nrrd", np.ones((2, 2)) * 1j),
+    ]:
+        sitk.WriteImage(sitk.GetImageFromArray(values, isVector=False), str(tmp_path / name))
+    with pytest.raises(ValueError, match=r"4d\.nrrd: expected a 2-D or 3-D image, got 4-D"):
+        read_volume(tmp_path / "4d.nrrd")
+    with pytest.raises(ValueError, match=r"complex\.nrrd: array: expected real numbers"):
+        read_volume(tmp_path / "complex.nrrd")
+
+
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    volume = Volume.create(np.zeros((3, 4)))
+    with pytest.raises(ValueError, match=r"volume\.foo: cannot write it: .*volume\.foo"):
+        write_volume(volume, tmp_path / "volume.foo")
+    with pytest.raises(ValueError, match=r"volume\.png"):  # no format of floats
+        write_volume(volume, tmp_path / "volume.png")
+    with pytest.raises(OSError, match=r"missing/volume\.nii: cannot write there"):
+        write_volume(volume, tmp_path / "missing" / "volume.nii")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "result.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_path(path) as beside:
+        beside.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_filled_whole_or_not_at_all(tmp_path: Path) -> None:
+    goal = tmp_path / "new" / "folder"
+    with pytest.raises(RuntimeError), atomic_folder(goal) as beside:
+        (beside / "a").write_text("half")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    for text in ("first", "second"):
+        with atomic_folder(goal) as beside:
+            (beside / "a").write_text(text)
+    (goal / "b").write_text("of someone else")
+    with atomic_folder(goal) as beside:
+        (beside / "a").write_text("third")
+    assert {path.name: path.read_text() for path in goal.iterdir()} == {
+        "a": "third",
+        "b": "of someone else",
+    }
+    with pytest.raises(OSError, match="cannot write there"), atomic_folder(goal / "a"):
+        pass
