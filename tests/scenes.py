@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import SimpleITK as sitk  # noqa: N813
 
 from jaxreg import convert_displacement
 from jaxreg.registration import Volume, ncc, resize_field, rigid_motion
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk  # noqa: N813
 
 BLOBS = np.array([(0, 0, 0, 20), (18, -8, 11, 10), (-15, 18, -9, 9), (-4, -20, 16, 8)], float)
 
@@ -50,7 +53,9 @@ def random_header(rng: np.random.Generator) -> Volume:
 
 
 def as_image(volume: Volume) -> sitk.Image:
-    """The volume in SimpleITK."""
+    """The volume in SimpleITK, without which the rest of the scenes can be made."""
+    import SimpleITK as sitk  # noqa: N813
+
     array = np.asarray(volume.array)
     several = array.ndim > volume.ndim
     image = sitk.GetImageFromArray(np.moveaxis(array, 0, -1) if several else array, several)
