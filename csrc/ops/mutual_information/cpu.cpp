@@ -12,6 +12,9 @@ namespace {
 
 // Weights are computed for this many samples at a time, by vector code.
 constexpr int kBlock = 64;
+// Rows of a histogram or a table are taken by whole vectors, which may be this much wider than the
+// widest window.
+constexpr int kOverhang = 40;
 
 // The images of one element and how their values are read.
 template <class T>
@@ -44,18 +47,21 @@ void find_extremes(const T* values, int64_t count, T* low, T* high) {
   }
 }
 
-// The weights of a block of samples on the bins of one image, tap by tap.
-template <class T, int kReach>
+// The weights of a block of samples on the bins of one image and, with kSlopes, their derivatives.
+// They are computed tap by tap, all samples at a time, and kept sample by sample, with zeros up to
+// a whole number of vectors.
+template <ParzenKernel kKernel, int kReach, bool kSlopes, class T, class Kept>
 struct BlockWeights {
   static constexpr int kMiddle = ParzenWeights<T, kReach>::kMiddle;
-  static constexpr int kTaps = 2 * kMiddle + 1;
+  static constexpr int kWidth = (2 * kMiddle + 8) / 8 * 8;
   int middle[kBlock];
-  T weight[kTaps][kBlock];
-  T slope[kTaps][kBlock];
+  Kept weight[kBlock][kWidth] = {};
+  Kept slope[kSlopes ? kBlock : 1][kWidth] = {};
 
-  template <ParzenKernel kKernel, bool kSlopes>
   void compute(const Parzen<T>& window, const T* t) {
     const int reach = kReach > 0 ? kReach : window.reach;
+    T taps[2 * kMiddle + 1][kBlock];
+    T tap_slopes[2 * kMiddle + 1][kBlock];
 #pragma GCC ivdep
     for (int s = 0; s < kBlock; ++s) {
       ParzenWeights<T, kReach> one;
@@ -63,12 +69,24 @@ struct BlockWeights {
       middle[s] = one.middle;
       REG_UNROLL
       for (int j = -reach; j <= reach; ++j) {
-        weight[kMiddle + j][s] = one.weight[kMiddle + j];
-        if constexpr (kSlopes) slope[kMiddle + j][s] = one.slope[kMiddle + j];
+        taps[kMiddle + j][s] = one.weight[kMiddle + j];
+        if constexpr (kSlopes) tap_slopes[kMiddle + j][s] = one.slope[kMiddle + j];
       }
+    }
+    for (int j = -reach; j <= reach; ++j) {
+      for (int s = 0; s < kBlock; ++s) weight[s][reach + j] = taps[kMiddle + j][s];
+      if constexpr (!kSlopes) continue;
+      for (int s = 0; s < kBlock; ++s) slope[s][reach + j] = tap_slopes[kMiddle + j][s];
     }
   }
 };
+
+// Copies a block of values, and repeats the first where there are too few.
+template <class T>
+void load_block(const T* values, int count, T* block) {
+  std::copy(values, values + count, block);
+  std::fill(block + count, block + kBlock, values[0]);
+}
 
 // Reads a block of samples: where they are in bins, and what they weigh. A sample that weighs
 // nothing is at 0; returns whether one that does is not a number.
@@ -76,19 +94,24 @@ template <class T>
 bool read_block(const Pair<T>& pair, int num_bins, int64_t begin, int64_t end, T* pred, T* target,
                 T* weight) {
   const int count = static_cast<int>(std::min<int64_t>(kBlock, end - begin));
+  load_block(pair.pred + begin, count, pred);
+  load_block(pair.target + begin, count, target);
+  if (pair.mask == nullptr || pair.scale.largest_weight == 0) {
+    std::fill(weight, weight + kBlock, pair.mask == nullptr ? T(1) : T(0));
+  } else {
+    load_block(pair.mask + begin, count, weight);
+    for (int s = 0; s < kBlock; ++s) weight[s] /= pair.scale.largest_weight;
+  }
+  std::fill(weight + count, weight + kBlock, T(0));
+  const PairScale<T> scale = pair.scale;
   int bad = 0;
-#pragma GCC ivdep
   for (int s = 0; s < kBlock; ++s) {
-    const int64_t i = begin + (s < count ? s : 0);
-    const T at_pred = pair.scale.pred.position(pair.pred[i], num_bins);
-    const T at_target = pair.scale.target.position(pair.target[i], num_bins);
-    T w = pair.mask == nullptr ? T(1) : pair.mask[i] / pair.scale.largest_weight;
-    w = s < count && !(w == 0) ? w : T(0);
-    w = pair.scale.largest_weight == 0 ? T(0) : w;
-    const T sum = at_pred + at_target + w;
-    const bool broken = !(sum == sum);
-    bad |= broken && !(w == 0);
-    weight[s] = broken ? T(0) : w;
+    const T at_pred = scale.pred.position(pred[s], num_bins);
+    const T at_target = scale.target.position(target[s], num_bins);
+    const T sum = at_pred + at_target + weight[s];
+    const bool broken = sum != sum;
+    bad |= static_cast<int>(broken) & static_cast<int>(weight[s] != 0);
+    weight[s] = broken ? T(0) : weight[s];
     pred[s] = broken ? T(0) : at_pred;
     target[s] = broken ? T(0) : at_target;
   }
@@ -99,26 +122,23 @@ bool read_block(const Pair<T>& pair, int num_bins, int64_t begin, int64_t end, T
 template <ParzenKernel kKernel, int kReach, class T>
 bool count_samples(const Parzen<T>& window, const Pair<T>& pair, int64_t begin, int64_t end,
                    double* histogram, int64_t pitch) {
-  using Weights = BlockWeights<T, kReach>;
-  constexpr int kMiddle = Weights::kMiddle;
-  constexpr int kWidth = kReach > 0 ? (Weights::kTaps + 3) / 4 * 4 : 0;
+  using Weights = BlockWeights<kKernel, kReach, false, T, double>;
   const int reach = kReach > 0 ? kReach : window.reach;
-  const int width = kWidth > 0 ? kWidth : 2 * reach + 1;
+  const int width = kReach > 0 ? Weights::kWidth : 2 * reach + 1;
   T at_pred[kBlock], at_target[kBlock], weight[kBlock];
   Weights pred, target;
   bool bad = false;
   for (; begin < end; begin += kBlock) {
     bad |= read_block(pair, window.num_bins, begin, end, at_pred, at_target, weight);
-    pred.template compute<kKernel, false>(window, at_pred);
-    target.template compute<kKernel, false>(window, at_target);
+    pred.compute(window, at_pred);
+    target.compute(window, at_target);
     for (int s = 0; s < kBlock; ++s) {
       if (weight[s] == 0) continue;
-      double columns[kWidth > 0 ? kWidth : Weights::kTaps] = {};
-      for (int j = -reach; j <= reach; ++j) columns[j + reach] = target.weight[kMiddle + j][s];
       double* row = histogram + pred.middle[s] * pitch + target.middle[s];
-      for (int j = -reach; j <= reach; ++j, row += pitch) {
-        const double a = static_cast<double>(pred.weight[kMiddle + j][s]) * weight[s];
-        for (int i = 0; i < width; ++i) row[i] += a * columns[i];
+      for (int j = 0; j <= 2 * reach; ++j, row += pitch) {
+        const double a = pred.weight[s][j] * weight[s];
+#pragma GCC ivdep
+        for (int i = 0; i < width; ++i) row[i] += a * target.weight[s][i];
       }
     }
   }
@@ -134,46 +154,51 @@ struct GradientTarget {
   void store(int64_t i, T value) const { data[i] = add ? data[i] + value : value; }
 };
 
+// Σ_ab table_ab rows_a columns_b over the bins of a window.
+template <int kWidth, class T>
+T contract(const T* table, int64_t pitch, const T* rows, const T* columns, int taps) {
+  T sums[kWidth] = {};
+  for (int a = 0; a < taps; ++a, table += pitch) {
+#pragma GCC ivdep
+    for (int b = 0; b < kWidth; ++b) sums[b] += rows[a] * table[b];
+  }
+  T total = 0;
+  for (int b = 0; b < kWidth; b += 8) {
+    T product[8];
+    for (int k = 0; k < 8; ++k) product[k] = sums[b + k] * columns[b + k];
+    for (int half = 4; half > 0; half /= 2) {
+      for (int k = 0; k < half; ++k) product[k] += product[k + half];
+    }
+    total += product[0];
+  }
+  return total;
+}
+
 template <ParzenKernel kKernel, int kReach, class T>
 void differentiate_samples(const Parzen<T>& window, const Pair<T>& pair, int64_t begin, int64_t end,
                            const T* table, int64_t pitch, T factor,
                            const GradientTarget<T>& grad_pred,
                            const GradientTarget<T>& grad_target) {
-  using Weights = BlockWeights<T, kReach>;
-  constexpr int kMiddle = Weights::kMiddle;
-  constexpr int kWidth = kReach > 0 ? (Weights::kTaps + 7) / 8 * 8 : 0;
-  const int reach = kReach > 0 ? kReach : window.reach;
-  const int width = kWidth > 0 ? kWidth : 2 * reach + 1;
+  using Weights = BlockWeights<kKernel, kReach, true, T, T>;
+  constexpr int kWidth = Weights::kWidth;
+  const int taps = 2 * (kReach > 0 ? kReach : window.reach) + 1;
   T at_pred[kBlock], at_target[kBlock], weight[kBlock];
   Weights pred, target;
   for (; begin < end; begin += kBlock) {
     read_block(pair, window.num_bins, begin, end, at_pred, at_target, weight);
-    pred.template compute<kKernel, true>(window, at_pred);
-    target.template compute<kKernel, true>(window, at_target);
+    pred.compute(window, at_pred);
+    target.compute(window, at_target);
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - begin));
     for (int s = 0; s < count; ++s) {
-      T columns[kWidth > 0 ? kWidth : Weights::kTaps] = {};
-      T column_slopes[kWidth > 0 ? kWidth : Weights::kTaps] = {};
-      const T* row = table + pred.middle[s] * pitch + target.middle[s];
-      for (int j = -reach; j <= reach; ++j, row += pitch) {
-        const T a = pred.weight[kMiddle + j][s];
-        const T slope = pred.slope[kMiddle + j][s];
-        for (int i = 0; i < width; ++i) {
-          columns[i] += slope * row[i];
-          column_slopes[i] += a * row[i];
-        }
-      }
-      T by_pred = 0, by_target = 0;
-      for (int j = -reach; j <= reach; ++j) {
-        by_pred += columns[j + reach] * target.weight[kMiddle + j][s];
-        by_target += column_slopes[j + reach] * target.slope[kMiddle + j][s];
-      }
+      const T* const corner = table + pred.middle[s] * pitch + target.middle[s];
       const int64_t i = begin + s;
       const T w = factor * weight[s];
       if (grad_pred.data != nullptr) {
+        const T by_pred = contract<kWidth>(corner, pitch, pred.slope[s], target.weight[s], taps);
         grad_pred.store(i, w * by_pred * pair.scale.pred.slope(pair.pred[i], window.num_bins));
       }
       if (grad_target.data != nullptr) {
+        const T by_target = contract<kWidth>(corner, pitch, pred.weight[s], target.slope[s], taps);
         grad_target.store(i,
                           w * by_target * pair.scale.target.slope(pair.target[i], window.num_bins));
       }
@@ -291,7 +316,7 @@ struct CpuHistograms {
     const Parts parts(geometry.samples, std::max<int64_t>(1 << 13, 4 * bins()));
     const int reach = geometry.reach;
     // Rows are read and written a few columns further than a window goes.
-    const int64_t pitch = table_size(geometry) + 8;
+    const int64_t pitch = table_size(geometry) + kOverhang;
     const int64_t size = pitch * (table_size(geometry) + 1);
     counts.assign(elements * bins(), 0);
     totals.assign(elements, 0);
@@ -450,7 +475,7 @@ void gradient_run(const Cpu& device, const Call& call) {
   const Parts parts(geometry.samples, 1 << 14);
   parallel_for(geometry.elements() / turns * parts.count, 1, [&](int64_t first, int64_t last) {
     // Rows of the table are read a few columns further than a window goes.
-    const int64_t size = table_size(geometry), pitch = size + 8;
+    const int64_t size = table_size(geometry), pitch = size + kOverhang;
     std::vector<T> table((size + 1) * pitch);
     for (int64_t task = first; task < last; ++task) {
       const int64_t begin = parts.begin(task % parts.count);
