@@ -15,6 +15,7 @@ inline constexpr int kWindowSums = 5;  // of I, J, I², J² and I J
 // axis; they are the same on both sides.
 template <class T>
 struct Window {
+  bool rectangular;  // all weights are 1
   int radius;
   int radius_z;  // 0 in 2-D
   T weight[kMaxRadius + 1];

@@ -79,6 +79,7 @@ Window<T> lncc_window(const Call& call, const LnccGeometry& geometry) {
   const std::vector<double>& given = call.numbers("sigma");
   const double sigma = given.empty() ? geometry.kernel_size / 3.0 : given[0];
   Window<T> window{};
+  window.rectangular = !gaussian;
   window.radius = geometry.kernel_size / 2;
   window.radius_z = geometry.dimensions == 3 ? window.radius : 0;
   double sum = 0;
@@ -101,22 +102,6 @@ Window<T> lncc_window(const Call& call, const LnccGeometry& geometry) {
 
 template Window<float> lncc_window<float>(const Call&, const LnccGeometry&);
 template Window<double> lncc_window<double>(const Call&, const LnccGeometry&);
-
-LnccTiling lncc_tiling(const LnccGeometry& geometry, int gradients, bool items_together) {
-  LnccTiling tiling;
-  const int rows =
-      lncc_tile_rows(geometry.dtype == DType::kFloat64, geometry.kernel_size, gradients);
-  tiling.tiles_x = static_cast<int>((geometry.sizes.x + kLnccTileX - 1) / kLnccTileX);
-  tiling.tiles_y = static_cast<int>((geometry.sizes.y + rows - 1) / rows);
-  tiling.columns = geometry.channels * (items_together ? 1 : geometry.batch.items) *
-                   tiling.tiles_x * tiling.tiles_y;
-  // One block for each multiprocessor of a large GPU, as no two fit one. The number depends on the
-  // shape alone, so that the order of summation does.
-  const int64_t groups = std::max<int64_t>(1, geometry.batch.groups);
-  const int64_t wanted = (kLnccMaxParts + groups - 1) / groups;
-  tiling.parts = std::max<int64_t>(1, std::min(wanted, tiling.columns * geometry.sizes.z));
-  return tiling;
-}
 
 namespace {
 
