@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from backends import Backend
+from backends import BACKENDS, Backend
 from inputs import HALVES, SHAPES, assert_close, assert_same, random_array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -74,6 +74,28 @@ def test_volumes_larger_than_a_block_of_work(
     """Whose tiles, slabs and columns meet inside the volume."""
     pred, target = images(*shape, batches=(1, 1), dtype=np.float32)
     check(backend, pred, target, kernel_size=kernel_size)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bytes_per_block", [99 * 1024, 163 * 1024])
+@pytest.mark.parametrize(
+    ("dtype", "kernel_size"),
+    [(np.float32, 3), (np.float32, 5), (np.float32, 7), (np.float32, 9), (np.float64, 31)],
+)
+@WINDOWS
+@pytest.mark.parametrize("shape", [(11, 37, 35), (37, 35)])
+def test_gpus_with_less_shared_memory_compute_the_same(
+    shape: tuple[int, ...],
+    window: str,
+    dtype: object,
+    kernel_size: int,
+    bytes_per_block: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In smaller tiles: 99 KiB are those of consumer GPUs, 163 those of an A100."""
+    monkeypatch.setenv("REGCORE_SHARED_MEMORY", str(bytes_per_block))
+    pred, target = images(*shape, batches=(1, 1), dtype=dtype)
+    check(BACKENDS["torch", "cuda"], pred, target, window=window, kernel_size=kernel_size)
 
 
 @pytest.mark.parametrize("sigma", [None, 0.5, 2, 40.0])
@@ -328,6 +350,35 @@ def test_finite_numbers_give_no_nan(backend: Backend, scale: float, kernel_size:
             assert np.isfinite(array).all()
         if scale < 1e-17 or scale > 1e21:
             np.testing.assert_allclose(value, np.zeros_like(value), atol=1e-6)
+
+
+@pytest.mark.parametrize("smooth_nr", [0.0, 1.0])
+@pytest.mark.parametrize("kernel_size", [3, 11])
+@pytest.mark.parametrize(("window", "sigma"), [("rectangular", None), ("gaussian", 0.1)])
+def test_the_largest_numbers_give_no_nan(
+    backend: Backend, window: str, sigma: float | None, kernel_size: int, smooth_nr: float
+) -> None:
+    """Of either sign, in both images or in one, everywhere or here and there."""
+    largest = np.finfo(np.float32).max
+    noise = random_array(0, 1, 1, 5, 6, 7, dtype=np.float32)
+    alternating = np.where(noise > 0, largest, -largest)
+    mostly_one_sign = np.where(noise > -1, largest, -largest)
+    sparse = np.where(noise > 1, -largest, noise)
+    options: dict[str, Any] = {"kernel_size": kernel_size, "window": window, "sigma": sigma}
+    options["smooth_nr"] = smooth_nr
+    for pred, target in (
+        (alternating, mostly_one_sign),
+        (mostly_one_sign, noise),
+        (noise, sparse),
+        (sparse, alternating),
+    ):
+        value = backend.call("lncc_loss", pred, target, reduction="none", **options)
+        cotangent = np.ones_like(value)
+        gradients = backend.vjp(
+            "lncc_loss", (pred, target), cotangent, (0, 1), reduction="none", **options
+        )
+        for array in (value, *gradients):
+            assert np.isfinite(array).all()
 
 
 @pytest.mark.parametrize("kernel_size", [3, 11])

@@ -7,9 +7,11 @@
 // Larger windows have no room for that. There, and in float64, the same kernel writes the adjoint
 // fields to memory, and a second one sums them up.
 #include <algorithm>
+#include <type_traits>
 
 #include "core/for_each.h"
 #include "core/reduce.h"
+#include "core/vec.h"
 #include "ops/lncc_loss/kernels.h"
 #include "ops/lncc_loss/tiles.h"
 
@@ -25,7 +27,16 @@ constexpr int kStrip = kLnccStrip, kColumnStrip = kLnccColumnStrip;
 __device__ __forceinline__ int thread_number() {
   int number;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+  __builtin_assume(number >= 0 && number < kThreads);
   return number;
+}
+
+// `settled`, without its price: that the compiler forgets which kind of memory this is.
+template <class T>
+__device__ __forceinline__ T* settled_global(T* pointer) {
+  pointer = settled(pointer);
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
 }
 
 // What the kernels need to know, beside the window.
@@ -164,7 +175,7 @@ __device__ T typical(const Kernel<T>& kernel, const T* image, int x0, int y0, in
   __syncthreads();
   const T result = *shared;
   __syncthreads();
-  return isfinite(result) ? kernel.window.coverage * result : T(0);
+  return pivot_near(result, kernel.window);
 }
 
 template <class T>
@@ -218,14 +229,12 @@ __device__ __forceinline__ void add_products(T value_i, T value_j, T (&sums)[kWi
 
 // From the complete sums of the adjoint fields at a voxel.
 template <int kFields, class T>
-__device__ __forceinline__ void store_gradients(const Kernel<T>& kernel, int64_t group,
-                                                int64_t item, int channel, int64_t place, T scale,
-                                                T value_i, T value_j, const T (&sums)[kFields]) {
-  T* const to_i = kernel.grad_i.at(group, item, channel) + place;
+__device__ __forceinline__ void store_gradients(const Kernel<T>& kernel, int64_t item, T scale,
+                                                T value_i, T value_j, const T (&sums)[kFields],
+                                                T* to_i, T* to_j) {
   const T gradient = scale * assemble(value_i, value_j, sums[0], sums[1], sums[2]);
   *to_i = kernel.sum_i && item > 0 ? *to_i + gradient : gradient;
   if constexpr (kFields == 5) {
-    T* const to_j = kernel.grad_j.at(group, item, channel) + place;
     const T other = scale * assemble(value_j, value_i, sums[0], sums[3], sums[4]);
     *to_j = kernel.sum_j && item > 0 ? *to_j + other : other;
   }
@@ -249,6 +258,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr bool kFused = kWindow > 0 && kFields > 0;
   constexpr int kTile = kRows * kLnccTileX;
   constexpr int kHalf = kDepth / 2;
+  // In a plane: small windows are for planes of less than 2^31 voxels.
+  using Place = std::conditional_t<kWindow == 0, int64_t, unsigned>;
   const Window<T>& window = kernel.window;
   const int radius = kWindow == 0 ? window.radius : kWindow / 2;
   const int radius_z = kWindow == 0 ? window.radius_z : kHalf;
@@ -303,7 +314,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const bool inside = index < in_area && x >= 0 && x < kernel.nx && y >= 0 && y < kernel.ny;
       return inside ? y * static_cast<int64_t>(kernel.nx) + x : int64_t(-1);
     };
-    int places[kColumns];  // small windows are for planes of less than 2^31 voxels
+    int places[kColumns];
     REG_UNROLL
     for (int c = 0; c < kColumns; ++c) {
       places[c] = static_cast<int>(place_of(threadIdx.x + c * kThreads));
@@ -325,26 +336,27 @@ __global__ void __launch_bounds__(kThreads, 1)
       const T* const mask = kernel.mask.present() ? kernel.mask.at(group, item, channel) : nullptr;
       const T* const cotangent =
           kernel.cotangent.present() ? kernel.cotangent.at(group, item, channel) : nullptr;
+      T* const grad_i = kFields > 0 ? kernel.grad_i.at(group, item, channel) : nullptr;
+      T* const grad_j = kFields == 5 ? kernel.grad_j.at(group, item, channel) : nullptr;
       T* const map = kernel.map.present() ? kernel.map.at(group, item, channel) : nullptr;
       const bool is_special = mask != nullptr || cotangent != nullptr || map != nullptr;
 
       const int z_first = z_begin - reach, z_stop = z_end + reach;
 
-      // Elsewhere images are 0.
-      auto load = [&](int z, int64_t place, T& value_i, T& value_j) {
-        const bool inside = place >= 0 && z >= 0 && z < kernel.nz;
-        const T* const plane_i = image_i + z * plane_size;
-        const T* const plane_j = image_j + z * plane_size;
-        value_i = (inside ? plane_i[place] : T(0)) - pivot_i;
-        value_j = (inside ? plane_j[place] : T(0)) - pivot_j;
-      };
       auto exists = [&](int z) { return z >= 0 && z < kernel.nz; };
+      // Elsewhere images are 0.
       auto load_columns = [&](int z, T(&fresh_i)[kColumns][kAhead], T(&fresh_j)[kColumns][kAhead]) {
         REG_UNROLL
         for (int p = 0; p < kAhead; ++p) {
+          const T* const plane_i = settled_global(image_i + (z + p) * plane_size);
+          const T* const plane_j = settled_global(image_j + (z + p) * plane_size);
+          const bool there = exists(z + p);
           REG_UNROLL
           for (int c = 0; c < kColumns; ++c) {
-            load(z + p, places[c], fresh_i[c][p], fresh_j[c][p]);
+            const bool inside = there && places[c] >= 0;
+            const Place place = static_cast<Place>(places[c]);
+            fresh_i[c][p] = (inside ? plane_i[place] : T(0)) - pivot_i;
+            fresh_j[c][p] = (inside ? plane_j[place] : T(0)) - pivot_j;
           }
         }
       };
@@ -388,7 +400,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                   add_products(window.weight[distance], depth[c].i[d], depth[c].j[d], sums);
                 }
               }
-              if (exists(z + p) && index < in_area) store_sums(p, index, sums);
+              const bool covered = (c + 1) * kThreads <= kInArea || index < in_area;
+              if (covered) store_sums(p, index, sums);
             }
           }
         } else if (exists(z)) {
@@ -396,8 +409,10 @@ __global__ void __launch_bounds__(kThreads, 1)
             const int64_t place = place_of(index);
             T sums[kWindowSums] = {};
             for (int d = -radius_z; d <= radius_z; ++d) {
-              T value_i, value_j;
-              load(z + d, place, value_i, value_j);
+              const bool inside = place >= 0 && exists(z + d);
+              const int64_t at = (z + d) * plane_size + place;
+              const T value_i = (inside ? image_i[at] : T(0)) - pivot_i;
+              const T value_j = (inside ? image_j[at] : T(0)) - pivot_j;
               add_products(window.weight[d < 0 ? -d : d], value_i, value_j, sums);
             }
             store_sums(0, index, sums);
@@ -431,43 +446,54 @@ __global__ void __launch_bounds__(kThreads, 1)
           const int x = x0 + column - halo;
           const bool column_inside = x >= 0 && x < kernel.nx;
           const bool column_own = own && column >= halo && column < halo + layout.columns;
+          // Together for all rows of the strip, which do not depend on each other.
+          Correlation<T> at[kColumnStrip];
+          T fields[kColumnStrip][kFields == 0 ? 1 : kFields];
+          bool inside[kColumnStrip], counts[kColumnStrip];
           REG_UNROLL
           for (int k = 0; k < kColumnStrip; ++k) {
-            const int row = strip * kColumnStrip + k;
-            if (row >= height) break;
-            const int y = y0 + row - halo;
-            if (!column_inside || y < 0 || y >= kernel.ny) continue;
+            const int row = strip * kColumnStrip + k, y = y0 + row - halo;
+            inside[k] = column_inside && row < height && y >= 0 && y < kernel.ny;
+            counts[k] = inside[k] && column_own && row >= halo && row < halo + layout.rows;
             T window_sums[kWindowSums];
             REG_UNROLL
             for (int s = 0; s < kWindowSums; ++s) window_sums[s] = sums[s][k];
-            Correlation<T> at = correlate(window_sums, window);
-            T fields[kFields == 0 ? 1 : kFields];
+            at[k] = correlate(window_sums, window);
             if constexpr (kFields > 0) {
-              adjoint_fields(at, at.mean_i + offset_i, at.mean_j + offset_j, fields);
+              adjoint_fields(at[k], at[k].mean_i + offset_i, at[k].mean_j + offset_j, fields[k]);
             }
-            const bool counts = column_own && row >= halo && row < halo + layout.rows;
-            if (is_special) {
-              const int64_t place = z * plane_size + static_cast<int64_t>(y) * kernel.nx + x;
+          }
+          const Place first = static_cast<Place>(y0 + strip * kColumnStrip - halo) * kernel.nx + x;
+          if (is_special) {
+            REG_UNROLL
+            for (int k = 0; k < kColumnStrip; ++k) {
+              if (!inside[k]) continue;
+              const int64_t place = z * plane_size + static_cast<Place>(first + k * kernel.nx);
               const T weight = mask != nullptr ? mask[place] : T(1);
-              at.ncc *= weight;
-              if (map != nullptr && counts) map[place] = -at.ncc;
+              at[k].ncc *= weight;
+              if (map != nullptr && counts[k]) map[place] = -at[k].ncc;
               if constexpr (kFields > 0) {
                 const T factor = cotangent != nullptr ? weight * cotangent[place] : weight;
                 REG_UNROLL
-                for (int f = 0; f < kFields; ++f) fields[f] *= factor;
+                for (int f = 0; f < kFields; ++f) fields[k][f] *= factor;
               }
             }
-            if (counts) total += at.ncc;
-            if constexpr (kFields > 0 && kFused) {
+          }
+          REG_UNROLL
+          for (int k = 0; k < kColumnStrip; ++k) {
+            if (counts[k]) total += at[k].ncc;
+            if (!inside[k]) continue;
+            const int row = strip * kColumnStrip + k;
+            if constexpr (kFused) {
               REG_UNROLL
               for (int f = 0; f < kFields; ++f) {
-                adjoint[(f * height + row) * stride + column] = fields[f];
+                adjoint[(f * height + row) * stride + column] = fields[k][f];
               }
             } else if constexpr (kFields > 0) {
               T* const to = kernel.adjoint + (element * kernel.nz + z) * plane_size +
-                            static_cast<int64_t>(y) * kernel.nx + x;
+                            static_cast<Place>(first + k * kernel.nx);
               REG_UNROLL
-              for (int f = 0; f < kFields; ++f) to[f * kernel.adjoint_stride] = fields[f];
+              for (int f = 0; f < kFields; ++f) to[f * kernel.adjoint_stride] = fields[k][f];
             }
           }
         }
@@ -488,12 +514,14 @@ __global__ void __launch_bounds__(kThreads, 1)
             slots[d] = (at < kSlots ? at : at - kSlots) * kTile;
           }
           const int target = z - radius_z;
-          const T* const plane_i = image_i + target * plane_size;
-          const T* const plane_j = image_j + target * plane_size;
+          const T* const plane_i = settled_global(image_i + target * plane_size);
+          const T* const plane_j = settled_global(image_j + target * plane_size);
+          T* const to_i = settled_global(grad_i + target * plane_size);
+          T* const to_j = settled_global(kFields == 5 ? grad_j + target * plane_size : nullptr);
           for (int i = thread_number(); i < kTile / kCount; i += kThreads) {
             const int column = i % kLnccTileX, first_row = i / kLnccTileX * kCount;
             const int x = x0 + column, y = y0 + first_row;
-            const int64_t place = static_cast<int64_t>(y) * kernel.nx + x;
+            const Place place = static_cast<Place>(y) * kernel.nx + x;
             bool stored[kCount];
             T value_i[kCount], value_j[kCount];
             REG_UNROLL
@@ -502,20 +530,23 @@ __global__ void __launch_bounds__(kThreads, 1)
               value_i[k] = (stored[k] ? plane_i[place + k * kernel.nx] : T(0)) - pivot_i;
               value_j[k] = (stored[k] ? plane_j[place + k * kernel.nx] : T(0)) - pivot_j;
             }
+            T newest[kFields][kCount] = {};
+            if (exists(z)) {
+              REG_UNROLL
+              for (int f = 0; f < kFields; ++f) {
+                const int from = (f * height + first_row) * layout.out_stride() + column;
+                sum_column<kWindow, kBox>(window, adjoint_by_row + from, layout.out_stride(),
+                                          newest[f]);
+              }
+            }
             T complete[kCount][kFields];
             REG_UNROLL
             for (int f = 0; f < kFields; ++f) {
-              T newest[kCount] = {};
-              if (exists(z)) {
-                const int from = (f * height + first_row) * layout.out_stride() + column;
-                sum_column<kWindow, kBox>(window, adjoint_by_row + from, layout.out_stride(),
-                                          newest);
-              }
               T* const mine = ring + f * kSlots * kTile + i * kCount;
               T sum[kCount];
               REG_UNROLL
               for (int k = 0; k < kCount; ++k) {
-                sum[k] = kBox ? newest[k] : window.weight[kHalf] * newest[k];
+                sum[k] = kBox ? newest[f][k] : window.weight[kHalf] * newest[f][k];
               }
               REG_UNROLL
               for (int d = 0; d < kSlots; ++d) {
@@ -529,15 +560,15 @@ __global__ void __launch_bounds__(kThreads, 1)
               REG_UNROLL
               for (int k = 0; k < kCount; ++k) {
                 complete[k][f] = sum[k];
-                if (kSlots > 0) mine[oldest * kTile + k] = newest[k];
+                if (kSlots > 0) mine[oldest * kTile + k] = newest[f][k];
               }
             }
             REG_UNROLL
             for (int k = 0; k < kCount; ++k) {
               if (!stored[k]) continue;
-              store_gradients(kernel, group, item, channel,
-                              target * plane_size + place + k * kernel.nx, scale, value_i[k],
-                              value_j[k], complete[k]);
+              const Place here = place + k * kernel.nx;
+              store_gradients(kernel, item, scale, value_i[k], value_j[k], complete[k], to_i + here,
+                              kFields == 5 ? to_j + here : nullptr);
             }
           }
         }
@@ -558,32 +589,38 @@ __global__ void __launch_bounds__(kThreads, 1)
         push_columns(fresh_i, fresh_j);
       }
       sum_depth(z_first);
-      __syncthreads();
 #pragma unroll 1
-      for (int step = z_first; step < z_stop; step += kAhead) {
+      for (int step = z_first - 1; step < z_stop; step += kAhead) {
 #pragma unroll 1
         for (int z = step; z < min(step + kAhead, z_stop); ++z) {
-          sum_image_rows(z);
+          const bool more = z + 1 < z_stop;
           __syncthreads();
-          if (exists(z)) correlate_plane(z);
           if constexpr (kFused) {
-            __syncthreads();
-            if (exists(z)) {
+            if (z >= z_first && exists(z)) {
               sum_rows<kWindow, kBox>(window, kFields, height, adjoint, stride, adjoint_by_row,
                                       layout.out_stride(), kLnccTileX);
             }
-            __syncthreads();
-            assemble_plane(z);
+          }
+          if (more) sum_image_rows(z + 1);
+          __syncthreads();
+#pragma unroll 1
+          for (int turn = 0; turn < 2; ++turn) {
+            if ((thread_number() / (4 * kWarp) + turn) % 2 == 0) {
+              if constexpr (kFused) {
+                if (z >= z_first) assemble_plane(z);
+              }
+            } else if (more && exists(z + 1)) {
+              correlate_plane(z + 1);
+            }
           }
         }
-        if (step + kAhead < z_stop) {
+        if (step + kAhead + 1 < z_stop) {
           if constexpr (kWindow > 0) {
-            load_columns(step + kAhead + kHalf, fresh_i, fresh_j);
+            load_columns(step + kAhead + 1 + kHalf, fresh_i, fresh_j);
             push_columns(fresh_i, fresh_j);
           }
-          sum_depth(step + kAhead);
+          sum_depth(step + kAhead + 1);
         }
-        __syncthreads();
       }
     }
   }
@@ -666,9 +703,11 @@ __global__ void __launch_bounds__(kThreads, 1)
           }
           const int64_t place = z * plane_size + static_cast<int64_t>(y) * kernel.nx + x;
           const T* const pivots = kernel.pivots + 2 * element;
-          store_gradients(kernel, group, item, channel, place, scale,
+          store_gradients(kernel, item, scale,
                           kernel.image_i.at(group, item, channel)[place] - pivots[0],
-                          kernel.image_j.at(group, item, channel)[place] - pivots[1], complete);
+                          kernel.image_j.at(group, item, channel)[place] - pivots[1], complete,
+                          kernel.grad_i.at(group, item, channel) + place,
+                          kFields == 5 ? kernel.grad_j.at(group, item, channel) + place : nullptr);
         }
         __syncthreads();
       }
@@ -693,8 +732,8 @@ __global__ void pivot_kernel(const __grid_constant__ Kernel<T> kernel, T* pivots
     const T sum_i = block_sum(isfinite(i) ? i / kThreads : T(0), shared);
     const T sum_j = block_sum(isfinite(j) ? j / kThreads : T(0), shared);
     if (threadIdx.x == 0) {
-      pivots[2 * element] = isfinite(sum_i) ? kernel.window.coverage * sum_i : T(0);
-      pivots[2 * element + 1] = isfinite(sum_j) ? kernel.window.coverage * sum_j : T(0);
+      pivots[2 * element] = pivot_near(sum_i, kernel.window);
+      pivots[2 * element + 1] = pivot_near(sum_j, kernel.window);
     }
   }
 }

@@ -85,7 +85,8 @@ Window<T> lncc_window(const Call& call, const LnccGeometry& geometry) {
   double sum = 0;
   for (int d = 0; d <= window.radius; ++d) {
     const double weight = gaussian ? std::exp(-0.5 * (d / sigma) * (d / sigma)) : 1.0;
-    window.weight[d] = static_cast<T>(weight);
+    // Never 0, which makes something that is no number of a sum beyond the range of T.
+    window.weight[d] = std::max(static_cast<T>(weight), std::numeric_limits<T>::min());
     sum += (d == 0 ? 1 : 2) * static_cast<double>(window.weight[d]);
   }
   window.inverse_mass = static_cast<T>(1 / std::pow(sum, geometry.dimensions));
@@ -94,6 +95,7 @@ Window<T> lncc_window(const Call& call, const LnccGeometry& geometry) {
   };
   window.coverage = static_cast<T>(filled(geometry.sizes.x) * filled(geometry.sizes.y) *
                                    (geometry.dimensions == 3 ? filled(geometry.sizes.z) : 1.0));
+  window.largest_pivot = std::numeric_limits<T>::max() * (std::numeric_limits<T>::epsilon() / 8);
   window.smooth_nr = static_cast<T>(call.number("smooth_nr"));
   window.smooth_dr = static_cast<T>(call.number("smooth_dr"));
   window.rounding = static_cast<T>(1.5 * geometry.kernel_size * std::numeric_limits<T>::epsilon());

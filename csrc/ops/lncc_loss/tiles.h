@@ -54,14 +54,15 @@ struct LnccTile {
   }
 };
 
-// The largest tile whose arrays fit into so many elements. No radius is too large for a block that
-// may have 96 KiB, which all GPUs since 2020 allow.
+// The widest tile whose arrays fit into so many elements, as high as they allow. The largest window
+// in double precision has room on any GPU that gives a block 99 KiB, and none gives less since 2020.
 constexpr LnccTile lncc_tile(int radius, int radius_z, int fields, bool small, bool fused,
                              int64_t elements) {
   LnccTile tile{kLnccTileX, 32, radius, radius_z, fields, small, fused};
-  while (tile.size() > elements && tile.columns > 4) {
-    tile.rows -= 4;
-    if (tile.rows == 0) {
+  while (tile.size() > elements && tile.rows * tile.columns > 4 * 8) {
+    if (tile.rows > 4) {
+      tile.rows -= 4;
+    } else {
       tile.rows = 32;
       tile.columns /= 2;
     }
