@@ -262,16 +262,18 @@ def test_a_loss_is_computed_and_returned_in_full_precision(
 # --------------------------------------------------------------------- images that are hard to sum
 
 
-def check_roughly(backend: Backend, pred: Array, target: Array, **options: Any) -> None:
-    """The map and the gradients in float32, to within 1e-4 of the largest."""
+def check_roughly(
+    backend: Backend, pred: Array, target: Array, tolerance: float = 1e-4, **options: Any
+) -> None:
+    """The map and the gradients in float32, to within a share of the largest."""
     expected = reference.lncc_loss(pred, target, **options, reduction="none")
     value = backend.call("lncc_loss", pred, target, **options, reduction="none")
-    assert np.abs(value - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(value - expected).max() < tolerance * np.abs(expected).max()
     cotangent = np.ones((), np.float32)
     expected_gradients = reference.lncc_loss_vjp(cotangent, pred, target, **options)
     gradients = backend.vjp("lncc_loss", (pred, target), cotangent, (0, 1), **options)
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
-        assert np.abs(gradient - wanted).max() < 1e-4 * np.abs(wanted).max()
+        assert np.abs(gradient - wanted).max() < tolerance * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("kernel_size", [7, 11])
@@ -313,10 +315,13 @@ def test_constant_images_have_no_correlation_inside(
 
 
 def test_constant_regions_do_not_disturb_the_others(backend: Backend) -> None:
-    """As the background of a brain is."""
+    """As the background of a brain is.
+
+    Where most of a window is constant, rounding counts for more the further the pivot is off.
+    """
     pred, target = images(12, 13, 14, batches=(1, 1), dtype=np.float32)
     pred[..., :7], target[..., :7, :] = 0.1, 0
-    check_roughly(backend, pred, target, kernel_size=5)
+    check_roughly(backend, pred, target, kernel_size=5, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("kernel_size", [3, 11])

@@ -216,6 +216,8 @@ class Slab {
   }
 
  private:
+  static constexpr int kLanes = 16;
+
   void prepare(T pivot_i, T pivot_j) {
     // Outside the volume images are 0, that is -pivot; a row of the products' sums over z there.
     T mass = 0;
@@ -227,6 +229,7 @@ class Slab {
     sums_.resize(static_cast<size_t>(kWindowSums) * nx_);  // as many as adjoint fields at most
     scratch_.resize(nx_ + 2 * kMaxRadius);
     zeros_.resize(nx_);
+    ncc_.resize((nx_ + kLanes - 1) / kLanes * kLanes);
     if constexpr (kFields > 0) {
       adjoint_.clear();
       for (int f = 0; f < kFields; ++f) adjoint_.emplace_back(window_.radius, nx_, ny_, T(0));
@@ -262,26 +265,53 @@ class Slab {
       const T* cotangent =
           call_.cotangent.present() ? call_.cotangent.at(group_, item, channel_) + row : nullptr;
       T* map = call_.map.present() ? call_.map.at(group_, item, channel_) + row : nullptr;
-      T row_sum = 0;
+      correlate_row(y);
       for (int x = 0; x < nx_; ++x) {
-        T sums[kWindowSums];
-        for (int s = 0; s < kWindowSums; ++s) sums[s] = sums_[s * nx_ + x];
-        const Correlation<T> at = correlate(sums, window_);
-        const T weight = mask ? mask[x] : T(1);
-        row_sum += weight * at.ncc;
-        if (map) map[x] = -(weight * at.ncc);
-        if constexpr (kFields > 0) {
-          T fields[kFields];
-          adjoint_fields(at, at.mean_i, at.mean_j, fields);
-          const T factor = cotangent ? weight * cotangent[x] : weight;
-          for (int f = 0; f < kFields; ++f) {
-            adjoint_[f].row(y)[window_.radius + x] = factor * fields[f];
+        if (mask) ncc_[x] *= mask[x];
+        if (map) map[x] = -ncc_[x];
+      }
+      if constexpr (kFields > 0) {
+        for (int f = 0; f < kFields; ++f) {
+          T* const fields = adjoint_[f].row(y) + window_.radius;
+          if (mask && cotangent) {
+            for (int x = 0; x < nx_; ++x) fields[x] *= mask[x] * cotangent[x];
+          } else if (mask || cotangent) {
+            const T* const factor = mask ? mask : cotangent;
+            for (int x = 0; x < nx_; ++x) fields[x] *= factor[x];
           }
         }
       }
+      // In lanes, since one sum after the other would wait for each addition.
+      T lanes[kLanes] = {};
+      for (size_t x = 0; x < ncc_.size(); x += kLanes) {
+        for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += ncc_[x + lane];
+      }
+      T row_sum = 0;
+      for (const T lane : lanes) row_sum += lane;
       total += row_sum;
     }
     return own ? total : 0;
+  }
+
+  // The correlations and adjoint fields of a row, from its window sums.
+  void correlate_row(int y) {
+    const T* sums[kWindowSums];
+    for (int s = 0; s < kWindowSums; ++s) sums[s] = sums_.data() + s * nx_;
+    T* to[kFields == 0 ? 1 : kFields];
+    for (int f = 0; f < kFields; ++f) to[f] = adjoint_[f].row(y) + window_.radius;
+    T* const ncc = ncc_.data();
+    const Window<T> window = window_;
+#pragma GCC ivdep
+    for (int x = 0; x < nx_; ++x) {
+      const T here[] = {sums[0][x], sums[1][x], sums[2][x], sums[3][x], sums[4][x]};
+      const Correlation<T> at = correlate(here, window);
+      ncc[x] = at.ncc;
+      if constexpr (kFields > 0) {
+        T fields[kFields];
+        adjoint_fields(at, at.mean_i, at.mean_j, fields);
+        for (int f = 0; f < kFields; ++f) to[f][x] = fields[f];
+      }
+    }
   }
 
   void assemble_plane(const T* const* planes, const T* image_i, const T* image_j, int64_t item,
@@ -329,6 +359,7 @@ class Slab {
   int nx_, ny_, nz_;
   std::vector<Plane<T>> products_, adjoint_;
   std::vector<T> sums_, scratch_, ring_;
+  std::vector<T> ncc_;    // a row of correlations, and zeros up to a multiple of kLanes
   std::vector<T> zeros_;  // a row outside of the volume
 };
 

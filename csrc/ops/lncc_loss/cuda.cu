@@ -166,8 +166,10 @@ __device__ T typical(const Kernel<T>& kernel, const T* image, int x0, int y0, in
                      const LnccTile& tile, T* shared) {
   if (threadIdx.x < kWarp) {
     const int lane = threadIdx.x;
-    const int x = min(x0 + (2 * (lane % 8) + 1) * tile.columns / 16, kernel.nx - 1);
-    const int y = min(y0 + (2 * (lane / 8) + 1) * tile.rows / 8, kernel.ny - 1);
+    // Evenly spread over the part of the tile that lies inside.
+    const int columns = min(tile.columns, kernel.nx - x0), rows = min(tile.rows, kernel.ny - y0);
+    const int x = x0 + (2 * (lane % 8) + 1) * columns / 16;
+    const int y = y0 + (2 * (lane / 8) + 1) * rows / 8;
     const T value = image[(static_cast<int64_t>(z) * kernel.ny + y) * kernel.nx + x];
     const T sum = warp_sum(isfinite(value) ? value / kWarp : T(0));
     if (lane == 0) *shared = sum;

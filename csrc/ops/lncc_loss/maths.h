@@ -67,20 +67,22 @@ REG_HD T pivot_near(T typical, const Window<T>& window) {
 // Squares beyond the range of T count as flat too; what is not a number stays so.
 template <class T>
 REG_HD bool is_flat(T variance, T squares, const Window<T>& window) {
-  return !(variance > window.rounding * squares) && squares == squares;
+  return !(variance > window.rounding * squares) & (squares == squares);
 }
 
+// All of it is computed for all voxels and then chosen from, which makes vector code on the CPU.
 template <class T>
 REG_HD Correlation<T> correlate(const T (&sums)[kWindowSums], const Window<T>& window) {
   Correlation<T> result;
   const T mean_i = sums[0] * window.inverse_mass, mean_j = sums[1] * window.inverse_mass;
   const T raw_i = sums[2] - sums[0] * mean_i, raw_j = sums[3] - sums[1] * mean_j;
   const bool flat_i = is_flat(raw_i, sums[2], window), flat_j = is_flat(raw_j, sums[3], window);
-  const bool clamped_i = flat_i || raw_i < window.smooth_dr;
-  const bool clamped_j = flat_j || raw_j < window.smooth_dr;
+  const bool clamped_i = flat_i | (raw_i < window.smooth_dr);
+  const bool clamped_j = flat_j | (raw_j < window.smooth_dr);
   const T inverse_i = reciprocal(clamped_i ? window.smooth_dr : raw_i);
   const T inverse_j = reciprocal(clamped_j ? window.smooth_dr : raw_j);
-  const T c = flat_i || flat_j ? T(0) : sums[4] - sums[0] * mean_j;
+  const T raw_c = sums[4] - sums[0] * mean_j;
+  const T c = flat_i | flat_j ? T(0) : raw_c;
   // No derivative of a flat window involves its mean, which need not be finite.
   result.mean_i = flat_i ? T(0) : mean_i;
   result.mean_j = flat_j ? T(0) : mean_j;
@@ -88,8 +90,9 @@ REG_HD Correlation<T> correlate(const T (&sums)[kWindowSums], const Window<T>& w
   const T by_j = c * inverse_j;
   result.ncc = c * inverse_i * by_j + window.smooth_nr * inverse_i * inverse_j;
   result.cross = 2 * inverse_i * by_j;
-  result.variance_i = clamped_i ? T(0) : -result.ncc * inverse_i;
-  result.variance_j = clamped_j ? T(0) : -result.ncc * inverse_j;
+  const T slope_i = -result.ncc * inverse_i, slope_j = -result.ncc * inverse_j;
+  result.variance_i = clamped_i ? T(0) : slope_i;
+  result.variance_j = clamped_j ? T(0) : slope_j;
   return result;
 }
 

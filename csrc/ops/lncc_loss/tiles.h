@@ -55,7 +55,8 @@ struct LnccTile {
 };
 
 // The widest tile whose arrays fit into so many elements, as high as they allow. The largest window
-// in double precision has room on any GPU that gives a block 99 KiB, and none gives less since 2020.
+// in double precision has room on any GPU that gives a block 99 KiB, and none gives less since
+// 2020.
 constexpr LnccTile lncc_tile(int radius, int radius_z, int fields, bool small, bool fused,
                              int64_t elements) {
   LnccTile tile{kLnccTileX, 32, radius, radius_z, fields, small, fused};
