@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -15,6 +18,16 @@ inline void check_cuda(cudaError_t status) {
 }
 
 inline void check_launch() { check_cuda(cudaGetLastError()); }
+
+// Bytes of shared memory that a block may have on the current device. The environment variable is
+// for tests: kernels that choose their tiles by this number then run as on a smaller GPU.
+inline int64_t shared_memory_limit() {
+  int device = 0, bytes = 0;
+  check_cuda(cudaGetDevice(&device));
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  const char* text = std::getenv("REGCORE_SHARED_MEMORY");
+  return text == nullptr ? bytes : std::min<int64_t>(bytes, std::atoll(text));
+}
 
 // Makes the given device current for as long as it lives; -1 leaves the current one.
 class DeviceGuard {

@@ -145,19 +145,17 @@ struct Cell {
 // Of a larger position, or one that is not a number, comes an index that is beyond 2^22 when
 // unsigned.
 inline constexpr int kMaxSplit = 1 << 22;
-REG_HD void split(float p, int* index, float* fraction) {
+template <class T>
+REG_HD void split(T p, int* index, T* fraction) {
 #ifdef __CUDA_ARCH__
-  const float shifted = __fadd_rd(p, 12582912.0f);
-  *index = __float_as_int(shifted) - 0x4B400000;
-  *fraction = p - (shifted - 12582912.0f);
-#else
-  const float below = fast_floor(p);
-  *index = static_cast<int>(below);
-  *fraction = p - below;
+  if constexpr (sizeof(T) == 4) {
+    const float shifted = __fadd_rd(p, 12582912.0f);
+    *index = __float_as_int(shifted) - 0x4B400000;
+    *fraction = p - (shifted - 12582912.0f);
+    return;
+  }
 #endif
-}
-REG_HD void split(double p, int* index, double* fraction) {
-  const double below = fast_floor(p);
+  const T below = fast_floor(p);
   *index = static_cast<int>(below);
   *fraction = p - below;
 }

@@ -83,30 +83,61 @@ struct Plane {
   }
 };
 
-// Sums over z of a row's values and their products, about the pivots: for each voxel of the row the
-// five sums, from the planes -radius_z to radius_z (null: outside, where images are 0).
 template <class T>
-void weigh_products(const T* const* rows_i, const T* const* rows_j, const Window<T>& window,
+void add_products(T weight, T i, T j, T (&sums)[kWindowSums]) {
+  const T weighted_i = weight * i, weighted_j = weight * j;
+  sums[0] += weighted_i;
+  sums[1] += weighted_j;
+  sums[2] += weighted_i * i;
+  sums[3] += weighted_j * j;
+  sums[4] += weighted_i * j;
+}
+
+// Sums over z of a row's values and their products, about the pivots: for each voxel of the row the
+// five sums, from the planes -radius to radius.
+template <int kRadius, class T>
+void weigh_products(const T* const* rows_i, const T* const* rows_j, const T* weight, int radius,
                     T pivot_i, T pivot_j, int count, T* const (&out)[kWindowSums]) {
-  for (T* sums : out) std::fill(sums, sums + count, T(0));
-  T* const sum_i = out[0];
-  T* const sum_j = out[1];
-  T* const sum_ii = out[2];
-  T* const sum_jj = out[3];
-  T* const sum_ij = out[4];
-  for (int d = -window.radius_z; d <= window.radius_z; ++d) {
-    const T weight = window.weight[std::abs(d)];
-    const T* row_i = rows_i[d + window.radius_z];
-    const T* row_j = rows_j[d + window.radius_z];
+  T* const out_i = out[0];
+  T* const out_j = out[1];
+  T* const out_ii = out[2];
+  T* const out_jj = out[3];
+  T* const out_ij = out[4];
+  const auto store = [=](int x, const T(&sums)[kWindowSums]) {
+    out_i[x] = sums[0];
+    out_j[x] = sums[1];
+    out_ii[x] = sums[2];
+    out_jj[x] = sums[3];
+    out_ij[x] = sums[4];
+  };
+  if constexpr (kRadius > 0) {
+    constexpr int kRows = 2 * kRadius + 1;
+    const T *row_i[kRows], *row_j[kRows];
+    for (int d = 0; d < kRows; ++d) {
+      row_i[d] = rows_i[d];
+      row_j[d] = rows_j[d];
+    }
 #pragma GCC ivdep
     for (int x = 0; x < count; ++x) {
-      const T i = (row_i ? row_i[x] : T(0)) - pivot_i, j = (row_j ? row_j[x] : T(0)) - pivot_j;
-      const T weighted_i = weight * i, weighted_j = weight * j;
-      sum_i[x] += weighted_i;
-      sum_j[x] += weighted_j;
-      sum_ii[x] += weighted_i * i;
-      sum_jj[x] += weighted_j * j;
-      sum_ij[x] += weighted_i * j;
+      T sums[kWindowSums] = {};
+      for (int d = 0; d < kRows; ++d) {
+        const T w = weight[d < kRadius ? kRadius - d : d - kRadius];
+        add_products(w, row_i[d][x] - pivot_i, row_j[d][x] - pivot_j, sums);
+      }
+      store(x, sums);
+    }
+  } else {
+    for (T* sums : out) std::fill(sums, sums + count, T(0));
+    for (int d = 0; d <= 2 * radius; ++d) {
+      const T w = weight[std::abs(d - radius)];
+      const T* const row_i = rows_i[d];
+      const T* const row_j = rows_j[d];
+#pragma GCC ivdep
+      for (int x = 0; x < count; ++x) {
+        T sums[kWindowSums] = {out_i[x], out_j[x], out_ii[x], out_jj[x], out_ij[x]};
+        add_products(w, row_i[x] - pivot_i, row_j[x] - pivot_j, sums);
+        store(x, sums);
+      }
     }
   }
 }
@@ -147,8 +178,8 @@ class Slab {
     const T* image_i = call_.image_i.at(group_, item, channel_);
     const T* image_j = call_.image_j.at(group_, item, channel_);
     const int64_t plane = static_cast<int64_t>(nx_) * ny_;
-    const T pivot_i = window_.coverage * typical(image_i, plane * nz_);
-    const T pivot_j = window_.coverage * typical(image_j, plane * nz_);
+    const T pivot_i = pivot_near(typical(image_i, plane * nz_), window_);
+    const T pivot_j = pivot_near(typical(image_j, plane * nz_), window_);
     const int radius_z = window_.radius_z;
     const int ring = 2 * radius_z + 1;
     prepare(pivot_i, pivot_j);
@@ -185,6 +216,8 @@ class Slab {
   }
 
  private:
+  static constexpr int kLanes = 16;
+
   void prepare(T pivot_i, T pivot_j) {
     // Outside the volume images are 0, that is -pivot; a row of the products' sums over z there.
     T mass = 0;
@@ -195,6 +228,8 @@ class Slab {
     for (T value : padding) products_.emplace_back(window_.radius, nx_, ny_, value);
     sums_.resize(static_cast<size_t>(kWindowSums) * nx_);  // as many as adjoint fields at most
     scratch_.resize(nx_ + 2 * kMaxRadius);
+    zeros_.resize(nx_);
+    ncc_.resize((nx_ + kLanes - 1) / kLanes * kLanes);
     if constexpr (kFields > 0) {
       adjoint_.clear();
       for (int f = 0; f < kFields; ++f) adjoint_.emplace_back(window_.radius, nx_, ny_, T(0));
@@ -210,12 +245,15 @@ class Slab {
       for (int d = -window_.radius_z; d <= window_.radius_z; ++d) {
         const bool exists = z + d >= 0 && z + d < nz_;
         const int64_t row = (static_cast<int64_t>(z + d) * ny_ + y) * nx_;
-        rows_i[d + window_.radius_z] = exists ? image_i + row : nullptr;
-        rows_j[d + window_.radius_z] = exists ? image_j + row : nullptr;
+        rows_i[d + window_.radius_z] = exists ? image_i + row : zeros_.data();
+        rows_j[d + window_.radius_z] = exists ? image_j + row : zeros_.data();
       }
       T* out[kWindowSums];
       for (int s = 0; s < kWindowSums; ++s) out[s] = products_[s].row(y) + window_.radius;
-      weigh_products(rows_i, rows_j, window_, pivot_i, pivot_j, nx_, out);
+      dispatch_radius(window_.radius_z, [&](auto tag) {
+        weigh_products<decltype(tag)::value>(rows_i, rows_j, window_.weight, window_.radius_z,
+                                             pivot_i, pivot_j, nx_, out);
+      });
     }
     double total = 0;
     for (int y = 0; y < ny_; ++y) {
@@ -227,26 +265,53 @@ class Slab {
       const T* cotangent =
           call_.cotangent.present() ? call_.cotangent.at(group_, item, channel_) + row : nullptr;
       T* map = call_.map.present() ? call_.map.at(group_, item, channel_) + row : nullptr;
-      T row_sum = 0;
+      correlate_row(y);
       for (int x = 0; x < nx_; ++x) {
-        T sums[kWindowSums];
-        for (int s = 0; s < kWindowSums; ++s) sums[s] = sums_[s * nx_ + x];
-        const Correlation<T> at = correlate(sums, window_);
-        const T weight = mask ? mask[x] : T(1);
-        row_sum += weight * at.ncc;
-        if (map) map[x] = -(weight * at.ncc);
-        if constexpr (kFields > 0) {
-          T fields[kFields];
-          adjoint_fields(at, at.mean_i, at.mean_j, fields);
-          const T factor = cotangent ? weight * cotangent[x] : weight;
-          for (int f = 0; f < kFields; ++f) {
-            adjoint_[f].row(y)[window_.radius + x] = factor * fields[f];
+        if (mask) ncc_[x] *= mask[x];
+        if (map) map[x] = -ncc_[x];
+      }
+      if constexpr (kFields > 0) {
+        for (int f = 0; f < kFields; ++f) {
+          T* const fields = adjoint_[f].row(y) + window_.radius;
+          if (mask && cotangent) {
+            for (int x = 0; x < nx_; ++x) fields[x] *= mask[x] * cotangent[x];
+          } else if (mask || cotangent) {
+            const T* const factor = mask ? mask : cotangent;
+            for (int x = 0; x < nx_; ++x) fields[x] *= factor[x];
           }
         }
       }
+      // In lanes, since one sum after the other would wait for each addition.
+      T lanes[kLanes] = {};
+      for (size_t x = 0; x < ncc_.size(); x += kLanes) {
+        for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += ncc_[x + lane];
+      }
+      T row_sum = 0;
+      for (const T lane : lanes) row_sum += lane;
       total += row_sum;
     }
     return own ? total : 0;
+  }
+
+  // The correlations and adjoint fields of a row, from its window sums.
+  void correlate_row(int y) {
+    const T* sums[kWindowSums];
+    for (int s = 0; s < kWindowSums; ++s) sums[s] = sums_.data() + s * nx_;
+    T* to[kFields == 0 ? 1 : kFields];
+    for (int f = 0; f < kFields; ++f) to[f] = adjoint_[f].row(y) + window_.radius;
+    T* const ncc = ncc_.data();
+    const Window<T> window = window_;
+#pragma GCC ivdep
+    for (int x = 0; x < nx_; ++x) {
+      const T here[] = {sums[0][x], sums[1][x], sums[2][x], sums[3][x], sums[4][x]};
+      const Correlation<T> at = correlate(here, window);
+      ncc[x] = at.ncc;
+      if constexpr (kFields > 0) {
+        T fields[kFields];
+        adjoint_fields(at, at.mean_i, at.mean_j, fields);
+        for (int f = 0; f < kFields; ++f) to[f][x] = fields[f];
+      }
+    }
   }
 
   void assemble_plane(const T* const* planes, const T* image_i, const T* image_j, int64_t item,
@@ -294,12 +359,14 @@ class Slab {
   int nx_, ny_, nz_;
   std::vector<Plane<T>> products_, adjoint_;
   std::vector<T> sums_, scratch_, ring_;
+  std::vector<T> ncc_;    // a row of correlations, and zeros up to a multiple of kLanes
+  std::vector<T> zeros_;  // a row outside of the volume
 };
 
 // Compiled for newer instruction sets as well, and chosen between when the module is loaded. All of
 // them compute the same bits.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__)
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define REG_FOR_NEWER_CPUS __attribute__((target_clones("avx512f", "avx2", "default"), flatten))
 #else
 #define REG_FOR_NEWER_CPUS

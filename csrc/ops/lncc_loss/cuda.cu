@@ -7,31 +7,43 @@
 // Larger windows have no room for that. There, and in float64, the same kernel writes the adjoint
 // fields to memory, and a second one sums them up.
 #include <algorithm>
+#include <type_traits>
 
 #include "core/for_each.h"
 #include "core/reduce.h"
+#include "core/vec.h"
 #include "ops/lncc_loss/kernels.h"
+#include "ops/lncc_loss/tiles.h"
 
 namespace reg {
 
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kStrip = 4;        // sums along a row that one thread takes at a time
-constexpr int kColumnStrip = 3;  // and along a column
+constexpr int kStrip = kLnccStrip, kColumnStrip = kLnccColumnStrip;
 
 // The thread's number, read anew: what follows from it is cheaper to compute in each phase than to
 // keep in registers through all of them, as the compiler would.
 __device__ __forceinline__ int thread_number() {
   int number;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+  __builtin_assume(number >= 0 && number < kThreads);
   return number;
+}
+
+// `settled`, without its price: that the compiler forgets which kind of memory this is.
+template <class T>
+__device__ __forceinline__ T* settled_global(T* pointer) {
+  pointer = settled(pointer);
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
 }
 
 // What the kernels need to know, beside the window.
 template <class T>
 struct Kernel {
   Window<T> window;
+  LnccTile tile;  // of windows whose size is known at run time only
   Channels<const T> image_i, image_j, mask, cotangent;
   Channels<T> grad_i, grad_j, map;
   bool sum_i, sum_j;
@@ -48,34 +60,6 @@ struct Kernel {
   int64_t adjoint_stride;
 };
 
-// The widths of what a block works on. Everything is known to the compiler for the common windows.
-template <int kWindow, int kTileY, bool kFused>
-struct Layout {
-  int radius;
-  REG_HD explicit Layout(int run_time_radius) : radius(kWindow ? kWindow / 2 : run_time_radius) {}
-  REG_HD int halo() const { return kFused ? radius : 0; }  // of the correlations about the tile
-  REG_HD int width() const { return kLnccTileX + 2 * halo(); }
-  REG_HD int height() const { return kTileY + 2 * halo(); }
-  REG_HD int in_width() const { return width() + 2 * radius; }
-  REG_HD int in_height() const { return height() + 2 * radius; }
-  // Rows begin at multiples of 16 bytes, and whole strips can be read and written.
-  REG_HD int stride() const { return (width() + kStrip - 1) / kStrip * kStrip; }
-  REG_HD int in_stride() const { return (stride() + 2 * radius + kStrip - 1) / kStrip * kStrip; }
-};
-
-template <int kWindow, int kTileY, int kFields, bool kFused, class T>
-int64_t shared_bytes(const Window<T>& window) {
-  const Layout<kWindow, kTileY, kFused> layout(window.radius);
-  int64_t count = static_cast<int64_t>(kWindowSums) * layout.in_height() *
-                  (layout.in_stride() + layout.stride());
-  count += kColumnStrip * layout.stride();  // which the last strip of rows may reach into
-  if (kFused) {
-    count += static_cast<int64_t>(kFields) * layout.height() * (layout.stride() + kLnccTileX);
-    count += static_cast<int64_t>(kFields) * kTileY * kLnccTileX * (2 * window.radius_z + 1);
-  }
-  return count * static_cast<int64_t>(sizeof(T));
-}
-
 template <class T>
 __device__ __forceinline__ void load_strip(const T* from, T* to) {
   if constexpr (sizeof(T) == 4) {
@@ -86,30 +70,59 @@ __device__ __forceinline__ void load_strip(const T* from, T* to) {
   }
 }
 
+// kCount neighbouring window sums, from the values that they span. Those of a box meet in the value
+// numbered kWindow - 1: each is a sum that ends there and one that begins behind it, shared with
+// its neighbours.
+template <int kWindow, bool kBox, int kCount, class T>
+__device__ __forceinline__ void sum_windows(const Window<T>& window,
+                                            const T (&value)[kCount + kWindow - 1],
+                                            T (&sum)[kCount]) {
+  if constexpr (kBox) {
+    static_assert(kCount <= kWindow + 1, "windows that have no value in common");
+    T before = value[kWindow - 1];
+    REG_UNROLL
+    for (int s = kWindow - 1; s >= 0; --s) {
+      if (s < kWindow - 1) before += value[s];
+      if (s < kCount) sum[s] = before;
+    }
+    T behind = value[kWindow];
+    REG_UNROLL
+    for (int s = 1; s < kCount; ++s) {
+      if (s > 1) behind += value[kWindow - 1 + s];
+      sum[s] = s < kWindow ? sum[s] + behind : behind;
+    }
+  } else {
+    constexpr int kRadius = kWindow / 2;
+    REG_UNROLL
+    for (int s = 0; s < kCount; ++s) {
+      sum[s] = window.weight[0] * value[s + kRadius];
+      REG_UNROLL
+      for (int d = 1; d <= kRadius; ++d) {
+        sum[s] += window.weight[d] * (value[s + kRadius - d] + value[s + kRadius + d]);
+      }
+    }
+  }
+}
+
 // Window sums along rows, of `planes` arrays of `rows` rows: from `in` to `out`.
-template <int kWindow, class T>
+template <int kWindow, bool kBox, class T>
 __device__ __forceinline__ void sum_rows(const Window<T>& window, int planes, int rows, const T* in,
                                          int in_stride, T* out, int out_stride, int width) {
   if constexpr (kWindow > 0) {
-    constexpr int kRadius = kWindow / 2;
-    constexpr int kLoad = (kStrip + 2 * kRadius + kStrip - 1) / kStrip * kStrip;
+    constexpr int kValues = kStrip + kWindow - 1;
     const int strips = (width + kStrip - 1) / kStrip;
     for (int i = thread_number(); i < rows * strips; i += kThreads) {
-      const int row = i / strips, first = (i - row * strips) * kStrip;
+      const int strip = i / rows, row = i - strip * rows, first = strip * kStrip;
       for (int plane = 0; plane < planes; ++plane) {
         const T* from = in + (plane * rows + row) * in_stride + first;
-        alignas(16) T value[kLoad];
+        alignas(16) T loaded[(kValues + kStrip - 1) / kStrip * kStrip];
+        REG_UNROLL
+        for (int k = 0; k < kValues; k += kStrip) load_strip(from + k, loaded + k);
+        T value[kValues];
+        REG_UNROLL
+        for (int k = 0; k < kValues; ++k) value[k] = loaded[k];
         alignas(16) T sum[kStrip];
-        REG_UNROLL
-        for (int k = 0; k < kLoad; k += kStrip) load_strip(from + k, value + k);
-        REG_UNROLL
-        for (int s = 0; s < kStrip; ++s) {
-          sum[s] = window.weight[0] * value[s + kRadius];
-          REG_UNROLL
-          for (int d = 1; d <= kRadius; ++d) {
-            sum[s] += window.weight[d] * (value[s + kRadius - d] + value[s + kRadius + d]);
-          }
-        }
+        sum_windows<kWindow, kBox>(window, value, sum);
         load_strip(sum, out + (plane * rows + row) * out_stride + first);
       }
     }
@@ -127,22 +140,14 @@ __device__ __forceinline__ void sum_rows(const Window<T>& window, int planes, in
 }
 
 // Window sums along a column, of kCount consecutive rows from `in` on.
-template <int kWindow, int kCount, class T>
+template <int kWindow, bool kBox, int kCount, class T>
 __device__ __forceinline__ void sum_column(const Window<T>& window, const T* in, int stride,
                                            T (&sum)[kCount]) {
   if constexpr (kWindow > 0) {
-    constexpr int kRadius = kWindow / 2;
-    T value[kCount + 2 * kRadius];
+    T value[kCount + kWindow - 1];
     REG_UNROLL
-    for (int k = 0; k < kCount + 2 * kRadius; ++k) value[k] = in[k * stride];
-    REG_UNROLL
-    for (int s = 0; s < kCount; ++s) {
-      sum[s] = window.weight[0] * value[s + kRadius];
-      REG_UNROLL
-      for (int d = 1; d <= kRadius; ++d) {
-        sum[s] += window.weight[d] * (value[s + kRadius - d] + value[s + kRadius + d]);
-      }
-    }
+    for (int k = 0; k < kCount + kWindow - 1; ++k) value[k] = in[k * stride];
+    sum_windows<kWindow, kBox>(window, value, sum);
   } else {
     REG_UNROLL
     for (int s = 0; s < kCount; ++s) {
@@ -157,12 +162,14 @@ __device__ __forceinline__ void sum_column(const Window<T>& window, const T* in,
 
 // A value that is typical of an image about a tile, the same for all threads.
 template <class T>
-__device__ T typical(const Kernel<T>& kernel, const T* image, int x0, int y0, int z, int rows,
-                     T* shared) {
+__device__ T typical(const Kernel<T>& kernel, const T* image, int x0, int y0, int z,
+                     const LnccTile& tile, T* shared) {
   if (threadIdx.x < kWarp) {
     const int lane = threadIdx.x;
-    const int x = min(x0 + lane % 8 * 4 + 2, kernel.nx - 1);
-    const int y = min(y0 + (2 * (lane / 8) + 1) * rows / 8, kernel.ny - 1);
+    // Evenly spread over the part of the tile that lies inside.
+    const int columns = min(tile.columns, kernel.nx - x0), rows = min(tile.rows, kernel.ny - y0);
+    const int x = x0 + (2 * (lane % 8) + 1) * columns / 16;
+    const int y = y0 + (2 * (lane / 8) + 1) * rows / 8;
     const T value = image[(static_cast<int64_t>(z) * kernel.ny + y) * kernel.nx + x];
     const T sum = warp_sum(isfinite(value) ? value / kWarp : T(0));
     if (lane == 0) *shared = sum;
@@ -170,7 +177,7 @@ __device__ T typical(const Kernel<T>& kernel, const T* image, int x0, int y0, in
   __syncthreads();
   const T result = *shared;
   __syncthreads();
-  return isfinite(result) ? kernel.window.coverage * result : T(0);
+  return pivot_near(result, kernel.window);
 }
 
 template <class T>
@@ -186,19 +193,19 @@ __device__ __forceinline__ T block_sum(T value, T* shared) {
   return sum;
 }
 
-// A column's values along z, about the pivots: those of the planes that a small window spans.
-template <class T, int kDepth>
+// A column's values along z, about the pivots: those of the planes that the small windows of kAhead
+// neighbouring planes span.
+template <class T, int kDepth, int kAhead>
 struct DepthRing {
-  T i[kDepth], j[kDepth];
+  static constexpr int kPlanes = kDepth + kAhead - 1;
+  T i[kPlanes], j[kPlanes];
 
-  __device__ __forceinline__ void push(T value_i, T value_j) {
+  __device__ __forceinline__ void push(const T (&fresh_i)[kAhead], const T (&fresh_j)[kAhead]) {
     REG_UNROLL
-    for (int d = 0; d + 1 < kDepth; ++d) {
-      i[d] = i[d + 1];
-      j[d] = j[d + 1];
+    for (int d = 0; d < kPlanes; ++d) {
+      i[d] = d + kAhead < kPlanes ? i[d + kAhead] : fresh_i[d + kAhead - kPlanes];
+      j[d] = d + kAhead < kPlanes ? j[d + kAhead] : fresh_j[d + kAhead - kPlanes];
     }
-    i[kDepth - 1] = value_i;
-    j[kDepth - 1] = value_j;
   }
 };
 
@@ -213,6 +220,28 @@ __device__ __forceinline__ void add_products(T weight, T value_i, T value_j,
   sums[4] += weighted_i * value_j;
 }
 
+template <class T>
+__device__ __forceinline__ void add_products(T value_i, T value_j, T (&sums)[kWindowSums]) {
+  sums[0] += value_i;
+  sums[1] += value_j;
+  sums[2] += value_i * value_i;
+  sums[3] += value_j * value_j;
+  sums[4] += value_i * value_j;
+}
+
+// From the complete sums of the adjoint fields at a voxel.
+template <int kFields, class T>
+__device__ __forceinline__ void store_gradients(const Kernel<T>& kernel, int64_t item, T scale,
+                                                T value_i, T value_j, const T (&sums)[kFields],
+                                                T* to_i, T* to_j) {
+  const T gradient = scale * assemble(value_i, value_j, sums[0], sums[1], sums[2]);
+  *to_i = kernel.sum_i && item > 0 ? *to_i + gradient : gradient;
+  if constexpr (kFields == 5) {
+    const T other = scale * assemble(value_j, value_i, sums[0], sums[3], sums[4]);
+    *to_j = kernel.sum_j && item > 0 ? *to_j + other : other;
+  }
+}
+
 // One block's part of the work. Its phases, between barriers, for one plane after the other:
 //   sums along z of values and products                 (images -> by_depth)
 //   sums along rows                                     (by_depth -> by_row)
@@ -223,33 +252,38 @@ __device__ __forceinline__ void add_products(T weight, T value_i, T value_j,
 //
 // kWindow is the size of the window, or 0 where it is known at run time only; kDepth is its size
 // along z, which is 1 in 2-D.
-template <class T, int kWindow, int kDepth, int kTileY, int kFields, bool kFused>
+template <class T, int kWindow, int kDepth, bool kBox, int kRows, int kFields>
 __global__ void __launch_bounds__(kThreads, 1)
     lncc_kernel(const __grid_constant__ Kernel<T> kernel) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ T scratch[kThreads / kWarp];
-  constexpr int kTile = kTileY * kLnccTileX;
+  constexpr bool kFused = kWindow > 0 && kFields > 0;
+  constexpr int kTile = kRows * kLnccTileX;
   constexpr int kHalf = kDepth / 2;
+  // In a plane: small windows are for planes of less than 2^31 voxels.
+  using Place = std::conditional_t<kWindow == 0, int64_t, unsigned>;
   const Window<T>& window = kernel.window;
-  const Layout<kWindow, kTileY, kFused> layout(window.radius);
-  const int radius = layout.radius, halo = layout.halo();
+  const int radius = kWindow == 0 ? window.radius : kWindow / 2;
   const int radius_z = kWindow == 0 ? window.radius_z : kHalf;
-  const int reach = kFused ? radius_z : 0;
+  const LnccTile layout = kWindow == 0 ? kernel.tile : LnccTile{kLnccTileX, kRows, radius, radius_z,
+                                                                kFields,    true,  kFused};
+  const int halo = layout.halo(), reach = kFused ? radius_z : 0;
   const int width = layout.width(), height = layout.height(), stride = layout.stride();
   const int in_width = layout.in_width(), in_height = layout.in_height();
   const int in_stride = layout.in_stride();
   const int in_area = in_width * in_height;
   T* const by_depth = reinterpret_cast<T*>(memory);
-  T* const by_row = by_depth + kWindowSums * in_height * in_stride;
-  T* const adjoint = by_row + (kWindowSums * in_height + kColumnStrip) * stride;
-  T* const adjoint_by_row = adjoint + kFields * height * stride;
-  T* const ring = adjoint_by_row + kFields * height * kLnccTileX;
+  T* const by_row = by_depth + layout.by_row();
+  T* const adjoint = by_depth + layout.adjoint();
+  T* const adjoint_by_row = by_depth + layout.adjoint_by_row();
+  T* const ring = by_depth + layout.ring();
 
   // Columns along z for each thread, of windows known to the compiler.
   constexpr int kReach = (kFused ? 2 : 1) * (kWindow - 1);
-  constexpr int kInArea = kWindow == 0 ? 0 : (kLnccTileX + kReach) * (kTileY + kReach);
+  constexpr int kInArea = kWindow == 0 ? 0 : (kLnccTileX + kReach) * (kRows + kReach);
   constexpr int kColumns = kWindow == 0 ? 1 : (kInArea + kThreads - 1) / kThreads;
-  DepthRing<T, kWindow == 0 ? 1 : kDepth> depth[kColumns];
+  constexpr int kAhead = kWindow > 0 && kDepth > 1 ? 2 : 1;  // as in the tile
+  DepthRing<T, kWindow == 0 ? 1 : kDepth, kAhead> depth[kColumns];
 
   const int64_t group = blockIdx.x;
   const int64_t plane_size = static_cast<int64_t>(kernel.nx) * kernel.ny;
@@ -273,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int channel = static_cast<int>(column_number % kernel.channels);
     const int64_t first_item = column_number / kernel.channels;  // 0 where they go together
     const int tile_y = tile / kernel.tiles_x;
-    const int x0 = (tile - tile_y * kernel.tiles_x) * kLnccTileX, y0 = tile_y * kTileY;
+    const int x0 = (tile - tile_y * kernel.tiles_x) * layout.columns, y0 = tile_y * layout.rows;
 
     // Where in a plane the thread's columns are; -1: outside.
     auto place_of = [&](int index) {
@@ -282,7 +316,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const bool inside = index < in_area && x >= 0 && x < kernel.nx && y >= 0 && y < kernel.ny;
       return inside ? y * static_cast<int64_t>(kernel.nx) + x : int64_t(-1);
     };
-    int places[kColumns];  // small windows are for planes of less than 2^31 voxels
+    int places[kColumns];
     REG_UNROLL
     for (int c = 0; c < kColumns; ++c) {
       places[c] = static_cast<int>(place_of(threadIdx.x + c * kThreads));
@@ -294,8 +328,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       const T* const image_i = kernel.image_i.at(group, item, channel);
       const T* const image_j = kernel.image_j.at(group, item, channel);
       const int middle = (z_begin + z_end) / 2;
-      const T pivot_i = typical(kernel, image_i, x0, y0, middle, kTileY, scratch);
-      const T pivot_j = typical(kernel, image_j, x0, y0, middle, kTileY, scratch);
+      const T pivot_i = typical(kernel, image_i, x0, y0, middle, layout, scratch);
+      const T pivot_j = typical(kernel, image_j, x0, y0, middle, layout, scratch);
       T offset_i = 0, offset_j = 0;
       if (kernel.pivots != nullptr) {
         offset_i = pivot_i - kernel.pivots[2 * element];
@@ -304,223 +338,291 @@ __global__ void __launch_bounds__(kThreads, 1)
       const T* const mask = kernel.mask.present() ? kernel.mask.at(group, item, channel) : nullptr;
       const T* const cotangent =
           kernel.cotangent.present() ? kernel.cotangent.at(group, item, channel) : nullptr;
+      T* const grad_i = kFields > 0 ? kernel.grad_i.at(group, item, channel) : nullptr;
+      T* const grad_j = kFields == 5 ? kernel.grad_j.at(group, item, channel) : nullptr;
       T* const map = kernel.map.present() ? kernel.map.at(group, item, channel) : nullptr;
       const bool is_special = mask != nullptr || cotangent != nullptr || map != nullptr;
 
-      // Elsewhere images are 0.
-      auto load = [&](int z, int64_t place, T& value_i, T& value_j) {
-        const bool inside = place >= 0 && z >= 0 && z < kernel.nz;
-        const T* const plane_i = image_i + z * plane_size;
-        const T* const plane_j = image_j + z * plane_size;
-        value_i = (inside ? plane_i[place] : T(0)) - pivot_i;
-        value_j = (inside ? plane_j[place] : T(0)) - pivot_j;
-      };
+      const int z_first = z_begin - reach, z_stop = z_end + reach;
+
       auto exists = [&](int z) { return z >= 0 && z < kernel.nz; };
-      auto load_columns = [&](int z, T(&fresh_i)[kColumns], T(&fresh_j)[kColumns]) {
+      // Elsewhere images are 0.
+      auto load_columns = [&](int z, T(&fresh_i)[kColumns][kAhead], T(&fresh_j)[kColumns][kAhead]) {
         REG_UNROLL
-        for (int c = 0; c < kColumns; ++c) load(z, places[c], fresh_i[c], fresh_j[c]);
-      };
-      auto store_sums = [&](int index, const T(&sums)[kWindowSums]) {
-        const int row = index / in_width, column = index - row * in_width;
-        REG_UNROLL
-        for (int s = 0; s < kWindowSums; ++s) {
-          by_depth[(s * in_height + row) * in_stride + column] = sums[s];
+        for (int p = 0; p < kAhead; ++p) {
+          const T* const plane_i = settled_global(image_i + (z + p) * plane_size);
+          const T* const plane_j = settled_global(image_j + (z + p) * plane_size);
+          const bool there = exists(z + p);
+          REG_UNROLL
+          for (int c = 0; c < kColumns; ++c) {
+            const bool inside = there && places[c] >= 0;
+            const Place place = static_cast<Place>(places[c]);
+            fresh_i[c][p] = (inside ? plane_i[place] : T(0)) - pivot_i;
+            fresh_j[c][p] = (inside ? plane_j[place] : T(0)) - pivot_j;
+          }
         }
       };
-      auto sum_depth = [&](int z, const T(&fresh_i)[kColumns], const T(&fresh_j)[kColumns]) {
+      auto push_columns = [&](const T(&fresh_i)[kColumns][kAhead],
+                              const T(&fresh_j)[kColumns][kAhead]) {
+        REG_UNROLL
+        for (int c = 0; c < kColumns; ++c) depth[c].push(fresh_i[c], fresh_j[c]);
+      };
+      auto store_sums = [&](int plane, int index, const T(&sums)[kWindowSums]) {
+        const int row = index / in_width, column = index - row * in_width;
+        T* const to = by_depth + plane * layout.by_depth_size() + row * in_stride + column;
+        REG_UNROLL
+        for (int s = 0; s < kWindowSums; ++s) to[s * in_height * in_stride] = sums[s];
+      };
+      // Of kAhead planes from z on.
+      auto sum_depth = [&](int z) {
         if constexpr (kWindow > 0) {
-          REG_UNROLL
-          for (int c = 0; c < kColumns; ++c) depth[c].push(fresh_i[c], fresh_j[c]);
-          if (!exists(z)) return;
           const int thread = thread_number();
           REG_UNROLL
           for (int c = 0; c < kColumns; ++c) {
             const int index = thread + c * kThreads;
-            T sums[kWindowSums] = {};
-            REG_UNROLL
-            for (int d = 0; d < kDepth; ++d) {
-              const int distance = d < kHalf ? kHalf - d : d - kHalf;
-              add_products(window.weight[distance], depth[c].i[d], depth[c].j[d], sums);
+            T common[kWindowSums] = {};
+            if constexpr (kBox) {
+              REG_UNROLL
+              for (int d = kAhead - 1; d < kDepth; ++d) {
+                add_products(depth[c].i[d], depth[c].j[d], common);
+              }
             }
-            if (index < in_area) store_sums(index, sums);
+            REG_UNROLL
+            for (int p = 0; p < kAhead; ++p) {
+              T sums[kWindowSums];
+              REG_UNROLL
+              for (int s = 0; s < kWindowSums; ++s) sums[s] = common[s];
+              REG_UNROLL
+              for (int d = p; d < p + kDepth; ++d) {
+                if constexpr (kBox) {
+                  if (d >= kAhead - 1 && d < kDepth) continue;
+                  add_products(depth[c].i[d], depth[c].j[d], sums);
+                } else {
+                  const int distance = d - p < kHalf ? kHalf - d + p : d - p - kHalf;
+                  add_products(window.weight[distance], depth[c].i[d], depth[c].j[d], sums);
+                }
+              }
+              const bool covered = (c + 1) * kThreads <= kInArea || index < in_area;
+              if (covered) store_sums(p, index, sums);
+            }
           }
         } else if (exists(z)) {
           for (int index = thread_number(); index < in_area; index += kThreads) {
             const int64_t place = place_of(index);
             T sums[kWindowSums] = {};
             for (int d = -radius_z; d <= radius_z; ++d) {
-              T value_i, value_j;
-              load(z + d, place, value_i, value_j);
+              const bool inside = place >= 0 && exists(z + d);
+              const int64_t at = (z + d) * plane_size + place;
+              const T value_i = (inside ? image_i[at] : T(0)) - pivot_i;
+              const T value_j = (inside ? image_j[at] : T(0)) - pivot_j;
               add_products(window.weight[d < 0 ? -d : d], value_i, value_j, sums);
             }
-            store_sums(index, sums);
+            store_sums(0, index, sums);
           }
         }
       };
       auto sum_image_rows = [&](int z) {
         if (!exists(z)) return;
-        sum_rows<kWindow>(window, kWindowSums, in_height, by_depth, in_stride, by_row, stride,
-                          width);
+        const T* const from = by_depth + (z - z_first) % kAhead * layout.by_depth_size();
+        sum_rows<kWindow, kBox>(window, kWindowSums, in_height, from, in_stride, by_row, stride,
+                                width);
       };
 
       auto correlate_plane = [&](int z) {
         const bool own = z >= z_begin && z < z_end;
         const int strips = (height + kColumnStrip - 1) / kColumnStrip;
         for (int i = thread_number(); i < strips * width; i += kThreads) {
-          const int strip = i / width, column = i - strip * width;
+          // The tile's own columns first, a warp's beside each other; then the halo's.
+          int strip = i / layout.columns, column = i - strip * layout.columns;
+          if (kFused && strip >= strips) {
+            const int rest = i - strips * layout.columns;
+            strip = rest / (2 * halo);
+            column = layout.columns + rest - strip * (2 * halo);
+          }
           T sums[kWindowSums][kColumnStrip];
           REG_UNROLL
           for (int s = 0; s < kWindowSums; ++s) {
             const T* const from = by_row + (s * in_height + strip * kColumnStrip) * stride + column;
-            sum_column<kWindow>(window, from, stride, sums[s]);
+            sum_column<kWindow, kBox>(window, from, stride, sums[s]);
           }
           const int x = x0 + column - halo;
           const bool column_inside = x >= 0 && x < kernel.nx;
-          const bool column_own = own && column >= halo && column < halo + kLnccTileX;
+          const bool column_own = own && column >= halo && column < halo + layout.columns;
+          // Together for all rows of the strip, which do not depend on each other.
+          Correlation<T> at[kColumnStrip];
+          T fields[kColumnStrip][kFields == 0 ? 1 : kFields];
+          bool inside[kColumnStrip], counts[kColumnStrip];
           REG_UNROLL
           for (int k = 0; k < kColumnStrip; ++k) {
-            const int row = strip * kColumnStrip + k;
-            if (row >= height) break;
-            const int y = y0 + row - halo;
-            const bool inside = column_inside && y >= 0 && y < kernel.ny;
+            const int row = strip * kColumnStrip + k, y = y0 + row - halo;
+            inside[k] = column_inside && row < height && y >= 0 && y < kernel.ny;
+            counts[k] = inside[k] && column_own && row >= halo && row < halo + layout.rows;
             T window_sums[kWindowSums];
             REG_UNROLL
             for (int s = 0; s < kWindowSums; ++s) window_sums[s] = sums[s][k];
-            Correlation<T> at = correlate(window_sums, window);
-            T fields[kFields == 0 ? 1 : kFields];
+            at[k] = correlate(window_sums, window);
             if constexpr (kFields > 0) {
-              adjoint_fields(at, at.mean_i + offset_i, at.mean_j + offset_j, fields);
+              adjoint_fields(at[k], at[k].mean_i + offset_i, at[k].mean_j + offset_j, fields[k]);
             }
-            const bool counts = column_own && inside && row >= halo && row < halo + kTileY;
-            if (is_special && inside) {
-              const int64_t place = z * plane_size + static_cast<int64_t>(y) * kernel.nx + x;
+          }
+          const Place first = static_cast<Place>(y0 + strip * kColumnStrip - halo) * kernel.nx + x;
+          if (is_special) {
+            REG_UNROLL
+            for (int k = 0; k < kColumnStrip; ++k) {
+              if (!inside[k]) continue;
+              const int64_t place = z * plane_size + static_cast<Place>(first + k * kernel.nx);
               const T weight = mask != nullptr ? mask[place] : T(1);
-              at.ncc *= weight;
-              if (map != nullptr && counts) map[place] = -at.ncc;
+              at[k].ncc *= weight;
+              if (map != nullptr && counts[k]) map[place] = -at[k].ncc;
               if constexpr (kFields > 0) {
                 const T factor = cotangent != nullptr ? weight * cotangent[place] : weight;
                 REG_UNROLL
-                for (int f = 0; f < kFields; ++f) fields[f] *= factor;
+                for (int f = 0; f < kFields; ++f) fields[k][f] *= factor;
               }
             }
-            if (counts) total += at.ncc;
-            if constexpr (kFields > 0 && kFused) {
+          }
+          REG_UNROLL
+          for (int k = 0; k < kColumnStrip; ++k) {
+            if (counts[k]) total += at[k].ncc;
+            if (!inside[k]) continue;
+            const int row = strip * kColumnStrip + k;
+            if constexpr (kFused) {
               REG_UNROLL
               for (int f = 0; f < kFields; ++f) {
-                adjoint[(f * height + row) * stride + column] = inside ? fields[f] : T(0);
+                adjoint[(f * height + row) * stride + column] = fields[k][f];
               }
             } else if constexpr (kFields > 0) {
-              if (!inside) continue;
               T* const to = kernel.adjoint + (element * kernel.nz + z) * plane_size +
-                            static_cast<int64_t>(y) * kernel.nx + x;
+                            static_cast<Place>(first + k * kernel.nx);
               REG_UNROLL
-              for (int f = 0; f < kFields; ++f) to[f * kernel.adjoint_stride] = fields[f];
+              for (int f = 0; f < kFields; ++f) to[f * kernel.adjoint_stride] = fields[k][f];
             }
           }
         }
       };
 
-      // Takes the plane z into the ring, and completes the plane whose windows end there.
+      // Completes the plane whose windows end at the plane z, and takes that into the ring.
       auto assemble_plane = [&](int z) {
         if constexpr (kFused) {
-          constexpr int kRows = 2;  // of a column, for each thread
-          const int slot = (z - z_begin + reach) % kDepth;
-          const int target = z - radius_z;
-          // Where the window's planes lie in the ring; the oldest is one slot on.
+          constexpr int kCount = 2;  // rows that a thread takes
+          constexpr int kSlots = kDepth - 1;
+          // The sums of the window's other planes, the oldest first; it makes room for the newest.
+          // For a box their order does not matter.
+          const int oldest = kSlots == 0 ? 0 : (z - z_first) % kSlots;
           int slots[kDepth];
           REG_UNROLL
-          for (int d = 0; d < kDepth; ++d) {
-            const int at = slot + 1 + d;
-            slots[d] = (at < kDepth ? at : at - kDepth) * kTile;
+          for (int d = 0; d < kSlots; ++d) {
+            const int at = kBox ? d : oldest + d;
+            slots[d] = (at < kSlots ? at : at - kSlots) * kTile;
           }
-          const T* const plane_i = image_i + target * plane_size;
-          const T* const plane_j = image_j + target * plane_size;
-          T* const to_i = kernel.grad_i.at(group, item, channel) + target * plane_size;
-          T* const to_j =
-              kFields == 5 ? kernel.grad_j.at(group, item, channel) + target * plane_size : nullptr;
-          for (int i = thread_number(); i < kTile / kRows; i += kThreads) {
-            const int column = i % kLnccTileX, first_row = i / kLnccTileX * kRows;
-            const int place_in_tile = first_row * kLnccTileX + column;
-            T complete[kFields][kRows] = {};
+          const int target = z - radius_z;
+          const T* const plane_i = settled_global(image_i + target * plane_size);
+          const T* const plane_j = settled_global(image_j + target * plane_size);
+          T* const to_i = settled_global(grad_i + target * plane_size);
+          T* const to_j = settled_global(kFields == 5 ? grad_j + target * plane_size : nullptr);
+          for (int i = thread_number(); i < kTile / kCount; i += kThreads) {
+            const int column = i % kLnccTileX, first_row = i / kLnccTileX * kCount;
+            const int x = x0 + column, y = y0 + first_row;
+            const Place place = static_cast<Place>(y) * kernel.nx + x;
+            bool stored[kCount];
+            T value_i[kCount], value_j[kCount];
             REG_UNROLL
-            for (int f = 0; f < kFields; ++f) {
-              T sums[kRows] = {};
-              if (exists(z)) {
-                sum_column<kWindow>(window,
-                                    adjoint_by_row + f * height * kLnccTileX + place_in_tile,
-                                    kLnccTileX, sums);
-              }
-              T* const mine = ring + f * kDepth * kTile + place_in_tile;
-              REG_UNROLL
-              for (int k = 0; k < kRows; ++k) mine[slot * kTile + k * kLnccTileX] = sums[k];
+            for (int k = 0; k < kCount; ++k) {
+              stored[k] = target >= z_begin && x < kernel.nx && y + k < kernel.ny;
+              value_i[k] = (stored[k] ? plane_i[place + k * kernel.nx] : T(0)) - pivot_i;
+              value_j[k] = (stored[k] ? plane_j[place + k * kernel.nx] : T(0)) - pivot_j;
             }
-            if (target < z_begin) continue;
+            T newest[kFields][kCount] = {};
+            if (exists(z)) {
+              REG_UNROLL
+              for (int f = 0; f < kFields; ++f) {
+                const int from = (f * height + first_row) * layout.out_stride() + column;
+                sum_column<kWindow, kBox>(window, adjoint_by_row + from, layout.out_stride(),
+                                          newest[f]);
+              }
+            }
+            T complete[kCount][kFields];
             REG_UNROLL
             for (int f = 0; f < kFields; ++f) {
-              const T* const mine = ring + f * kDepth * kTile + place_in_tile;
+              T* const mine = ring + f * kSlots * kTile + i * kCount;
+              T sum[kCount];
               REG_UNROLL
-              for (int d = 0; d < kDepth; ++d) {
-                const int distance = d < kHalf ? kHalf - d : d - kHalf;
+              for (int k = 0; k < kCount; ++k) {
+                sum[k] = kBox ? newest[f][k] : window.weight[kHalf] * newest[f][k];
+              }
+              REG_UNROLL
+              for (int d = 0; d < kSlots; ++d) {
+                const T weight = window.weight[d < kHalf ? kHalf - d : d - kHalf];
                 REG_UNROLL
-                for (int k = 0; k < kRows; ++k) {
-                  complete[f][k] += window.weight[distance] * mine[slots[d] + k * kLnccTileX];
+                for (int k = 0; k < kCount; ++k) {
+                  const T other = mine[slots[d] + k];
+                  sum[k] += kBox ? other : weight * other;
                 }
               }
-            }
-            const int x = x0 + column, y = y0 + first_row;
-            const int64_t place = static_cast<int64_t>(y) * kernel.nx + x;
-            REG_UNROLL
-            for (int k = 0; k < kRows; ++k) {
-              if (x >= kernel.nx || y + k >= kernel.ny) break;
-              const int64_t here = place + k * kernel.nx;
-              const T value_i = plane_i[here] - pivot_i, value_j = plane_j[here] - pivot_j;
-              const T gradient = scale * assemble(value_i, value_j, complete[0][k], complete[1][k],
-                                                  complete[2][k]);
-              to_i[here] = kernel.sum_i && item > 0 ? to_i[here] + gradient : gradient;
-              if constexpr (kFields == 5) {
-                const T other = scale * assemble(value_j, value_i, complete[0][k], complete[3][k],
-                                                 complete[4][k]);
-                to_j[here] = kernel.sum_j && item > 0 ? to_j[here] + other : other;
+              REG_UNROLL
+              for (int k = 0; k < kCount; ++k) {
+                complete[k][f] = sum[k];
+                if (kSlots > 0) mine[oldest * kTile + k] = newest[f][k];
               }
+            }
+            REG_UNROLL
+            for (int k = 0; k < kCount; ++k) {
+              if (!stored[k]) continue;
+              const Place here = place + k * kernel.nx;
+              store_gradients(kernel, item, scale, value_i[k], value_j[k], complete[k], to_i + here,
+                              kFields == 5 ? to_j + here : nullptr);
             }
           }
         }
       };
 
-      const int z_first = z_begin - reach, z_stop = z_end + reach;
-      T fresh_i[kColumns], fresh_j[kColumns];
+      if constexpr (kFused) {
+        // Outside of the volume adjoint fields are 0, and stay so.
+        for (int i = threadIdx.x; i < layout.adjoint_size(); i += kThreads) adjoint[i] = 0;
+      }
+      T fresh_i[kColumns][kAhead], fresh_j[kColumns][kAhead];
       if constexpr (kWindow > 0) {
         REG_UNROLL
-        for (int d = -kHalf; d < kHalf; ++d) {
+        for (int d = -kHalf; d < kHalf; d += kAhead) {
           load_columns(z_first + d, fresh_i, fresh_j);
-          REG_UNROLL
-          for (int c = 0; c < kColumns; ++c) depth[c].push(fresh_i[c], fresh_j[c]);
+          push_columns(fresh_i, fresh_j);
         }
         load_columns(z_first + kHalf, fresh_i, fresh_j);
+        push_columns(fresh_i, fresh_j);
       }
-      sum_depth(z_first, fresh_i, fresh_j);
-      __syncthreads();
-      sum_image_rows(z_first);
-      __syncthreads();
+      sum_depth(z_first);
 #pragma unroll 1
-      for (int z = z_first; z < z_stop; ++z) {
-        const bool more = z + 1 < z_stop;
-        if (exists(z)) correlate_plane(z);
-        if constexpr (kFused) {
+      for (int step = z_first - 1; step < z_stop; step += kAhead) {
+#pragma unroll 1
+        for (int z = step; z < min(step + kAhead, z_stop); ++z) {
+          const bool more = z + 1 < z_stop;
           __syncthreads();
-          if (exists(z)) {
-            sum_rows<kWindow>(window, kFields, height, adjoint, stride, adjoint_by_row, kLnccTileX,
-                              kLnccTileX);
+          if constexpr (kFused) {
+            if (z >= z_first && exists(z)) {
+              sum_rows<kWindow, kBox>(window, kFields, height, adjoint, stride, adjoint_by_row,
+                                      layout.out_stride(), kLnccTileX);
+            }
+          }
+          if (more) sum_image_rows(z + 1);
+          __syncthreads();
+#pragma unroll 1
+          for (int turn = 0; turn < 2; ++turn) {
+            if ((thread_number() / (4 * kWarp) + turn) % 2 == 0) {
+              if constexpr (kFused) {
+                if (z >= z_first) assemble_plane(z);
+              }
+            } else if (more && exists(z + 1)) {
+              correlate_plane(z + 1);
+            }
           }
         }
-        if (more) {
-          if constexpr (kWindow > 0) load_columns(z + 1 + kHalf, fresh_i, fresh_j);
-          sum_depth(z + 1, fresh_i, fresh_j);
+        if (step + kAhead + 1 < z_stop) {
+          if constexpr (kWindow > 0) {
+            load_columns(step + kAhead + 1 + kHalf, fresh_i, fresh_j);
+            push_columns(fresh_i, fresh_j);
+          }
+          sum_depth(step + kAhead + 1);
         }
-        __syncthreads();
-        if constexpr (kFused) assemble_plane(z);
-        if (more) sum_image_rows(z + 1);
-        __syncthreads();
       }
     }
   }
@@ -531,20 +633,21 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // The gradients, from adjoint fields in memory.
-template <class T, int kTileY, int kFields>
+template <class T, int kFields>
 __global__ void __launch_bounds__(kThreads, 1)
     assemble_kernel(const __grid_constant__ Kernel<T> kernel) {
   extern __shared__ __align__(16) unsigned char memory[];
   const Window<T>& window = kernel.window;
-  const Layout<0, kTileY, false> layout(window.radius);
+  const LnccTile& layout = kernel.tile;
   const int radius = layout.radius;
   const int in_width = layout.in_width(), in_height = layout.in_height();
   const int in_stride = layout.in_stride(), stride = layout.stride();
   T* const by_depth = reinterpret_cast<T*>(memory);
-  T* const by_row = by_depth + kWindowSums * in_height * in_stride;
+  T* const by_row = by_depth + layout.by_row();
 
   const int tile_y = blockIdx.x / kernel.tiles_x;
-  const int x0 = (blockIdx.x - tile_y * kernel.tiles_x) * kLnccTileX, y0 = tile_y * kTileY;
+  const int x0 = (blockIdx.x - tile_y * kernel.tiles_x) * layout.columns;
+  const int y0 = tile_y * layout.rows;
   const int64_t plane_size = static_cast<int64_t>(kernel.nx) * kernel.ny;
   const int items_here = kernel.items_together ? kernel.items : 1;
   const int64_t blocks =
@@ -585,33 +688,28 @@ __global__ void __launch_bounds__(kThreads, 1)
           }
         }
         __syncthreads();
-        sum_rows<0>(window, kFields, in_height, by_depth, in_stride, by_row, stride, kLnccTileX);
+        sum_rows<0, false>(window, kFields, in_height, by_depth, in_stride, by_row, stride,
+                           layout.columns);
         __syncthreads();
-        for (int i = threadIdx.x; i < kTileY * kLnccTileX; i += kThreads) {
-          const int row = i / kLnccTileX, column = i % kLnccTileX;
+        for (int i = threadIdx.x; i < layout.rows * layout.columns; i += kThreads) {
+          const int row = i / layout.columns, column = i - row * layout.columns;
           const int x = x0 + column, y = y0 + row;
           if (x >= kernel.nx || y >= kernel.ny) continue;
-          T complete[kFields][1];
+          T complete[kFields];
           REG_UNROLL
           for (int f = 0; f < kFields; ++f) {
-            sum_column<0>(window, by_row + (f * in_height + row) * stride + column, stride,
-                          complete[f]);
+            T sum[1];
+            const T* const from = by_row + (f * in_height + row) * stride + column;
+            sum_column<0, false>(window, from, stride, sum);
+            complete[f] = sum[0];
           }
           const int64_t place = z * plane_size + static_cast<int64_t>(y) * kernel.nx + x;
-          const T value_i =
-              kernel.image_i.at(group, item, channel)[place] - kernel.pivots[2 * element];
-          const T value_j =
-              kernel.image_j.at(group, item, channel)[place] - kernel.pivots[2 * element + 1];
-          T* const to_i = kernel.grad_i.at(group, item, channel) + place;
-          const T gradient =
-              scale * assemble(value_i, value_j, complete[0][0], complete[1][0], complete[2][0]);
-          *to_i = kernel.sum_i && item > 0 ? *to_i + gradient : gradient;
-          if constexpr (kFields == 5) {
-            T* const to_j = kernel.grad_j.at(group, item, channel) + place;
-            const T other =
-                scale * assemble(value_j, value_i, complete[0][0], complete[3][0], complete[4][0]);
-            *to_j = kernel.sum_j && item > 0 ? *to_j + other : other;
-          }
+          const T* const pivots = kernel.pivots + 2 * element;
+          store_gradients(kernel, item, scale,
+                          kernel.image_i.at(group, item, channel)[place] - pivots[0],
+                          kernel.image_j.at(group, item, channel)[place] - pivots[1], complete,
+                          kernel.grad_i.at(group, item, channel) + place,
+                          kFields == 5 ? kernel.grad_j.at(group, item, channel) + place : nullptr);
         }
         __syncthreads();
       }
@@ -636,8 +734,8 @@ __global__ void pivot_kernel(const __grid_constant__ Kernel<T> kernel, T* pivots
     const T sum_i = block_sum(isfinite(i) ? i / kThreads : T(0), shared);
     const T sum_j = block_sum(isfinite(j) ? j / kThreads : T(0), shared);
     if (threadIdx.x == 0) {
-      pivots[2 * element] = isfinite(sum_i) ? kernel.window.coverage * sum_i : T(0);
-      pivots[2 * element + 1] = isfinite(sum_j) ? kernel.window.coverage * sum_j : T(0);
+      pivots[2 * element] = pivot_near(sum_i, kernel.window);
+      pivots[2 * element + 1] = pivot_near(sum_j, kernel.window);
     }
   }
 }
@@ -676,50 +774,69 @@ __global__ void total_kernel(const T* partial_sums, int parts, double scale, con
   }
 }
 
-template <class Function>
-void allow_shared(Function* function, int64_t bytes) {
+constexpr LnccTile small_tile(int radius, int radius_z, int fields, int limit) {
+  return lncc_tile(radius, radius_z, fields, true, fields > 0,
+                   (kLnccSharedBytes[limit] - kLnccFixedBytes) / 4);
+}
+
+template <class T>
+LnccTile tile_of(const LnccGeometry& geometry, const Window<T>& window, int fields) {
+  const int64_t bytes = shared_memory_limit();
+  if (!geometry.fused) {
+    return lncc_tile(window.radius, window.radius_z, fields, false, false,
+                     (bytes - kLnccFixedBytes) / static_cast<int64_t>(sizeof(T)));
+  }
+  int limit = 0;
+  while (limit + 1 < kLnccSharedLimits && kLnccSharedBytes[limit] > bytes) ++limit;
+  return small_tile(window.radius, window.radius_z, fields, limit);
+}
+
+template <class Function, class T>
+void launch(const Cuda& device, Function* function, const dim3& grid, const LnccTile& tile,
+            const Kernel<T>& kernel) {
+  const int64_t bytes = tile.size() * static_cast<int64_t>(sizeof(T));
   if (bytes > 48 * 1024) {
     check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(bytes)));
   }
-}
-
-template <int kWindow, int kDepth, int kTileY, int kFields, bool kFused, class T>
-void launch_lncc(const Cuda& device, const Kernel<T>& kernel, const dim3& grid) {
-  const int64_t bytes = shared_bytes<kWindow, kTileY, kFields, kFused>(kernel.window);
-  auto* function = &lncc_kernel<T, kWindow, kDepth, kTileY, kFields, kFused>;
-  allow_shared(function, bytes);
   function<<<grid, kThreads, bytes, device.stream>>>(kernel);
   check_launch();
 }
 
-// The first pass of windows of any size: correlations, and adjoint fields in memory if asked for.
+// Windows of any size: correlations, and gradients by way of adjoint fields in memory.
 template <int kFields, class T>
 void launch_any(const Cuda& device, const Kernel<T>& kernel, const dim3& grid) {
-  const int64_t outer = static_cast<int64_t>(kernel.groups) * kernel.channels *
-                        (kernel.items_together ? 1 : kernel.items);
-  constexpr int kTileY = lncc_tile_rows(sizeof(T) == 8, 0, 0);
-  launch_lncc<0, 0, kTileY, kFields, false>(device, kernel, grid);
+  launch(device, &lncc_kernel<T, 0, 0, false, 0, kFields>, grid, kernel.tile, kernel);
   if constexpr (kFields > 0) {
-    const int64_t bytes = shared_bytes<0, kTileY, 0, false>(kernel.window);
-    auto* function = &assemble_kernel<T, kTileY, kFields>;
-    allow_shared(function, bytes);
+    const int64_t outer = static_cast<int64_t>(kernel.groups) * kernel.channels *
+                          (kernel.items_together ? 1 : kernel.items);
     const dim3 planes(kernel.tiles, std::min(kernel.nz, 65535),
                       static_cast<unsigned>(std::min<int64_t>(outer, 65535)));
-    function<<<planes, kThreads, bytes, device.stream>>>(kernel);
-    check_launch();
+    launch(device, &assemble_kernel<T, kFields>, planes, kernel.tile, kernel);
   }
 }
 
-template <int kWindow, int kDepth>
-void launch_window(const Cuda& device, const Kernel<float>& kernel, int gradients,
-                   const dim3& grid) {
-  constexpr int kValue = lncc_tile_rows(false, kWindow, 0);
-  constexpr int kOne = lncc_tile_rows(false, kWindow, 1);
-  constexpr int kBoth = lncc_tile_rows(false, kWindow, 2);
-  if (gradients == 0) return launch_lncc<kWindow, kDepth, kValue, 0, false>(device, kernel, grid);
-  if (gradients == 1) return launch_lncc<kWindow, kDepth, kOne, 3, true>(device, kernel, grid);
-  launch_lncc<kWindow, kDepth, kBoth, 5, true>(device, kernel, grid);
+// Small windows. The kernel for boxes is for the largest tiles alone: the other one, with weights
+// of 1, computes the same.
+template <int kWindow, int kDepth, int kFields>
+void launch_small(const Cuda& device, const Kernel<float>& kernel, const dim3& grid) {
+  const bool box = kernel.window.rectangular;
+  auto launch_limit = [&](auto limit) {
+    constexpr int kLimit = decltype(limit)::value;
+    constexpr LnccTile kTile = small_tile(kWindow / 2, kDepth / 2, kFields, kLimit);
+    if (kernel.tile.rows != kTile.rows) return false;
+    if constexpr (kLimit == 0) {
+      if (box) {
+        launch(device, &lncc_kernel<float, kWindow, kDepth, true, kTile.rows, kFields>, grid, kTile,
+               kernel);
+        return true;
+      }
+    }
+    launch(device, &lncc_kernel<float, kWindow, kDepth, false, kTile.rows, kFields>, grid, kTile,
+           kernel);
+    return true;
+  };
+  launch_limit(IntTag<0>{}) || launch_limit(IntTag<1>{}) || launch_limit(IntTag<2>{});
 }
 
 template <class T>
@@ -727,9 +844,11 @@ void lncc_run(const Cuda& device, const LnccCall<T>& call, const Call& raw) {
   const LnccGeometry& geometry = call.geometry;
   const bool is_map = geometry.reduction == Reduction::kNone;
   const Sizes& sizes = geometry.sizes;
-  const LnccTiling tiling = lncc_tiling(geometry, call.gradients, call.items_together());
+  const int fields = call.gradients == 0 ? 0 : 2 * call.gradients + 1;
   Kernel<T> kernel{};
   kernel.window = call.window;
+  kernel.tile = tile_of(geometry, call.window, fields);
+  const LnccTiling tiling = lncc_tiling(geometry, kernel.tile, call.items_together());
   kernel.image_i = call.image_i;
   kernel.image_j = call.image_j;
   kernel.mask = call.mask;
@@ -786,26 +905,29 @@ void lncc_run(const Cuda& device, const LnccCall<T>& call, const Call& raw) {
     kernel.adjoint = raw.output("adjoint").as<T>();
     kernel.adjoint_stride = geometry.map.count();
   }
-  if constexpr (sizeof(T) == 4) {
-    const int window = geometry.fused ? geometry.kernel_size : 0;
-    dispatch_bool(geometry.dimensions == 3, [&](auto is_volume) {
-      auto launch = [&](auto tag) {
-        constexpr int kWindow = decltype(tag)::value;
-        if (window != kWindow) return;
-        constexpr int kDepth = decltype(is_volume)::value ? kWindow : 1;
-        launch_window<kWindow, kDepth>(device, kernel, call.gradients, grid);
-      };
-      launch(IntTag<3>{});
-      launch(IntTag<5>{});
-      launch(IntTag<7>{});
-      launch(IntTag<9>{});
-    });
-  }
-  if (!geometry.fused) {
-    if (call.gradients == 0) launch_any<0>(device, kernel, grid);
-    if (call.gradients == 1) launch_any<3>(device, kernel, grid);
-    if (call.gradients == 2) launch_any<5>(device, kernel, grid);
-  }
+  auto launch_fields = [&](auto tag) {
+    constexpr int kFields = decltype(tag)::value;
+    if (fields != kFields) return;
+    if constexpr (sizeof(T) == 4) {
+      dispatch_bool(geometry.dimensions == 3, [&](auto is_volume) {
+        auto launch_window = [&](auto window) {
+          constexpr int kWindow = decltype(window)::value;
+          constexpr int kDepth = decltype(is_volume)::value ? kWindow : 1;
+          if (geometry.fused && geometry.kernel_size == kWindow) {
+            launch_small<kWindow, kDepth, kFields>(device, kernel, grid);
+          }
+        };
+        launch_window(IntTag<3>{});
+        launch_window(IntTag<5>{});
+        launch_window(IntTag<7>{});
+        launch_window(IntTag<9>{});
+      });
+    }
+    if (!geometry.fused) launch_any<kFields>(device, kernel, grid);
+  };
+  launch_fields(IntTag<0>{});
+  launch_fields(IntTag<3>{});
+  launch_fields(IntTag<5>{});
   if (is_map) return;
   total_kernel<<<groups, kThreads, 0, device.stream>>>(
       kernel.partial_sums, static_cast<int>(tiling.parts), scale, kernel.mask_sum,

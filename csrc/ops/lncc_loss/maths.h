@@ -16,6 +16,7 @@ inline constexpr int kWindowSums = 5;  // of I, J, I², J² and I J
 // axis; they are the same on both sides.
 template <class T>
 struct Window {
+  bool rectangular;  // all weights are 1
   int radius;
   int radius_z;  // 0 in 2-D
   T weight[kMaxRadius + 1];
@@ -24,6 +25,9 @@ struct Window {
   // How much of a window the volume can fill. About this part of a typical value the sums are
   // taken: a window that is mostly outside holds mostly zeros.
   T coverage;
+  // Less than half the last place of the largest number: no finite value less this overflows. Where
+  // values lie beyond, the squares of their differences do in any case.
+  T largest_pivot;
   // A variance below this share of the sum of squares is no more than the rounding of its own sums.
   T rounding;
 };
@@ -41,32 +45,42 @@ struct Correlation {
   T variance_i, variance_j;
 };
 
+// What the sums are taken about, from a typical value of an image.
 template <class T>
-REG_HD T window_variance(T sum, T mean, T squares, const Window<T>& window, bool* flat) {
-  const T variance = squares - sum * mean;
-  // Squares beyond the range of T count as flat too; what is not a number stays so.
-  *flat = !(variance > window.rounding * squares) && squares == squares;
-  return *flat ? T(0) : variance;
+REG_HD T pivot_near(T typical, const Window<T>& window) {
+  const bool usable = typical <= window.largest_pivot && typical >= -window.largest_pivot;
+  return usable ? window.coverage * typical : T(0);
 }
 
+// Squares beyond the range of T count as flat too; what is not a number stays so.
+template <class T>
+REG_HD bool is_flat(T variance, T squares, const Window<T>& window) {
+  return !(variance > window.rounding * squares) & (squares == squares);
+}
+
+// All of it is computed for all voxels and then chosen from, which makes vector code on the CPU.
 template <class T>
 REG_HD Correlation<T> correlate(const T (&sums)[kWindowSums], const Window<T>& window) {
   Correlation<T> result;
-  result.mean_i = sums[0] * window.inverse_mass;
-  result.mean_j = sums[1] * window.inverse_mass;
-  bool flat_i, flat_j;
-  const T raw_i = window_variance(sums[0], result.mean_i, sums[2], window, &flat_i);
-  const T raw_j = window_variance(sums[1], result.mean_j, sums[3], window, &flat_j);
-  const bool clamped_i = raw_i < window.smooth_dr, clamped_j = raw_j < window.smooth_dr;
+  const T mean_i = sums[0] * window.inverse_mass, mean_j = sums[1] * window.inverse_mass;
+  const T raw_i = sums[2] - sums[0] * mean_i, raw_j = sums[3] - sums[1] * mean_j;
+  const bool flat_i = is_flat(raw_i, sums[2], window), flat_j = is_flat(raw_j, sums[3], window);
+  const bool clamped_i = flat_i | (raw_i < window.smooth_dr);
+  const bool clamped_j = flat_j | (raw_j < window.smooth_dr);
   const T inverse_i = reciprocal(clamped_i ? window.smooth_dr : raw_i);
   const T inverse_j = reciprocal(clamped_j ? window.smooth_dr : raw_j);
-  const T c = flat_i || flat_j ? T(0) : sums[4] - sums[0] * result.mean_j;
+  const T raw_c = sums[4] - sums[0] * mean_j;
+  const T c = flat_i | flat_j ? T(0) : raw_c;
+  // No derivative of a flat window involves its mean, which need not be finite.
+  result.mean_i = flat_i ? T(0) : mean_i;
+  result.mean_j = flat_j ? T(0) : mean_j;
   // In this order nothing overflows that the result does not.
   const T by_j = c * inverse_j;
   result.ncc = c * inverse_i * by_j + window.smooth_nr * inverse_i * inverse_j;
   result.cross = 2 * inverse_i * by_j;
-  result.variance_i = clamped_i ? T(0) : -result.ncc * inverse_i;
-  result.variance_j = clamped_j ? T(0) : -result.ncc * inverse_j;
+  const T slope_i = -result.ncc * inverse_i, slope_j = -result.ncc * inverse_j;
+  result.variance_i = clamped_i ? T(0) : slope_i;
+  result.variance_j = clamped_j ? T(0) : slope_j;
   return result;
 }
 
@@ -90,7 +104,7 @@ REG_HD void adjoint_fields(const Correlation<T>& at, T mean_i, T mean_j, T (&fie
 // The gradient at a voxel from the window sums of the adjoint fields there.
 template <class T>
 REG_HD T assemble(T own, T other, T cross, T variance, T offset) {
-  return other * cross + 2 * own * variance - offset;
+  return other * cross + own * (2 * variance) - offset;  // twice the value itself may overflow
 }
 
 }  // namespace reg

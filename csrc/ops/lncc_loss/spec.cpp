@@ -56,12 +56,14 @@ Window<T> lncc_window(const Call& call, const LnccGeometry& geometry) {
   const std::vector<double>& given = call.numbers("sigma");
   const double sigma = given.empty() ? geometry.kernel_size / 3.0 : given[0];
   Window<T> window{};
+  window.rectangular = !gaussian;
   window.radius = geometry.kernel_size / 2;
   window.radius_z = geometry.dimensions == 3 ? window.radius : 0;
   double sum = 0;
   for (int d = 0; d <= window.radius; ++d) {
     const double weight = gaussian ? std::exp(-0.5 * (d / sigma) * (d / sigma)) : 1.0;
-    window.weight[d] = static_cast<T>(weight);
+    // Never 0, which makes something that is no number of a sum beyond the range of T.
+    window.weight[d] = std::max(static_cast<T>(weight), std::numeric_limits<T>::min());
     sum += (d == 0 ? 1 : 2) * static_cast<double>(window.weight[d]);
   }
   window.inverse_mass = static_cast<T>(1 / std::pow(sum, geometry.dimensions));
@@ -70,6 +72,7 @@ Window<T> lncc_window(const Call& call, const LnccGeometry& geometry) {
   };
   window.coverage = static_cast<T>(filled(geometry.sizes.x) * filled(geometry.sizes.y) *
                                    (geometry.dimensions == 3 ? filled(geometry.sizes.z) : 1.0));
+  window.largest_pivot = std::numeric_limits<T>::max() * (std::numeric_limits<T>::epsilon() / 8);
   window.smooth_nr = static_cast<T>(call.number("smooth_nr"));
   window.smooth_dr = static_cast<T>(call.number("smooth_dr"));
   window.rounding = static_cast<T>(1.5 * geometry.kernel_size * std::numeric_limits<T>::epsilon());
@@ -78,22 +81,6 @@ Window<T> lncc_window(const Call& call, const LnccGeometry& geometry) {
 
 template Window<float> lncc_window<float>(const Call&, const LnccGeometry&);
 template Window<double> lncc_window<double>(const Call&, const LnccGeometry&);
-
-LnccTiling lncc_tiling(const LnccGeometry& geometry, int gradients, bool items_together) {
-  LnccTiling tiling;
-  const int rows =
-      lncc_tile_rows(geometry.dtype == DType::kFloat64, geometry.kernel_size, gradients);
-  tiling.tiles_x = static_cast<int>((geometry.sizes.x + kLnccTileX - 1) / kLnccTileX);
-  tiling.tiles_y = static_cast<int>((geometry.sizes.y + rows - 1) / rows);
-  tiling.columns = geometry.channels * (items_together ? 1 : geometry.batch.items) *
-                   tiling.tiles_x * tiling.tiles_y;
-  // One block for each multiprocessor of a large GPU, as no two fit one. The number depends on the
-  // shape alone, so that the order of summation does.
-  const int64_t groups = std::max<int64_t>(1, geometry.batch.groups);
-  const int64_t wanted = (kLnccMaxParts + groups - 1) / groups;
-  tiling.parts = std::max<int64_t>(1, std::min(wanted, tiling.columns * geometry.sizes.z));
-  return tiling;
-}
 
 namespace {
 

@@ -1,0 +1,105 @@
+// How CUDA cuts the work, and what a block keeps in shared memory.
+#pragma once
+
+#include <algorithm>
+
+#include "ops/lncc_loss/geometry.h"
+
+namespace reg {
+
+inline constexpr int kLnccTileX = 32;       // the widest tile, and that of all small windows
+inline constexpr int kLnccStrip = 4;        // sums along a row that one thread takes at a time
+inline constexpr int kLnccColumnStrip = 3;  // and along a column
+
+// A block's tile, and its arrays in shared memory. Counts are of elements.
+struct LnccTile {
+  int columns, rows, radius, radius_z, fields;
+  bool small;  // the window: one whose size the compiler knows
+  bool fused;  // the adjoint fields stay in the block
+
+  REG_HD constexpr int halo() const { return fused ? radius : 0; }  // of the correlations
+  REG_HD constexpr int width() const { return columns + 2 * halo(); }
+  REG_HD constexpr int height() const { return rows + 2 * halo(); }
+  REG_HD constexpr int in_width() const { return width() + 2 * radius; }
+  REG_HD constexpr int in_height() const { return height() + 2 * radius; }
+  // Planes whose sums along z are taken together, since their windows share most of their values.
+  REG_HD constexpr int ahead() const { return small && radius_z > 0 ? 2 : 1; }
+
+  REG_HD constexpr int in_stride() const { return odd_strips(in_width()); }
+  REG_HD constexpr int stride() const { return odd_strips(width()); }
+  REG_HD constexpr int out_stride() const { return odd_strips(columns); }
+
+  REG_HD constexpr int by_depth_size() const { return kWindowSums * in_height() * in_stride(); }
+  // The last strips of rows and columns may reach beyond an array.
+  REG_HD constexpr int by_row() const { return ahead() * by_depth_size() + kLnccStrip; }
+  REG_HD constexpr int adjoint() const {
+    return by_row() + (kWindowSums * in_height() + kLnccColumnStrip) * stride();
+  }
+  REG_HD constexpr int adjoint_size() const { return fused ? fields * height() * stride() : 0; }
+  REG_HD constexpr int adjoint_by_row() const { return adjoint() + adjoint_size(); }
+  REG_HD constexpr int ring() const {
+    return adjoint_by_row() + (fused ? fields * height() * out_stride() : 0);
+  }
+  // The plane that completes a window needs no place in the ring.
+  REG_HD constexpr int ring_planes() const { return 2 * radius_z; }
+  REG_HD constexpr int size() const {
+    return ring() + (fused ? fields * ring_planes() * rows * columns : 0);
+  }
+
+ private:
+  // At least `width`, and an odd number of strips: threads that take the strips of neighbouring
+  // rows then read from different banks of shared memory.
+  REG_HD static constexpr int odd_strips(int width) {
+    return ((width + kLnccStrip - 1) / kLnccStrip | 1) * kLnccStrip;
+  }
+};
+
+// The widest tile whose arrays fit into so many elements, as high as they allow. The largest window
+// in double precision has room on any GPU that gives a block 99 KiB, and none gives less since
+// 2020.
+constexpr LnccTile lncc_tile(int radius, int radius_z, int fields, bool small, bool fused,
+                             int64_t elements) {
+  LnccTile tile{kLnccTileX, 32, radius, radius_z, fields, small, fused};
+  while (tile.size() > elements && tile.rows * tile.columns > 4 * 8) {
+    if (tile.rows > 4) {
+      tile.rows -= 4;
+    } else {
+      tile.rows = 32;
+      tile.columns /= 2;
+    }
+  }
+  return tile;
+}
+
+// Shared memory that a block may have on the GPUs that kernels of small windows are compiled for,
+// less a little for what has a fixed size: compute capability 9.0 and 10.0; 8.0; any other.
+inline constexpr int kLnccFixedBytes = 256;
+inline constexpr int64_t kLnccSharedBytes[] = {227 * 1024, 163 * 1024, 99 * 1024};
+inline constexpr int kLnccSharedLimits = 3;
+
+// Tiles in x and y, columns of planes along z. The planes of all columns, one after the other, are
+// cut into parts of equal length, a block each; a part may be the end of one column and the
+// beginning of the next.
+struct LnccTiling {
+  int tiles_x, tiles_y;
+  int64_t columns;  // in a group
+  int64_t parts;    // of a group
+};
+
+// `items_together`: one block takes all items of a group, since they share a gradient.
+inline LnccTiling lncc_tiling(const LnccGeometry& geometry, const LnccTile& tile,
+                              bool items_together) {
+  LnccTiling tiling;
+  tiling.tiles_x = static_cast<int>((geometry.sizes.x + tile.columns - 1) / tile.columns);
+  tiling.tiles_y = static_cast<int>((geometry.sizes.y + tile.rows - 1) / tile.rows);
+  tiling.columns = geometry.channels * (items_together ? 1 : geometry.batch.items) *
+                   tiling.tiles_x * tiling.tiles_y;
+  // One block for each multiprocessor of a large GPU, as no two fit one. The number depends on the
+  // shape alone, so that the order of summation does.
+  const int64_t groups = std::max<int64_t>(1, geometry.batch.groups);
+  const int64_t wanted = (kLnccMaxParts + groups - 1) / groups;
+  tiling.parts = std::max<int64_t>(1, std::min(wanted, tiling.columns * geometry.sizes.z));
+  return tiling;
+}
+
+}  // namespace reg
