@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxreg import compose, gaussian_smooth
+from jaxreg import compose, gaussian_smooth, invert_displacement
 from jaxreg.registration.adam import AdamMoments, riemannian_adam_step
-from jaxreg.registration.inverse import invert_displacement
 from jaxreg.registration.problem import Alignment
 from jaxreg.registration.similarity import Metric
 from jaxreg.registration.stage import Iterative
@@ -108,8 +107,7 @@ class Deformable(Iterative):
             displacement = compose(alignment.displacement, displacement)
             before = alignment.inverse_displacement
             inverse = None if inverse is None or before is None else compose(inverse, before)
-        inverse = invert_displacement(displacement, initial=inverse)
-        return Alignment(alignment.matrix, displacement, inverse)
+        return Alignment(alignment.matrix, displacement, invert_displacement(displacement, inverse))
 
 
 def confined(field: jax.Array) -> jax.Array:
