@@ -116,13 +116,14 @@ def confined(field: jax.Array) -> jax.Array:
     A flow that never crosses the border takes the volume onto itself. Otherwise points would leave
     the grid, where nothing is known of the inverse.
     """
-    components = []
+    across = jax.lax.broadcasted_iota(jnp.int32, field.shape, field.ndim - 1)
+    on_face = jnp.zeros((), jnp.bool)
     for component in range(field.shape[-1]):
         axis = field.ndim - 2 - component  # components are in x, y, z order
-        index = jax.lax.broadcasted_iota(jnp.int32, field.shape[:-1], axis)
-        inside = (index > 0) & (index < field.shape[axis] - 1)
-        components.append(jnp.where(inside, field[..., component], 0))
-    return jnp.stack(components, axis=-1)
+        index = jax.lax.broadcasted_iota(jnp.int32, field.shape, axis)
+        ends = (index == 0) | (index == field.shape[axis] - 1)
+        on_face |= ends & (across == component)
+    return jnp.where(on_face, 0, field)
 
 
 def step_gradient(moved: jax.Array, slope: jax.Array) -> jax.Array:
