@@ -160,6 +160,9 @@ def test_the_record_tells_settings_versions_and_losses(pair: Path, registered: P
     for stage in record["stages"]:
         assert stage["levels"][0]["losses"][-1] < stage["levels"][0]["losses"][0]
     assert record["jacobian"]["share"] == 0
+    error = record["inverse error (voxels)"]
+    assert error["share"] == 0
+    assert 0 < error["mean"] < error["maximum"] < 0.011
     assert {"jax", "python", "device"} <= set(record["versions"])
 
 
@@ -186,6 +189,40 @@ def test_the_same_command_gives_the_same_bits(
     lines = [line for line in told.splitlines() if line.startswith(("affine: ", "greedy: "))]
     assert len(lines) == 4  # of two scales each
     assert re.fullmatch(r"greedy: 1/2 resolution, LNCC 0\.\d{4}, iteration (\d+) of \1", lines[-1])
+
+
+def test_without_a_deformation_everything_but_the_warps_is_there(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed, moving, out = pair / "fixed.nii.gz", pair / "moving.mha", tmp_path / "out"
+    out.mkdir()
+    for name in ("warp.nii.gz", "inverse_warp.nii.gz"):  # of another registration
+        (out / name).write_text("old")
+    arguments = ["--stages", "moments,affine", "--report", "--device", "cpu", "-o", out]
+    assert run("register", fixed, moving, *arguments) == 0
+    assert "inverse" not in capsys.readouterr().out.lower()
+    warps = {"warp.nii.gz", "inverse_warp.nii.gz"}
+    assert sorted(path.name for path in out.iterdir()) == sorted(set(FILES) - warps)
+    record = json.loads((out / "registration.json").read_text())
+    assert record["transform"]["fixed to moving"] == ["affine.tfm"]
+    assert record["transform"]["moving to fixed"] == ["affine.tfm:inverse"]
+    assert record["jacobian"] == {"share": 0, "minimum": 1, "maximum": 1}
+    assert record["inverse error (voxels)"] == {"share": 0, "mean": 0, "maximum": 0}
+    assert (out / "report.html").read_text().count("data:image/png;base64,iVBOR") == 2
+
+    assert run("info", out / "affine.tfm") == 0
+    assert run("invert", out / "affine.tfm", "-o", tmp_path / "back.tfm") == 0
+    for image, grid, transform, moved in (
+        (moving, fixed, out / "affine.tfm", "moved.nii.gz"),
+        (fixed, moving, f"{out / 'affine.tfm'}:inverse", "fixed_moved.nii.gz"),
+        (fixed, moving, tmp_path / "back.tfm", "fixed_moved.nii.gz"),
+    ):
+        found = tmp_path / "found.nii.gz"
+        assert run("apply", image, "-r", grid, "-t", transform, "-o", found) == 0
+        expected = read_volume(out / moved).array
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(read_volume(found).array, expected, atol=1e-4 * scale)
+        assert float(ncc(read_volume(found).batched(), read_volume(grid).batched())[0, 0]) > 0.97
 
 
 def test_masks_metric_and_a_start_are_used(pair: Path, tmp_path: Path) -> None:

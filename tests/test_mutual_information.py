@@ -459,6 +459,15 @@ def test_a_joint_histogram_has_no_gradient() -> None:
         jax.grad(lambda x: jaxreg.joint_histogram(x, target).sum())(pred)
     with pytest.raises(ValueError, match=r"joint_histogram: target: .*requires no gradient"):
         torchreg.joint_histogram(torch.tensor(pred), torch.tensor(target, requires_grad=True))
+    value = torch.tensor(pred)
+    with pytest.raises(NotImplementedError, match="joint_histogram: forward mode"):
+        torch.func.jvp(
+            lambda x: torchreg.joint_histogram(x, torch.tensor(target)), (value,), (value,)
+        )
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(value, value)
+        with pytest.raises(NotImplementedError, match="joint_histogram: forward mode"):
+            torchreg.joint_histogram(dual, torch.tensor(target))
 
 
 @pytest.mark.parametrize("num_bins", [7, 32])

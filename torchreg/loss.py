@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from torchreg._ops import apply, plain_number, static_tuple
+from torchreg._ops import apply, apply_for, plain_number, static_tuple
 
 ValueRange = str | Sequence[Sequence[float | torch.Tensor]] | None
 
@@ -291,7 +291,8 @@ def joint_histogram(
     """
     op = "joint_histogram"
     ranges = _intensity_ranges(op, value_range, pred, target)
-    return apply(
+    (histogram,) = apply_for(
+        ("output",),
         op,
         (pred, target, _weights(mask, pred), ranges),
         {
@@ -301,6 +302,7 @@ def joint_histogram(
             "joint_range": _is_joint(value_range),
         },
     )
+    return histogram
 
 
 class _Loss(torch.nn.Module):

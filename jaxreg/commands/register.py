@@ -214,6 +214,7 @@ def _record(result: Registration, inputs: dict[str, Any], facts: dict[str, str])
             "matrix": np.asarray(result.transform.matrix).tolist(),
         },
         "jacobian": result.folds._asdict(),
+        "inverse error (voxels)": result.inverse_error._asdict(),
         "stages": [
             {
                 "name": stage.name,
@@ -243,4 +244,8 @@ def _summary(result: Registration, seconds: float, compiling: float, device: str
     folds = result.folds
     table.add_row("Voxels with Jacobian determinant ≤ 0", f"{100 * folds.share:.4g} %")
     table.add_row("Jacobian determinant", f"{folds.minimum:.3f} to {folds.maximum:.3f}")
+    if result.transform.displacement is not None:
+        error = result.inverse_error
+        table.add_row("Voxels without an inverse to 0.01 voxels", f"{100 * error.share:.4g} %")
+        table.add_row("Error of the inverse", f"at most {error.maximum:.3g} voxels")
     return table

@@ -25,7 +25,14 @@ from jaxreg.registration.itk_transforms import (
 )
 from jaxreg.registration.linear import Affine, Linear, Rigid, Similarity, Translation
 from jaxreg.registration.moments import Moments
-from jaxreg.registration.pipeline import Folds, LevelRecord, Registration, StageRecord, register
+from jaxreg.registration.pipeline import (
+    Folds,
+    InverseError,
+    LevelRecord,
+    Registration,
+    StageRecord,
+    register,
+)
 from jaxreg.registration.presets import preset, stage_from_name
 from jaxreg.registration.problem import Alignment
 from jaxreg.registration.progress import Callback, Progress
@@ -56,6 +63,7 @@ __all__ = [
     "Folds",
     "Greedy",
     "Grid",
+    "InverseError",
     "Iterative",
     "LevelRecord",
     "Linear",

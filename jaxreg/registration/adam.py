@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxreg import convert_displacement
 from jaxreg.registration.pyramid import resize_field
 
 __all__ = ["AdamMoments", "adam_direction", "riemannian_adam_step"]
@@ -70,11 +69,11 @@ def adam_direction(
     first = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, moments.first, gradient)
     second = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g**2, moments.second, gradient)
 
+    # In float32 also under x64. Together: on a GPU every scalar of its own costs a kernel.
+    unbiased = 1 / (1 - jnp.asarray([beta1, beta2], jnp.float32) ** steps)
+
     def quotient(mean: jax.Array, variance: jax.Array) -> jax.Array:
-        # The powers get the mean's dtype: a float to an integer array would be double under x64.
-        mean = mean / (1 - jnp.asarray(beta1, mean.dtype) ** steps)
-        variance = variance / (1 - jnp.asarray(beta2, mean.dtype) ** steps)
-        return mean / (jnp.sqrt(variance) + epsilon)
+        return mean * unbiased[0] / (jnp.sqrt(variance * unbiased[1]) + epsilon)
 
     return jax.tree.map(quotient, first, second), AdamMoments(first, second, steps)
 
@@ -122,7 +121,10 @@ def riemannian_adam_step(
     direction, moments = adam_direction(
         gradient, moments, beta1=beta1, beta2=beta2, epsilon=epsilon
     )
-    lengths = jnp.linalg.norm(direction, axis=-1, keepdims=True)
-    longest = lengths.max(axis=tuple(range(1, gradient.ndim)), keepdims=True)
-    step = -learning_rate * 0.5 / jnp.maximum(0.5, longest) * direction
-    return convert_displacement(step, "voxel", "normalised"), moments
+    # Without `convert_displacement`: XLA fuses all that is done to a voxel, but not into an op.
+    squares = jnp.sum(direction**2, axis=-1)
+    longest = jnp.sqrt(jnp.max(squares, axis=tuple(range(1, gradient.ndim - 1))))
+    length = -learning_rate * 0.5 / jnp.maximum(0.5, longest)
+    voxel = [2 / (n - 1) if n > 1 else 0 for n in reversed(gradient.shape[1:-1])]
+    length = length.reshape(-1, *(1,) * (gradient.ndim - 1))
+    return length * jnp.asarray(voxel, gradient.dtype) * direction, moments

@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxreg import compose, gaussian_smooth
+from jaxreg import compose, gaussian_smooth, invert_displacement
 from jaxreg.registration.adam import AdamMoments, riemannian_adam_step
-from jaxreg.registration.inverse import invert_displacement
 from jaxreg.registration.problem import Alignment
 from jaxreg.registration.similarity import Metric
 from jaxreg.registration.stage import Iterative
@@ -108,8 +107,7 @@ class Deformable(Iterative):
             displacement = compose(alignment.displacement, displacement)
             before = alignment.inverse_displacement
             inverse = None if inverse is None or before is None else compose(inverse, before)
-        inverse = invert_displacement(displacement, initial=inverse)
-        return Alignment(alignment.matrix, displacement, inverse)
+        return Alignment(alignment.matrix, displacement, invert_displacement(displacement, inverse))
 
 
 def confined(field: jax.Array) -> jax.Array:
@@ -118,13 +116,14 @@ def confined(field: jax.Array) -> jax.Array:
     A flow that never crosses the border takes the volume onto itself. Otherwise points would leave
     the grid, where nothing is known of the inverse.
     """
-    components = []
+    across = jax.lax.broadcasted_iota(jnp.int32, field.shape, field.ndim - 1)
+    on_face = jnp.zeros((), jnp.bool)
     for component in range(field.shape[-1]):
         axis = field.ndim - 2 - component  # components are in x, y, z order
-        index = jax.lax.broadcasted_iota(jnp.int32, field.shape[:-1], axis)
-        inside = (index > 0) & (index < field.shape[axis] - 1)
-        components.append(jnp.where(inside, field[..., component], 0))
-    return jnp.stack(components, axis=-1)
+        index = jax.lax.broadcasted_iota(jnp.int32, field.shape, axis)
+        ends = (index == 0) | (index == field.shape[axis] - 1)
+        on_face |= ends & (across == component)
+    return jnp.where(on_face, 0, field)
 
 
 def step_gradient(moved: jax.Array, slope: jax.Array) -> jax.Array:

@@ -54,7 +54,8 @@ class _Memory(NamedTuple):
             turn = jnp.exp(parameters.log_scale) * turn
         if parameters.matrix is not None:
             turn = turn + parameters.matrix
-        offset = self.centre + self.length * parameters.shift - matmul(turn, self.centre)
+        turned = (turn * self.centre).sum(axis=1)
+        offset = self.centre + self.length * parameters.shift - turned
         top = jnp.concatenate([turn, offset[:, None]], axis=1)
         return jnp.concatenate([top, jnp.eye(1, ndim + 1, ndim, dtype=top.dtype)])
 

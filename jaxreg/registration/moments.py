@@ -91,7 +91,7 @@ def _best(stage: Moments, level: Level) -> tuple[jax.Array, jax.Array]:
 def _about(turn: jax.Array, fixed: jax.Array, moving: jax.Array) -> jax.Array:
     """Return the transform with a linear part that takes one centre to the other."""
     ndim = fixed.size
-    top = jnp.concatenate([turn, (moving - matmul(turn, fixed))[:, None]], axis=1)
+    top = jnp.concatenate([turn, (moving - (turn * fixed).sum(axis=1))[:, None]], axis=1)
     transform: jax.Array = jnp.concatenate([top, jnp.eye(1, ndim + 1, ndim, dtype=top.dtype)])
     return transform
 
@@ -144,4 +144,4 @@ def centre_and_covariance(
     rows = [jnp.stack([(mass * a * b).sum() for b in centred]) for a in centred]
     linear = to_physical[:-1, :-1]
     covariance = matmul(linear, matmul(jnp.stack(rows), linear.T))
-    return matmul(linear, mean) + to_physical[:-1, -1], covariance
+    return (linear * mean).sum(axis=1) + to_physical[:-1, -1], covariance

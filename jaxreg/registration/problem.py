@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -13,9 +14,33 @@ from jaxreg.registration.pyramid import downsample, level_shape, resize_field
 
 __all__ = ["Alignment", "Level", "Problem", "combined", "matmul"]
 
-# The product of a few small matrices costs nothing, but with TensorFloat-32, the default for
-# float32 products on recent GPUs, it would move the samples by a tenth of a voxel.
-matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+@jax.custom_vjp
+def matmul(one: jax.Array, other: jax.Array) -> jax.Array:
+    """Return the product of two small matrices.
+
+    Written out, and so that its gradient is such a product, too: XLA fuses that with what is around
+    it, where on a GPU every call of a library costs more than it computes. The sums are in float32:
+    TensorFloat-32, the default for products there, would move samples by a tenth of a voxel.
+    """
+    terms = (one[:, k, None] * other[k] for k in range(one.shape[1]))
+    return functools.reduce(operator.add, terms)
+
+
+def _matmul_forward(
+    one: jax.Array, other: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return matmul(one, other), (one, other)
+
+
+def _matmul_backward(
+    operands: tuple[jax.Array, jax.Array], slope: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    one, other = operands
+    return matmul(slope, other.T), matmul(one.T, slope)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Alignment(NamedTuple):

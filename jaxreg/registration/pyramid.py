@@ -118,6 +118,8 @@ def downsample(image: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     old = image.shape[2:]
     if len(shape) != len(old) or any(new > n for new, n in zip(shape, old, strict=True)):
         raise ValueError(f"shape: expected at most {old}, got {shape}")
+    if tuple(shape) == old:
+        return image  # the same array: a full resolution is large enough to be there once
     factors = [max(n - 1, 1) / max(new - 1, 1) for n, new in zip(old, shape, strict=True)]
     sigma = [math.sqrt(f**2 - 1) / 2 for f in factors]
     radius = [math.ceil(_TRUNCATE * s) for s in sigma]

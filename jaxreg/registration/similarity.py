@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxreg.loss import lncc_loss
+from jaxreg.loss import lncc_loss, mutual_information_loss
 
 __all__ = ["Metric", "find_loss", "mse_loss", "ncc", "ncc_loss"]
 
@@ -130,7 +129,7 @@ def find_loss(metric: Metric, kernel_size: int = 7, num_bins: int = 32) -> Loss:
         return functools.partial(_call, metric)
     options: dict[str, Callable[..., jax.Array]] = {
         "lncc": functools.partial(lncc_loss, kernel_size=kernel_size),
-        "mi": functools.partial(_mutual_information_loss, num_bins=num_bins),
+        "mi": functools.partial(mutual_information_loss, num_bins=num_bins),
         "mse": mse_loss,
         "ncc": ncc_loss,
     }
@@ -152,9 +151,3 @@ def _call(
     if not any(p.name == "mask" or p.kind is p.VAR_KEYWORD for p in parameters):
         raise ValueError(f"metric: expected a function that takes mask=, got {metric!r}")
     return metric(pred, target, mask=mask)
-
-
-def _mutual_information_loss(pred: jax.Array, target: jax.Array, **options: Any) -> jax.Array:
-    # Looked up when it is wanted: the other measures work in a build that does not have it.
-    loss = importlib.import_module("jaxreg").mutual_information_loss
-    return cast(jax.Array, loss(pred, target, **options))

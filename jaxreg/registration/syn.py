@@ -22,10 +22,9 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxreg import compose
+from jaxreg import compose, invert_displacement
 from jaxreg.registration.adam import AdamMoments
 from jaxreg.registration.deformable import Deformable, step_gradient
-from jaxreg.registration.inverse import invert_displacement
 from jaxreg.registration.problem import Level
 from jaxreg.registration.pyramid import resize_field
 

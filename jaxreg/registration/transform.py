@@ -19,7 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxreg import interpolate, interpolate_labels, invert_displacement
+from jaxreg import (
+    compose,
+    convert_displacement,
+    interpolate,
+    interpolate_labels,
+    invert_displacement,
+)
 from jaxreg.registration.grid import Grid, Matrix, inverse_matrix
 from jaxreg.registration.volume import Volume
 
@@ -127,7 +133,8 @@ class Transform:
     def with_inverse(self) -> Transform:
         """Return the same transform with the inverse of its deformation.
 
-        It is computed by `jaxreg.invert_displacement`, to 0.01 voxels.
+        It is computed by `jaxreg.invert_displacement`, to 0.01 voxels; `inverse_error` tells where
+        that was not reached.
         """
         if self.displacement is None:
             return self
@@ -236,6 +243,32 @@ class Transform:
         if self.displacement is not None and self.inverse_displacement is None:
             raise ValueError("inverse_displacement: expected a field to invert with, got None")
         return _to_physical(self.inverse_displacement, self.grid)
+
+    def inverse_error(self) -> NDArray[np.float32]:
+        """Return how far points are from where they started after the inverse and the deformation.
+
+        Returns
+        -------
+        float32[*S]
+            At the voxels of `grid`, in voxels: the length of ``e(y) + d(y + e(y))``. 0 where there
+            is no deformation.
+
+        Raises
+        ------
+        ValueError
+            If the inverse of the deformation is not known.
+        """
+        if self.displacement is None:
+            return np.zeros(self.grid.shape, np.float32)
+        if self.inverse_displacement is None:
+            raise ValueError("inverse_displacement: expected a field to invert with, got None")
+        forward, back = (
+            jnp.asarray(field, jnp.float32)
+            for field in (self.displacement, self.inverse_displacement)
+        )
+        voxels = convert_displacement(compose(forward, back), "normalised", "voxel")
+        lengths: NDArray[np.float32] = np.linalg.norm(np.asarray(voxels)[0], axis=-1)
+        return lengths
 
     def inverse(self, grid: Grid) -> Transform:
         """Return the transform from the moving to the fixed space.

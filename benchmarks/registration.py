@@ -1,0 +1,212 @@
+"""A whole registration, from two volumes to the transform and its inverse.
+
+    python benchmarks/registration.py [--device cuda|cpu] [--size Z Y X] [--json FILE]
+
+An affine stage, then a greedy one, both by LNCC with a window of 5, at a quarter, half and full
+resolution; no test of convergence. The moving image is a turned and bent copy of the fixed one. The
+first run compiles; the others are timed, with both images on the device when they begin.
+
+For every stage: seconds, and milliseconds per iteration. For every level of it: milliseconds per
+iteration, with the level alone, less what the stage takes without iterations. Peak memory is what
+XLA's allocator has handed out at once, images included, in the timed runs and the first one (CUDA
+only). Then the same in one compiled program, `register_images` under ``jax.jit``: seconds, and the
+memory that XLA plans for it. The correlation with the fixed image tells that work was done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxreg import convert_displacement, interpolate
+from jaxreg.info import describe
+from jaxreg.registration import (
+    Affine,
+    Greedy,
+    Iterative,
+    Registration,
+    Volume,
+    ncc,
+    register,
+    register_images,
+    resize_field,
+    resize_image,
+)
+
+SCALES = (4.0, 2.0, 1.0)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
+    parser.add_argument("--size", nargs=3, type=int, metavar=("Z", "Y", "X"))
+    parser.add_argument("--iterations", nargs=3, type=int, metavar=("QUARTER", "HALF", "FULL"))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    cuda = arguments.device == "cuda"
+    arguments.size = tuple(arguments.size or ((192, 232, 256) if cuda else (48, 58, 64)))
+    arguments.iterations = tuple(arguments.iterations or ((200, 100, 50) if cuda else (40, 20, 10)))
+    return arguments
+
+
+def make_pair(size: Sequence[int]) -> tuple[Volume, Volume]:
+    """Return noise of several widths, and the same turned, stretched and bent."""
+    rng = np.random.default_rng(0)
+    image = jnp.zeros((1, 1, *size))
+    for width in (16, 8, 4):
+        noise = rng.normal(size=(1, 1, *(n // width + 2 for n in size)))
+        image += resize_image(jnp.asarray(noise, jnp.float32), tuple(size))
+    # Fading out, so that nothing of it leaves the volume.
+    fade = np.prod(np.meshgrid(*(np.hanning(n) for n in size), indexing="ij"), axis=0) ** 0.5
+    image *= jnp.asarray(fade, jnp.float32)
+    voxels = rng.uniform(-1, 1, (1, 5, 5, 5, 3)) * min(size) / 40
+    bend = resize_field(jnp.asarray(voxels, jnp.float32), tuple(size))
+    cos, sin = np.cos(0.05), np.sin(0.05)
+    affine = [[1.02 * cos, -sin, 0, 0.02], [sin, 0.98 * cos, 0, -0.03], [0, 0, 1, 0.02]]
+    moving = interpolate(
+        image,
+        jnp.asarray([affine], jnp.float32),
+        convert_displacement(bend, "voxel", "normalised"),
+        affine_last=True,
+    )
+    return Volume.create(image[0, 0]), Volume.create(moving[0, 0])
+
+
+def seconds(call: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+    """Return the least wall time of several calls, after one that is not counted."""
+    result = jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return min(times), result
+
+
+def peak_mib(device: jax.Device) -> float:
+    statistics = device.memory_stats() or {}
+    return statistics.get("peak_bytes_in_use", float("nan")) / 2**20
+
+
+def measure_register(
+    pair: tuple[Volume, Volume], stages: Sequence[Iterative], repeats: int
+) -> tuple[dict[str, Any], Registration]:
+    """Time `register`, and each of its stages, in the fastest run."""
+    register(*pair, stages)
+    runs = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = register(*pair, stages)  # which waits for its stages
+        runs.append((time.perf_counter() - start, result))
+    total, result = min(runs, key=lambda run: run[0])
+    row: dict[str, Any] = {"total_s": total, "totals_s": [run[0] for run in runs]}
+    for record in result.stages:
+        count = sum(level.losses.size for level in record.levels)
+        row[record.name] = {"s": record.seconds, "ms_per_iteration": record.seconds / count * 1e3}
+    return row, result
+
+
+def measure_levels(
+    pair: tuple[Volume, Volume], stages: Sequence[Iterative], repeats: int
+) -> list[dict[str, Any]]:
+    """Milliseconds per iteration of each level of each stage."""
+    rows = []
+    for stage in stages:
+        for scale, iterations in zip(stage.scales, stage.iterations, strict=True):
+            with_and_without = []
+            for count in (iterations, 0):
+                level = dataclasses.replace(stage, scales=(scale,), iterations=(count,))
+                register(*pair, [level])
+                with_and_without.append(
+                    min(register(*pair, [level]).stages[0].seconds for _ in range(repeats))
+                )
+            ms = (with_and_without[0] - with_and_without[1]) / iterations * 1e3
+            rows.append({"stage": stage.name, "scale": scale, "ms_per_iteration": ms})
+    return rows
+
+
+def measure_program(
+    pair: tuple[Volume, Volume], stages: Sequence[Iterative], repeats: int
+) -> dict[str, float]:
+    """Time the registration as one compiled program."""
+    images = [volume.batched()[0] for volume in pair]
+    program = jax.jit(lambda fixed, moving: register_images(fixed, moving, stages).alignment)
+    start = time.perf_counter()
+    compiled = program.lower(*images).compile()
+    compilation = time.perf_counter() - start
+    total, _ = seconds(lambda: compiled(*images), repeats)
+    plan = compiled.memory_analysis()
+    planned = plan.temp_size_in_bytes + plan.output_size_in_bytes + plan.argument_size_in_bytes
+    return {"total_s": total, "compilation_s": compilation, "planned_mib": planned / 2**20}
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    device = jax.devices("gpu" if arguments.device == "cuda" else "cpu")[0]
+    stages = [
+        stage(SCALES, arguments.iterations, metric="lncc", kernel_size=5, tolerance=0)
+        for stage in (Affine, Greedy)
+    ]
+    about = {
+        "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
+        "device": device.device_kind if arguments.device == "cuda" else f"{os.cpu_count()} cores",
+        "size": arguments.size,
+        "iterations": arguments.iterations,
+        "repeats": arguments.repeats,
+        **describe(),
+    }
+    print(about, flush=True)
+    with jax.default_device(device):
+        pair = make_pair(arguments.size)
+        whole, result = measure_register(pair, stages, arguments.repeats)
+        whole["peak_mib"] = peak_mib(device)
+        before, after = (
+            float(ncc(volume.batched(), pair[0].batched())[0, 0])
+            for volume in (pair[1], result.moved)
+        )
+        whole |= {"correlation": [before, after], "folded": result.folds.share}
+        print(
+            f"register           {whole['total_s']:8.3f} s  peak {whole['peak_mib']:7.1f} MiB"
+            f"  correlation {before:.3f} -> {after:.3f}, folded {result.folds.share:.2g}",
+            flush=True,
+        )
+        if not after > 0.9:
+            raise SystemExit(f"expected the images to be aligned, got a correlation of {after:.3f}")
+        for stage in stages:
+            row = whole[stage.name]
+            print(
+                f"{stage.name:<18} {row['s']:8.3f} s  {row['ms_per_iteration']:8.3f} ms/iteration"
+            )
+        del result
+        levels = measure_levels(pair, stages, arguments.repeats)
+        for row in levels:
+            name = f"{row['stage']} 1/{row['scale']:g}"
+            print(f"{name:<18} {'':8}    {row['ms_per_iteration']:8.3f} ms/iteration", flush=True)
+        program = measure_program(pair, stages, arguments.repeats)
+    print(
+        f"one program        {program['total_s']:8.3f} s  planned {program['planned_mib']:7.1f} MiB"
+        f"  compiled in {program['compilation_s']:.1f} s"
+    )
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            record = {"about": about, "register": whole, "levels": levels, "program": program}
+            json.dump(record, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
