@@ -16,7 +16,7 @@ from jaxreg import cli
 from jaxreg.commands import multimodal
 from jaxreg.data import copyright_notice, load_multimodal_paths, load_pair_paths
 from jaxreg.registration import Volume, dice, ncc, read_volume, resample
-from jaxreg.registration.report_pictures import View
+from jaxreg.registration.report_pictures import View, draw_contours
 
 
 def test_the_brains_ship_with_the_package() -> None:
@@ -150,8 +150,12 @@ def test_mutual_information_aligns_what_the_other_metrics_do_not(
     moved = read_volume(tmp_path / "moved.nii.gz")
     assert moved.shape == scene.fixed.shape
     expected = resample(scene.moving, scene.fixed, [scene.reference])
-    overlap = [np.asarray(volume.array) > scene.surface for volume in (moved, expected)]
-    assert dice(*(mask.astype(int) for mask in overlap))[1] > 0.95
+    surfaces = (20.0, scene.surface)  # Hounsfield units, and what the scene has
+    brains = (
+        (np.asarray(volume.array) > surface).astype(int)
+        for volume, surface in zip((moved, expected), surfaces, strict=True)
+    )
+    assert dice(*brains)[1] > 0.95
 
 
 def test_the_starts_are_off_by_what_they_say() -> None:
@@ -238,3 +242,16 @@ def test_the_report_shows_every_orientation_the_same_way(
     shown = view.deformed_points(voxels) - view.deformed_points(0 * voxels)
     expected = matrix[:3, :3] @ [1, 2, 3]
     np.testing.assert_allclose(shown, np.broadcast_to(expected, shown.shape), rtol=1e-5)
+
+
+def test_contours_lie_where_the_volume_has_their_level() -> None:
+    ramp = np.broadcast_to(np.arange(12.0), (8, 10, 12))
+    fixed, placed, reference = (
+        Volume.create(array, (2, 2, 2)) for array in (np.ones_like(ramp), ramp, ramp + 3)
+    )
+    figure = draw_contours(fixed, {"One": placed}, reference, level=7.25, title="Ramps")
+    axial, coronal, _ = figure.axes
+    for ax in (axial, coronal):
+        beneath, above = (set.get_paths()[0].vertices[:, 0] for set in ax.collections)
+        np.testing.assert_allclose(beneath, 2 * 4.25)
+        np.testing.assert_allclose(above, 2 * 7.25)

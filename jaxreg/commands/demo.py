@@ -76,7 +76,10 @@ def demo(
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Stop at 4 mm voxels: rougher and faster.")
+        bool,
+        typer.Option(
+            "--quick", help="Stop at 4 mm voxels (8 mm with --multimodal): rougher and faster."
+        ),
     ] = False,
     multimodal: Annotated[
         bool,

@@ -135,7 +135,8 @@ def draw_contours(
             for ax, cut in zip(axes, slices, strict=True):
                 section = cut.of(contoured)
                 if section.min() < level < section.max():
-                    ax.contour(section, [level], extent=cut.extent, colors=[colour], linewidths=1.1)
+                    style: dict[str, Any] = {"colors": [colour], "linewidths": 1.1}
+                    ax.contour(section, [level], origin="lower", extent=cut.extent, **style)
     return panels.figure
 
 
