@@ -13,9 +13,10 @@ import SimpleITK as sitk  # noqa: N813
 from command import run
 
 from jaxreg import cli
-from jaxreg.data import copyright_notice, load_pair_paths
-from jaxreg.registration import Volume, ncc, read_volume
-from jaxreg.registration.report_pictures import View
+from jaxreg.commands import multimodal
+from jaxreg.data import copyright_notice, load_multimodal_paths, load_pair_paths
+from jaxreg.registration import Volume, dice, ncc, read_volume, resample
+from jaxreg.registration.report_pictures import View, draw_contours
 
 
 def test_the_brains_ship_with_the_package() -> None:
@@ -33,6 +34,43 @@ def test_the_brains_ship_with_the_package() -> None:
         # Brain only: the outermost voxels are empty.
         assert all(not volume.array.take((0, -1), axis).any() for axis in range(3))
     assert "provided that the above copyright\nnotice appear in all copies" in copyright_notice()
+
+
+def test_a_head_and_a_ct_ship_with_the_package() -> None:
+    paths = load_multimodal_paths()
+    assert sum(path.stat().st_size for path in paths[0].parent.glob("*.*")) < 1_600_000
+    head, ct = (sitk.ReadImage(str(path)) for path in paths[:2])
+    for image in (head, ct):
+        assert image.GetPixelID() == sitk.sitkUInt8
+        np.testing.assert_allclose(image.GetSpacing(), 2.0)
+    # White matter has 25 to 35 HU.
+    centrum_semiovale = (25.0, 20.0, 30.0)
+    there = sitk.ReadTransform(str(paths.reference)).TransformPoint(centrum_semiovale)
+    assert 50 <= ct[ct.TransformPhysicalPointToIndex(there)] <= 70
+    notice = copyright_notice()
+    for path in paths:
+        assert path.name in notice
+    assert "TotalSegmentator" in notice
+    assert "Apache License, Version 2.0" in notice
+
+
+def test_the_reference_puts_ventricles_on_ventricles() -> None:
+    paths = load_multimodal_paths()
+    head, ct = (sitk.ReadImage(str(path)) for path in paths[:2])
+    brain = sitk.Resample(sitk.ReadImage(str(load_pair_paths().moving)), head) > 5
+    deep = sitk.BinaryErode(sitk.BinaryFillhole(brain), [6] * 3)
+    fluid = sitk.GetArrayFromImage(sitk.And(head < 45, deep))
+
+    def overlap(transform: sitk.Transform) -> float:
+        low = sitk.And(sitk.Resample(ct, head, transform) < 40, deep)
+        return dice(fluid, sitk.GetArrayFromImage(low))[1]
+
+    reference = sitk.ReadTransform(str(paths.reference))
+    assert overlap(reference) > 0.55
+    # 5 mm in any direction, and it shows.
+    for shift in 5 * np.vstack([np.eye(3), -np.eye(3)]):
+        shifted = sitk.TranslationTransform(3, shift.tolist())
+        assert overlap(sitk.CompositeTransform([reference, shifted])) < 0.5
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +125,57 @@ def test_the_demo_says_what_it_found(capsys: pytest.CaptureFixture[str], tmp_pat
     assert str(tmp_path / "moved.nii.gz") in text
 
 
+def test_mutual_information_aligns_what_the_other_metrics_do_not(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ("--quick", "--device", "cpu", "--output-dir", tmp_path)
+    assert run("demo", "--multimodal", *arguments) == 0
+    text = capsys.readouterr().out
+    rows = [
+        [float(number) for number in re.findall(r"\d+\.\d", line)]
+        for line in text.splitlines()
+        if re.match(r"│ (\d+°, \d+ mm|Median) ", line)
+    ]
+    assert len(rows) == len(multimodal.STARTS) + 1
+    for start, squares, correlation, information in rows:
+        assert start > 14
+        assert information < 4
+        assert min(squares, correlation) > 2 * information
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["moved.nii.gz", "multimodal.png"]
+    assert (tmp_path / "multimodal.png").read_bytes().startswith(b"\x89PNG")
+
+    # The CT is written where mutual information puts it.
+    scene = multimodal.load()
+    moved = read_volume(tmp_path / "moved.nii.gz")
+    assert moved.shape == scene.fixed.shape
+    expected = resample(scene.moving, scene.fixed, [scene.reference])
+    surfaces = (20.0, scene.surface)  # Hounsfield units, and what the scene has
+    brains = (
+        (np.asarray(volume.array) > surface).astype(int)
+        for volume, surface in zip((moved, expected), surfaces, strict=True)
+    )
+    assert dice(*brains)[1] > 0.95
+
+
+def test_the_starts_are_off_by_what_they_say() -> None:
+    scene = multimodal.load()
+    assert scene.error(scene.reference) == 0
+    for start in multimodal.STARTS:
+        motion = start.motion(np.zeros(3))
+        assert np.linalg.norm(motion[:3, 3]) == pytest.approx(start.millimetres)
+        cosine = (np.trace(motion[:3, :3]) - 1) / 2
+        assert np.degrees(np.arccos(cosine)) == pytest.approx(start.degrees)
+        shift = np.eye(4)
+        shift[:3, 3] = scene.reference[:3, :3] @ motion[:3, 3]
+        expected = np.linalg.norm(shift[:3, 3])
+        assert scene.error(shift @ scene.reference) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["demo", "--multimodal", "--shift", "3"], "--shift: expected none with --multimodal"),
         (["demo", "--output-dir", "{file}"], "--output-dir {file}: cannot write there"),
         (["demo", "--output-dir", "{file}/below"], "cannot write there"),
         (["demo", "--rotation", "nan"], "--rotation: expected a finite number"),
@@ -156,3 +242,16 @@ def test_the_report_shows_every_orientation_the_same_way(
     shown = view.deformed_points(voxels) - view.deformed_points(0 * voxels)
     expected = matrix[:3, :3] @ [1, 2, 3]
     np.testing.assert_allclose(shown, np.broadcast_to(expected, shown.shape), rtol=1e-5)
+
+
+def test_contours_lie_where_the_volume_has_their_level() -> None:
+    ramp = np.broadcast_to(np.arange(12.0), (8, 10, 12))
+    fixed, placed, reference = (
+        Volume.create(array, (2, 2, 2)) for array in (np.ones_like(ramp), ramp, ramp + 3)
+    )
+    figure = draw_contours(fixed, {"One": placed}, reference, level=7.25, title="Ramps")
+    axial, coronal, _ = figure.axes
+    for ax in (axial, coronal):
+        beneath, above = (set.get_paths()[0].vertices[:, 0] for set in ax.collections)
+        np.testing.assert_allclose(beneath, 2 * 4.25)
+        np.testing.assert_allclose(above, 2 * 7.25)

@@ -19,6 +19,7 @@ from jaxreg import lncc_loss
 from jaxreg.commands import device as devices
 from jaxreg.commands.compilation import compile_seconds
 from jaxreg.commands.device import Device
+from jaxreg.commands.multimodal import compare_metrics
 from jaxreg.commands.progress import register_watched
 from jaxreg.data import load_pair_paths
 from jaxreg.registration import (
@@ -41,6 +42,7 @@ __all__ = ["demo", "load"]
 
 # An oblique axis and a slanted shift, so that no coordinate is left as it was.
 _AXIS = (1.0, 2.0, 3.0)
+_ROTATION, _SHIFT = 15.0, 20.0
 _SHIFT_DIRECTION = np.array((2.0, -1.0, 2.0)) / 3
 
 
@@ -60,28 +62,54 @@ def demo(
     ] = Path("jaxreg-demo"),
     device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,
     rotation: Annotated[
-        float, typer.Option(help="Turn the moving image's header by this many degrees first.")
-    ] = 15.0,
+        float | None,
+        typer.Option(
+            help="Turn the moving image's header by this many degrees first.",
+            show_default=f"{_ROTATION:g}",
+        ),
+    ] = None,
     shift: Annotated[
-        float, typer.Option(help="Shift the moving image's header by this many mm first.")
-    ] = 20.0,
+        float | None,
+        typer.Option(
+            help="Shift the moving image's header by this many mm first.",
+            show_default=f"{_SHIFT:g}",
+        ),
+    ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Stop at 4 mm voxels: rougher and faster.")
+        bool,
+        typer.Option(
+            "--quick", help="Stop at 4 mm voxels (8 mm with --multimodal): rougher and faster."
+        ),
+    ] = False,
+    multimodal: Annotated[
+        bool,
+        typer.Option(
+            "--multimodal",
+            help="Register a CT to an MR image instead, by three metrics from the same six starts.",
+        ),
     ] = False,
 ) -> None:
     """Register Colin27 to the ICBM152 template: affine, then diffeomorphic.
 
-    Writes moved.nii.gz, displacement.nii.gz (an ITK displacement image, mm) and report.png.
+    Writes moved.nii.gz, displacement.nii.gz (an ITK displacement image, mm) and report.png; with
+    --multimodal moved.nii.gz and multimodal.png.
     """
     start, compiled = time.perf_counter(), compile_seconds()
     for name, value in (("--rotation", rotation), ("--shift", shift)):
-        if not np.isfinite(value):
+        if value is not None and multimodal:
+            raise ValueError(f"{name}: expected none with --multimodal, got {value}")
+        if value is not None and not np.isfinite(value):
             raise ValueError(f"{name}: expected a finite number, got {value}")
     _prepare(output_dir)
     target = devices.find(device)
+    if multimodal:
+        compare_metrics(output_dir, target, quick)
+        return
     console = Console()
     with jax.default_device(target):
-        fixed, moving = load(rotation, shift)
+        fixed, moving = load(
+            _ROTATION if rotation is None else rotation, _SHIFT if shift is None else shift
+        )
         stages = _stages(quick)
         result = register_watched(fixed, moving, stages, console)
         parts = result.transform.parts

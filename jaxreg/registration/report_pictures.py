@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-__all__ = ["BACKGROUND", "FAINT", "TEXT", "View", "draw_losses", "draw_slices"]
+__all__ = ["BACKGROUND", "FAINT", "TEXT", "View", "draw_contours", "draw_losses", "draw_slices"]
 
 BACKGROUND = "#0e1116"
 TEXT = "#e6e9ee"
@@ -89,6 +91,52 @@ def draw_slices(
     panels.colourbar(drawn, ("fixed brighter", "", "moving brighter"), (-0.5, 0, 0.5))
     for word, image in (("before", before), ("after", moved)):
         panels.image(f"Checkerboard {word}", _interleave(fixed, image, board), {})
+    return panels.figure
+
+
+def draw_contours(
+    fixed: Volume,
+    placed: Mapping[str, Volume],
+    reference: Volume,
+    *,
+    level: float,
+    title: str,
+    subtitle: str = "",
+) -> Figure:
+    """Draw one image with the contours of others, in a panel each.
+
+    Parameters
+    ----------
+    fixed
+        What is shown in grey.
+    placed
+        By the titles of their panels, the volumes of the contours, on the fixed grid.
+    reference
+        A volume whose contours every panel shows beneath the others, on the fixed grid.
+    level
+        The intensity of the contours.
+    title, subtitle
+        Printed above the panels.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        13 inches wide.
+    """
+    view = View.of(fixed)
+    image, beneath = view.scalar(fixed), view.scalar(reference)
+    image = _scaled(image, image)
+    slices = _middle_slices(image, view.spacing, fixed.ndim)
+    gray: dict[str, Any] = {"cmap": _colours(BACKGROUND, "white"), "vmin": 0, "vmax": 1.4}
+    panels = _Panels(slices, title, subtitle, number=len(placed))
+    for number, (name, volume) in enumerate(placed.items()):
+        axes, _ = panels.image(name, image, gray, letters=number == 0)
+        for contoured, colour in ((beneath, _COLD), (view.scalar(volume), _WARM)):
+            for ax, cut in zip(axes, slices, strict=True):
+                section = cut.of(contoured)
+                if section.min() < level < section.max():
+                    style: dict[str, Any] = {"colors": [colour], "linewidths": 1.1}
+                    ax.contour(section, [level], origin="lower", extent=cut.extent, **style)
     return panels.figure
 
 
@@ -253,7 +301,7 @@ def _middle_slices(
 
 
 class _Panels:
-    """A figure of eight panels; each shows all slices, at one scale.
+    """A figure of equal panels; each shows all slices, at one scale.
 
     Two columns where a panel has three slices beside each other, four where it has one.
     """
@@ -261,7 +309,7 @@ class _Panels:
     # Inches.
     _WIDTH, _SIDE, _HEADER, _TITLE, _GAP, _SPACE = 13.0, 0.325, 0.88, 0.27, 0.39, 0.09
 
-    def __init__(self, slices: list[_Slice], title: str, subtitle: str) -> None:
+    def __init__(self, slices: list[_Slice], title: str, subtitle: str, number: int = 8) -> None:
         import matplotlib.figure
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -276,7 +324,7 @@ class _Panels:
         scale = min(0.97 * self.panel_width / sum(widths), 5 / max(heights))
         self.sizes = [(w * scale, h * scale) for w, h in zip(widths, heights, strict=True)]
         self.panel_height = self._TITLE + self._SPACE + max(height for _, height in self.sizes)
-        self.height = self._HEADER + 8 // self.columns * self.panel_height
+        self.height = self._HEADER + math.ceil(number / self.columns) * self.panel_height
 
         self.figure = matplotlib.figure.Figure(
             figsize=(self._WIDTH, self.height), facecolor=BACKGROUND
