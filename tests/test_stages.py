@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -77,37 +78,31 @@ def round_trip(one: jax.Array, other: jax.Array) -> np.ndarray:
 
 @pytest.mark.parametrize("dim", [2, 3])
 def test_an_affine_known_by_construction_is_recovered(dim: int) -> None:
-    fixed = header((40, 44, 36)[-dim:], (3.5, 3, 4)[:dim])
+    fixed = header((32, 36, 30)[-dim:], (4.2, 3.6, 4.8)[:dim])
     fixed = fixed.with_array(scene(physical_grid(fixed)))
     truth = rigid_motion(18, (0, 0, 1), (12, -9, 7), (5, 5, 5)) @ np.diag([1.1, 0.93, 1.05, 1])
     truth = plane(truth, dim)
     # Another size, spacing, origin and direction; the same scene seen through the transform.
-    moving = header((44, 38, 46)[-dim:], (3.3, 4, 3.4)[:dim], turn=25)
+    moving = header((36, 32, 38)[-dim:], (4, 4.7, 4.1)[:dim], turn=25)
     moving = dataclasses.replace(moving, origin=moving.origin + truth[:-1, -1])
     moving = seen_through(moving, truth, gain=7)
 
-    result = register(fixed, moving, [Moments(), Affine((2, 1), (80, 80), tolerance=0)])
+    result = register(fixed, moving, [Moments(), Affine((2, 1), (60, 50), tolerance=0)])
 
-    assert error_in_mm(result.transform.matrix, truth, fixed) < 0.5  # of voxels 3 to 4 mm wide
-    assert [level.losses.shape for level in result.stages[1].levels] == [(80,), (80,)]
+    assert error_in_mm(result.transform.matrix, truth, fixed) < 0.6  # of voxels 4 to 5 mm wide
+    assert [level.losses.shape for level in result.stages[1].levels] == [(60,), (50,)]
     assert result.stages[1].levels[-1].losses[-1] < -0.9999
     assert result.transform.displacement is None
     np.testing.assert_array_equal(result.jacobian, np.ones(fixed.shape))
 
 
 @pytest.mark.parametrize(
-    ("stage", "truth"),
-    [
-        (Translation, rigid_motion(0, (0, 0, 1), (9, -6, 4), (0, 0, 0))),
-        (Rigid, rigid_motion(14, (1, 2, 2), (6, -4, 3), (0, 0, 0))),
-        (Similarity, rigid_motion(14, (1, 2, 2), (6, -4, 3), (0, 0, 0)) @ np.diag([1.1] * 3 + [1])),
-    ],
+    ("stage", "dim"), [(Translation, 2), (Rigid, 2), (Rigid, 3), (Similarity, 3)]
 )
-@pytest.mark.parametrize("dim", [2, 3])
-def test_a_stage_finds_its_own_kind_of_transform(stage: type, truth: np.ndarray, dim: int) -> None:
-    if dim == 2 and stage is not Translation:
-        truth = plane(rigid_motion(14, (0, 0, 1), (6, -4, 3), (0, 0, 0)) * truth[3, 3], 3)
-        truth = truth @ np.diag([1.1 if stage is Similarity else 1.0] * 3 + [1])
+def test_a_stage_finds_its_own_kind_of_transform(stage: type, dim: int) -> None:
+    axis = (0, 0, 1) if dim == 2 else (1, 2, 2)
+    angle, size = 0 if stage is Translation else 14, 1.1 if stage is Similarity else 1
+    truth = rigid_motion(angle, axis, (6, -4, 3), (0, 0, 0)) @ np.diag([size, size, size, 1])
     truth = plane(truth, dim)
     fixed = header((20, 24, 22)[-dim:], (6, 6, 6)[:dim])
     moving = seen_through(fixed, truth)
@@ -123,8 +118,9 @@ def test_a_stage_finds_its_own_kind_of_transform(stage: type, truth: np.ndarray,
 def test_a_rotation_vector_makes_the_rotation_about_it() -> None:
     for vector in ([0.3, -1.2, 0.4], [0.01, 0.002, -0.003], [0.0, 0.0, 0.0], [2.0, 2.0, 1.0]):
         expected = Rotation.from_rotvec(vector).as_matrix()
-        np.testing.assert_allclose(rotation_matrix(jnp.asarray(vector)), expected, atol=2e-6)
-    slope = jax.jacobian(rotation_matrix)(jnp.zeros(3))
+        found = jax.jit(rotation_matrix)(jnp.asarray(vector))
+        np.testing.assert_allclose(found, expected, atol=2e-6)
+    slope = jax.jit(jax.jacobian(rotation_matrix))(jnp.zeros(3))
     np.testing.assert_allclose(slope[2, 1], [1, 0, 0], atol=1e-6)  # about x, y turns towards z
     np.testing.assert_allclose(
         rotation_matrix(jnp.asarray([0.3])), Rotation.from_rotvec([0, 0, 0.3]).as_matrix()[:2, :2]
@@ -159,8 +155,8 @@ def test_moments_undo_any_rotation(dim: int) -> None:
         assert error_in_mm(found.transform.matrix, truth, fixed) < 4  # one voxel
         before, after = found.stages[0].levels[0].losses
         assert after < min(before, -0.98)
-        shifted = register(fixed, moving, [Moments(rotation=False, scale=2)]).transform.matrix
-        np.testing.assert_array_equal(shifted[:-1, :-1], np.eye(dim))
+    shifted = register(fixed, moving, [Moments(rotation=False, scale=2)]).transform.matrix
+    np.testing.assert_array_equal(shifted[:-1, :-1], np.eye(dim))
 
 
 def test_moments_keep_a_start_that_is_better() -> None:
@@ -184,12 +180,13 @@ def test_the_gradient_is_that_of_composing_a_step_from_the_right(dim: int) -> No
     field = smooth_field(shape, 2.0, seed=1)
     affine = jnp.eye(dim, dim + 1)[None] * 0.95
 
+    @jax.jit
     def loss_after(step: jax.Array) -> jax.Array:
         warp = compose(field, step)
         return ncc_loss(interpolate(moving_image, affine, warp, affine_last=True), fixed_image)
 
     moved = interpolate(moving_image, affine, field, affine_last=True)
-    gradient = step_gradient(moved, jax.grad(ncc_loss)(moved, fixed_image))
+    gradient = jax.jit(lambda i: step_gradient(i, jax.grad(ncc_loss)(i, fixed_image)))(moved)
     for seed in range(3):
         # A step that fades out at the border, where differences are one-sided.
         window = np.prod(
@@ -207,8 +204,9 @@ def test_no_step_is_longer_than_half_a_voxel_times_the_learning_rate() -> None:
         * jnp.asarray([1.0, 1e-3])[:, None, None, None, None]
     )
     moments = AdamMoments.zeros(gradient)
+    take_step = jax.jit(functools.partial(riemannian_adam_step, learning_rate=0.4))
     for _ in range(3):
-        step, moments = riemannian_adam_step(gradient, moments, learning_rate=0.4)
+        step, moments = take_step(gradient, moments)
     lengths = jnp.linalg.norm(convert_displacement(step, "normalised", "voxel"), axis=-1)
     np.testing.assert_allclose(lengths.max(axis=(1, 2, 3)), 0.2, rtol=1e-5)  # each batch item
     assert float((gradient * step).sum()) < 0
@@ -217,7 +215,8 @@ def test_no_step_is_longer_than_half_a_voxel_times_the_learning_rate() -> None:
 
 def test_without_a_gradient_there_is_no_step() -> None:
     zero = jnp.zeros((1, 5, 6, 2))
-    step, _ = riemannian_adam_step(zero, AdamMoments.zeros(zero), learning_rate=1.0)
+    take_step = jax.jit(functools.partial(riemannian_adam_step, learning_rate=1.0))
+    step, _ = take_step(zero, AdamMoments.zeros(zero))
     np.testing.assert_array_equal(step, zero)
 
 
@@ -321,18 +320,22 @@ def test_a_stage_minimises_the_metric_that_it_is_given(stage: type) -> None:
     fixed = fixed.with_array(scene(physical_grid(fixed)))
     moving = fixed.with_array(scene(physical_grid(fixed) + 5))
     images = moving.batched(), fixed.batched()
-    mi = mutual_information_loss(*images, num_bins=20)
 
     def absolute(pred: jax.Array, target: jax.Array) -> jax.Array:
         return jnp.abs(pred - target).mean()
 
-    for settings, loss in (
-        (stage((1,), (1,), metric="ncc"), ncc_loss(*images)),
-        (stage((1,), (1,), metric="mse"), mse_loss(*images)),
-        (stage((1,), (1,), metric="lncc", kernel_size=5), lncc_loss(*images, kernel_size=5)),
-        (stage((1,), (1,), metric="mi", num_bins=20), mi),
-        (stage((1,), (1,), metric=absolute), absolute(*images)),
-    ):
+    one = functools.partial(stage, (1,), (1,))
+    cases = [
+        (one(metric="lncc", kernel_size=5), lncc_loss(*images, kernel_size=5)),
+        (one(metric=absolute), absolute(*images)),
+    ]
+    if stage in (Affine, SyN):  # the others take the same way
+        cases += [
+            (one(metric="ncc"), ncc_loss(*images)),
+            (one(metric="mse"), mse_loss(*images)),
+            (one(metric="mi", num_bins=20), mutual_information_loss(*images, num_bins=20)),
+        ]
+    for settings, loss in cases:
         result = register(fixed, moving, [settings])
         np.testing.assert_allclose(result.stages[0].levels[0].losses, [loss], rtol=1e-4)
 
@@ -396,7 +399,7 @@ def test_mutual_information_deforms_one_contrast_to_another(stage: type) -> None
     assert result.folds.share == 0
 
 
-@pytest.mark.parametrize("stage", [Rigid, Greedy, SyN])
+@pytest.mark.parametrize("stage", [Rigid, Greedy])
 def test_what_a_mask_leaves_out_does_not_count(stage: type) -> None:
     fixed = header((24, 28), (5, 5))
     points = physical_grid(fixed)
@@ -447,13 +450,14 @@ def test_every_channel_counts(stage: type) -> None:
 def test_a_level_stops_when_nothing_gets_better(stage: type) -> None:
     fixed = header((20, 24), (5, 5))
     fixed = fixed.with_array(scene(physical_grid(fixed)))
-    result = register(fixed, fixed, [stage((2, 1), (60, 45), metric="mse", block=5, tolerance=0.1)])
-    for level, iterations in zip(result.stages[0].levels, (60, 45), strict=True):
+    schedule = ((2, 1), (60, 45)) if stage is Affine else ((1,), (45,))
+    result = register(fixed, fixed, [stage(*schedule, metric="mse", block=5, tolerance=0.1)])
+    for level, iterations in zip(result.stages[0].levels, schedule[1], strict=True):
         assert level.converged
         assert 10 <= level.losses.size < iterations
         assert level.losses.size % 5 == 0
-    endless = register(fixed, fixed, [stage((2, 1), (60, 45), metric="mse", tolerance=0)])
-    assert [level.losses.size for level in endless.stages[0].levels] == [60, 45]
+    endless = register(fixed, fixed, [stage(*schedule, metric="mse", tolerance=0)])
+    assert tuple(level.losses.size for level in endless.stages[0].levels) == schedule[1]
     assert not any(level.converged for level in endless.stages[0].levels)
 
 
