@@ -282,10 +282,8 @@ def test_torch_does_not_wait_for_the_device(value_range: Any) -> None:
     pred, target = (torch.tensor(x, device="cuda", requires_grad=True) for x in images(5, 6))
     given = value_range
     if value_range == "tensors":
-        # Without their history, which would tie the images to the stream that they were made on.
-        low, other_low, high = (
-            bound.detach() for bound in (pred.amin(), target.amin(), target.amax())
-        )
+        # Without a history, which would tie the images to the stream that they were made on.
+        low, other_low, high = pred.detach().amin(), target.detach().amin(), target.detach().amax()
         given = ((low, 1), (other_low, high))
 
     def call() -> tuple[torch.Tensor, ...]:
