@@ -17,7 +17,7 @@ converted first. A gradient has the dtype of its operand.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, overload
 
 import jax
 
@@ -332,6 +332,32 @@ def scaling_and_squaring(
             deterministic=deterministic,
         )
     return displacement.astype(velocity.dtype)
+
+
+@overload
+def invert_displacement(
+    displacement: jax.Array,
+    initial: jax.Array | None = None,
+    *,
+    tolerance: float = ...,
+    max_iterations: int = ...,
+    padding_mode: PaddingMode = ...,
+    align_corners: bool = ...,
+    return_residual: Literal[False] = ...,
+) -> jax.Array: ...
+
+
+@overload
+def invert_displacement(
+    displacement: jax.Array,
+    initial: jax.Array | None = None,
+    *,
+    tolerance: float = ...,
+    max_iterations: int = ...,
+    padding_mode: PaddingMode = ...,
+    align_corners: bool = ...,
+    return_residual: Literal[True],
+) -> tuple[jax.Array, jax.Array]: ...
 
 
 def invert_displacement(

@@ -17,7 +17,7 @@ converted first. A gradient has the dtype of its operand.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 
@@ -340,6 +340,32 @@ def scaling_and_squaring(
             deterministic=deterministic,
         )
     return displacement.to(velocity.dtype)
+
+
+@overload
+def invert_displacement(
+    displacement: torch.Tensor,
+    initial: torch.Tensor | None = None,
+    *,
+    tolerance: float = ...,
+    max_iterations: int = ...,
+    padding_mode: PaddingMode = ...,
+    align_corners: bool = ...,
+    return_residual: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def invert_displacement(
+    displacement: torch.Tensor,
+    initial: torch.Tensor | None = None,
+    *,
+    tolerance: float = ...,
+    max_iterations: int = ...,
+    padding_mode: PaddingMode = ...,
+    align_corners: bool = ...,
+    return_residual: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def invert_displacement(
