@@ -282,13 +282,14 @@ def test_torch_does_not_wait_for_the_device(value_range: Any) -> None:
     pred, target = (torch.tensor(x, device="cuda", requires_grad=True) for x in images(5, 6))
     given = value_range
     if value_range == "tensors":
-        # Without a history, which would tie the images to the stream that they were made on.
+        # Here and below without a history: it would tie the images to this stream, which a capture
+        # may not wait for.
         low, other_low, high = pred.detach().amin(), target.detach().amin(), target.detach().amax()
         given = ((low, 1), (other_low, high))
 
     def call() -> tuple[torch.Tensor, ...]:
         value = torchreg.mutual_information_loss(pred, target, value_range=given)
-        return value, *torch.autograd.grad(value, (pred, target))
+        return value.detach(), *torch.autograd.grad(value, (pred, target))
 
     expected = call()
     torch.cuda.synchronize()
