@@ -116,12 +116,13 @@ def confined(field: jax.Array) -> jax.Array:
     A flow that never crosses the border takes the volume onto itself. Otherwise points would leave
     the grid, where nothing is known of the inverse.
     """
-    across = jax.lax.broadcasted_iota(jnp.int32, field.shape, field.ndim - 1)
+    *sizes, ndim = shape = field.shape[1:]
+    across = jax.lax.broadcasted_iota(jnp.int32, shape, ndim)
     on_face = jnp.zeros((), jnp.bool)
-    for component in range(field.shape[-1]):
-        axis = field.ndim - 2 - component  # components are in x, y, z order
-        index = jax.lax.broadcasted_iota(jnp.int32, field.shape, axis)
-        ends = (index == 0) | (index == field.shape[axis] - 1)
+    for component in range(ndim):
+        axis = ndim - 1 - component  # components are in x, y, z order
+        index = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+        ends = (index == 0) | (index == sizes[axis] - 1)
         on_face |= ends & (across == component)
     return jnp.where(on_face, 0, field)
 
