@@ -139,6 +139,8 @@ def test_calls_work_in_the_workers_of_a_data_loader(tmp_path: Path) -> None:
 INTERRUPT = """
 import signal, threading, time
 {framework}
+# What a shell starts in the background ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 expected = call(small)
 
