@@ -405,6 +405,7 @@ def bad(pair: Path) -> Path:
     holes = sitk.Image(6, 5, sitk.sitkFloat32)
     holes[2, 3] = np.nan
     sitk.WriteImage(holes, str(pair / "holes.nrrd"))
+    write_volume(fixed, pair / "two.hdr")
     (pair / "text.nii.gz").write_text("no image")
     (pair / "text.tfm").write_text("no transform")
     return pair
@@ -439,6 +440,7 @@ APPLY = "apply moving.mha -r fixed.nii.gz -o out.nrrd"
         ("register out/moved.nii.gz moving.mha -o out", "FIXED: out/moved.nii.gz would be over"),
         (f"{APPLY} -o moving.mha", "IMAGE: moving.mha would be overwritten"),
         (f"{APPLY} -o fixed.nii.gz", "--reference: fixed.nii.gz would be overwritten"),
+        ("apply two.img -r fixed.nii.gz -o two.hdr", "IMAGE: two.img would be overwritten"),
         (f"{APPLY} -t out.nrrd:inverse", "--transform: out.nrrd would be overwritten"),
         (f"{APPLY} -t space.tfm", "--transform: space.tfm: expected a 2-D transform, got 3-D"),
         (f"{APPLY} -t fixed.nii.gz", "--transform: fixed.nii.gz: expected displacements, 2"),
