@@ -405,6 +405,7 @@ def bad(pair: Path) -> Path:
     holes = sitk.Image(6, 5, sitk.sitkFloat32)
     holes[2, 3] = np.nan
     sitk.WriteImage(holes, str(pair / "holes.nrrd"))
+    sitk.WriteImage(holes, str(pair / "holes.nii.gz"))
     write_volume(fixed, pair / "two.hdr")
     (pair / "text.nii.gz").write_text("no image")
     (pair / "text.tfm").write_text("no transform")
@@ -422,6 +423,7 @@ APPLY = "apply moving.mha -r fixed.nii.gz -o out.nrrd"
         ("register fixed.nii.gz text.nii.gz -o out", "MOVING: text.nii.gz: not an image"),
         ("register fixed.nii.gz space.nrrd -o out", "moving: expected 2 dimensions"),
         ("register holes.nrrd moving.mha -o out", "FIXED: holes.nrrd: array: expected finite"),
+        ("register fixed.nii.gz holes.nii.gz -o out", "MOVING: holes.nii.gz: expected finite"),
         ("register fixed.nii.gz -o out", "MOVING"),
         (f"{REGISTER} -o out --fixed-mask empty.nrrd", "fixed_mask: expected a voxel above 0"),
         (f"{REGISTER} -o out --fixed-mask mask.nrrd", "fixed_mask: expected shape (36, 40)"),
