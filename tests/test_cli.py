@@ -448,6 +448,7 @@ APPLY = "apply moving.mha -r fixed.nii.gz -o out.nrrd"
         (f"{APPLY} -t fixed.nii.gz", "--transform: fixed.nii.gz: expected displacements, 2"),
         (f"{APPLY} -r space.nrrd", "--reference: space.nrrd: expected a 2-D image, got 3-D"),
         (f"{APPLY} --interpolation magic", "--interpolation"),
+        (f"{APPLY} --labels --interpolation nearest", "--labels: expected no --interpolation"),
         ("apply fixed.nii.gz -r moving.mha --labels -o out.nrrd", "IMAGE: fixed.nii.gz: expected"),
         (f"{APPLY} -o out.magic", "--output: out.magic: cannot write it"),
         (f"{APPLY} -o no/out.nrrd", "--output: no/out.nrrd: cannot write there"),
