@@ -405,6 +405,8 @@ def bad(pair: Path) -> Path:
     holes = sitk.Image(6, 5, sitk.sitkFloat32)
     holes[2, 3] = np.nan
     sitk.WriteImage(holes, str(pair / "holes.nrrd"))
+    sitk.WriteImage(holes, str(pair / "holes.nii.gz"))
+    write_volume(fixed, pair / "two.hdr")
     (pair / "text.nii.gz").write_text("no image")
     (pair / "text.tfm").write_text("no transform")
     return pair
@@ -421,6 +423,7 @@ APPLY = "apply moving.mha -r fixed.nii.gz -o out.nrrd"
         ("register fixed.nii.gz text.nii.gz -o out", "MOVING: text.nii.gz: not an image"),
         ("register fixed.nii.gz space.nrrd -o out", "moving: expected 2 dimensions"),
         ("register holes.nrrd moving.mha -o out", "FIXED: holes.nrrd: array: expected finite"),
+        ("register fixed.nii.gz holes.nii.gz -o out", "MOVING: holes.nii.gz: expected finite"),
         ("register fixed.nii.gz -o out", "MOVING"),
         (f"{REGISTER} -o out --fixed-mask empty.nrrd", "fixed_mask: expected a voxel above 0"),
         (f"{REGISTER} -o out --fixed-mask mask.nrrd", "fixed_mask: expected shape (36, 40)"),
@@ -439,11 +442,13 @@ APPLY = "apply moving.mha -r fixed.nii.gz -o out.nrrd"
         ("register out/moved.nii.gz moving.mha -o out", "FIXED: out/moved.nii.gz would be over"),
         (f"{APPLY} -o moving.mha", "IMAGE: moving.mha would be overwritten"),
         (f"{APPLY} -o fixed.nii.gz", "--reference: fixed.nii.gz would be overwritten"),
+        ("apply two.img -r fixed.nii.gz -o two.hdr", "IMAGE: two.img would be overwritten"),
         (f"{APPLY} -t out.nrrd:inverse", "--transform: out.nrrd would be overwritten"),
         (f"{APPLY} -t space.tfm", "--transform: space.tfm: expected a 2-D transform, got 3-D"),
         (f"{APPLY} -t fixed.nii.gz", "--transform: fixed.nii.gz: expected displacements, 2"),
         (f"{APPLY} -r space.nrrd", "--reference: space.nrrd: expected a 2-D image, got 3-D"),
         (f"{APPLY} --interpolation magic", "--interpolation"),
+        (f"{APPLY} --labels --interpolation nearest", "--labels: expected no --interpolation"),
         ("apply fixed.nii.gz -r moving.mha --labels -o out.nrrd", "IMAGE: fixed.nii.gz: expected"),
         (f"{APPLY} -o out.magic", "--output: out.magic: cannot write it"),
         (f"{APPLY} -o no/out.nrrd", "--output: no/out.nrrd: cannot write there"),

@@ -434,6 +434,10 @@ def test_what_does_not_fit_together_is_refused_by_name() -> None:
     for options, message in (
         ({"fixed_mask": fixed.with_array(np.zeros(fixed.shape))}, "fixed_mask: expected a voxel"),
         ({"moving_mask": ones.with_array(-np.ones(fixed.shape))}, "moving_mask: expected weights"),
+        (
+            {"fixed_mask": fixed.with_array(np.ones((2, *fixed.shape)))},
+            "fixed_mask: expected 1 channel, got 2",
+        ),
         ({"fixed_mask": header((20, 25), (5, 5))}, r"fixed_mask: expected shape \(20, 24\)"),
         ({"fixed_mask": header((20, 24), (5, 4))}, "fixed_mask: expected the image's spacing"),
         ({"initial": np.eye(4)}, r"initial: expected \(3, 3\) finite numbers, got shape \(4, 4\)"),

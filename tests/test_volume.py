@@ -183,6 +183,35 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["v.nii", "v.nii.gz", "v.hdr", "v.img", "v.mha", "v.nrrd"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_voxel_that_is_not_finite_is_refused_in_every_format(
+    name: str, dtype: type, value: float, tmp_path: Path
+) -> None:
+    voxels = np.zeros((3, 4, 5), dtype)
+    sitk.WriteImage(sitk.GetImageFromArray(voxels), str(tmp_path / name))
+    np.testing.assert_array_equal(read_volume(tmp_path / name).array, voxels)
+    voxels[-1, -1, -1] = value
+    sitk.WriteImage(sitk.GetImageFromArray(voxels), str(tmp_path / name))
+    with pytest.raises(ValueError, match=rf"{name}: .*expected finite values, got NaN or inf"):
+        read_volume(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("v.mhd", "v.zraw"), ("v.nhdr", "v.raw.gz"), ("v.hdr", "v.img"), ("v.img", "v.hdr")],
+)
+def test_a_header_and_its_data_in_two_files_stay_together(
+    name: str, data: str, tmp_path: Path
+) -> None:
+    volume = Volume.create(np.arange(24).reshape(2, 3, 4))
+    write_volume(volume, tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, data])
+    moved = tmp_path.rename(tmp_path.with_name(f"{tmp_path.name} elsewhere"))
+    np.testing.assert_array_equal(read_volume(moved / name).array, volume.array)
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "result.txt"
     path.write_text("old")

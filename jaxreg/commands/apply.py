@@ -56,6 +56,8 @@ def apply(
     Beyond IMAGE there is 0. Labels and nearest neighbours keep the type of the voxels, linear
     interpolation writes float32.
     """
+    if labels and interpolation is not Interpolation.LINEAR:
+        raise ValueError(f"--labels: expected no --interpolation beside it, got {interpolation}")
     texts = transform or []
     refuse_overwriting(
         [output],

@@ -97,8 +97,14 @@ def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[tuple[str, Path
     ValueError
         If a file is both.
     """
-    written = {path.resolve() for path in outputs}
+
+    def place(path: Path) -> Path:
+        # The two files of one image: whoever writes the header writes the voxels too.
+        whole = path.resolve()
+        return whole.with_suffix(".img") if whole.suffix == ".hdr" else whole
+
+    written = {place(path) for path in outputs}
     for argument, path in inputs:
         path = Path(str(path).removesuffix(_INVERSE))
-        if path.resolve() in written:
+        if place(path) in written:
             raise ValueError(f"{argument}: {path} would be overwritten; write somewhere else")

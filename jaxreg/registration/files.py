@@ -14,10 +14,12 @@ __all__ = ["atomic_folder", "atomic_path"]
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a name beside ``path`` to write to; on success the file is renamed to ``path``.
+    """Give a place to write a file to; on success it is renamed to ``path``.
 
-    The temporary name keeps the suffixes, by which writers choose a format. On an exception the
-    temporary file is removed and ``path`` is as it was before.
+    The place is a folder beside ``path``, and the file has its name there: writers choose a format
+    by its ending, and those that put a header and its data into two files (MetaImage's ``.mhd``,
+    NIfTI's ``.hdr``) name one after the other. Whatever they write moves along. On an exception the
+    folder is removed and ``path`` is as it was before.
 
     Raises
     ------
@@ -25,16 +27,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         At once, if ``path`` cannot be written to.
     """
     path = Path(path)
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        beside.touch()
-    except OSError as error:
-        raise OSError(f"{path}: cannot write there ({error.strerror})") from error
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with _folder_in(path.parent, path) as beside:
+        yield beside / path.name
+        # Data first: what names them is there only when they are.
+        for file in sorted(beside.iterdir(), key=lambda file: file.name == path.name):
+            os.replace(file, path.with_name(file.name))
 
 
 @contextmanager
@@ -53,11 +50,7 @@ def atomic_folder(path: str | os.PathLike[str], owned: Iterable[str] = ()) -> It
     path = Path(path)
     # The same file system as the goal, so that moving a file is renaming it.
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    try:
-        beside = Path(tempfile.mkdtemp(prefix=".jaxreg-", dir=existing))
-    except OSError as error:
-        raise OSError(f"{path}: cannot write there ({error.strerror})") from error
-    try:
+    with _folder_in(existing, path) as beside:
         yield beside
         path.mkdir(parents=True, exist_ok=True)
         written = {file.name for file in beside.iterdir()}
@@ -65,5 +58,16 @@ def atomic_folder(path: str | os.PathLike[str], owned: Iterable[str] = ()) -> It
             os.replace(file, path / file.name)
         for name in set(owned) - written:
             (path / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _folder_in(parent: Path, goal: Path) -> Iterator[Path]:
+    """Give a new folder that is removed afterwards; ``goal`` is what an error is about."""
+    try:
+        beside = Path(tempfile.mkdtemp(prefix=".jaxreg-", dir=parent))
+    except OSError as error:
+        raise OSError(f"{goal}: cannot write there ({error.strerror})") from error
+    try:
+        yield beside
     finally:
         shutil.rmtree(beside, ignore_errors=True)

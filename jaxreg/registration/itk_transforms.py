@@ -20,6 +20,7 @@ from jaxreg.registration.itk_images import (
     image_values,
     itk_reason,
     read_image,
+    refuse_non_finite_nifti,
     write_image,
 )
 from jaxreg.registration.transform import DisplacementField, Part
@@ -63,7 +64,9 @@ def read_transform(path: str | os.PathLike[str]) -> tuple[Part, ...]:
     import SimpleITK as sitk  # noqa: N813
 
     if Path(path).suffix.lower() not in TRANSFORM_SUFFIXES:
-        return (_field(read_image(path), path),)
+        field = _field(read_image(path), path)
+        refuse_non_finite_nifti(path)
+        return (field,)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:

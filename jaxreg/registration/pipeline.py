@@ -204,8 +204,8 @@ def register(
     Raises
     ------
     ValueError
-        If the volumes do not fit together, for a mask of another grid, with a negative weight or
-        without a positive one, or for a matrix that cannot be inverted.
+        If the volumes do not fit together, for a mask of another grid, with several channels, with
+        a negative weight or without a positive one, or for a matrix that cannot be inverted.
     """
     if fixed.grid.ndim != moving.grid.ndim:
         raise ValueError(
@@ -270,6 +270,8 @@ def _weights(name: str, mask: Volume | None, image: Volume) -> NDArray[np.float3
         raise ValueError(f"{name}: expected shape {grid.shape} as the image, got {own.shape}")
     if np.abs(own.voxel_to_physical() - grid.voxel_to_physical()).max() > 1e-3:
         raise ValueError(f"{name}: expected the image's spacing, origin and direction")
+    if mask.channels != 1:
+        raise ValueError(f"{name}: expected 1 channel, got {mask.channels}")
     weights: NDArray[np.float32] = np.asarray(mask.batched())[0, 0]
     if not weights.min() >= 0:
         raise ValueError(f"{name}: expected weights of at least 0, got {weights.min()}")

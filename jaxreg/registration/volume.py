@@ -23,7 +23,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxreg.registration.grid import Grid, Matrix
-from jaxreg.registration.itk_images import image_grid, image_values, read_image, write_image
+from jaxreg.registration.itk_images import (
+    image_grid,
+    image_values,
+    read_image,
+    refuse_non_finite_nifti,
+    write_image,
+)
 
 __all__ = [
     "Volume",
@@ -315,6 +321,7 @@ def read_volume(path: str | os.PathLike[str]) -> Volume:
         If it is not an image of real numbers, or holds values that are not finite.
     """
     image = read_image(path)
+    refuse_non_finite_nifti(path)
     array = image_values(image)
     if image.GetNumberOfComponentsPerPixel() > 1:
         array = np.moveaxis(array, -1, 0)
