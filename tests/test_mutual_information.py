@@ -629,6 +629,20 @@ def test_voxels_without_weight_may_be_anything(backend: Backend) -> None:
         assert_same(gradient, wanted)
 
 
+@pytest.mark.parametrize("others", [0.0, 1.0, np.nan])
+def test_a_weight_that_is_not_a_number_shows(backend: Backend, others: float) -> None:
+    """Also where no other weighs anything, which looks like an empty mask; in its item alone."""
+    pred, target = images(5, 6, dtype=np.float32)
+    mask = np.ones((2, 1, 5, 6), np.float32)
+    mask[0] = others
+    mask[0, 0, 2, 3] = np.nan
+    options = {"mask": mask, "reduction": "none"}
+    value = backend.call(LOSS, pred, target, **options)
+    np.testing.assert_array_equal(np.isnan(value), [[True], [False]])
+    for gradient in backend.vjp(LOSS, (pred, target), np.ones_like(value), (0, 1), **options):
+        assert np.isnan(gradient[0]).any() and not np.isnan(gradient[1]).any()
+
+
 @pytest.mark.parametrize("bound", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("end", [0, 1])
 def test_a_bound_on_the_device_that_is_not_finite_shows(

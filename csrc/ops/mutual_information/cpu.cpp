@@ -96,11 +96,15 @@ bool read_block(const Pair<T>& pair, int num_bins, int64_t begin, int64_t end, T
   const int count = static_cast<int>(std::min<int64_t>(kBlock, end - begin));
   load_block(pair.pred + begin, count, pred);
   load_block(pair.target + begin, count, target);
-  if (pair.mask == nullptr || pair.scale.largest_weight == 0) {
-    std::fill(weight, weight + kBlock, pair.mask == nullptr ? T(1) : T(0));
+  if (pair.mask == nullptr) {
+    std::fill(weight, weight + kBlock, T(1));
   } else {
     load_block(pair.mask + begin, count, weight);
-    for (int s = 0; s < kBlock; ++s) weight[s] /= pair.scale.largest_weight;
+    const T largest = pair.scale.largest_weight;
+    // Without a finite weight above 0, one that is not finite still has to show.
+    for (int s = 0; s < kBlock; ++s) {
+      weight[s] = largest > 0 ? weight[s] / largest : weight[s] - weight[s];
+    }
   }
   std::fill(weight + count, weight + kBlock, T(0));
   const PairScale<T> scale = pair.scale;
