@@ -208,7 +208,7 @@ def mutual_information_loss(
     Returns
     -------
     float[] or float[N, C]
-        float64 where an image is float64, else float32. Differentiable with respect to pred and
+        float64 where an image or the mask is, else float32. Differentiable with respect to pred and
         target; a gradient is computed only when asked for.
 
     Raises
@@ -272,7 +272,7 @@ def joint_histogram(
     Returns
     -------
     float[N, C, num_bins, num_bins]
-        The bins of pred, then those of target. float64 where an image is float64, else float32.
+        The bins of pred, then those of target. float64 where an image or the mask is, else float32.
         Zero where the mask is empty. It has no gradient.
 
     Raises
