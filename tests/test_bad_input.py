@@ -191,8 +191,11 @@ ONE_BY_ONE = [
     ],
     *[bad_value(op, "num_bins", n, str(n)) for op in HISTOGRAMS for n in (-3, 0, 1, 257)],
     *[bad_value(op, "sigma_ratio", r, f"{r:g}") for op in HISTOGRAMS for r in (-1.0, 0.2, 4.1)],
-    bad_value("mutual_information_loss", "smooth_nr", -1.0, "-1"),
-    *[bad_value("mutual_information_loss", "smooth_dr", x, f"{x:g}") for x in (-1.0, 0.0)],
+    *[
+        bad_value("mutual_information_loss", "smooth_nr", x, came)
+        for x, came in ((-1.0, "-1"), (1e31, r"1e\+31"))
+    ],
+    *[bad_value("mutual_information_loss", "smooth_dr", x, f"{x:g}") for x in (-1.0, 0.0, 1e-31)],
     # Dimensions that do not fit each other.
     *[bad_value(op, name, zeros(2, 5, 3), numbers(2, 5, 3)) for op, name in FIELDS],
     *[bad_value(op, name, zeros(2, 2, 3), numbers(2, 2, 3)) for op, name in AFFINES],

@@ -350,12 +350,23 @@ def test_a_mask_of_zeros_and_ones_selects(backend: Backend, dtype: object) -> No
 
 
 def test_the_size_of_weights_does_not_matter(backend: Backend) -> None:
+    """To the value and to the gradient, even where their sum or inverse is no longer a number."""
     pred, target = images(5, 6, dtype=np.float32)
     mask = abs(random_array(5, 2, 1, 5, 6, dtype=np.float32))
-    expected = backend.call("joint_histogram", pred, target, mask=mask)
-    for scale in (1e-30, 1e30):
-        scaled = backend.call("joint_histogram", pred, target, mask=np.float32(scale) * mask)
-        assert_close(scaled, expected, np.float32)
+    mask = np.float32(3.4e38) * (mask / mask.max())
+    one = np.ones((), np.float32)
+
+    def results(mask: Array) -> list[Array]:
+        return [
+            backend.call("joint_histogram", pred, target, mask=mask),
+            *backend.vjp(LOSS, (pred, target), one, (0, 1), mask=mask),
+        ]
+
+    expected = results(mask)
+    assert all(np.abs(x).max() > 1e-4 for x in expected)
+    for exponent in (-60, -120, -240):
+        for scaled, wanted in zip(results(np.ldexp(mask, exponent)), expected, strict=True):
+            assert_close(scaled, wanted, np.float32)
 
 
 @REDUCTIONS
@@ -630,12 +641,13 @@ def test_voxels_without_weight_may_be_anything(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("others", [0.0, 1.0, np.nan])
-def test_a_weight_that_is_not_a_number_shows(backend: Backend, others: float) -> None:
+@pytest.mark.parametrize("weight", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_shows(backend: Backend, weight: float, others: float) -> None:
     """Also where no other weighs anything, which looks like an empty mask; in its item alone."""
     pred, target = images(5, 6, dtype=np.float32)
     mask = np.ones((2, 1, 5, 6), np.float32)
     mask[0] = others
-    mask[0, 0, 2, 3] = np.nan
+    mask[0, 0, 2, 3] = weight
     options = {"mask": mask, "reduction": "none"}
     value = backend.call(LOSS, pred, target, **options)
     np.testing.assert_array_equal(np.isnan(value), [[True], [False]])

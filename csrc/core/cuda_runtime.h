@@ -29,6 +29,14 @@ inline int64_t shared_memory_limit() {
   return text == nullptr ? bytes : std::min<int64_t>(bytes, std::atoll(text));
 }
 
+// Lets a kernel be launched with so many bytes of dynamic shared memory.
+template <class Function>
+void allow_shared_memory(Function* kernel, int64_t bytes) {
+  if (bytes <= 48 * 1024) return;  // always allowed
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(bytes)));
+}
+
 // Makes the given device current for as long as it lives; -1 leaves the current one.
 class DeviceGuard {
  public:

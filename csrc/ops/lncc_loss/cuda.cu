@@ -795,10 +795,7 @@ template <class Function, class T>
 void launch(const Cuda& device, Function* function, const dim3& grid, const LnccTile& tile,
             const Kernel<T>& kernel) {
   const int64_t bytes = tile.size() * static_cast<int64_t>(sizeof(T));
-  if (bytes > 48 * 1024) {
-    check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(bytes)));
-  }
+  allow_shared_memory(function, bytes);
   function<<<grid, kThreads, bytes, device.stream>>>(kernel);
   check_launch();
 }

@@ -100,11 +100,7 @@ bool read_block(const Pair<T>& pair, int num_bins, int64_t begin, int64_t end, T
     std::fill(weight, weight + kBlock, T(1));
   } else {
     load_block(pair.mask + begin, count, weight);
-    const T largest = pair.scale.largest_weight;
-    // Without a finite weight above 0, one that is not finite still has to show.
-    for (int s = 0; s < kBlock; ++s) {
-      weight[s] = largest > 0 ? weight[s] / largest : weight[s] - weight[s];
-    }
+    for (int s = 0; s < kBlock; ++s) weight[s] = pair.scale.weight(weight[s]);
   }
   std::fill(weight + count, weight + kBlock, T(0));
   const PairScale<T> scale = pair.scale;
@@ -113,7 +109,7 @@ bool read_block(const Pair<T>& pair, int num_bins, int64_t begin, int64_t end, T
     const T at_pred = scale.pred.position(pred[s], num_bins);
     const T at_target = scale.target.position(target[s], num_bins);
     const T sum = at_pred + at_target + weight[s];
-    const bool broken = sum != sum;
+    const bool broken = !(sum - sum == 0);
     bad |= static_cast<int>(broken) & static_cast<int>(weight[s] != 0);
     weight[s] = broken ? T(0) : weight[s];
     pred[s] = broken ? T(0) : at_pred;
@@ -317,21 +313,24 @@ struct CpuHistograms {
     const HistogramGeometry& geometry = call.geometry;
     const int64_t elements = geometry.elements();
     // A part's own histogram has to be cleared and added up: little beside four samples per bin.
-    const Parts parts(geometry.samples, std::max<int64_t>(1 << 13, 4 * bins()));
+    // Many elements keep all threads busy without being cut.
+    const Parts parts(geometry.samples,
+                      std::max<int64_t>({1 << 13, 4 * bins(), geometry.samples * elements / 64}));
     const int reach = geometry.reach;
     // Rows are read and written a few columns further than a window goes.
     const int64_t pitch = table_size(geometry) + kOverhang;
-    const int64_t size = pitch * (table_size(geometry) + 1);
-    counts.assign(elements * bins(), 0);
     totals.assign(elements, 0);
-    std::vector<double> histograms(elements * parts.count * size);
+    // Of every part; in the end, of every element.
+    counts.resize(elements * parts.count * bins());
     std::vector<char> bad(elements * parts.count);
     parallel_for(elements * parts.count, 1, [&](int64_t first, int64_t last) {
+      std::vector<double> with_margin(pitch * (table_size(geometry) + 1));
       for (int64_t task = first; task < last; ++task) {
         const int64_t part = task % parts.count;
         const int64_t begin = parts.begin(part), end = parts.end(part, geometry.samples);
         const Pair<T>& pair = pairs[task / parts.count];
-        double* const histogram = histograms.data() + task * size;
+        std::fill(with_margin.begin(), with_margin.end(), 0);
+        double* const histogram = with_margin.data();
         if (geometry.kernel == ParzenKernel::kDelta) {
           bad[task] = count_hard(call.window, pair, begin, end, histogram, pitch);
         } else {
@@ -340,22 +339,26 @@ struct CpuHistograms {
                 run_count(kernel, known_reach, call.window, pair, begin, end, histogram, pitch);
           });
         }
+        const double* row = histogram + reach * pitch + reach;
+        double* to = counts.data() + task * bins();
+        for (int a = 0; a < geometry.num_bins; ++a, row += pitch, to += geometry.num_bins) {
+          std::copy(row, row + geometry.num_bins, to);
+        }
       }
     });
     for (int64_t element = 0; element < elements; ++element) {
       double* const sum = counts.data() + element * bins();
       for (int64_t part = 0; part < parts.count; ++part) {
-        const double* row =
-            histograms.data() + (element * parts.count + part) * size + reach * pitch + reach;
-        for (int a = 0; a < geometry.num_bins; ++a, row += pitch) {
-          for (int b = 0; b < geometry.num_bins; ++b) sum[a * geometry.num_bins + b] += row[b];
+        const int64_t task = element * parts.count + part;
+        const double* const from = counts.data() + task * bins();
+        for (int64_t bin = 0; bin < bins(); ++bin) {
+          sum[bin] = part == 0 ? from[bin] : sum[bin] + from[bin];
         }
-        if (bad[element * parts.count + part]) {
-          totals[element] = std::numeric_limits<double>::quiet_NaN();
-        }
+        if (bad[task]) totals[element] = std::numeric_limits<double>::quiet_NaN();
       }
       for (int64_t bin = 0; bin < bins(); ++bin) totals[element] += sum[bin];
     }
+    counts.resize(elements * bins());
   }
 };
 
@@ -410,8 +413,12 @@ void save(const CpuHistograms<T>& histograms, int64_t element, const Information
   }
   const PairScale<T>& scale = histograms.pairs[element].scale;
   const double total = histograms.totals[element];
-  const T values[kScalings] = {scale.pred.low, scale.pred.high, scale.target.low, scale.target.high,
-                               static_cast<T>(total == 0 ? 0 : 1 / (total * scale.largest_weight))};
+  const T values[kScalings] = {scale.pred.low,
+                               scale.pred.high,
+                               scale.target.low,
+                               scale.target.high,
+                               static_cast<T>(total == 0 ? 0 : 1 / total),
+                               scale.largest_weight};
   std::copy(values, values + kScalings, scaling.as<T>() + element * kScalings);
 }
 

@@ -188,20 +188,15 @@ __device__ __forceinline__ T sample_factor(const Parzen<T>& window, T& t, T weig
   const T f = t - bin.value;
   T sum = 0;
   if constexpr (kKernel == ParzenKernel::kGaussian) {
-    // As in parzen_weights.
-    const T step = window.sharpness * f;
-    const T ratio = exp2_of(2 * step);
-    const T inverse_ratio = reciprocal(ratio);
-    T up = 1, down = 1;
+    GaussianWings<T> wings(window, f, T(1));
     sum = 1;
     REG_UNROLL
     for (int j = 1; j <= reach; ++j) {
-      up *= ratio;
-      down *= inverse_ratio;
-      if (bin.integer < window.num_bins - j) sum += up * window.falloff[j];
-      if (bin.integer >= j) sum += down * window.falloff[j];
+      wings.advance();
+      if (bin.integer < window.num_bins - j) sum += wings.up * window.falloff[j];
+      if (bin.integer >= j) sum += wings.down * window.falloff[j];
     }
-    return log2_of(weight * reciprocal(sum)) + step * f;
+    return log2_of(weight * reciprocal(sum)) + window.sharpness * f * f;
   }
   REG_UNROLL
   for (int j = -reach; j <= reach; ++j) {
@@ -533,7 +528,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
                                                      static_cast<T>(tile_target)};
     const Interval<T> near_pred(tile_pred, num_bins, call.reach);
     const Interval<T> near_target(tile_target, num_bins, call.reach);
-    const T unit_weight = mask == nullptr ? T(1) : 1 / scale.largest_weight;
     bool broken = false;
     // Several loads at a time.
     constexpr int kAhead = 4;
@@ -552,12 +546,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
       for (int k = 0; k < kAhead; ++k) {
         const Sample<T> sample{scale.pred.position(values_pred[0], num_bins),
                                scale.target.position(values_target[0], num_bins),
-                               weights[0] * unit_weight};
+                               mask == nullptr ? weights[0] : scale.weight(weights[0])};
         const bool weighs = weights[0] != 0;
         const T sum = sample.t_pred + sample.t_target + sample.weight;
-        broken |= weighs & (sum != sum);
+        broken |= weighs & !(sum - sum == 0);
         counter.offer(weighs & near_pred.has(sample.t_pred) & near_target.has(sample.t_target) &
-                          (sample.weight == sample.weight),
+                          (sample.weight - sample.weight == 0),
                       sample);
         REG_UNROLL
         for (int next = 1; next < kAhead; ++next) {
@@ -693,8 +687,8 @@ __global__ void __launch_bounds__(kFinishThreads)
       values_here[kRangePred + 1] = scale.pred.high;
       values_here[kRangeTarget] = scale.target.low;
       values_here[kRangeTarget + 1] = scale.target.high;
-      values_here[kInverseTotal] = static_cast<T>(call.units * share / scale.largest_weight);
-      if (total == 0) values_here[kInverseTotal] = 0;
+      values_here[kInverseTotal] = total == 0 ? T(0) : static_cast<T>(call.units * share);
+      values_here[kLargestWeight] = scale.largest_weight;
     }
   }
 }
@@ -879,7 +873,7 @@ __global__ void __launch_bounds__(kGradientThreads<T>)
       T* const grad_pred = kPred ? call.grad_pred.at(group, item, channel) : nullptr;
       T* const grad_target = kTarget ? call.grad_target.at(group, item, channel) : nullptr;
       for (int64_t i = begin + threadIdx.x; i < end; i += kGradientThreads<T>) {
-        const T weight = (mask == nullptr ? T(1) : mask[i]) * factor;
+        const T weight = (mask == nullptr ? T(1) : scale.weight(mask[i])) * factor;
         const T value_pred = pred[i], value_target = target[i];
         T by_pred = 0, by_target = 0;
         T t_pred = scale.pred.position(value_pred, call.window.num_bins);
@@ -924,9 +918,7 @@ __global__ void __launch_bounds__(kGradientThreads<T>)
 template <ParzenKernel kKernel, int kReach, bool kPred, bool kTarget, class T>
 void launch_gradient(const Cuda& device, const GradientCall<T>& gradient,
                      const HistogramGeometry& geometry) {
-  int current = 0, most = 0;
-  check_cuda(cudaGetDevice(&current));
-  check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, current));
+  const int64_t most = shared_memory_limit();
   const int64_t bytes = gradient.table_count * static_cast<int64_t>(sizeof(T));
   int log_copies = 5;
   while (log_copies >= 0 && bytes << log_copies > most) --log_copies;
@@ -936,14 +928,13 @@ void launch_gradient(const Cuda& device, const GradientCall<T>& gradient,
   if (kCommon && log_copies == 5) {
     function = &gradient_kernel < kKernel, kReach, kCommon ? 5 : -1, kPred, kTarget, T > ;
   }
-  const int shared = log_copies < 0 ? 0 : static_cast<int>(bytes << log_copies);
-  if (shared > 48 * 1024) {
-    check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-  }
+  const int64_t shared = log_copies < 0 ? 0 : bytes << log_copies;
+  allow_shared_memory(function, shared);
   const int64_t work = geometry.elements() / (gradient.items_together() ? gradient.space.items : 1);
   const int64_t pieces = std::min<int64_t>(work, 65535);
   // As many blocks as run at a time on a large GPU: each has to fill its shared memory.
-  const int64_t blocks = 132 * std::max(1, std::min(2, most / std::max(1, shared)));
+  const int64_t together = most / std::max<int64_t>(1, shared);
+  const int64_t blocks = 132 * std::max<int64_t>(1, std::min<int64_t>(2, together));
   const int64_t parts = std::max<int64_t>(
       1, std::min<int64_t>((blocks + pieces - 1) / pieces, (geometry.samples + 4095) / 4096));
   const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(pieces));

@@ -37,7 +37,8 @@ inline int64_t extreme_parts(int64_t samples) {
   return std::max<int64_t>(1, std::min<int64_t>(264, (samples + 8191) / 8192));
 }
 
-// What the gradient needs to know again: the ranges and 1 / (sum of the weights).
-enum Scaling { kRangePred, kRangeTarget = 2, kInverseTotal = 4, kScalings };
+// What the gradient needs to know again: the ranges, 1 / (sum of the weights), and the largest
+// weight, which all of them are divided by.
+enum Scaling { kRangePred, kRangeTarget = 2, kInverseTotal = 4, kLargestWeight, kScalings };
 
 }  // namespace reg

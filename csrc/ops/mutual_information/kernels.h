@@ -11,7 +11,11 @@ namespace reg {
 template <class T>
 struct PairScale {
   IntensityRange<T> pred, target;
-  T largest_weight;  // samples weigh mask / largest_weight
+  // Samples weigh mask / largest_weight, so that sums neither overflow nor vanish.
+  T largest_weight;
+
+  // Of a mask without a finite weight above 0, none is scaled.
+  REG_HD T weight(T mask) const { return largest_weight > 0 ? mask / largest_weight : mask; }
 
   REG_HD static PairScale from(const T* given, bool joint, const T* extremes, bool masked) {
     T low_pred, high_pred, low_target, high_target;
@@ -115,7 +119,8 @@ struct GradientCall {
   REG_HD PairScale<T> scale(const ElementIndex& index) const {
     const T* const values = scaling_of(index);
     return {IntensityRange<T>(values[kRangePred], values[kRangePred + 1]),
-            IntensityRange<T>(values[kRangeTarget], values[kRangeTarget + 1]), T(1)};
+            IntensityRange<T>(values[kRangeTarget], values[kRangeTarget + 1]),
+            values[kLargestWeight]};
   }
   REG_HD T factor(const ElementIndex& index) const {
     const int64_t place = one_cotangent ? 0 : index.item * space.channels + index.channel;

@@ -34,7 +34,7 @@ struct IntensityRange {
     // By halves, since the difference may be more than the largest number.
     const T half = T(0.5) * h - T(0.5) * l;
     if (half > 0) inverse = 1 / half;
-    if (inverse > largest()) inverse = 0;
+    if (inverse > largest_inverse()) inverse = 0;
     if (!(half - half == 0)) inverse = half - half;
   }
   REG_HD T position(T value, int num_bins) const {
@@ -49,7 +49,8 @@ struct IntensityRange {
   }
 
  private:
-  static REG_HD T largest() { return sizeof(T) == 4 ? T(3.4028234e38) : T(1.7976931348623157e308); }
+  // So that the slope is finite for any number of bins.
+  static REG_HD T largest_inverse() { return sizeof(T) == 4 ? T(2.6e36) : T(1.4e306); }
 };
 
 // The cubic B-spline and its derivative.
@@ -88,6 +89,25 @@ struct ParzenWeights {
   T slope[2 * kMiddle + 1];
 };
 
+// A Gaussian's values ever further from the middle, at f + j and f - j for j = 1, 2, ...:
+// exp(-(f - j)^2 / 2s^2) = exp(-f^2 / 2s^2) exp(f / s^2)^j exp(-j^2 / 2s^2)
+template <class T>
+struct GaussianWings {
+  T ratio, inverse_ratio;
+  T up, down;
+
+  // `middle` is the first factor, or 1 to leave it out.
+  REG_HD GaussianWings(const Parzen<T>& window, T f, T middle)
+      : ratio(exp2_of(2 * (window.sharpness * f))),
+        inverse_ratio(reciprocal(ratio)),
+        up(middle),
+        down(middle) {}
+  REG_HD void advance() {
+    up *= ratio;
+    down *= inverse_ratio;
+  }
+};
+
 template <ParzenKernel kKernel, bool kSlopes, class T, int kReach>
 REG_HD void parzen_weights(const Parzen<T>& window, T t, ParzenWeights<T, kReach>& out) {
   constexpr int kMiddle = ParzenWeights<T, kReach>::kMiddle;
@@ -103,20 +123,16 @@ REG_HD void parzen_weights(const Parzen<T>& window, T t, ParzenWeights<T, kReach
   }
   T sum, slopes;
   if constexpr (kKernel == ParzenKernel::kGaussian) {
-    // exp(-(f - j)^2 / 2s^2) = exp(-f^2 / 2s^2) exp(f / s^2)^j exp(-j^2 / 2s^2)
-    const T step = window.sharpness * f;
-    const T ratio = exp2_of(2 * step);
-    const T inverse_ratio = reciprocal(ratio);
-    T up = exp2_of(-step * f);
-    T down = up;
-    sum = out.weight[kMiddle] = up;
-    slopes = kSlopes ? out.slope[kMiddle] = -f * up : T(0);
+    GaussianWings<T> wings(window, f, exp2_of(-(window.sharpness * f) * f));
+    sum = out.weight[kMiddle] = wings.up;
+    slopes = kSlopes ? out.slope[kMiddle] = -f * wings.up : T(0);
     REG_UNROLL
     for (int j = 1; j <= reach; ++j) {
-      up *= ratio;
-      down *= inverse_ratio;
-      const T above = out.middle + j < window.num_bins ? up * window.falloff[j] : T(0);
-      const T below = out.middle - j >= 0 ? down * window.falloff[j] : T(0);
+      wings.advance();
+      // The products are not conditional: a conditional load would keep this from vector code.
+      const T to_above = wings.up * window.falloff[j], to_below = wings.down * window.falloff[j];
+      const T above = out.middle + j < window.num_bins ? to_above : T(0);
+      const T below = out.middle - j >= 0 ? to_below : T(0);
       out.weight[kMiddle + j] = above;
       out.weight[kMiddle - j] = below;
       sum += above + below;

@@ -28,14 +28,14 @@ void check_value_range(const Call& call) {
   }
 }
 
-double check_smoothing(const Call& call, const char* name, bool zero_will_do) {
+// One divides by the other: within these limits every bin's term is finite.
+constexpr double kLeastDivisor = 1e-30, kMostSmoothing = 1e30;
+
+void check_smoothing(const Call& call, const char* name, double least) {
   const double value = call.number(name);
-  if (!std::isfinite(value) || value < 0 || (value == 0 && !zero_will_do)) {
-    fail_value(call, name,
-               zero_will_do ? "a finite number of at least 0" : "a finite number above 0",
-               concat(value));
+  if (!(value >= least && value <= kMostSmoothing)) {
+    fail_value(call, name, concat("a number from ", least, " to ", kMostSmoothing), concat(value));
   }
-  return value;
 }
 
 }  // namespace
@@ -139,8 +139,8 @@ enum Output { kLoss, kTable, kScaling, kLossExtremes, kLossCounts, kValues };
 
 void infer(Call& call) {
   const HistogramGeometry geometry = infer_histogram(call, {kLossExtremes, kLossCounts});
-  check_smoothing(call, "smooth_nr", true);
-  check_smoothing(call, "smooth_dr", false);
+  check_smoothing(call, "smooth_nr", 0);
+  check_smoothing(call, "smooth_dr", kLeastDivisor);
   call.outputs[kLoss] = loss_spec(call, geometry);
   if (call.wants(kTable) || call.wants(kScaling)) check_differentiable(call, geometry);
   if (call.wants(kTable)) call.outputs[kTable] = table_spec(geometry);
