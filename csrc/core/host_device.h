@@ -13,7 +13,7 @@
 #elif defined(__CUDACC__)
 #define REG_UNROLL  // the host pass of nvcc knows neither spelling
 #else
-#define REG_UNROLL _Pragma("GCC unroll 8")
+#define REG_UNROLL _Pragma("GCC unroll 32")
 #endif
 
 // Keeps the compiler from unrolling a loop that mostly runs once.

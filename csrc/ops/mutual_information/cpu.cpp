@@ -52,31 +52,30 @@ void find_extremes(const T* values, int64_t count, T* low, T* high) {
 // a whole number of vectors.
 template <ParzenKernel kKernel, int kReach, bool kSlopes, class T, class Kept>
 struct BlockWeights {
-  static constexpr int kMiddle = ParzenWeights<T, kReach>::kMiddle;
-  static constexpr int kWidth = (2 * kMiddle + 8) / 8 * 8;
+  static constexpr int kTaps = 2 * kReach + 1;
+  static constexpr int kWidth = (kTaps + 7) / 8 * 8;
   int middle[kBlock];
   Kept weight[kBlock][kWidth] = {};
   Kept slope[kSlopes ? kBlock : 1][kWidth] = {};
 
   void compute(const Parzen<T>& window, const T* t) {
-    const int reach = kReach > 0 ? kReach : window.reach;
-    T taps[2 * kMiddle + 1][kBlock];
-    T tap_slopes[2 * kMiddle + 1][kBlock];
+    T taps[kTaps][kBlock];
+    T tap_slopes[kTaps][kBlock];
 #pragma GCC ivdep
     for (int s = 0; s < kBlock; ++s) {
       ParzenWeights<T, kReach> one;
       parzen_weights<kKernel, kSlopes>(window, t[s], one);
       middle[s] = one.middle;
       REG_UNROLL
-      for (int j = -reach; j <= reach; ++j) {
-        taps[kMiddle + j][s] = one.weight[kMiddle + j];
-        if constexpr (kSlopes) tap_slopes[kMiddle + j][s] = one.slope[kMiddle + j];
+      for (int j = 0; j < kTaps; ++j) {
+        taps[j][s] = one.weight[j];
+        if constexpr (kSlopes) tap_slopes[j][s] = one.slope[j];
       }
     }
-    for (int j = -reach; j <= reach; ++j) {
-      for (int s = 0; s < kBlock; ++s) weight[s][reach + j] = taps[kMiddle + j][s];
+    for (int j = 0; j < kTaps; ++j) {
+      for (int s = 0; s < kBlock; ++s) weight[s][j] = taps[j][s];
       if constexpr (!kSlopes) continue;
-      for (int s = 0; s < kBlock; ++s) slope[s][reach + j] = tap_slopes[kMiddle + j][s];
+      for (int s = 0; s < kBlock; ++s) slope[s][j] = tap_slopes[j][s];
     }
   }
 };
@@ -123,8 +122,6 @@ template <ParzenKernel kKernel, int kReach, class T>
 bool count_samples(const Parzen<T>& window, const Pair<T>& pair, int64_t begin, int64_t end,
                    double* histogram, int64_t pitch) {
   using Weights = BlockWeights<kKernel, kReach, false, T, double>;
-  const int reach = kReach > 0 ? kReach : window.reach;
-  const int width = kReach > 0 ? Weights::kWidth : 2 * reach + 1;
   T at_pred[kBlock], at_target[kBlock], weight[kBlock];
   Weights pred, target;
   bool bad = false;
@@ -135,10 +132,10 @@ bool count_samples(const Parzen<T>& window, const Pair<T>& pair, int64_t begin, 
     for (int s = 0; s < kBlock; ++s) {
       if (weight[s] == 0) continue;
       double* row = histogram + pred.middle[s] * pitch + target.middle[s];
-      for (int j = 0; j <= 2 * reach; ++j, row += pitch) {
+      for (int j = 0; j < Weights::kTaps; ++j, row += pitch) {
         const double a = pred.weight[s][j] * weight[s];
 #pragma GCC ivdep
-        for (int i = 0; i < width; ++i) row[i] += a * target.weight[s][i];
+        for (int i = 0; i < Weights::kWidth; ++i) row[i] += a * target.weight[s][i];
       }
     }
   }
@@ -155,10 +152,10 @@ struct GradientTarget {
 };
 
 // Σ_ab table_ab rows_a columns_b over the bins of a window.
-template <int kWidth, class T>
-T contract(const T* table, int64_t pitch, const T* rows, const T* columns, int taps) {
+template <int kTaps, int kWidth, class T>
+T contract(const T* table, int64_t pitch, const T* rows, const T* columns) {
   T sums[kWidth] = {};
-  for (int a = 0; a < taps; ++a, table += pitch) {
+  for (int a = 0; a < kTaps; ++a, table += pitch) {
 #pragma GCC ivdep
     for (int b = 0; b < kWidth; ++b) sums[b] += rows[a] * table[b];
   }
@@ -180,8 +177,7 @@ void differentiate_samples(const Parzen<T>& window, const Pair<T>& pair, int64_t
                            const GradientTarget<T>& grad_pred,
                            const GradientTarget<T>& grad_target) {
   using Weights = BlockWeights<kKernel, kReach, true, T, T>;
-  constexpr int kWidth = Weights::kWidth;
-  const int taps = 2 * (kReach > 0 ? kReach : window.reach) + 1;
+  constexpr int kTaps = Weights::kTaps, kWidth = Weights::kWidth;
   T at_pred[kBlock], at_target[kBlock], weight[kBlock];
   Weights pred, target;
   for (; begin < end; begin += kBlock) {
@@ -194,11 +190,11 @@ void differentiate_samples(const Parzen<T>& window, const Pair<T>& pair, int64_t
       const int64_t i = begin + s;
       const T w = factor * weight[s];
       if (grad_pred.data != nullptr) {
-        const T by_pred = contract<kWidth>(corner, pitch, pred.slope[s], target.weight[s], taps);
+        const T by_pred = contract<kTaps, kWidth>(corner, pitch, pred.slope[s], target.weight[s]);
         grad_pred.store(i, w * by_pred * pair.scale.pred.slope(pair.pred[i], window.num_bins));
       }
       if (grad_target.data != nullptr) {
-        const T by_target = contract<kWidth>(corner, pitch, pred.weight[s], target.slope[s], taps);
+        const T by_target = contract<kTaps, kWidth>(corner, pitch, pred.weight[s], target.slope[s]);
         grad_target.store(i,
                           w * by_target * pair.scale.target.slope(pair.target[i], window.num_bins));
       }
@@ -215,33 +211,32 @@ void differentiate_samples(const Parzen<T>& window, const Pair<T>& pair, int64_t
 #define REG_FOR_NEWER_CPUS
 #endif
 
-#define REG_RUN_SAMPLES(T, kernel, kReach)                                                       \
+#define REG_RUN_COUNT(T, kernel, kReach)                                                         \
   REG_FOR_NEWER_CPUS bool run_count(IntTag<static_cast<int>(kernel)>, IntTag<kReach>,            \
                                     const Parzen<T>& window, const Pair<T>& pair, int64_t begin, \
                                     int64_t end, double* histogram, int64_t pitch) {             \
     return count_samples<kernel, kReach>(window, pair, begin, end, histogram, pitch);            \
-  }                                                                                              \
-  REG_FOR_NEWER_CPUS void run_gradient(                                                          \
-      IntTag<static_cast<int>(kernel)>, IntTag<kReach>, const Parzen<T>& window,                 \
-      const Pair<T>& pair, int64_t begin, int64_t end, const T* table, int64_t pitch, T factor,  \
-      const GradientTarget<T>& grad_pred, const GradientTarget<T>& grad_target) {                \
-    differentiate_samples<kernel, kReach>(window, pair, begin, end, table, pitch, factor,        \
-                                          grad_pred, grad_target);                               \
   }
-#define REG_RUN_WINDOWS(T)                                     \
-  REG_RUN_SAMPLES(T, ParzenKernel::kGaussian, 0)               \
-  REG_RUN_SAMPLES(T, ParzenKernel::kGaussian, kCommonReach<T>) \
-  REG_RUN_SAMPLES(T, ParzenKernel::kBSpline, 2)
+#define REG_RUN_BOTH(T, kernel, kReach)                                                         \
+  REG_RUN_COUNT(T, kernel, kReach)                                                              \
+  REG_FOR_NEWER_CPUS void run_gradient(                                                         \
+      IntTag<static_cast<int>(kernel)>, IntTag<kReach>, const Parzen<T>& window,                \
+      const Pair<T>& pair, int64_t begin, int64_t end, const T* table, int64_t pitch, T factor, \
+      const GradientTarget<T>& grad_pred, const GradientTarget<T>& grad_target) {               \
+    differentiate_samples<kernel, kReach>(window, pair, begin, end, table, pitch, factor,       \
+                                          grad_pred, grad_target);                              \
+  }
+#define REG_RUN_WINDOWS(T)                                              \
+  REG_RUN_COUNT(T, ParzenKernel::kDelta, 0)                             \
+  REG_RUN_BOTH(T, ParzenKernel::kGaussian, GaussianReach<T>::kNarrow)   \
+  REG_RUN_BOTH(T, ParzenKernel::kGaussian, GaussianReach<T>::kMiddling) \
+  REG_RUN_BOTH(T, ParzenKernel::kGaussian, GaussianReach<T>::kWide)     \
+  REG_RUN_BOTH(T, ParzenKernel::kBSpline, kBSplineReach)
 REG_RUN_WINDOWS(float)
 REG_RUN_WINDOWS(double)
 #undef REG_RUN_WINDOWS
-#undef REG_RUN_SAMPLES
-
-template <class T>
-bool count_hard(const Parzen<T>& window, const Pair<T>& pair, int64_t begin, int64_t end,
-                double* histogram, int64_t pitch) {
-  return count_samples<ParzenKernel::kDelta, 0>(window, pair, begin, end, histogram, pitch);
-}
+#undef REG_RUN_BOTH
+#undef REG_RUN_COUNT
 
 // The elements of a call with their ranges, and the joint histogram of each.
 template <class T>
@@ -331,14 +326,10 @@ struct CpuHistograms {
         const Pair<T>& pair = pairs[task / parts.count];
         std::fill(with_margin.begin(), with_margin.end(), 0);
         double* const histogram = with_margin.data();
-        if (geometry.kernel == ParzenKernel::kDelta) {
-          bad[task] = count_hard(call.window, pair, begin, end, histogram, pitch);
-        } else {
-          dispatch_window<T>(geometry.kernel, reach, [&](auto kernel, auto known_reach) {
-            bad[task] =
-                run_count(kernel, known_reach, call.window, pair, begin, end, histogram, pitch);
-          });
-        }
+        dispatch_window<T>(geometry, [&](auto kernel, auto known_reach) {
+          bad[task] =
+              run_count(kernel, known_reach, call.window, pair, begin, end, histogram, pitch);
+        });
         const double* row = histogram + reach * pitch + reach;
         double* to = counts.data() + task * bins();
         for (int a = 0; a < geometry.num_bins; ++a, row += pitch, to += geometry.num_bins) {
@@ -508,7 +499,7 @@ void gradient_run(const Cpu& device, const Call& call) {
           return GradientTarget<T>{target.present() ? target.at(g, i, c) : nullptr,
                                    shared && turn > 0};
         };
-        dispatch_window<T>(geometry.kernel, geometry.reach, [&](auto kernel, auto reach) {
+        dispatch_smooth_window<T>(geometry, [&](auto kernel, auto reach) {
           run_gradient(kernel, reach, gradient.window, pair, begin, end, table.data(), pitch,
                        gradient.factor(index), to(gradient.grad_pred, gradient.sum_pred),
                        to(gradient.grad_target, gradient.sum_target));

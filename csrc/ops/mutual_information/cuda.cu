@@ -179,7 +179,6 @@ __device__ __forceinline__ T weight_at(const Parzen<T>& window, T d, T factor) {
 // The factor of a sample that weighs `weight`. With kDelta, t becomes that of the one bin.
 template <ParzenKernel kKernel, int kReach, class T>
 __device__ __forceinline__ T sample_factor(const Parzen<T>& window, T& t, T weight) {
-  const int reach = kReach > 0 ? kReach : window.reach;
   const Rounded<T> bin = nearest_bin<kKernel>(t, window.num_bins);
   if constexpr (kKernel == ParzenKernel::kDelta) {
     t = bin.value;
@@ -191,7 +190,7 @@ __device__ __forceinline__ T sample_factor(const Parzen<T>& window, T& t, T weig
     GaussianWings<T> wings(window, f, T(1));
     sum = 1;
     REG_UNROLL
-    for (int j = 1; j <= reach; ++j) {
+    for (int j = 1; j <= kReach; ++j) {
       wings.advance();
       if (bin.integer < window.num_bins - j) sum += wings.up * window.falloff[j];
       if (bin.integer >= j) sum += wings.down * window.falloff[j];
@@ -199,7 +198,7 @@ __device__ __forceinline__ T sample_factor(const Parzen<T>& window, T& t, T weig
     return log2_of(weight * reciprocal(sum)) + window.sharpness * f * f;
   }
   REG_UNROLL
-  for (int j = -reach; j <= reach; ++j) {
+  for (int j = -kReach; j <= kReach; ++j) {
     const bool inside = bin.integer + j >= 0 && bin.integer + j < window.num_bins;
     if (inside) sum += b_spline(f - static_cast<T>(j));
   }
@@ -384,14 +383,16 @@ struct Product<double> {
   }
 };
 
-// The weights of a lane's samples on its bins. `kNarrow`: no window is wider than eight bins, so
-// that of the bins with this lane's residue only the nearest counts.
-template <ParzenKernel kKernel, bool kNarrow, class T>
+// The weights of a lane's samples on its bins.
+template <ParzenKernel kKernel, int kReach, class T>
 __device__ __forceinline__ void make_factor(const Parzen<T>& window,
                                             const T (&t)[Product<T>::kPerLane],
                                             const T (&factor)[Product<T>::kPerLane], T first_bin,
                                             typename Product<T>::Factor& out) {
   constexpr int kCount = Product<T>::kPerLane;
+  // Where windows are no wider than this, only the nearest of the bins with this lane's residue
+  // counts: beyond four bins a weight is below the rounding of the sum.
+  constexpr bool kNarrow = kReach <= kResidues / 2;
   T weight[kCount];
   if constexpr (kNarrow) {
     int quotient[kCount];
@@ -435,7 +436,7 @@ struct Interval {
 };
 
 // The samples of a warp that touch a tile are collected, and counted 32 at a time.
-template <ParzenKernel kKernel, bool kNarrow, int kReach, class T>
+template <ParzenKernel kKernel, int kReach, class T>
 struct TileCounter {
   const Parzen<T>& window;
   Staged<T>* staged;   // of this warp, 32
@@ -494,16 +495,15 @@ struct TileCounter {
       }
       const T residue = static_cast<T>(lane / 4);
       typename Product<T>::Factor pred, target;
-      make_factor<kKernel, kNarrow>(window, t_pred, factor_pred, first_pred + residue, pred);
-      make_factor<kKernel, kNarrow>(window, t_target, factor_target, first_target + residue,
-                                    target);
+      make_factor<kKernel, kReach>(window, t_pred, factor_pred, first_pred + residue, pred);
+      make_factor<kKernel, kReach>(window, t_target, factor_target, first_target + residue, target);
       product.add(pred, target);
     }
   }
 };
 
 // Blocks: parts of the samples, tiles of the histogram, elements.
-template <ParzenKernel kKernel, bool kNarrow, int kReach, class T>
+template <ParzenKernel kKernel, int kReach, class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
     count_kernel(const __grid_constant__ Counting<T> call) {
   __shared__ Staged<T> staged[kWarps][kWarp];
@@ -523,9 +523,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
     const T* const target = call.target.at(group, item, channel);
     const T* const mask = call.mask.present() ? call.mask.at(group, item, channel) : nullptr;
     unsigned long long* const counts = call.counts + element * (call.bins() + 1);
-    TileCounter<kKernel, kNarrow, kReach, T> counter{call.window, staged[warp], waiting[warp],
-                                                     static_cast<T>(tile_pred),
-                                                     static_cast<T>(tile_target)};
+    TileCounter<kKernel, kReach, T> counter{call.window, staged[warp], waiting[warp],
+                                            static_cast<T>(tile_pred), static_cast<T>(tile_target)};
     const Interval<T> near_pred(tile_pred, num_bins, call.reach);
     const Interval<T> near_target(tile_target, num_bins, call.reach);
     bool broken = false;
@@ -738,22 +737,10 @@ void launch_count(const Cuda& device, const Counting<T>& counting,
     function<<<grid, kThreads, 0, device.stream>>>(counting);
     check_launch();
   };
-  constexpr auto kGaussian = ParzenKernel::kGaussian;
-  switch (geometry.kernel) {
-    case ParzenKernel::kDelta:
-      return launch(&count_kernel<ParzenKernel::kDelta, true, 0, T>);
-    case ParzenKernel::kBSpline:
-      return launch(&count_kernel<ParzenKernel::kBSpline, true, 2, T>);
-    case ParzenKernel::kGaussian:
-      // Beyond four bins a weight must be below the rounding of the sum.
-      if (geometry.reach > kCommonReach<T>) {
-        return launch(&count_kernel<kGaussian, false, 0, T>);
-      }
-      if (geometry.reach == kCommonReach<T>) {
-        return launch(&count_kernel<kGaussian, true, kCommonReach<T>, T>);
-      }
-      return launch(&count_kernel<kGaussian, true, 0, T>);
-  }
+  dispatch_window<T>(geometry, [&](auto kernel, auto reach) {
+    constexpr auto kKernel = static_cast<ParzenKernel>(decltype(kernel)::value);
+    launch(&count_kernel<kKernel, decltype(reach)::value, T>);
+  });
 }
 
 // Counts the samples of all elements of a loss or a histogram.
@@ -842,9 +829,7 @@ __global__ void __launch_bounds__(kGradientThreads<T>)
                     int given_log_copies) {
   extern __shared__ char shared_bytes[];
   T* const shared = reinterpret_cast<T*>(shared_bytes);
-  constexpr int kMiddle = ParzenWeights<T, kReach>::kMiddle;
-  const int reach = kReach > 0 ? kReach : call.window.reach;
-  const int size = call.window.num_bins + 2 * reach;
+  const int size = call.window.num_bins + 2 * kReach;
   const int64_t turns = call.items_together() ? call.space.items : 1;
   const ElementSpace pieces{call.space.items / turns, call.space.channels};
   const int64_t begin = samples * blockIdx.x / gridDim.x;
@@ -886,16 +871,16 @@ __global__ void __launch_bounds__(kGradientThreads<T>)
         parzen_weights<kKernel, kTarget>(call.window, t_target, columns);
         const T* row = table + (rows.middle * size + columns.middle) * stride;
         REG_UNROLL
-        for (int a = -reach; a <= reach; ++a, row += size * stride) {
+        for (int a = -kReach; a <= kReach; ++a, row += size * stride) {
           T sum = 0, slope_sum = 0;
           REG_UNROLL
-          for (int b = -reach; b <= reach; ++b) {
-            const T entry = row[(b + reach) * stride];
-            if constexpr (kPred) sum += entry * columns.weight[kMiddle + b];
-            if constexpr (kTarget) slope_sum += entry * columns.slope[kMiddle + b];
+          for (int b = -kReach; b <= kReach; ++b) {
+            const T entry = row[(b + kReach) * stride];
+            if constexpr (kPred) sum += entry * columns.weight[kReach + b];
+            if constexpr (kTarget) slope_sum += entry * columns.slope[kReach + b];
           }
-          if constexpr (kPred) by_pred += sum * rows.slope[kMiddle + a];
-          if constexpr (kTarget) by_target += slope_sum * rows.weight[kMiddle + a];
+          if constexpr (kPred) by_pred += sum * rows.slope[kReach + a];
+          if constexpr (kTarget) by_target += slope_sum * rows.weight[kReach + a];
         }
         const auto store = [&](T* to, T gradient, bool add) {
           to[i] = add ? to[i] + gradient : gradient;
@@ -922,11 +907,10 @@ void launch_gradient(const Cuda& device, const GradientCall<T>& gradient,
   const int64_t bytes = gradient.table_count * static_cast<int64_t>(sizeof(T));
   int log_copies = 5;
   while (log_copies >= 0 && bytes << log_copies > most) --log_copies;
-  // Worth a kernel of its own: every lane has its copy, in its own bank.
-  constexpr bool kCommon = sizeof(T) == 4 && kReach > 0;
   auto* function = &gradient_kernel<kKernel, kReach, -1, kPred, kTarget, T>;
-  if (kCommon && log_copies == 5) {
-    function = &gradient_kernel < kKernel, kReach, kCommon ? 5 : -1, kPred, kTarget, T > ;
+  // Worth a kernel of its own: every lane has its copy, in its own bank.
+  if constexpr (sizeof(T) == 4 && kReach <= GaussianReach<T>::kNarrow) {
+    if (log_copies == 5) function = &gradient_kernel<kKernel, kReach, 5, kPred, kTarget, T>;
   }
   const int64_t shared = log_copies < 0 ? 0 : bytes << log_copies;
   allow_shared_memory(function, shared);
@@ -954,7 +938,7 @@ void gradient_run(const Cuda& device, const Call& call) {
     return;
   }
   const GradientCall<T> gradient(call, histogram);
-  dispatch_window<T>(geometry.kernel, geometry.reach, [&](auto kernel, auto reach) {
+  dispatch_smooth_window<T>(geometry, [&](auto kernel, auto reach) {
     constexpr auto kKernel = static_cast<ParzenKernel>(decltype(kernel)::value);
     constexpr int kReach = decltype(reach)::value;
     const bool pred = gradient.grad_pred.present(), target = gradient.grad_target.present();

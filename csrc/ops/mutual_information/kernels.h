@@ -134,19 +134,26 @@ struct GradientCall {
   }
 };
 
-// The reach of a Gaussian at a sigma_ratio of 1, which is worth a kernel of its own.
-template <class T>
-inline constexpr int kCommonReach = sizeof(T) == 4 ? 3 : 4;
-
-// Calls body(kernel, reach) with compile-time values; a reach of 0 is one known only at run time.
+// Calls body(kernel, reach) with compile-time values, for kernels with a derivative.
 template <class T, class Body>
-void dispatch_window(ParzenKernel kernel, int reach, const Body& body) {
-  if (kernel == ParzenKernel::kBSpline) {
-    return body(IntTag<static_cast<int>(ParzenKernel::kBSpline)>{}, IntTag<2>{});
+void dispatch_smooth_window(const HistogramGeometry& geometry, const Body& body) {
+  using Reach = GaussianReach<T>;
+  if (geometry.kernel == ParzenKernel::kBSpline) {
+    return body(IntTag<static_cast<int>(ParzenKernel::kBSpline)>{}, IntTag<kBSplineReach>{});
   }
   constexpr IntTag<static_cast<int>(ParzenKernel::kGaussian)> gaussian;
-  if (reach == kCommonReach<T>) return body(gaussian, IntTag<kCommonReach<T>>{});
-  body(gaussian, IntTag<0>{});
+  if (geometry.reach == Reach::kNarrow) return body(gaussian, IntTag<Reach::kNarrow>{});
+  if (geometry.reach == Reach::kMiddling) return body(gaussian, IntTag<Reach::kMiddling>{});
+  body(gaussian, IntTag<Reach::kWide>{});
+}
+
+// And for all of them.
+template <class T, class Body>
+void dispatch_window(const HistogramGeometry& geometry, const Body& body) {
+  if (geometry.kernel == ParzenKernel::kDelta) {
+    return body(IntTag<static_cast<int>(ParzenKernel::kDelta)>{}, IntTag<0>{});
+  }
+  dispatch_smooth_window<T>(geometry, body);
 }
 
 }  // namespace reg

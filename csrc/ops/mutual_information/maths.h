@@ -10,17 +10,31 @@ namespace reg {
 
 enum class ParzenKernel { kGaussian, kBSpline, kDelta };
 
+// How many bins to either side of the nearest one a Gaussian window covers: one of three numbers,
+// so that the compiler knows it. What is further away than kWidths widths of the Gaussian is below
+// the rounding of the sum; half a bin more, as the nearest bin may be that far away. The narrow one
+// is for a sigma_ratio of 1 (half a bin), the wide one for 4.
+template <class T>
+struct GaussianReach {
+  static constexpr double kWidths = sizeof(T) == 4 ? 6.5 : 8.6;
+  static constexpr int kNarrow = sizeof(T) == 4 ? 3 : 4;
+  static constexpr int kMiddling = sizeof(T) == 4 ? 7 : 9;
+  static constexpr int kWide = sizeof(T) == 4 ? 13 : 17;
+
+  static int of(double width_in_bins) {
+    const double needed = kWidths * width_in_bins + 0.5;
+    return needed < kNarrow + 1 ? kNarrow : needed < kMiddling + 1 ? kMiddling : kWide;
+  }
+};
+constexpr int kBSplineReach = 2;
+
 // Intensities are counted in bins: t = x num_bins - 1/2, so that the centre of bin b is at t = b.
 template <class T>
 struct Parzen {
   int num_bins;
-  int reach;        // bins to either side of the nearest one that a window may cover
   T sharpness;      // log2(e) / (2 s^2), s being the Gaussian's width in bins
   T inverse_width;  // 1 / s^2
-  // 2^(-sharpness j^2). A Gaussian reaches no further than 8.6 s, s <= 2: in float64 what is beyond
-  // is below the rounding of the sum.
-  static constexpr int kMaxReach = 17;
-  T falloff[kMaxReach + 1];
+  T falloff[GaussianReach<T>::kWide + 1];  // 2^(-sharpness j^2)
 };
 
 // How intensities map to [0, 1]. An empty range maps everything to 0 and has no derivative. What is
@@ -80,13 +94,12 @@ REG_HD Rounded<T> nearest_bin(T t, int num_bins) {
 }
 
 // The weights of a sample on the bins about the nearest one, of sum 1, and their derivatives with
-// respect to t. `kReach` is the reach of the window where the compiler knows it, else 0.
+// respect to t.
 template <class T, int kReach>
 struct ParzenWeights {
-  static constexpr int kMiddle = kReach > 0 ? kReach : Parzen<T>::kMaxReach;
   int middle;
-  T weight[2 * kMiddle + 1];
-  T slope[2 * kMiddle + 1];
+  T weight[2 * kReach + 1];
+  T slope[2 * kReach + 1];
 };
 
 // A Gaussian's values ever further from the middle, at f + j and f - j for j = 1, 2, ...:
@@ -110,49 +123,45 @@ struct GaussianWings {
 
 template <ParzenKernel kKernel, bool kSlopes, class T, int kReach>
 REG_HD void parzen_weights(const Parzen<T>& window, T t, ParzenWeights<T, kReach>& out) {
-  constexpr int kMiddle = ParzenWeights<T, kReach>::kMiddle;
-  const int reach = kReach > 0 ? kReach : window.reach;
   const Rounded<T> bin = nearest_bin<kKernel>(t, window.num_bins);
   const T f = t - bin.value;
   out.middle = bin.integer;
   if constexpr (kKernel == ParzenKernel::kDelta) {
-    REG_UNROLL
-    for (int j = 1; j <= reach; ++j) out.weight[kMiddle - j] = out.weight[kMiddle + j] = 0;
-    out.weight[kMiddle] = 1;
+    out.weight[kReach] = 1;
     return;
   }
   T sum, slopes;
   if constexpr (kKernel == ParzenKernel::kGaussian) {
     GaussianWings<T> wings(window, f, exp2_of(-(window.sharpness * f) * f));
-    sum = out.weight[kMiddle] = wings.up;
-    slopes = kSlopes ? out.slope[kMiddle] = -f * wings.up : T(0);
+    sum = out.weight[kReach] = wings.up;
+    slopes = kSlopes ? out.slope[kReach] = -f * wings.up : T(0);
     REG_UNROLL
-    for (int j = 1; j <= reach; ++j) {
+    for (int j = 1; j <= kReach; ++j) {
       wings.advance();
       // The products are not conditional: a conditional load would keep this from vector code.
       const T to_above = wings.up * window.falloff[j], to_below = wings.down * window.falloff[j];
       const T above = out.middle + j < window.num_bins ? to_above : T(0);
       const T below = out.middle - j >= 0 ? to_below : T(0);
-      out.weight[kMiddle + j] = above;
-      out.weight[kMiddle - j] = below;
+      out.weight[kReach + j] = above;
+      out.weight[kReach - j] = below;
       sum += above + below;
       if constexpr (kSlopes) {
-        out.slope[kMiddle + j] = (static_cast<T>(j) - f) * above;
-        out.slope[kMiddle - j] = (static_cast<T>(-j) - f) * below;
-        slopes += out.slope[kMiddle + j] + out.slope[kMiddle - j];
+        out.slope[kReach + j] = (static_cast<T>(j) - f) * above;
+        out.slope[kReach - j] = (static_cast<T>(-j) - f) * below;
+        slopes += out.slope[kReach + j] + out.slope[kReach - j];
       }
     }
   } else {
     sum = slopes = 0;
     REG_UNROLL
-    for (int j = -reach; j <= reach; ++j) {
+    for (int j = -kReach; j <= kReach; ++j) {
       const int b = out.middle + j;
       const bool inside = b >= 0 && b < window.num_bins;
-      out.weight[kMiddle + j] = inside ? b_spline(f - static_cast<T>(j)) : T(0);
-      sum += out.weight[kMiddle + j];
+      out.weight[kReach + j] = inside ? b_spline(f - static_cast<T>(j)) : T(0);
+      sum += out.weight[kReach + j];
       if constexpr (kSlopes) {
-        out.slope[kMiddle + j] = inside ? b_spline_slope(f - static_cast<T>(j)) : T(0);
-        slopes += out.slope[kMiddle + j];
+        out.slope[kReach + j] = inside ? b_spline_slope(f - static_cast<T>(j)) : T(0);
+        slopes += out.slope[kReach + j];
       }
     }
   }
@@ -160,10 +169,10 @@ REG_HD void parzen_weights(const Parzen<T>& window, T t, ParzenWeights<T, kReach
   const T mean_slope = slopes * inverse_sum;
   const T unit = kKernel == ParzenKernel::kGaussian ? window.inverse_width : T(1);
   REG_UNROLL
-  for (int j = -reach; j <= reach; ++j) {
-    T& weight = out.weight[kMiddle + j];
+  for (int j = -kReach; j <= kReach; ++j) {
+    T& weight = out.weight[kReach + j];
     if constexpr (kSlopes) {
-      T& slope = out.slope[kMiddle + j];
+      T& slope = out.slope[kReach + j];
       slope = (slope - weight * mean_slope) * inverse_sum * unit;
     }
     weight *= inverse_sum;

@@ -10,9 +10,6 @@ namespace reg {
 
 namespace {
 
-// How far the weights of a Gaussian go, in widths: to where they are below the rounding.
-double gaussian_cut(DType dtype) { return dtype == DType::kFloat64 ? 8.6 : 6.5; }
-
 // sigma = sigma_ratio / (2 num_bins) of the range.
 double width_in_bins(const Call& call) { return call.number("sigma_ratio") / 2; }
 
@@ -57,12 +54,13 @@ HistogramGeometry histogram_geometry(const Call& call) {
   if (!(ratio >= 0.25 && ratio <= 4)) {
     fail_value(call, "sigma_ratio", "a number from 0.25 to 4", concat(ratio));
   }
-  // Half a bin more than the window: the nearest bin may be that far away.
   geometry.reach = 0;
   if (geometry.kernel == ParzenKernel::kGaussian) {
-    geometry.reach = static_cast<int>(gaussian_cut(geometry.dtype) * width_in_bins(call) + 0.5);
+    const double width = width_in_bins(call);
+    geometry.reach = geometry.dtype == DType::kFloat64 ? GaussianReach<double>::of(width)
+                                                       : GaussianReach<float>::of(width);
   } else if (geometry.kernel == ParzenKernel::kBSpline) {
-    geometry.reach = 2;
+    geometry.reach = kBSplineReach;
   }
   geometry.joint_range = call.flag("joint_range");
   return geometry;
@@ -73,10 +71,9 @@ Parzen<T> parzen_window(const Call& call, const HistogramGeometry& geometry) {
   const double width = width_in_bins(call);
   Parzen<T> window{};
   window.num_bins = geometry.num_bins;
-  window.reach = geometry.reach;
   window.sharpness = static_cast<T>(1 / (2 * std::log(2.0) * width * width));
   window.inverse_width = static_cast<T>(1 / (width * width));
-  for (int j = 0; j <= geometry.reach; ++j) {
+  for (int j = 0; j <= GaussianReach<T>::kWide; ++j) {
     window.falloff[j] = static_cast<T>(std::exp(-0.5 * (j / width) * (j / width)));
   }
   return window;
