@@ -22,7 +22,6 @@ from jaxreg import (
 )
 from jaxreg.registration import (
     SVF,
-    AdamMoments,
     Affine,
     Greedy,
     Moments,
@@ -39,6 +38,7 @@ from jaxreg.registration import (
     rigid_motion,
     step_gradient,
 )
+from jaxreg.registration.adam import no_moments
 from jaxreg.registration.linear import rotation_matrix
 from jaxreg.registration.stage import block_length
 
@@ -203,20 +203,30 @@ def test_no_step_is_longer_than_half_a_voxel_times_the_learning_rate() -> None:
         jax.random.normal(jax.random.key(0), shape)
         * jnp.asarray([1.0, 1e-3])[:, None, None, None, None]
     )
-    moments = AdamMoments.zeros(gradient)
+    moments = no_moments(gradient)
     take_step = jax.jit(functools.partial(riemannian_adam_step, learning_rate=0.4))
     for _ in range(3):
         step, moments = take_step(gradient, moments)
     lengths = jnp.linalg.norm(convert_displacement(step, "normalised", "voxel"), axis=-1)
     np.testing.assert_allclose(lengths.max(axis=(1, 2, 3)), 0.2, rtol=1e-5)  # each batch item
     assert float((gradient * step).sum()) < 0
-    assert int(moments.steps) == 3
+    assert int(moments.count) == 3
+
+
+def test_a_step_stays_in_single_precision_where_double_is_on() -> None:
+    with jax.enable_x64(True):
+        gradient = jnp.ones((1, 5, 6, 2), jnp.float32)
+        step, moments = jax.jit(functools.partial(riemannian_adam_step, learning_rate=1.0))(
+            gradient, no_moments(gradient)
+        )
+    dtypes = [x.dtype for x in (step, moments.mu, moments.nu, moments.count)]
+    assert dtypes == [jnp.float32, jnp.float32, jnp.float32, jnp.int32]
 
 
 def test_without_a_gradient_there_is_no_step() -> None:
     zero = jnp.zeros((1, 5, 6, 2))
     take_step = jax.jit(functools.partial(riemannian_adam_step, learning_rate=1.0))
-    step, _ = take_step(zero, AdamMoments.zeros(zero))
+    step, _ = take_step(zero, no_moments(zero))
     np.testing.assert_array_equal(step, zero)
 
 

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg import compose
-from jaxreg.registration.adam import AdamMoments
+from jaxreg.registration.adam import AdamMoments, no_moments, resize_moments
 from jaxreg.registration.deformable import Deformable, step_gradient
 from jaxreg.registration.problem import Level
 from jaxreg.registration.pyramid import resize_field
@@ -57,11 +57,13 @@ class Greedy(Deformable):
     def begin(self, level: Level) -> _Memory:
         """Return the identity."""
         zero = jnp.zeros((1, *level.shape, level.ndim), jnp.float32)
-        return _Memory(zero, AdamMoments.zeros(zero))
+        return _Memory(zero, no_moments(zero))
 
     def resized(self, memory: _Memory, shape: tuple[int, ...]) -> _Memory:
         """Return the same on a grid of another shape."""
-        return _Memory(resize_field(memory.displacement, shape), memory.moments.resized(shape))
+        return _Memory(
+            resize_field(memory.displacement, shape), resize_moments(memory.moments, shape)
+        )
 
     def step(self, level: Level, memory: _Memory, progress: jax.Array) -> tuple[_Memory, jax.Array]:
         """Take one step; return the loss before it."""

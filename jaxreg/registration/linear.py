@@ -16,7 +16,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxreg.registration.adam import AdamMoments, adam_direction
+from jaxreg.registration.adam import AdamMoments, adam_direction, no_moments
 from jaxreg.registration.moments import centre_and_covariance
 from jaxreg.registration.problem import Alignment, Level, matmul
 from jaxreg.registration.similarity import Metric
@@ -85,7 +85,7 @@ class Linear(Iterative):
         parameters = self._parameters(level.ndim)
         centre, _ = centre_and_covariance(level.fixed, level.fixed_mask, level.to_physical)
         length = jnp.linalg.norm(level.to_physical[:-1, :-1])
-        return _Memory(parameters, AdamMoments.zeros(parameters), centre, length)
+        return _Memory(parameters, no_moments(parameters), centre, length)
 
     def resized(self, memory: _Memory, shape: tuple[int, ...]) -> _Memory:
         """Return the same: the parameters do not depend on the grid."""

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg import scaling_and_squaring
-from jaxreg.registration.adam import AdamMoments
+from jaxreg.registration.adam import AdamMoments, no_moments, resize_moments
 from jaxreg.registration.deformable import Deformable, step_gradient
 from jaxreg.registration.problem import Level
 from jaxreg.registration.pyramid import resize_field
@@ -59,11 +59,11 @@ class SVF(Deformable):
     def begin(self, level: Level) -> _Memory:
         """Return a velocity of zero."""
         zero = jnp.zeros((1, *level.shape, level.ndim), jnp.float32)
-        return _Memory(zero, AdamMoments.zeros(zero))
+        return _Memory(zero, no_moments(zero))
 
     def resized(self, memory: _Memory, shape: tuple[int, ...]) -> _Memory:
         """Return the same on a grid of another shape."""
-        return _Memory(resize_field(memory.velocity, shape), memory.moments.resized(shape))
+        return _Memory(resize_field(memory.velocity, shape), resize_moments(memory.moments, shape))
 
     def step(self, level: Level, memory: _Memory, progress: jax.Array) -> tuple[_Memory, jax.Array]:
         """Take one step; return the loss before it."""
