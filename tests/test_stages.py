@@ -89,7 +89,9 @@ def test_an_affine_known_by_construction_is_recovered(dim: int) -> None:
 
     result = register(fixed, moving, [Moments(), Affine((2, 1), (60, 50), tolerance=0)])
 
-    assert error_in_mm(result.transform.matrix, truth, fixed) < 0.6  # of voxels 4 to 5 mm wide
+    # An eighth of a voxel of 4.8 mm. The optimum on this grid is 0.48 mm off, after 200 iterations
+    # on each level; these leave 0.54. With voxels a sixth narrower they are 0.36 and 0.41.
+    assert error_in_mm(result.transform.matrix, truth, fixed) < 0.6
     assert [level.losses.shape for level in result.stages[1].levels] == [(60,), (50,)]
     assert result.stages[1].levels[-1].losses[-1] < -0.9999
     assert result.transform.displacement is None
@@ -469,6 +471,25 @@ def test_a_level_stops_when_nothing_gets_better(stage: type) -> None:
     endless = register(fixed, fixed, [stage(*schedule, metric="mse", tolerance=0)])
     assert tuple(level.losses.size for level in endless.stages[0].levels) == schedule[1]
     assert not any(level.converged for level in endless.stages[0].levels)
+
+
+@pytest.mark.parametrize("stage", [Affine, SVF])
+def test_a_block_that_makes_it_worse_is_undone(stage: type) -> None:
+    """Steps are so long that the loss rises: at once, or after it has fallen for a while."""
+    fixed = header((20, 24), (5, 5))
+    points = physical_grid(fixed)
+    fixed = fixed.with_array(scene(points))
+    moving = fixed.with_array(scene(points + 5 + 4 * np.sin(points[..., ::-1] / 15)))
+    settings = stage((1,), (100,), learning_rate=8, metric="mse")
+    result = register(fixed, moving, [settings])
+    (level,) = result.stages[0].levels
+    assert level.converged
+    assert level.losses[-1] > 1.02 * level.losses[-10]
+    assert (level.losses.size == 10) == (stage is Affine)
+    loss = float(mse_loss(result.moved.batched(), fixed.batched()))
+    assert loss == pytest.approx(float(level.losses[-10]), rel=1e-3)
+    watched = register(fixed, moving, [settings], callback=lambda _: None)
+    np.testing.assert_array_equal(watched.moved.array, result.moved.array)
 
 
 def test_iterations_are_split_into_equal_blocks() -> None:

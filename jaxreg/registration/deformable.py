@@ -6,16 +6,22 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxreg import compose, gaussian_smooth, invert_displacement
-from jaxreg.registration.adam import AdamMoments, riemannian_adam_step
-from jaxreg.registration.problem import Alignment
+from jaxreg.registration.adam import (
+    AdamMoments,
+    no_moments,
+    resize_moments,
+    riemannian_adam_step,
+)
+from jaxreg.registration.problem import Alignment, Level
+from jaxreg.registration.pyramid import resize_field
 from jaxreg.registration.similarity import Metric
-from jaxreg.registration.stage import Iterative
+from jaxreg.registration.stage import Iterative, Memory
 
 __all__ = ["Deformable", "Regularisation", "confined", "step_gradient"]
 
@@ -49,6 +55,9 @@ class Deformable(Iterative):
         As `Iterative`.
     """
 
+    fields: ClassVar[int] = 1
+    """How many fields the stage looks for."""
+
     scales: tuple[float, ...] = (4, 2, 1)
     iterations: tuple[int, ...] = (60, 40, 20)
     learning_rate: float = 0.5
@@ -65,6 +74,15 @@ class Deformable(Iterative):
         for name in ("gradient_sigma", "field_sigma"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+
+    def begin(self, level: Level) -> Memory:
+        """Return fields of zero, ``(fields, [Z,] Y, X, D)``."""
+        zero = jnp.zeros((self.fields, *level.shape, level.ndim), jnp.float32)
+        return Memory(zero, no_moments(zero))
+
+    def resized(self, memory: Memory, shape: tuple[int, ...]) -> Memory:
+        """Return the same on a grid of another shape."""
+        return Memory(resize_field(memory.found, shape), resize_moments(memory.moments, shape))
 
     def smooth(self, field: jax.Array) -> jax.Array:
         """Smooth a field after its step."""
@@ -97,12 +115,15 @@ class Deformable(Iterative):
         return jax.value_and_grad(lambda step: penalty(compose(displacement, step)))(zero)
 
     @abc.abstractmethod
-    def transforms(self, memory: Any, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array | None]:
-        """Return the displacement that was found on a grid, and what is known of its inverse."""
+    def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Return the displacement of the fields that were found, and what is known of its inverse.
 
-    def finish(self, shape: tuple[int, ...], alignment: Alignment, memory: Any) -> Alignment:
+        All are on one grid.
+        """
+
+    def finish(self, shape: tuple[int, ...], alignment: Alignment, found: jax.Array) -> Alignment:
         """Return the alignment with the deformation before it, and its inverse."""
-        displacement, inverse = self.transforms(memory, shape)
+        displacement, inverse = self.transforms(resize_field(found, shape))
         if alignment.displacement is not None:
             displacement = compose(alignment.displacement, displacement)
             before = alignment.inverse_displacement
