@@ -86,13 +86,13 @@ class Deformable(Iterative):
 
     def smooth(self, field: jax.Array) -> jax.Array:
         """Smooth a field after its step."""
-        return confined(gaussian_smooth(field, self.field_sigma, channel_last=True))
+        return confined(_smooth(field, self.field_sigma))
 
     def descend(self, gradient: jax.Array, moments: AdamMoments) -> tuple[jax.Array, AdamMoments]:
         """Return the step for the gradient of a mean loss, and Adam's moments after it."""
         # The loss is a mean: its sum has a gradient whose size does not depend on the grid.
         gradient = gradient * math.prod(gradient.shape[1:-1])
-        gradient = gaussian_smooth(gradient, self.gradient_sigma, channel_last=True)
+        gradient = _smooth(gradient, self.gradient_sigma)
         step, moments = riemannian_adam_step(
             gradient,
             moments,
@@ -129,6 +129,19 @@ class Deformable(Iterative):
             before = alignment.inverse_displacement
             inverse = None if inverse is None or before is None else compose(inverse, before)
         return Alignment(alignment.matrix, displacement, invert_displacement(displacement, inverse))
+
+
+def _smooth(field: jax.Array, sigma: float) -> jax.Array:
+    """Return `gaussian_smooth` of a field.
+
+    The same passes, each as a call of its own: two buffers serve them all, where one call for all
+    axes holds its operand, its result and memory for what lies between.
+    """
+    ndim = field.ndim - 2 if sigma > 0 else 0
+    for axis in range(ndim):
+        one_axis = [sigma if axis == other else 0 for other in range(ndim)]
+        field = gaussian_smooth(field, one_axis, channel_last=True)
+    return field
 
 
 def confined(field: jax.Array) -> jax.Array:
