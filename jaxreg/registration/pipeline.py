@@ -17,7 +17,7 @@ from jaxreg import compose, jacobian_determinant
 from jaxreg.registration.engine import Stage, make_problem
 from jaxreg.registration.grid import Grid, Matrix
 from jaxreg.registration.presets import preset
-from jaxreg.registration.problem import Alignment
+from jaxreg.registration.problem import Alignment, overlap
 from jaxreg.registration.progress import Callback
 from jaxreg.registration.pyramid import level_shape
 from jaxreg.registration.stage import Trace
@@ -205,7 +205,9 @@ def register(
     ------
     ValueError
         If the volumes do not fit together, for a mask of another grid, with several channels, with
-        a negative weight or without a positive one, or for a matrix that cannot be inverted.
+        a negative weight or without a positive one, or for a matrix that cannot be inverted; or
+        if, after the stages, the moving image covers no voxel of the fixed one that counts: then
+        there was nothing to compare.
     """
     if fixed.grid.ndim != moving.grid.ndim:
         raise ValueError(
@@ -240,6 +242,15 @@ def register(
             alignment.inverse_displacement.block_until_ready()
         seconds = time.perf_counter() - began
         records.append(StageRecord(stage.name, stage, _levels(stage, fixed, traces), seconds))
+    # Only now: a stage may bring images together that have nothing in common at the start.
+    if stages and not overlap(problem.whole(alignment)):
+        masked = fixed_mask is not None or moving_mask is not None
+        raise ValueError(
+            f"{'moving' if initial is None else 'initial'}: expected volumes that overlap, but "
+            f"after the stages ({', '.join(stage.name for stage in stages)}) the moving volume "
+            f"covers no voxel of the fixed one{' that the masks leave in' if masked else ''}; "
+            "moments as the first stage brings their centres together"
+        )
     # Without a stage that turns or shifts, the matrix keeps all of its digits.
     if not np.array_equal(alignment.matrix, start):
         matrix = centre @ np.asarray(alignment.matrix, np.float64) @ np.linalg.inv(centre)
