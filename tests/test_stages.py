@@ -516,9 +516,12 @@ def test_a_metric_that_there_is_not_is_refused(stage: type) -> None:
         ({"scales": (4, 2), "iterations": (10,)}, "iterations: expected a count for each"),
         ({"scales": (0.5,), "iterations": (10,)}, "scales: expected numbers of at least 1"),
         ({"learning_rate": 0}, "learning_rate: expected a positive number, got 0"),
-        ({"window": 1}, "window: expected at least 2, got 1"),
+        ({"window": 1}, "window: expected an integer of at least 2, got 1"),
         ({"tolerance": -1}, "tolerance: expected at least 0, got -1"),
-        ({"block": 0}, "block: expected at least 1, got 0"),
+        ({"block": 0}, "block: expected an integer of at least 1, got 0"),
+        ({"block": 2.5}, "block: expected an integer of at least 1, got 2.5"),
+        ({"scales": 1, "iterations": 10}, "scales: expected a number for each level, got 1"),
+        ({"scales": (1,), "iterations": (2.5,)}, "iterations: expected a count for each"),
     ],
 )
 @pytest.mark.parametrize("stage", [Affine, Greedy])
@@ -530,6 +533,10 @@ def test_settings_out_of_range_are_refused(stage: type, settings: dict, message:
 def test_settings_of_a_field_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="gradient_sigma: expected at least 0, got -1"):
         Greedy(gradient_sigma=-1)
+    with pytest.raises(ValueError, match="beta2: expected 0 <= beta2 < 1, got 1"):
+        Greedy(beta2=1)
+    with pytest.raises(ValueError, match="epsilon: expected a positive number, got 0"):
+        Greedy(epsilon=0)
     with pytest.raises(ValueError, match="num_steps: expected an integer from 0 to 64, got 65"):
         SVF(num_steps=65)
     with pytest.raises(ValueError, match="scale: expected a number of at least 1"):

@@ -74,6 +74,11 @@ class Deformable(Iterative):
         for name in ("gradient_sigma", "field_sigma"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon: expected a positive number, got {self.epsilon}")
 
     def begin(self, level: Level) -> Memory:
         """Return fields of zero, ``(fields, [Z,] Y, X, D)``."""
@@ -137,10 +142,12 @@ def _smooth(field: jax.Array, sigma: float) -> jax.Array:
     The same passes, each as a call of its own: two buffers serve them all, where one call for all
     axes holds its operand, its result and memory for what lies between.
     """
-    ndim = field.ndim - 2 if sigma > 0 else 0
-    for axis in range(ndim):
-        one_axis = [sigma if axis == other else 0 for other in range(ndim)]
-        field = gaussian_smooth(field, one_axis, channel_last=True)
+    sizes = field.shape[1:-1]
+    for axis, size in enumerate(sizes):
+        # Across a single slice there is nothing to mix with but the zeros outside.
+        if sigma > 0 and size > 1:
+            one_axis = [sigma if axis == other else 0 for other in range(len(sizes))]
+            field = gaussian_smooth(field, one_axis, channel_last=True)
     return field
 
 

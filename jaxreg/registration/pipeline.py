@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import compose, jacobian_determinant
-from jaxreg.registration.engine import Stage, make_problem
+from jaxreg.registration.engine import Stage, check_stages, make_problem
 from jaxreg.registration.grid import Grid, Matrix
 from jaxreg.registration.presets import preset
 from jaxreg.registration.problem import Alignment, overlap
@@ -207,7 +207,9 @@ def register(
         If the volumes do not fit together, for a mask of another grid, with several channels, with
         a negative weight or without a positive one, or for a matrix that cannot be inverted; or
         if, after the stages, the moving image covers no voxel of the fixed one that counts: then
-        there was nothing to compare.
+        there was nothing to compare; or if a metric is not finite.
+    TypeError
+        If there is something else among the stages.
     """
     if fixed.grid.ndim != moving.grid.ndim:
         raise ValueError(
@@ -218,6 +220,7 @@ def register(
         stages = preset(
             "default", ndim=fixed.grid.ndim, device="cpu" if platform == "cpu" else "gpu"
         )
+    check_stages(stages)
     # About the middle of the fixed grid float32 holds coordinates to a fraction of a micrometre.
     centre = np.eye(fixed.grid.ndim + 1)
     centre[:-1, -1] = fixed.grid.centre()
@@ -262,7 +265,7 @@ def register(
 
 def _levels(stage: Stage, fixed: Volume, traces: tuple[Trace, ...]) -> tuple[LevelRecord, ...]:
     scales = stage.scales if hasattr(stage, "scales") else (stage.scale,)
-    return tuple(
+    levels = tuple(
         LevelRecord(
             scale,
             level_shape(fixed.shape, scale),
@@ -271,6 +274,14 @@ def _levels(stage: Stage, fixed: Volume, traces: tuple[Trace, ...]) -> tuple[Lev
         )
         for scale, trace in zip(scales, traces, strict=True)
     )
+    for level in levels:
+        if not np.isfinite(level.losses).all():
+            wrong = level.losses[~np.isfinite(level.losses)][0]
+            raise ValueError(
+                f"metric: expected finite losses, got {wrong} in the stage {stage.name} at scale "
+                f"{level.scale:g}"
+            )
+    return levels
 
 
 def _weights(name: str, mask: Volume | None, image: Volume) -> NDArray[np.float32] | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -109,18 +111,27 @@ class Iterative(abc.ABC):
         jax.tree_util.register_static(cls)
 
     def __post_init__(self) -> None:
+        for name in ("scales", "iterations"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple | list):
+                raise ValueError(f"{name}: expected a number for each level, got {value!r}")
+            object.__setattr__(self, name, tuple(value))  # a list has no hash
         if not self.scales or any(not scale >= 1 for scale in self.scales):
             raise ValueError(f"scales: expected numbers of at least 1, got {self.scales}")
-        if len(self.iterations) != len(self.scales) or any(n < 0 for n in self.iterations):
+        counts = [n for n in self.iterations if isinstance(n, Integral) and n >= 0]
+        if len(counts) != len(self.scales) or len(counts) != len(self.iterations):
             raise ValueError(
                 f"iterations: expected a count for each of {self.scales}, got {self.iterations}"
             )
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
         find_loss(self.metric, self.kernel_size, self.num_bins)
-        for name, least in (("window", 2), ("tolerance", 0), ("block", 1)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        for name, least in (("window", 2), ("block", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name}: expected an integer of at least {least}, got {value}")
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance: expected at least 0, got {self.tolerance}")
 
     def loss(
         self, pred: tuple[jax.Array, jax.Array | None], target: tuple[jax.Array, jax.Array | None]
