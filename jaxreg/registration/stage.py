@@ -79,10 +79,10 @@ class Iterative(abc.ABC):
         Bins of ``"mi"`` per image.
     window, tolerance
         A level ends when a line through its last ``window`` losses falls by less than ``tolerance``
-        times the largest loss of the level, in magnitude, or rises. If the loss then is higher than
-        at the start of the last block, that block is undone: steps that are too long do not spoil
-        what was found before. A tolerance of 0 runs all iterations and undoes none; nor is a level
-        with fewer iterations than the window tested.
+        times the largest loss of the level, in magnitude, or rises. If in the last block the loss
+        has then risen by more than a tenth of what it had fallen by before, that block is undone:
+        steps that are too long do not spoil what was found. A tolerance of 0 runs all iterations
+        and undoes none; nor is a level with fewer iterations than the window tested.
     block
         Iterations between two tests of convergence, and two calls of the callback. Where the
         iterations of a level are no multiple of it, the nearest divisor that they have.
@@ -233,7 +233,9 @@ def _advance(stage: Iterative, level: Level, memory: Memory, trace: Trace) -> _S
     converged = _converged(stage, losses, ran)
     # To keep the start of a block costs one field, the best of all iterations a copy in each of
     # them. The losses have fallen until this block, or the level would have ended before it.
-    undone = converged & ~(block[-1] <= block[0])  # also if it is NaN
+    # A small rise is no reason: what looks alike on this level goes on to a finer one.
+    bearable = block[0] + 0.1 * jnp.maximum(losses[0] - block[0], 0)
+    undone = converged & ~(block[-1] <= bearable)  # also if it is NaN
     found = jax.tree.map(functools.partial(jnp.where, undone), start, memory.found)
     return memory._replace(found=found), Trace(losses, ran, converged)
 
