@@ -9,7 +9,7 @@ from typing import NoReturn
 
 __all__ = ["main"]
 
-_NEEDED = ("jax", "SimpleITK", "typer", "rich", "matplotlib")
+_NEEDED = ("jax", "optax", "SimpleITK", "typer", "rich", "matplotlib")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

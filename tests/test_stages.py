@@ -22,7 +22,6 @@ from jaxreg import (
 )
 from jaxreg.registration import (
     SVF,
-    AdamMoments,
     Affine,
     Greedy,
     Moments,
@@ -39,8 +38,10 @@ from jaxreg.registration import (
     rigid_motion,
     step_gradient,
 )
+from jaxreg.registration.adam import no_moments
 from jaxreg.registration.linear import rotation_matrix
-from jaxreg.registration.stage import block_length
+from jaxreg.registration.problem import Alignment, Level
+from jaxreg.registration.stage import Iterative, Memory, block_length
 
 LINEAR = [Translation, Rigid, Similarity, Affine]
 DEFORMABLE = [Greedy, SVF, SyN]
@@ -89,7 +90,9 @@ def test_an_affine_known_by_construction_is_recovered(dim: int) -> None:
 
     result = register(fixed, moving, [Moments(), Affine((2, 1), (60, 50), tolerance=0)])
 
-    assert error_in_mm(result.transform.matrix, truth, fixed) < 0.6  # of voxels 4 to 5 mm wide
+    # An eighth of a voxel of 4.8 mm. The optimum on this grid is 0.48 mm off, after 200 iterations
+    # on each level; these leave 0.54. With voxels a sixth narrower they are 0.36 and 0.41.
+    assert error_in_mm(result.transform.matrix, truth, fixed) < 0.6
     assert [level.losses.shape for level in result.stages[1].levels] == [(60,), (50,)]
     assert result.stages[1].levels[-1].losses[-1] < -0.9999
     assert result.transform.displacement is None
@@ -203,20 +206,30 @@ def test_no_step_is_longer_than_half_a_voxel_times_the_learning_rate() -> None:
         jax.random.normal(jax.random.key(0), shape)
         * jnp.asarray([1.0, 1e-3])[:, None, None, None, None]
     )
-    moments = AdamMoments.zeros(gradient)
+    moments = no_moments(gradient)
     take_step = jax.jit(functools.partial(riemannian_adam_step, learning_rate=0.4))
     for _ in range(3):
         step, moments = take_step(gradient, moments)
     lengths = jnp.linalg.norm(convert_displacement(step, "normalised", "voxel"), axis=-1)
     np.testing.assert_allclose(lengths.max(axis=(1, 2, 3)), 0.2, rtol=1e-5)  # each batch item
     assert float((gradient * step).sum()) < 0
-    assert int(moments.steps) == 3
+    assert int(moments.count) == 3
+
+
+def test_a_step_stays_in_single_precision_where_double_is_on() -> None:
+    with jax.enable_x64(True):
+        gradient = jnp.ones((1, 5, 6, 2), jnp.float32)
+        step, moments = jax.jit(functools.partial(riemannian_adam_step, learning_rate=1.0))(
+            gradient, no_moments(gradient)
+        )
+    dtypes = [x.dtype for x in (step, moments.mu, moments.nu, moments.count)]
+    assert dtypes == [jnp.float32, jnp.float32, jnp.float32, jnp.int32]
 
 
 def test_without_a_gradient_there_is_no_step() -> None:
     zero = jnp.zeros((1, 5, 6, 2))
     take_step = jax.jit(functools.partial(riemannian_adam_step, learning_rate=1.0))
-    step, _ = take_step(zero, AdamMoments.zeros(zero))
+    step, _ = take_step(zero, no_moments(zero))
     np.testing.assert_array_equal(step, zero)
 
 
@@ -461,6 +474,51 @@ def test_a_level_stops_when_nothing_gets_better(stage: type) -> None:
     assert not any(level.converged for level in endless.stages[0].levels)
 
 
+def test_steps_that_are_too_long_do_not_spoil_the_start() -> None:
+    fixed = header((20, 24), (5, 5))
+    points = physical_grid(fixed)
+    fixed, moving = fixed.with_array(scene(points)), fixed.with_array(scene(points + 5))
+    settings = Affine((1,), (100,), learning_rate=8, metric="mse")
+    for callback in (None, lambda _: None):
+        result = register(fixed, moving, [settings], callback=callback)
+        (level,) = result.stages[0].levels
+        assert level.converged
+        assert level.losses.size == 10
+        assert level.losses[-1] > 2 * level.losses[0]
+        np.testing.assert_allclose(result.transform.matrix, np.eye(3), atol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scripted(Iterative):
+    """Counts its iterations; its losses are given."""
+
+    losses: tuple[float, ...] = ()
+
+    def begin(self, level: Level) -> Memory:
+        return Memory(jnp.zeros(()), no_moments(jnp.zeros(())))
+
+    def resized(self, memory: Memory, shape: tuple[int, ...]) -> Memory:
+        return memory
+
+    def step(self, level: Level, memory: Memory, progress: jax.Array) -> tuple[Memory, jax.Array]:
+        loss = jnp.asarray(self.losses)[memory.found.astype(int)]
+        return memory._replace(found=memory.found + 1), loss
+
+    def finish(self, shape: tuple[int, ...], alignment: Alignment, found: jax.Array) -> Alignment:
+        return Alignment(found * alignment.matrix)
+
+
+@pytest.mark.parametrize(("rise", "kept"), [(0.05, 30), (0.2, 20), (math.nan, 20)])
+def test_a_block_that_loses_much_of_what_was_gained_is_undone(rise: float, kept: int) -> None:
+    falling = np.linspace(2, 1, 20)
+    losses = (*falling, *np.linspace(1, 1 + rise, 10), *falling)
+    stage = Scripted((1,), (50,), losses=losses)
+    image = jnp.zeros((1, 16, 16))
+    result = register_images(image, image, [stage])
+    assert int(result.traces[0][0].ran) == 30
+    assert result.alignment.matrix[0, 0] == kept
+
+
 def test_iterations_are_split_into_equal_blocks() -> None:
     for iterations, block, length in ((60, 10, 10), (45, 10, 9), (20, 7, 5), (7, 10, 7), (0, 5, 1)):
         assert block_length(iterations, block) == length
@@ -485,9 +543,12 @@ def test_a_metric_that_there_is_not_is_refused(stage: type) -> None:
         ({"scales": (4, 2), "iterations": (10,)}, "iterations: expected a count for each"),
         ({"scales": (0.5,), "iterations": (10,)}, "scales: expected numbers of at least 1"),
         ({"learning_rate": 0}, "learning_rate: expected a positive number, got 0"),
-        ({"window": 1}, "window: expected at least 2, got 1"),
+        ({"window": 1}, "window: expected an integer of at least 2, got 1"),
         ({"tolerance": -1}, "tolerance: expected at least 0, got -1"),
-        ({"block": 0}, "block: expected at least 1, got 0"),
+        ({"block": 0}, "block: expected an integer of at least 1, got 0"),
+        ({"block": 2.5}, "block: expected an integer of at least 1, got 2.5"),
+        ({"scales": 1, "iterations": 10}, "scales: expected a number for each level, got 1"),
+        ({"scales": (1,), "iterations": (2.5,)}, "iterations: expected a count for each"),
     ],
 )
 @pytest.mark.parametrize("stage", [Affine, Greedy])
@@ -499,6 +560,10 @@ def test_settings_out_of_range_are_refused(stage: type, settings: dict, message:
 def test_settings_of_a_field_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="gradient_sigma: expected at least 0, got -1"):
         Greedy(gradient_sigma=-1)
+    with pytest.raises(ValueError, match="beta2: expected 0 <= beta2 < 1, got 1"):
+        Greedy(beta2=1)
+    with pytest.raises(ValueError, match="epsilon: expected a positive number, got 0"):
+        Greedy(epsilon=0)
     with pytest.raises(ValueError, match="num_steps: expected an integer from 0 to 64, got 65"):
         SVF(num_steps=65)
     with pytest.raises(ValueError, match="scale: expected a number of at least 1"):

@@ -1,42 +1,35 @@
-"""Adam, for a few parameters and for fields."""
+"""Adam of optax, for a few parameters and for fields."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxreg.registration.pyramid import resize_field
 
-__all__ = ["AdamMoments", "adam_direction", "riemannian_adam_step"]
+__all__ = ["AdamMoments", "adam_direction", "no_moments", "resize_moments", "riemannian_adam_step"]
+
+AdamMoments: TypeAlias = optax.ScaleByAdamState
+"""Adam's memory of the gradients: running means of them, ``mu``, and of their squares, ``nu``."""
 
 
-class AdamMoments(NamedTuple):
-    """Adam's memory of the gradients: of a field, or of any pytree of parameters.
+def no_moments(like: Any) -> AdamMoments:
+    """Return the memory before the first step for gradients shaped like a pytree."""
+    moments: AdamMoments = optax.scale_by_adam().init(like)
+    return moments
 
-    Those of fields are in normalised coordinates. There a gradient of the sum loss has the same
-    size on every level, so a change of scale only has to resize the moments.
+
+def resize_moments(moments: AdamMoments, shape: tuple[int, ...]) -> AdamMoments:
+    """Return the memory of a field on a grid of another spatial shape.
+
+    It is in normalised coordinates. There a gradient of the sum loss has the same size on every
+    level, so that nothing but the sampling changes.
     """
-
-    first: Any
-    """Running mean of the gradient, shaped like it."""
-    second: Any
-    """Running mean of its square, likewise."""
-    steps: jax.Array
-    """Steps taken, a scalar."""
-
-    @classmethod
-    def zeros(cls, like: Any) -> AdamMoments:
-        """Return the memory before the first step for gradients shaped like a pytree."""
-        first, second = (jax.tree.map(jnp.zeros_like, like) for _ in range(2))
-        return cls(first, second, jnp.zeros((), jnp.int32))
-
-    def resized(self, shape: tuple[int, ...]) -> AdamMoments:
-        """Return the memory of a field on a grid of another spatial shape."""
-        return AdamMoments(
-            resize_field(self.first, shape), resize_field(self.second, shape), self.steps
-        )
+    first, second = (resize_field(field, shape) for field in (moments.mu, moments.nu))
+    return AdamMoments(moments.count, first, second)
 
 
 def adam_direction(
@@ -49,7 +42,7 @@ def adam_direction(
     gradient
         A pytree of arrays.
     moments
-        From the previous step.
+        From the previous step; `no_moments` before the first.
     beta1, beta2, epsilon
         Decay of the two moments, and what keeps the quotient finite.
 
@@ -65,17 +58,9 @@ def adam_direction(
     Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, with the bias
     corrections of its algorithm 1.
     """
-    steps = moments.steps + 1
-    first = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, moments.first, gradient)
-    second = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g**2, moments.second, gradient)
-
-    # In float32 also under x64. Together: on a GPU every scalar of its own costs a kernel.
-    unbiased = 1 / (1 - jnp.asarray([beta1, beta2], jnp.float32) ** steps)
-
-    def quotient(mean: jax.Array, variance: jax.Array) -> jax.Array:
-        return mean * unbiased[0] / (jnp.sqrt(variance * unbiased[1]) + epsilon)
-
-    return jax.tree.map(quotient, first, second), AdamMoments(first, second, steps)
+    adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon)
+    direction, moments = adam.update(gradient, moments)
+    return direction, moments
 
 
 def riemannian_adam_step(
@@ -102,7 +87,7 @@ def riemannian_adam_step(
         Gradient of the loss summed over voxels and items with respect to the step, ``(N, [Z,] Y,
         X, D)``, in normalised coordinates.
     moments
-        From the previous step.
+        From the previous step; ``optax.scale_by_adam().init(gradient)`` before the first.
     learning_rate, beta1, beta2, epsilon
         See `Greedy`.
 

@@ -6,16 +6,22 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxreg import compose, gaussian_smooth, invert_displacement
-from jaxreg.registration.adam import AdamMoments, riemannian_adam_step
-from jaxreg.registration.problem import Alignment
+from jaxreg.registration.adam import (
+    AdamMoments,
+    no_moments,
+    resize_moments,
+    riemannian_adam_step,
+)
+from jaxreg.registration.problem import Alignment, Level
+from jaxreg.registration.pyramid import resize_field
 from jaxreg.registration.similarity import Metric
-from jaxreg.registration.stage import Iterative
+from jaxreg.registration.stage import Iterative, Memory
 
 __all__ = ["Deformable", "Regularisation", "confined", "step_gradient"]
 
@@ -49,6 +55,9 @@ class Deformable(Iterative):
         As `Iterative`.
     """
 
+    fields: ClassVar[int] = 1
+    """How many fields the stage looks for."""
+
     scales: tuple[float, ...] = (4, 2, 1)
     iterations: tuple[int, ...] = (60, 40, 20)
     learning_rate: float = 0.5
@@ -65,16 +74,30 @@ class Deformable(Iterative):
         for name in ("gradient_sigma", "field_sigma"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon: expected a positive number, got {self.epsilon}")
+
+    def begin(self, level: Level) -> Memory:
+        """Return fields of zero, ``(fields, [Z,] Y, X, D)``."""
+        zero = jnp.zeros((self.fields, *level.shape, level.ndim), jnp.float32)
+        return Memory(zero, no_moments(zero))
+
+    def resized(self, memory: Memory, shape: tuple[int, ...]) -> Memory:
+        """Return the same on a grid of another shape."""
+        return Memory(resize_field(memory.found, shape), resize_moments(memory.moments, shape))
 
     def smooth(self, field: jax.Array) -> jax.Array:
         """Smooth a field after its step."""
-        return confined(gaussian_smooth(field, self.field_sigma, channel_last=True))
+        return confined(_smooth(field, self.field_sigma))
 
     def descend(self, gradient: jax.Array, moments: AdamMoments) -> tuple[jax.Array, AdamMoments]:
         """Return the step for the gradient of a mean loss, and Adam's moments after it."""
         # The loss is a mean: its sum has a gradient whose size does not depend on the grid.
         gradient = gradient * math.prod(gradient.shape[1:-1])
-        gradient = gaussian_smooth(gradient, self.gradient_sigma, channel_last=True)
+        gradient = _smooth(gradient, self.gradient_sigma)
         step, moments = riemannian_adam_step(
             gradient,
             moments,
@@ -97,17 +120,35 @@ class Deformable(Iterative):
         return jax.value_and_grad(lambda step: penalty(compose(displacement, step)))(zero)
 
     @abc.abstractmethod
-    def transforms(self, memory: Any, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array | None]:
-        """Return the displacement that was found on a grid, and what is known of its inverse."""
+    def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Return the displacement of the fields that were found, and what is known of its inverse.
 
-    def finish(self, shape: tuple[int, ...], alignment: Alignment, memory: Any) -> Alignment:
+        All are on one grid.
+        """
+
+    def finish(self, shape: tuple[int, ...], alignment: Alignment, found: jax.Array) -> Alignment:
         """Return the alignment with the deformation before it, and its inverse."""
-        displacement, inverse = self.transforms(memory, shape)
+        displacement, inverse = self.transforms(resize_field(found, shape))
         if alignment.displacement is not None:
             displacement = compose(alignment.displacement, displacement)
             before = alignment.inverse_displacement
             inverse = None if inverse is None or before is None else compose(inverse, before)
         return Alignment(alignment.matrix, displacement, invert_displacement(displacement, inverse))
+
+
+def _smooth(field: jax.Array, sigma: float) -> jax.Array:
+    """Return `gaussian_smooth` of a field.
+
+    The same passes, each as a call of its own: two buffers serve them all, where one call for all
+    axes holds its operand, its result and memory for what lies between.
+    """
+    sizes = field.shape[1:-1]
+    for axis, size in enumerate(sizes):
+        # Across a single slice there is nothing to mix with but the zeros outside.
+        if sigma > 0 and size > 1:
+            one_axis = [sigma if axis == other else 0 for other in range(len(sizes))]
+            field = gaussian_smooth(field, one_axis, channel_last=True)
+    return field
 
 
 def confined(field: jax.Array) -> jax.Array:

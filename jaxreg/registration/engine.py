@@ -78,7 +78,15 @@ def register_images(
     ------
     ValueError
         If the arrays do not fit together.
+    TypeError
+        If there is something else among the stages.
+
+    Notes
+    -----
+    Unlike `register` it cannot look at what it has found: where the images do not overlap, or a
+    metric is not finite, there is no error.
     """
+    check_stages(stages)
     problem = make_problem(
         fixed,
         moving,
@@ -88,12 +96,22 @@ def register_images(
         moving_to_physical=moving_to_physical,
         moving_ratio=moving_ratio,
     )
-    alignment = problem.headers() if initial is None else initial
+    alignment = problem.headers()
+    if initial is not None:
+        alignment = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), initial)
     traces = []
     for stage in stages:
         alignment, trace = stage.run(problem, alignment)
         traces.append(trace)
     return ArrayRegistration(alignment, tuple(traces))
+
+
+def check_stages(stages: Sequence[Stage]) -> None:
+    """Refuse what is not a sequence of stages."""
+    if isinstance(stages, Stage | str) or not all(isinstance(stage, Stage) for stage in stages):
+        raise TypeError(
+            f"stages: expected a sequence of stages, as of stage_from_name, got {stages!r}"
+        )
 
 
 def make_problem(

@@ -26,23 +26,16 @@ Gee, arXiv:2404.01249.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from jaxreg import compose
-from jaxreg.registration.adam import AdamMoments
 from jaxreg.registration.deformable import Deformable, step_gradient
 from jaxreg.registration.problem import Level
-from jaxreg.registration.pyramid import resize_field
+from jaxreg.registration.stage import Memory
 
 __all__ = ["Greedy"]
-
-
-class _Memory(NamedTuple):
-    displacement: jax.Array
-    moments: AdamMoments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,26 +47,17 @@ class Greedy(Deformable):
 
     name: ClassVar[str] = "greedy"
 
-    def begin(self, level: Level) -> _Memory:
-        """Return the identity."""
-        zero = jnp.zeros((1, *level.shape, level.ndim), jnp.float32)
-        return _Memory(zero, AdamMoments.zeros(zero))
-
-    def resized(self, memory: _Memory, shape: tuple[int, ...]) -> _Memory:
-        """Return the same on a grid of another shape."""
-        return _Memory(resize_field(memory.displacement, shape), memory.moments.resized(shape))
-
-    def step(self, level: Level, memory: _Memory, progress: jax.Array) -> tuple[_Memory, jax.Array]:
+    def step(self, level: Level, memory: Memory, progress: jax.Array) -> tuple[Memory, jax.Array]:
         """Take one step; return the loss before it."""
-        displacement = memory.displacement
+        displacement = memory.found
         moved, mask = level.moved(level.matrix, level.after(displacement))
         target = (level.fixed, level.fixed_mask)
         loss, slope = jax.value_and_grad(lambda image: self.loss((image, mask), target))(moved)
         penalty, pull = self.penalty_of_composing(displacement)
         step, moments = self.descend(step_gradient(moved, slope) + pull, memory.moments)
         displacement = self.smooth(compose(displacement, step))
-        return _Memory(displacement, moments), loss + penalty
+        return Memory(displacement, moments), loss + penalty
 
-    def transforms(self, memory: _Memory, shape: tuple[int, ...]) -> tuple[jax.Array, None]:
-        """Return the displacement on a grid; nothing is known of its inverse."""
-        return resize_field(memory.displacement, shape), None
+    def transforms(self, found: jax.Array) -> tuple[jax.Array, None]:
+        """Return the displacement; nothing is known of its inverse."""
+        return found, None

@@ -16,11 +16,11 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxreg.registration.adam import AdamMoments, adam_direction
+from jaxreg.registration.adam import adam_direction, no_moments
 from jaxreg.registration.moments import centre_and_covariance
 from jaxreg.registration.problem import Alignment, Level, matmul
 from jaxreg.registration.similarity import Metric
-from jaxreg.registration.stage import Iterative
+from jaxreg.registration.stage import Iterative, Memory
 
 __all__ = ["Affine", "Linear", "Rigid", "Similarity", "Translation", "rotation_matrix"]
 
@@ -38,14 +38,13 @@ class _Parameters(NamedTuple):
     """:math:`B - 1`, ``(D, D)``."""
 
 
-class _Memory(NamedTuple):
+class _Motion(NamedTuple):
     parameters: _Parameters
-    moments: AdamMoments
     centre: jax.Array
     length: jax.Array
 
-    def motion(self, parameters: _Parameters) -> jax.Array:
-        """Return the motion of the fixed space, ``(D + 1, D + 1)``."""
+    def matrix(self, parameters: _Parameters) -> jax.Array:
+        """Return the motion of the fixed space for parameters, ``(D + 1, D + 1)``."""
         ndim = self.centre.size
         turn = jnp.eye(ndim, dtype=self.centre.dtype)
         if parameters.rotation is not None:
@@ -80,35 +79,36 @@ class Linear(Iterative):
     def _parameters(self, ndim: int) -> _Parameters:
         """Return the parameters of no motion."""
 
-    def begin(self, level: Level) -> _Memory:
+    def begin(self, level: Level) -> Memory:
         """Return the parameters of no motion, about the fixed image's centre of mass."""
         parameters = self._parameters(level.ndim)
         centre, _ = centre_and_covariance(level.fixed, level.fixed_mask, level.to_physical)
         length = jnp.linalg.norm(level.to_physical[:-1, :-1])
-        return _Memory(parameters, AdamMoments.zeros(parameters), centre, length)
+        return Memory(_Motion(parameters, centre, length), no_moments(parameters))
 
-    def resized(self, memory: _Memory, shape: tuple[int, ...]) -> _Memory:
+    def resized(self, memory: Memory, shape: tuple[int, ...]) -> Memory:
         """Return the same: the parameters do not depend on the grid."""
         return memory
 
-    def step(self, level: Level, memory: _Memory, progress: jax.Array) -> tuple[_Memory, jax.Array]:
+    def step(self, level: Level, memory: Memory, progress: jax.Array) -> tuple[Memory, jax.Array]:
         """Take one step; return the loss before it."""
+        motion: _Motion = memory.found
 
         def objective(parameters: _Parameters) -> jax.Array:
-            matrix = matmul(level.matrix, memory.motion(parameters))
+            matrix = matmul(level.matrix, motion.matrix(parameters))
             pred = level.moved(matrix, level.displacement)
             return self.loss(pred, (level.fixed, level.fixed_mask))
 
-        loss, gradient = jax.value_and_grad(objective)(memory.parameters)
+        loss, gradient = jax.value_and_grad(objective)(motion.parameters)
         direction, moments = adam_direction(gradient, memory.moments, beta1=0.9, beta2=0.99)
-        rate = self.learning_rate * level.voxel_size() / memory.length
+        rate = self.learning_rate * level.voxel_size() / motion.length
         rate *= 0.55 + 0.45 * jnp.cos(jnp.pi * progress)
-        parameters = jax.tree.map(lambda p, d: p - rate * d, memory.parameters, direction)
-        return memory._replace(parameters=parameters, moments=moments), loss
+        parameters = jax.tree.map(lambda p, d: p - rate * d, motion.parameters, direction)
+        return Memory(motion._replace(parameters=parameters), moments), loss
 
-    def finish(self, shape: tuple[int, ...], alignment: Alignment, memory: _Memory) -> Alignment:
+    def finish(self, shape: tuple[int, ...], alignment: Alignment, found: _Motion) -> Alignment:
         """Return the alignment with the motion before its matrix."""
-        motion = memory.motion(memory.parameters)
+        motion = found.matrix(found.parameters)
         return alignment._replace(matrix=matmul(alignment.matrix, motion))
 
 

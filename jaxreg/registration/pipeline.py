@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import compose, jacobian_determinant
-from jaxreg.registration.engine import Stage, make_problem
+from jaxreg.registration.engine import Stage, check_stages, make_problem
 from jaxreg.registration.grid import Grid, Matrix
 from jaxreg.registration.presets import preset
-from jaxreg.registration.problem import Alignment
+from jaxreg.registration.problem import Alignment, overlap
 from jaxreg.registration.progress import Callback
 from jaxreg.registration.pyramid import level_shape
 from jaxreg.registration.stage import Trace
@@ -205,7 +205,11 @@ def register(
     ------
     ValueError
         If the volumes do not fit together, for a mask of another grid, with several channels, with
-        a negative weight or without a positive one, or for a matrix that cannot be inverted.
+        a negative weight or without a positive one, or for a matrix that cannot be inverted; or
+        if, after the stages, the moving image covers no voxel of the fixed one that counts: then
+        there was nothing to compare; or if a metric is not finite.
+    TypeError
+        If there is something else among the stages.
     """
     if fixed.grid.ndim != moving.grid.ndim:
         raise ValueError(
@@ -216,6 +220,7 @@ def register(
         stages = preset(
             "default", ndim=fixed.grid.ndim, device="cpu" if platform == "cpu" else "gpu"
         )
+    check_stages(stages)
     # About the middle of the fixed grid float32 holds coordinates to a fraction of a micrometre.
     centre = np.eye(fixed.grid.ndim + 1)
     centre[:-1, -1] = fixed.grid.centre()
@@ -240,6 +245,15 @@ def register(
             alignment.inverse_displacement.block_until_ready()
         seconds = time.perf_counter() - began
         records.append(StageRecord(stage.name, stage, _levels(stage, fixed, traces), seconds))
+    # Only now: a stage may bring images together that have nothing in common at the start.
+    if stages and not overlap(problem.whole(alignment)):
+        masked = fixed_mask is not None or moving_mask is not None
+        raise ValueError(
+            f"{'moving' if initial is None else 'initial'}: expected volumes that overlap, but "
+            f"after the stages ({', '.join(stage.name for stage in stages)}) the moving volume "
+            f"covers no voxel of the fixed one{' that the masks leave in' if masked else ''}; "
+            "moments as the first stage brings their centres together"
+        )
     # Without a stage that turns or shifts, the matrix keeps all of its digits.
     if not np.array_equal(alignment.matrix, start):
         matrix = centre @ np.asarray(alignment.matrix, np.float64) @ np.linalg.inv(centre)
@@ -251,7 +265,7 @@ def register(
 
 def _levels(stage: Stage, fixed: Volume, traces: tuple[Trace, ...]) -> tuple[LevelRecord, ...]:
     scales = stage.scales if hasattr(stage, "scales") else (stage.scale,)
-    return tuple(
+    levels = tuple(
         LevelRecord(
             scale,
             level_shape(fixed.shape, scale),
@@ -260,6 +274,14 @@ def _levels(stage: Stage, fixed: Volume, traces: tuple[Trace, ...]) -> tuple[Lev
         )
         for scale, trace in zip(scales, traces, strict=True)
     )
+    for level in levels:
+        if not np.isfinite(level.losses).all():
+            wrong = level.losses[~np.isfinite(level.losses)][0]
+            raise ValueError(
+                f"metric: expected finite losses, got {wrong} in the stage {stage.name} at scale "
+                f"{level.scale:g}"
+            )
+    return levels
 
 
 def _weights(name: str, mask: Volume | None, image: Volume) -> NDArray[np.float32] | None:

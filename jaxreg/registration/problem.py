@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxreg import compose, interpolate
 from jaxreg.registration.pyramid import downsample, level_shape, resize_field
 
-__all__ = ["Alignment", "Level", "Problem", "combined", "matmul"]
+__all__ = ["Alignment", "Level", "Problem", "combined", "matmul", "overlap"]
 
 
 @jax.custom_vjp
@@ -131,11 +131,32 @@ class Level(NamedTuple):
         return sample(image), weights
 
 
+@jax.jit
+def overlap(level: Level) -> jax.Array:
+    """Return whether any voxel of the fixed image has a weight, a scalar.
+
+    It has one where the moving image covers it; and, if there are masks, where both leave it in.
+    """
+    weights = level.moving_mask
+    if weights is None:
+        weights = jnp.ones((1, 1, *level.moving.shape[2:]), level.moving.dtype)
+    covered = level._replace(moving=weights, moving_mask=None).moved(
+        level.matrix, level.displacement
+    )[0]
+    counts = combined(covered, level.fixed_mask)
+    assert counts is not None
+    return (counts > 0).any()
+
+
 def combined(one: jax.Array | None, other: jax.Array | None) -> jax.Array | None:
     """Return the product of two masks, each of which may be absent."""
     if one is None or other is None:
         return other if one is None else one
     return one * other
+
+
+_Images = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
+"""The fixed and the moving image, and their masks."""
 
 
 class Problem:
@@ -169,7 +190,7 @@ class Problem:
         self._to_physical = fixed_to_physical
         self._to_moving = jnp.linalg.inv(moving_to_physical)
         self._moving_ratio = moving_ratio
-        self._pyramids: dict[float, tuple[jax.Array | None, ...]] = {}
+        self._pyramids: dict[float, _Images] = {}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -191,14 +212,16 @@ class Problem:
                 _smaller_mask(self._masks[0], shape),
                 _smaller_mask(self._masks[1], other),
             )
-        fixed, moving, fixed_mask, moving_mask = self._pyramids[scale]
-        assert fixed is not None and moving is not None
+        return self._level(self._pyramids[scale], shape, alignment)
+
+    def whole(self, alignment: Alignment) -> Level:
+        """Return the images as they are."""
+        return self._level((self._fixed, self._moving, *self._masks), self.shape, alignment)
+
+    def _level(self, images: _Images, shape: tuple[int, ...], alignment: Alignment) -> Level:
         displacement = alignment.displacement
         return Level(
-            fixed,
-            moving,
-            fixed_mask,
-            moving_mask,
+            *images,
             self._to_physical,
             self._to_moving,
             alignment.matrix,

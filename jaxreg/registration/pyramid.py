@@ -86,6 +86,8 @@ def resize_field(field: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     jax.Array
         ``(N, *shape, D)``.
     """
+    if field.shape[1:-1] == tuple(shape):
+        return field
     return jnp.moveaxis(resize_image(jnp.moveaxis(field, -1, 1), shape), 1, -1)
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxreg.registration.adam import AdamMoments
 from jaxreg.registration.problem import Alignment, Level, Problem, combined
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.similarity import Metric, find_loss
 
-__all__ = ["Iterative", "Trace", "block_length"]
+__all__ = ["Iterative", "Memory", "Trace", "block_length"]
 
 
 class Trace(NamedTuple):
@@ -25,7 +28,7 @@ class Trace(NamedTuple):
     ----------
     losses
         The loss before each iteration, ``(iterations,)``; after an early stop the last one is
-        repeated.
+        repeated. Those of a block that was undone are there, too.
     ran
         Iterations until then.
     converged
@@ -37,8 +40,16 @@ class Trace(NamedTuple):
     converged: jax.Array
 
 
-_State = tuple[Any, Trace]  # what the iterations change, and how the loss went
-_Run = Callable[["Iterative", Level, Any, Trace], _State]
+class Memory(NamedTuple):
+    """What the iterations of a stage change."""
+
+    found: Any
+    """What the stage looks for: parameters or fields, a pytree."""
+    moments: AdamMoments
+
+
+_State = tuple[Memory, Trace]
+_Run = Callable[["Iterative", Level, Memory, Trace], _State]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +78,11 @@ class Iterative(abc.ABC):
     num_bins
         Bins of ``"mi"`` per image.
     window, tolerance
-        A level has converged when a line through its last ``window`` losses falls by less than
-        ``tolerance`` times the largest loss of the level, in magnitude. A tolerance of 0 runs all
-        iterations.
+        A level ends when a line through its last ``window`` losses falls by less than ``tolerance``
+        times the largest loss of the level, in magnitude, or rises. If in the last block the loss
+        has then risen by more than a tenth of what it had fallen by before, that block is undone:
+        steps that are too long do not spoil what was found. A tolerance of 0 runs all iterations
+        and undoes none; nor is a level with fewer iterations than the window tested.
     block
         Iterations between two tests of convergence, and two calls of the callback. Where the
         iterations of a level are no multiple of it, the nearest divisor that they have.
@@ -98,18 +111,27 @@ class Iterative(abc.ABC):
         jax.tree_util.register_static(cls)
 
     def __post_init__(self) -> None:
+        for name in ("scales", "iterations"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple | list):
+                raise ValueError(f"{name}: expected a number for each level, got {value!r}")
+            object.__setattr__(self, name, tuple(value))  # a list has no hash
         if not self.scales or any(not scale >= 1 for scale in self.scales):
             raise ValueError(f"scales: expected numbers of at least 1, got {self.scales}")
-        if len(self.iterations) != len(self.scales) or any(n < 0 for n in self.iterations):
+        counts = [n for n in self.iterations if isinstance(n, Integral) and n >= 0]
+        if len(counts) != len(self.scales) or len(counts) != len(self.iterations):
             raise ValueError(
                 f"iterations: expected a count for each of {self.scales}, got {self.iterations}"
             )
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
         find_loss(self.metric, self.kernel_size, self.num_bins)
-        for name, least in (("window", 2), ("tolerance", 0), ("block", 1)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        for name, least in (("window", 2), ("block", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name}: expected an integer of at least {least}, got {value}")
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance: expected at least 0, got {self.tolerance}")
 
     def loss(
         self, pred: tuple[jax.Array, jax.Array | None], target: tuple[jax.Array, jax.Array | None]
@@ -119,26 +141,26 @@ class Iterative(abc.ABC):
         return find(pred[0], target[0], combined(pred[1], target[1]))
 
     @abc.abstractmethod
-    def begin(self, level: Level) -> Any:
+    def begin(self, level: Level) -> Memory:
         """Return what the iterations change, before the first of them."""
 
     @abc.abstractmethod
-    def resized(self, memory: Any, shape: tuple[int, ...]) -> Any:
+    def resized(self, memory: Memory, shape: tuple[int, ...]) -> Memory:
         """Return the same on a grid of another shape."""
 
     @abc.abstractmethod
-    def step(self, level: Level, memory: Any, progress: jax.Array) -> tuple[Any, jax.Array]:
+    def step(self, level: Level, memory: Memory, progress: jax.Array) -> tuple[Memory, jax.Array]:
         """Take one step; return the loss before it. ``progress`` goes from 0 to 1 in a level."""
 
     @abc.abstractmethod
-    def finish(self, shape: tuple[int, ...], alignment: Alignment, memory: Any) -> Alignment:
+    def finish(self, shape: tuple[int, ...], alignment: Alignment, found: Any) -> Alignment:
         """Return the alignment after the stage, its fields on the fixed grid of a shape."""
 
     def run(
         self, problem: Problem, alignment: Alignment, callback: Callback | None = None
     ) -> tuple[Alignment, tuple[Trace, ...]]:
         """Run all levels from an alignment; return the one that they find, and their traces."""
-        memory = None
+        memory: Memory | None = None
         traces = []
         done, total = 0, sum(self.iterations)
         for scale, iterations in zip(self.scales, self.iterations, strict=True):
@@ -156,7 +178,10 @@ class Iterative(abc.ABC):
                     callback(Progress(self.name, scale, done + first + length, total, losses))
             done += iterations
             traces.append(trace)
-        return self.finish(problem.shape, alignment, memory), tuple(traces)
+        assert memory is not None  # there is a level
+        found = memory.found
+        del memory  # the moments need not be there while the inverse is found
+        return self.finish(problem.shape, alignment, found), tuple(traces)
 
 
 def block_length(iterations: int, block: int) -> int:
@@ -188,12 +213,13 @@ def _jitted(run: _Run, level: Level) -> _Run:
     return _jit(run, donate=not isinstance(level.fixed, jax.core.Tracer))
 
 
-def _advance(stage: Iterative, level: Level, memory: Any, trace: Trace) -> _State:
+def _advance(stage: Iterative, level: Level, memory: Memory, trace: Trace) -> _State:
     """Run one block of iterations."""
+    start = memory.found
     iterations = trace.losses.size
     length = block_length(iterations, stage.block)
 
-    def iterate(memory: Any, index: jax.Array) -> tuple[Any, jax.Array]:
+    def iterate(memory: Memory, index: jax.Array) -> tuple[Memory, jax.Array]:
         progress = index.astype(jnp.float32) / max(iterations - 1, 1)
         return stage.step(level, memory, progress)
 
@@ -202,21 +228,28 @@ def _advance(stage: Iterative, level: Level, memory: Any, trace: Trace) -> _Stat
     losses = jax.lax.dynamic_update_slice(trace.losses, block.astype(jnp.float32), (trace.ran,))
     last = jnp.arange(iterations) >= ran
     losses = jnp.where(last, losses[ran - 1], losses)
-    return memory, Trace(losses, ran, _converged(stage, losses, ran))
+    if iterations < stage.window or stage.tolerance == 0:
+        return memory, Trace(losses, ran, trace.converged)
+    converged = _converged(stage, losses, ran)
+    # To keep the start of a block costs one field, the best of all iterations a copy in each of
+    # them. The losses have fallen until this block, or the level would have ended before it.
+    # A small rise is no reason: what looks alike on this level goes on to a finer one.
+    bearable = block[0] + 0.1 * jnp.maximum(losses[0] - block[0], 0)
+    undone = converged & ~(block[-1] <= bearable)  # also if it is NaN
+    found = jax.tree.map(functools.partial(jnp.where, undone), start, memory.found)
+    return memory._replace(found=found), Trace(losses, ran, converged)
 
 
 def _converged(stage: Iterative, losses: jax.Array, ran: jax.Array) -> jax.Array:
     window = stage.window
-    if losses.size < window or stage.tolerance == 0:
-        return jnp.zeros((), jnp.bool)
     recent = jax.lax.dynamic_slice(losses, (ran - window,), (window,))
     time = jnp.arange(window, dtype=jnp.float32) - (window - 1) / 2
     slope = (time * recent).sum() / (time**2).sum()
-    flat = -slope * window < stage.tolerance * jnp.abs(losses).max()
-    return flat & (ran >= window)
+    falls = -slope * window >= stage.tolerance * jnp.abs(losses).max()
+    return ~falls & (ran >= window)
 
 
-def _run_level(stage: Iterative, level: Level, memory: Any, trace: Trace) -> _State:
+def _run_level(stage: Iterative, level: Level, memory: Memory, trace: Trace) -> _State:
     """Run a level until it has converged or its iterations are used up."""
     iterations = trace.losses.size
     blocks = iterations // block_length(iterations, stage.block)
@@ -235,13 +268,13 @@ def _run_level(stage: Iterative, level: Level, memory: Any, trace: Trace) -> _St
     return state
 
 
-def _run_block(stage: Iterative, level: Level, memory: Any, trace: Trace) -> _State:
+def _run_block(stage: Iterative, level: Level, memory: Memory, trace: Trace) -> _State:
     """Run one block of a level, unless it has converged."""
 
-    def advance(memory: Any, trace: Trace) -> _State:
+    def advance(memory: Memory, trace: Trace) -> _State:
         return _advance(stage, level, memory, trace)
 
-    def rest(memory: Any, trace: Trace) -> _State:
+    def rest(memory: Memory, trace: Trace) -> _State:
         return memory, trace
 
     state: _State = jax.lax.cond(trace.converged, rest, advance, memory, trace)

@@ -11,23 +11,16 @@ through the squarings.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from jaxreg import scaling_and_squaring
-from jaxreg.registration.adam import AdamMoments
 from jaxreg.registration.deformable import Deformable, step_gradient
 from jaxreg.registration.problem import Level
-from jaxreg.registration.pyramid import resize_field
+from jaxreg.registration.stage import Memory
 
 __all__ = ["SVF"]
-
-
-class _Memory(NamedTuple):
-    velocity: jax.Array
-    moments: AdamMoments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +49,9 @@ class SVF(Deformable):
         if self.num_steps not in range(65):
             raise ValueError(f"num_steps: expected an integer from 0 to 64, got {self.num_steps}")
 
-    def begin(self, level: Level) -> _Memory:
-        """Return a velocity of zero."""
-        zero = jnp.zeros((1, *level.shape, level.ndim), jnp.float32)
-        return _Memory(zero, AdamMoments.zeros(zero))
-
-    def resized(self, memory: _Memory, shape: tuple[int, ...]) -> _Memory:
-        """Return the same on a grid of another shape."""
-        return _Memory(resize_field(memory.velocity, shape), memory.moments.resized(shape))
-
-    def step(self, level: Level, memory: _Memory, progress: jax.Array) -> tuple[_Memory, jax.Array]:
+    def step(self, level: Level, memory: Memory, progress: jax.Array) -> tuple[Memory, jax.Array]:
         """Take one step; return the loss before it."""
-        velocity = memory.velocity
+        velocity = memory.found
         displacement = scaling_and_squaring(velocity, self.num_steps)
         moved, mask = level.moved(level.matrix, level.after(displacement))
         target = (level.fixed, level.fixed_mask)
@@ -77,10 +61,9 @@ class SVF(Deformable):
             penalty, pull = jax.value_and_grad(self.regularisation)(velocity)
             loss, gradient = loss + penalty, gradient + pull
         step, moments = self.descend(gradient, memory.moments)
-        return _Memory(self.smooth(velocity + step), moments), loss
+        return Memory(self.smooth(velocity + step), moments), loss
 
-    def transforms(self, memory: _Memory, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the flows of the velocity and of its negative."""
-        velocity = resize_field(memory.velocity, shape)
-        forward, backward = (scaling_and_squaring(v, self.num_steps) for v in (velocity, -velocity))
+        forward, backward = (scaling_and_squaring(v, self.num_steps) for v in (found, -found))
         return forward, backward

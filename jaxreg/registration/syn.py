@@ -17,24 +17,17 @@ cross-correlation", Medical Image Analysis 12, 2008.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxreg import compose, invert_displacement
-from jaxreg.registration.adam import AdamMoments
 from jaxreg.registration.deformable import Deformable, step_gradient
 from jaxreg.registration.problem import Level
-from jaxreg.registration.pyramid import resize_field
+from jaxreg.registration.stage import Memory
 
 __all__ = ["SyN"]
-
-
-class _Memory(NamedTuple):
-    halves: jax.Array
-    """The displacements of the fixed and of the moving half, ``(2, [Z,] Y, X, D)``."""
-    moments: AdamMoments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,19 +39,11 @@ class SyN(Deformable):
     """
 
     name: ClassVar[str] = "syn"
+    fields: ClassVar[int] = 2
 
-    def begin(self, level: Level) -> _Memory:
-        """Return two identities."""
-        zero = jnp.zeros((2, *level.shape, level.ndim), jnp.float32)
-        return _Memory(zero, AdamMoments.zeros(zero))
-
-    def resized(self, memory: _Memory, shape: tuple[int, ...]) -> _Memory:
-        """Return the same on a grid of another shape."""
-        return _Memory(resize_field(memory.halves, shape), memory.moments.resized(shape))
-
-    def step(self, level: Level, memory: _Memory, progress: jax.Array) -> tuple[_Memory, jax.Array]:
+    def step(self, level: Level, memory: Memory, progress: jax.Array) -> tuple[Memory, jax.Array]:
         """Take one step of both halves; return the loss before it."""
-        halves = memory.halves
+        halves = memory.found
         fixed, fixed_mask = level.fixed_moved(halves[:1])
         moved, moved_mask = level.moved(level.matrix, level.after(halves[1:]))
 
@@ -71,12 +56,11 @@ class SyN(Deformable):
         )
         penalty, pull = self.penalty_of_composing(halves)
         step, moments = self.descend(gradient + pull, memory.moments)
-        return _Memory(self.smooth(compose(halves, step)), moments), loss + penalty
+        return Memory(self.smooth(compose(halves, step)), moments), loss + penalty
 
-    def transforms(self, memory: _Memory, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the way from the fixed image through the middle, and the way back."""
-        halves = resize_field(memory.halves, shape)
-        inverses = invert_displacement(halves)
-        forward = compose(halves[1:], inverses[:1])
-        backward = compose(halves[:1], inverses[1:])
+        inverses = invert_displacement(found)
+        forward = compose(found[1:], inverses[:1])
+        backward = compose(found[:1], inverses[1:])
         return forward, backward

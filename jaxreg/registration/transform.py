@@ -489,7 +489,13 @@ def _compose(parts: Sequence[Part], grid: Grid) -> tuple[Matrix, jax.Array | Non
             continue
         before = None if vectors is None else _rotate(inverse_matrix(to_physical), vectors)[None]
         affine = _affine(part.grid, matrix @ to_physical)
-        found = _sample_vectors(part, affine, before, affine_last=True, out_shape=grid.shape)
+        same = part.grid.shape == grid.shape and np.allclose(
+            affine, np.eye(*affine.shape[1:]), 0, 1e-7
+        )
+        if same and before is None:
+            found = jnp.asarray(part.vectors, jnp.float32)  # without the memory that sampling takes
+        else:
+            found = _sample_vectors(part, affine, before, affine_last=True, out_shape=grid.shape)
         step = _rotate(inverse_matrix(matrix), found)
         vectors = step if vectors is None else vectors + step
     return matrix, vectors
