@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from jaxreg.commands.apply import apply
+from jaxreg.commands.command import Command
 from jaxreg.commands.demo import demo
 from jaxreg.commands.info import info
 from jaxreg.commands.invert import invert
@@ -17,11 +18,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command(no_args_is_help=True)(register)
-app.command(no_args_is_help=True)(apply)
-app.command(no_args_is_help=True)(invert)
-app.command()(info)
-app.command()(demo)
+app.command(cls=Command, no_args_is_help=True)(register)
+app.command(cls=Command, no_args_is_help=True)(apply)
+app.command(cls=Command, no_args_is_help=True)(invert)
+app.command(cls=Command)(info)
+app.command(cls=Command)(demo)
 
 
 @app.callback(invoke_without_command=True)

@@ -185,10 +185,7 @@ def _stages(
     ):
         console.print("On the CPU this preset has fewer iterations than on a GPU.", style="dim")
     if metric is not None:
-        with naming("--metric"):
-            stages = tuple(
-                dataclasses.replace(stage, metric=cast(Metric, metric)) for stage in stages
-            )
+        stages = tuple(dataclasses.replace(stage, metric=cast(Metric, metric)) for stage in stages)
     return stages
 
 
