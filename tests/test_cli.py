@@ -167,12 +167,13 @@ def test_the_record_tells_settings_versions_and_losses(pair: Path, registered: P
     assert {"jax", "python", "device"} <= set(record["versions"])
 
 
-def test_the_report_is_one_file_with_everything(registered: Path) -> None:
+def test_the_report_is_one_file_with_everything(pair: Path, registered: Path) -> None:
     page = (registered / "report.html").read_text()
     assert page.count("data:image/png;base64,iVBOR") == 2  # slices and losses
     assert not re.search(r'(src|href)="(?!data:)', page)
-    for words in ("moving.mha registered to fixed.nii.gz", "learning_rate", "jaxlib", "greedy"):
-        assert words in page
+    words = ("moving.mha registered to fixed.nii.gz", "learning_rate", "jaxlib", "greedy")
+    for word in (*words, "error of the inverse", str(pair / "fixed.nii.gz")):
+        assert word in page
 
 
 def test_the_same_command_gives_the_same_bits(

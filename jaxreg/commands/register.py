@@ -148,7 +148,10 @@ def register(
         (folder / _RECORD).write_text(f"{record}\n")
         if report:
             title = f"{moving.name} registered to {fixed.name}"
-            write_report(result, folder / _REPORT, title=title, facts=facts)
+            told = {name: str(path) for name, path in read}
+            told |= {"--initial": " ".join(initial)} if initial else {}
+            tables = {"Inputs": told, "Versions": facts}
+            write_report(result, folder / _REPORT, title=title, tables=tables)
         written = sorted(path.name for path in folder.iterdir())
     seconds = time.perf_counter() - start
     console.print(_summary(result, seconds, compile_seconds() - compiled, devices.describe(target)))
