@@ -21,6 +21,7 @@ from scenes import header, physical_grid, scene
 
 from jaxreg import cli
 from jaxreg.commands import progress
+from jaxreg.info import describe
 from jaxreg.registration import (
     Affine,
     DisplacementField,
@@ -379,6 +380,11 @@ def test_info_describes_files_and_the_installation(
     write_displacement(np.full((*fixed.shape, 2), 3.0), fixed, tmp_path / "warp.nii.gz")
     assert "length of vectors mean 4.243, at most 4.243\n" in told(tmp_path / "warp.nii.gz")
     assert "jaxlib " in told()
+
+
+def test_the_version_is_that_of_the_installation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"{describe()['regkernels']}\n"
 
 
 # --- bad input ----------------------------------------------------------------------------------
