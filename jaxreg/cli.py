@@ -11,11 +11,14 @@ __all__ = ["main"]
 
 _NEEDED = ("jax", "optax", "SimpleITK", "typer", "rich", "matplotlib")
 
+_BAD_INPUT, _FAILED, _INTERRUPTED = 2, 1, 130
+
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit status.
 
-    Bad input of any kind is one line on stderr and exit status 2.
+    Bad input of any kind is one line on stderr and exit status 2; so is what memory does not hold,
+    with exit status 1, and an interrupt, with 130. A traceback is a bug of ours.
 
     Parameters
     ----------
@@ -25,24 +28,36 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
     if missing:
         _fail(f"the command line needs {', '.join(missing)}: pip install 'regkernels[jax,cli]'")
-
-    import typer
-
-    from jaxreg.commands import app
-
     try:
-        raise SystemExit(app(args=arguments, prog_name="jaxreg", standalone_mode=False))
+        import typer
+
+        from jaxreg.commands import app
+
+        try:
+            raise SystemExit(app(args=arguments, prog_name="jaxreg", standalone_mode=False))
+        except typer.Abort:
+            raise KeyboardInterrupt from None
+    except KeyboardInterrupt:
+        _fail("interrupted", _INTERRUPTED)
     except (OSError, ValueError) as error:
         _fail(str(error))
-    except typer.Abort:
-        raise SystemExit(130) from None
     except Exception as error:
+        if _is_lack_of_memory(error):
+            _fail(f"out of memory: {error}", _FAILED)
         # What the parser finds wrong with the arguments; its class moved between typer's versions.
         if not hasattr(error, "format_message"):
             raise
         _fail(error.format_message())
 
 
-def _fail(message: str) -> NoReturn:
+def _is_lack_of_memory(error: Exception) -> bool:
+    import jax
+
+    return isinstance(error, MemoryError) or (
+        isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    )
+
+
+def _fail(message: str, status: int = _BAD_INPUT) -> NoReturn:
     print(f"jaxreg: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)

@@ -19,7 +19,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 from scenes import header, physical_grid, scene
 
+from jaxreg import cli
 from jaxreg.commands import progress
+from jaxreg.info import describe
 from jaxreg.registration import (
     Affine,
     DisplacementField,
@@ -166,12 +168,13 @@ def test_the_record_tells_settings_versions_and_losses(pair: Path, registered: P
     assert {"jax", "python", "device"} <= set(record["versions"])
 
 
-def test_the_report_is_one_file_with_everything(registered: Path) -> None:
+def test_the_report_is_one_file_with_everything(pair: Path, registered: Path) -> None:
     page = (registered / "report.html").read_text()
     assert page.count("data:image/png;base64,iVBOR") == 2  # slices and losses
     assert not re.search(r'(src|href)="(?!data:)', page)
-    for words in ("moving.mha registered to fixed.nii.gz", "learning_rate", "jaxlib", "greedy"):
-        assert words in page
+    words = ("moving.mha registered to fixed.nii.gz", "learning_rate", "jaxlib", "greedy")
+    for word in (*words, "error of the inverse", str(pair / "fixed.nii.gz")):
+        assert word in page
 
 
 def test_the_same_command_gives_the_same_bits(
@@ -259,18 +262,6 @@ def test_a_deformation_to_start_from_stays_with_its_inverse(pair: Path, tmp_path
     np.testing.assert_allclose(warp.vectors, vectors, atol=1e-4)
     points = 0.7 * physical_grid(fixed)
     np.testing.assert_allclose(move_points(points, (warp, inverse)), points, atol=0.1)
-
-
-def test_an_interrupt_leaves_nothing(
-    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(register_command, "_write", interrupt)
-    monkeypatch.setattr(register_command, "register_watched", lambda *_, **__: None)
-    assert run(*registration(pair), "-o", tmp_path / "new") == 130
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_terminal_gets_bars(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,6 +382,11 @@ def test_info_describes_files_and_the_installation(
     assert "jaxlib " in told()
 
 
+def test_the_version_is_that_of_the_installation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"{describe()['regkernels']}\n"
+
+
 # --- bad input ----------------------------------------------------------------------------------
 
 
@@ -409,6 +405,7 @@ def bad(pair: Path) -> Path:
     write_volume(fixed, pair / "two.hdr")
     (pair / "text.nii.gz").write_text("no image")
     (pair / "text.tfm").write_text("no transform")
+    (pair / "cut.nii.gz").write_bytes((pair / "fixed.nii.gz").read_bytes()[:-100])
     return pair
 
 
@@ -421,16 +418,17 @@ APPLY = "apply moving.mha -r fixed.nii.gz -o out.nrrd"
     [
         ("register missing.nii moving.mha -o out", "FIXED: missing.nii: no such file"),
         ("register fixed.nii.gz text.nii.gz -o out", "MOVING: text.nii.gz: not an image"),
-        ("register fixed.nii.gz space.nrrd -o out", "moving: expected 2 dimensions"),
+        ("register fixed.nii.gz space.nrrd -o out", "error: MOVING: expected 2 dimensions"),
+        ("register cut.nii.gz moving.mha -o out", "FIXED: cut.nii.gz: cut short or damaged: "),
         ("register holes.nrrd moving.mha -o out", "FIXED: holes.nrrd: array: expected finite"),
         ("register fixed.nii.gz holes.nii.gz -o out", "MOVING: holes.nii.gz: expected finite"),
         ("register fixed.nii.gz -o out", "MOVING"),
-        (f"{REGISTER} -o out --fixed-mask empty.nrrd", "fixed_mask: expected a voxel above 0"),
-        (f"{REGISTER} -o out --fixed-mask mask.nrrd", "fixed_mask: expected shape (36, 40)"),
+        (f"{REGISTER} -o out --fixed-mask empty.nrrd", "error: --fixed-mask: expected a voxel"),
+        (f"{REGISTER} -o out --fixed-mask mask.nrrd", "error: --fixed-mask: expected shape (36"),
         (f"{REGISTER} -o out --moving-mask no", "--moving-mask: no: no such file"),
         (f"{REGISTER} -o out --stages affine,magic", "--stages: stage: expected one of moments"),
         (f"{REGISTER} -o out --stages=", "--stages: stage: expected one of moments"),
-        (f"{REGISTER} -o out --metric magic", "--metric: metric: expected"),
+        (f"{REGISTER} -o out --metric magic", "error: --metric: expected one of"),
         (f"{REGISTER} -o out --preset magic", "--preset"),
         (f"{REGISTER} -o out --device abacus", "--device"),
         (f"{REGISTER} -o out --initial text.tfm", "--initial: text.tfm: not a transform"),
@@ -488,6 +486,52 @@ def test_what_fails_late_leaves_nothing_either(
     monkeypatch.setattr(register_command, "write_report", full)
     assert run(*registration(pair), "-o", tmp_path / "out", "--report") == 2
     assert "No space left" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError("Unable to allocate 2 TiB"), 1, "out of memory: Unable to allocate 2 TiB"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9 bytes."),
+            1,
+            "out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.",
+        ),
+        (TypeError("initial: expected numbers, got a string"), 2, "--initial: expected numbers, "),
+    ],
+)
+def test_what_may_happen_in_a_run_is_one_line_and_no_file(
+    error: BaseException,
+    status: int,
+    told: str,
+    pair: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(register_command, "register_watched", fail)
+    assert run(*registration(pair), "-o", tmp_path / "out") == status
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"jaxreg: error: {told}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bug", [TypeError("unsupported operand"), KeyError("fixed")])
+def test_a_bug_is_not_taken_for_bad_input(
+    bug: Exception, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise bug
+
+    monkeypatch.setattr(register_command, "register_watched", fail)
+    with pytest.raises(type(bug)):
+        cli.main([str(argument) for argument in (*registration(pair), "-o", tmp_path / "out")])
     assert not list(tmp_path.iterdir())
 
 

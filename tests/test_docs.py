@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import doctest
 import importlib
 import inspect
@@ -14,7 +16,7 @@ import pytest
 from command import run
 from scenes import header, physical_grid, scene
 
-from jaxreg.registration import write_volume
+from jaxreg.registration import stage_from_name, write_volume
 
 PUBLIC = [
     (module, name)
@@ -69,7 +71,55 @@ def test_every_op_tells_its_errors(module: str) -> None:
         assert "ValueError" in raises and "TypeError" in raises, name
 
 
-PAGES = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+STAGES = ("moments", "translation", "rigid", "similarity", "affine", "greedy", "svf", "syn")
+
+
+def rows(text: str, heading: str) -> list[list[str]]:
+    """The cells of the table under a heading, without the backquotes, the head left out."""
+    section = text.split(f"{heading}\n", 1)[1].split("\n## ")[0]
+    table = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip().replace("`", "") for cell in line.split("|")[1:-1]] for line in table[2:]]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_page_of_a_stage_tells_its_defaults(name: str) -> None:
+    fields = dataclasses.fields(stage_from_name(name))
+    told = rows((DOCS / "stages" / f"{name}.md").read_text(), "## Settings")
+    assert [(row[0], ast.literal_eval(row[1])) for row in told] == [
+        (field.name, field.default) for field in fields
+    ]
+
+
+def test_the_overview_tells_the_defaults_of_every_stage() -> None:
+    table = rows((DOCS / "stages" / "README.md").read_text(), "# Stages of a registration")
+    assert tuple(row[1] for row in table) == STAGES
+    for _, name, _, scales, iterations, metric in table:
+        stage = stage_from_name(name)
+        assert scales == ", ".join(map(str, getattr(stage, "scales", None) or [stage.scale]))
+        assert re.findall(r"\d+", iterations) == [*map(str, getattr(stage, "iterations", ()))]
+        assert metric == stage.metric
+
+
+def test_a_setting_is_explained_alike_on_every_page() -> None:
+    told = {
+        (row[0], *row[2:])
+        for name in STAGES
+        for row in rows((DOCS / "stages" / f"{name}.md").read_text(), "## Settings")
+    }
+    assert len(told) == len({setting for setting, *_ in told})
+
+
+def test_every_link_of_a_page_leads_somewhere() -> None:
+    for page in (*PAGES, DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"):
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", page.read_text()):
+            linked = (page.parent / target) if target else page
+            assert linked.exists(), f"{page}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+                anchors = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+                assert anchor[1:] in anchors, f"{page}: {target}{anchor}"
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +140,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_the_examples_of_a_page_run_in_its_order(
     page: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -405,6 +405,17 @@ def test_what_is_no_transform_is_refused_by_name(tmp_path: Path) -> None:
             read_transform(tmp_path / name)
 
 
+@pytest.mark.parametrize("lines", [3, 4])
+def test_a_text_without_its_last_lines_is_refused(tmp_path: Path, lines: int) -> None:
+    path = tmp_path / "affine.tfm"
+    write_affine(np.diag([2.0, 3, 4, 1]), path)
+    path.write_text("\n".join(path.read_text().splitlines()[:lines]))
+    # To ITK it is the identity.
+    assert sitk.ReadTransform(str(path)).TransformPoint((1.0, 1, 1)) == (1, 1, 1)
+    with pytest.raises(ValueError, match=r"affine\.tfm: cut short .* of 1 transforms, got .* 0"):
+        read_transform(path)
+
+
 def test_a_transform_goes_to_a_file_of_its_kind_or_to_none(tmp_path: Path) -> None:
     field = DisplacementField(volume(2).grid, waves(volume(2).grid))
     with pytest.raises(ValueError, match=r"warp\.tfm: expected the ending of an image"):

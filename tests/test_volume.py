@@ -198,6 +198,49 @@ def test_a_voxel_that_is_not_finite_is_refused_in_every_format(
         read_volume(tmp_path / name)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int16])
+@pytest.mark.parametrize("missing", [1, 8, 200])
+@pytest.mark.parametrize(
+    "name",
+    ["v.nii", "v.nii.gz", "v.hdr", "v.img.gz", "v.mha", "compressed.mha", "v.mhd", "v.nrrd"],
+)
+def test_a_file_that_is_cut_short_is_refused_in_every_format(
+    name: str, missing: int, dtype: type, tmp_path: Path
+) -> None:
+    image = sitk.GetImageFromArray(
+        np.random.default_rng(7).integers(1, 99, (8, 9, 7)).astype(dtype)
+    )
+    sitk.WriteImage(image, str(tmp_path / name), useCompression=name.startswith("compressed"))
+    assert read_volume(tmp_path / name).shape == (8, 9, 7)
+    largest = max(tmp_path.iterdir(), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-missing])
+    with pytest.raises(ValueError, match=rf"{name}: (cut short or damaged|not an image): \S"):
+        read_volume(tmp_path / name)
+
+
+def test_a_file_whose_checksum_is_wrong_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "v.img.gz"
+    sitk.WriteImage(sitk.GetImageFromArray(np.ones((3, 4, 5), np.int16)), str(path))
+    damaged = bytearray(path.read_bytes())
+    damaged[-6] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"v\.img\.gz: cut short or damaged: CRC check failed"):
+        read_volume(path)
+
+
+def test_neither_what_follows_the_voxels_nor_an_offset_of_0_is_damage(
+    tmp_path: Path,
+) -> None:
+    values = np.ones((3, 4, 5), np.float32)
+    path = tmp_path / "v.nii"
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(path))
+    whole = bytearray(path.read_bytes())
+    whole[108:112], whole[348:352] = bytes(4), b""  # no offset, and voxels behind the header
+    whole += np.full(3, np.nan, np.float32).tobytes()
+    path.write_bytes(whole)
+    np.testing.assert_array_equal(read_volume(path).array, values)
+
+
 @pytest.mark.parametrize(
     ("name", "data"),
     [("v.mhd", "v.zraw"), ("v.nhdr", "v.raw.gz"), ("v.hdr", "v.img"), ("v.img", "v.hdr")],

@@ -48,10 +48,15 @@ def apply(
             "--labels", help="IMAGE holds labels: take the one with the largest linear weight."
         ),
     ] = False,
-    interpolation: Annotated[Interpolation, typer.Option()] = Interpolation.LINEAR,
+    interpolation: Annotated[
+        Interpolation, typer.Option(help="Between voxels; for labels rather say --labels.")
+    ] = Interpolation.LINEAR,
     device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,
 ) -> None:
     """Resample IMAGE onto the grid of a reference, through any number of transforms.
+
+    For example, after `jaxreg register fixed.nii.gz moving.nii.gz -o out`:
+    jaxreg apply moving.nii.gz -r fixed.nii.gz -t out/warp.nii.gz -t out/affine.tfm -o moved.nii.gz
 
     Beyond IMAGE there is 0. Labels and nearest neighbours keep the type of the voxels, linear
     interpolation writes float32.

@@ -23,14 +23,13 @@ def find(device: Device) -> jax.Device:
     Raises
     ------
     ValueError
-        If it asks for a GPU and JAX sees none.
+        If it asks for a GPU and JAX sees none, or if JAX cannot start at all.
     """
-    if device is Device.AUTO:
-        return jax.devices()[0]
     try:
-        return jax.devices(device.value)[0]
+        return jax.devices(None if device is Device.AUTO else device.value)[0]
     except RuntimeError as error:
-        raise ValueError(f"--device {device.value}: JAX sees no {device.value.upper()}") from error
+        reason = error if device is Device.AUTO else f"JAX sees no {device.value.upper()}"
+        raise ValueError(f"--device {device.value}: {reason}") from error
 
 
 def describe(device: jax.Device) -> str:

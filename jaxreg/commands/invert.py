@@ -18,9 +18,18 @@ __all__ = ["invert"]
 
 
 def invert(
-    transform: Annotated[Path, typer.Argument(metavar="TRANSFORM", help="Affine or field.")],
+    transform: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TRANSFORM",
+            help="File of an affine (.tfm, .mat, ...) or of a displacement field (.nii.gz, ...).",
+        ),
+    ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where to write its inverse, as such a file.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="Where to write its inverse, with an ending of the same kind."
+        ),
     ],
     device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,
 ) -> None:

@@ -61,54 +61,80 @@ class Preset(enum.StrEnum):
 
 def register(
     fixed: Annotated[
-        Path, typer.Argument(metavar="FIXED", help="Image to bring it to, 2-D or 3-D.")
+        Path,
+        typer.Argument(
+            metavar="FIXED", help="Image that stays, 2-D or 3-D; the result has its grid."
+        ),
     ],
-    moving: Annotated[Path, typer.Argument(metavar="MOVING", help="Image to bring there.")],
+    moving: Annotated[Path, typer.Argument(metavar="MOVING", help="Image to be aligned to it.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="OUT_DIR", help="Folder, made if missing.")
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="OUT_DIR", help="Folder for the results, made if missing."
+        ),
     ],
     stages: Annotated[
         str | None,
         typer.Option(
             metavar="NAME,...",
-            help="What to run, in this order: moments, translation, rigid, similarity, affine, "
-            "greedy, svf, syn. By default those of the preset.",
+            help="Stages to run, with commas between them, in the order given. Linear: moments, "
+            "translation, rigid, similarity, affine; deforming: greedy, svf, syn. By default those "
+            "of the preset.",
         ),
     ] = None,
     metric: Annotated[
         str | None,
-        typer.Option(help="lncc, ncc, mi or mse, in all stages. By default each has its own."),
+        typer.Option(
+            metavar="NAME",
+            help="How images are compared, in all stages: lncc or ncc for one contrast, mi for two "
+            "(CT and MR, say), mse for equal intensities. By default linear stages use ncc, "
+            "deforming ones lncc.",
+        ),
     ] = None,
     effort: Annotated[
-        Preset, typer.Option("--preset", help="Schedule: how many iterations at what resolution.")
+        Preset,
+        typer.Option(
+            "--preset",
+            help="fast: moments, affine and greedy, down to half the resolution; default: moments, "
+            "affine and syn at full resolution; accurate: the same with more iterations.",
+        ),
     ] = Preset.DEFAULT,
     fixed_mask: Annotated[
-        Path | None, typer.Option(help="Image of weights on the grid of FIXED; 0 leaves out.")
+        Path | None,
+        typer.Option(help="Image on the grid of FIXED: what each voxel counts, 0 for nothing."),
     ] = None,
     moving_mask: Annotated[
-        Path | None, typer.Option(help="Image of weights on the grid of MOVING.")
+        Path | None, typer.Option(help="The same on the grid of MOVING.")
     ] = None,
     initial: Annotated[
         list[str] | None,
         typer.Option(
             metavar="FILE[:inverse]",
-            help="Transform to start from; several as for `jaxreg apply -t`.",
+            help="Transform to start from, affine.tfm of an earlier run, say. Give several as for "
+            "`jaxreg apply -t`.",
         ),
     ] = None,
     device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,
     report: Annotated[
-        bool, typer.Option("--report", help=f"Also write {_REPORT}, to be looked at.")
+        bool,
+        typer.Option("--report", help=f"Also write {_REPORT}: pictures to judge the result by."),
     ] = False,
     cache: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Keep compiled programs there for the next run."),
+        typer.Option(
+            metavar="DIR",
+            help="Folder that keeps compiled programs, so that the next run starts sooner.",
+        ),
     ] = None,
 ) -> None:
     """Register MOVING to FIXED.
 
-    Writes affine.tfm and, if there is a deformation, warp.nii.gz and inverse_warp.nii.gz, which
-    ITK, ANTs and 3D Slicer read; moved.nii.gz, MOVING on the grid of FIXED; fixed_moved.nii.gz,
-    FIXED on the grid of MOVING; registration.json, with settings, versions and losses.
+    For example: jaxreg register fixed.nii.gz moving.nii.gz -o out --report
+
+    Writes moved.nii.gz, MOVING on the grid of FIXED; fixed_moved.nii.gz, FIXED on the grid of
+    MOVING; affine.tfm and, if there is a deformation, warp.nii.gz and inverse_warp.nii.gz, which
+    `jaxreg apply`, ITK, ANTs and 3D Slicer read; registration.json, with settings, versions and
+    losses.
     """
     start, compiled = time.perf_counter(), compile_seconds()
     given = [("--initial", text) for text in initial or []]
@@ -148,7 +174,10 @@ def register(
         (folder / _RECORD).write_text(f"{record}\n")
         if report:
             title = f"{moving.name} registered to {fixed.name}"
-            write_report(result, folder / _REPORT, title=title, facts=facts)
+            told = {name: str(path) for name, path in read}
+            told |= {"--initial": " ".join(initial)} if initial else {}
+            tables = {"Inputs": told, "Versions": facts}
+            write_report(result, folder / _REPORT, title=title, tables=tables)
         written = sorted(path.name for path in folder.iterdir())
     seconds = time.perf_counter() - start
     console.print(_summary(result, seconds, compile_seconds() - compiled, devices.describe(target)))
@@ -185,10 +214,7 @@ def _stages(
     ):
         console.print("On the CPU this preset has fewer iterations than on a GPU.", style="dim")
     if metric is not None:
-        with naming("--metric"):
-            stages = tuple(
-                dataclasses.replace(stage, metric=cast(Metric, metric)) for stage in stages
-            )
+        stages = tuple(dataclasses.replace(stage, metric=cast(Metric, metric)) for stage in stages)
     return stages
 
 

@@ -7,6 +7,7 @@ millimetres, LPS, which NIfTI marks with the intent code 1007.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from numpy.typing import ArrayLike
 from jaxreg.registration.files import atomic_path
 from jaxreg.registration.grid import Grid, Matrix
 from jaxreg.registration.itk_images import (
+    check_voxels,
     image_grid,
     image_values,
     itk_reason,
     read_image,
-    refuse_non_finite_nifti,
     write_image,
 )
 from jaxreg.registration.transform import DisplacementField, Part
@@ -65,10 +66,11 @@ def read_transform(path: str | os.PathLike[str]) -> tuple[Part, ...]:
 
     if Path(path).suffix.lower() not in TRANSFORM_SUFFIXES:
         field = _field(read_image(path), path)
-        refuse_non_finite_nifti(path)
+        check_voxels(path)
         return (field,)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    _refuse_cut_text(path)
     try:
         transform = sitk.ReadTransform(os.fspath(path))
     except RuntimeError as error:
@@ -157,6 +159,22 @@ def write_displacement(
     if Path(path).suffix.lower() in TRANSFORM_SUFFIXES:
         raise ValueError(f"{path}: expected the ending of an image, such as .nii.gz")
     write_image(np.asarray(field, dtype=np.float32), grid, path, vectors=True)
+
+
+def _refuse_cut_text(path: str | os.PathLike[str]) -> None:
+    """See that no transform of a text file lacks parameters: ITK would take the identity."""
+    text = Path(path).read_bytes()
+    if not text.startswith(b"#Insight Transform File"):
+        return
+    transforms, *parameters = (
+        len(re.findall(start, text, re.MULTILINE))
+        for start in (rb"^Transform:(?! *Composite)", rb"^Parameters:", rb"^FixedParameters:")
+    )
+    if min(parameters) < transforms:
+        raise ValueError(
+            f"{path}: cut short or damaged: expected the parameters of {transforms} transforms, "
+            f"got those of {min(parameters)}"
+        )
 
 
 def _field(image: Any, path: str | os.PathLike[str]) -> DisplacementField:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxreg.registration.files import atomic_path
-from jaxreg.registration.pipeline import Registration
+from jaxreg.registration.pipeline import LevelRecord, Registration, StageRecord
 from jaxreg.registration.report_pictures import BACKGROUND, FAINT, TEXT, draw_losses, draw_slices
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ img {{ width: 100%; }}
 h2 {{ font-size: 17px; margin: 28px 0 8px; }}
 table {{ border-collapse: collapse; }}
 th, td {{ text-align: left; vertical-align: top; padding: 3px 18px 3px 0; }}
-th {{ color: {FAINT}; font-weight: normal; }}
-td.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
+th {{ color: {FAINT}; font-weight: normal; white-space: nowrap; }}
+.number {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
 tr.rule > * {{ border-top: 1px solid #2a303a; }}
 """
 
@@ -40,13 +40,13 @@ def write_report(
     title: str,
     subtitle: str = "",
     names: tuple[str, str] = ("", ""),
-    facts: Mapping[str, str] | None = None,
+    tables: Mapping[str, Mapping[str, str]] | None = None,
     dpi: int = 110,
 ) -> None:
     """Write a registration as a picture, or as a page that holds everything it needs.
 
     The picture is that of `draw_slices`. With the ending ``.html`` a page is written: the picture,
-    the loss curves of each stage and scale, the settings, and the facts.
+    the loss curves of each stage and scale, the settings, the transform, and the tables.
 
     Parameters
     ----------
@@ -58,8 +58,9 @@ def write_report(
         Printed above the panels. A page has a subtitle of its own where there is none.
     names
         What the fixed and the moving image show.
-    facts
-        Versions and the like, by name, for the page.
+    tables
+        What else there is to tell on the page: files, versions and the like. By their headings,
+        names and values.
     dpi
         Resolution; the picture is 13 inches wide.
     """
@@ -67,7 +68,7 @@ def write_report(
     slices = draw_slices(result, title=title, subtitle=subtitle or _subtitle(result), names=names)
     with atomic_path(path) as beside:
         if page:
-            beside.write_text(_page(result, slices, title, facts or {}, dpi), encoding="utf-8")
+            beside.write_text(_page(result, slices, title, tables or {}, dpi), encoding="utf-8")
         else:
             slices.savefig(beside, dpi=dpi, facecolor=BACKGROUND)
 
@@ -83,21 +84,28 @@ def _subtitle(result: Registration) -> str:
 
 
 def _page(
-    result: Registration, slices: Figure, title: str, facts: Mapping[str, str], dpi: int
+    result: Registration,
+    slices: Figure,
+    title: str,
+    tables: Mapping[str, Mapping[str, str]],
+    dpi: int,
 ) -> str:
     losses = draw_losses(result.stages)
     parts = [
         "<!doctype html>",
         f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<style>{_STYLE}</style></head><body>",
         _image(slices, "slices of the images, the deformed grid and what differs", dpi),
     ]
     if losses is not None:
         parts += ["<h2>Losses</h2>", _image(losses, "loss curves", dpi)]
     parts += ["<h2>Stages</h2>", _stages(result), "<h2>Affine</h2>", _matrix(result)]
-    if facts:
+    if result.transform.displacement is not None:
+        tables = {"Deformation": _deformation(result), **tables}
+    for heading, facts in tables.items():
         rows = "".join(f"<tr>{_cells([name], 'th')}{_cells([v])}</tr>" for name, v in facts.items())
-        parts += ["<h2>Versions</h2>", f"<table>{rows}</table>"]
+        parts += [f"<h2>{html.escape(heading)}</h2>", f"<table>{rows}</table>"]
     return "\n".join([*parts, "</body></html>", ""])
 
 
@@ -110,7 +118,8 @@ def _image(figure: Figure, description: str, dpi: int) -> str:
 
 def _stages(result: Registration) -> str:
     names = ("stage", "resolution", "grid", "iterations", "first loss", "last loss", "settings")
-    rows = [f"<tr>{_cells(names, 'th')}</tr>"]
+    numbers = _cells(names[1:-1], "th", "number")
+    rows = [f"<tr>{_cells(names[:1], 'th')}{numbers}{_cells(names[-1:], 'th')}</tr>"]
     for stage in result.stages:
         settings = ", ".join(
             f"{field.name} = {_value(getattr(stage.settings, field.name))}"
@@ -121,7 +130,7 @@ def _stages(result: Registration) -> str:
             values = (
                 f"1/{level.scale:g}",
                 " x ".join(map(str, level.shape[::-1])),
-                f"{len(level.losses)}{', converged' if level.converged else ''}",
+                _iterations(stage, level),
                 *(f"{loss:.5g}" for loss in (*level.losses[:1], *level.losses[-1:]) or ("", "")),
             )
             cells = _cells(values, "td", "number")
@@ -132,6 +141,12 @@ def _stages(result: Registration) -> str:
                 )
             rows.append(f"<tr{' class=rule' if number == 0 else ''}>{cells}</tr>")
     return f"<table>{''.join(rows)}</table>"
+
+
+def _iterations(stage: StageRecord, level: LevelRecord) -> str:
+    if not hasattr(stage.settings, "iterations"):
+        return ""
+    return f"{len(level.losses)}{', converged' if level.converged else ''}"
 
 
 def _value(setting: Any) -> str:
@@ -145,6 +160,16 @@ def _matrix(result: Registration) -> str:
         for row in result.transform.matrix
     )
     return f"<p>Fixed to moving, millimetres, LPS.</p><table>{''.join(rows)}</table>"
+
+
+def _deformation(result: Registration) -> dict[str, str]:
+    folds, error = result.folds, result.inverse_error
+    return {
+        "Jacobian determinant": f"{folds.minimum:.3f} to {folds.maximum:.3f}",
+        "not positive": f"{100 * folds.share:.4g} % of the voxels",
+        "error of the inverse": f"mean {error.mean:.2g}, at most {error.maximum:.2g} voxels",
+        "no inverse to 0.01 voxels": f"{100 * error.share:.4g} % of the voxels",
+    }
 
 
 def _cells(texts: Sequence[str] | Iterable[str], tag: str = "td", kind: str = "") -> str:

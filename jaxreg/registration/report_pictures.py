@@ -75,7 +75,7 @@ def draw_slices(
 
     gray: dict[str, Any] = {"cmap": _colours(BACKGROUND, "white"), "vmin": 0, "vmax": 1}
     change: dict[str, Any] = {"cmap": _colours(*_DIVERGING), "vmin": -0.6, "vmax": 0.6}
-    growth: dict[str, Any] = {"cmap": _colours(*_DIVERGING), "vmin": -1.5, "vmax": 1.5}
+    growth: dict[str, Any] = {"cmap": _colours(*_DIVERGING), "vmin": -1, "vmax": 1}
 
     panels = _Panels(slices, title, subtitle)
     panels.image(_joined("Fixed", names[0]), fixed, gray, letters=True)
@@ -85,12 +85,13 @@ def draw_slices(
     if result.transform.displacement is not None:
         points = view.deformed_points(_in_space(np.asarray(result.transform.displacement[0]), 3))
         _draw_grid(axes, points, slices, _LINE_EVERY * length)
-    panels.colourbar(drawn, ("halved", "", "doubled"), (-1, 0, 1))
+    panels.colourbar(drawn, "halved", "doubled")
     for word, difference in zip(("before", "after"), differences, strict=True):
         _, drawn = panels.image(f"Difference {word}", difference, change)
-    panels.colourbar(drawn, ("fixed brighter", "", "moving brighter"), (-0.5, 0, 0.5))
+        panels.colourbar(drawn, "fixed brighter", "moving brighter")
     for word, image in (("before", before), ("after", moved)):
         panels.image(f"Checkerboard {word}", _interleave(fixed, image, board), {})
+        panels.caption("fixed grey, moving orange")
     return panels.figure
 
 
@@ -307,7 +308,7 @@ class _Panels:
     """
 
     # Inches.
-    _WIDTH, _SIDE, _HEADER, _TITLE, _GAP, _SPACE = 13.0, 0.325, 0.88, 0.27, 0.39, 0.09
+    _WIDTH, _SIDE, _HEADER, _TITLE, _GAP, _SPACE = 13.0, 0.325, 0.88, 0.27, 0.39, 0.3
 
     def __init__(self, slices: list[_Slice], title: str, subtitle: str, number: int = 8) -> None:
         import matplotlib.figure
@@ -340,6 +341,8 @@ class _Panels:
         self, title: str, volume: NDArray[Any], style: dict[str, Any], letters: bool = False
     ) -> tuple[list[Axes], Any]:
         """Show the slices of an arranged volume in the next panel; return axes and last image."""
+        from matplotlib.patheffects import withStroke
+
         row, column = divmod(self.shown, self.columns)
         self.shown += 1
         left = self._SIDE + column * (self.panel_width + self._GAP)
@@ -357,27 +360,42 @@ class _Panels:
             ax.set_ylim(cut.window[2:])
             ax.set_axis_off()
             if letters and len(self.slices) > 1:
-                faint: dict[str, Any] = {"color": FAINT, "fontsize": 9, "transform": ax.transAxes}
-                ax.text(0.01, 0.5, cut.letters[0], va="center", **faint)
-                ax.text(0.5, 0.99, cut.letters[1], ha="center", va="top", **faint)
+                style_of_letters: dict[str, Any] = {
+                    "color": TEXT,
+                    "fontsize": 9,
+                    "transform": ax.transAxes,
+                    # On bright tissue, too.
+                    "path_effects": [withStroke(linewidth=2.5, foreground=BACKGROUND)],
+                }
+                ax.text(0.01, 0.5, cut.letters[0], va="center", **style_of_letters)
+                ax.text(0.5, 0.99, cut.letters[1], ha="center", va="top", **style_of_letters)
             axes.append(ax)
             left += width + gap
         return axes, drawn
 
-    def colourbar(self, drawn: Any, labels: tuple[str, ...], ticks: tuple[float, ...]) -> None:
-        """Put a slim colour bar into the title line of the last panel."""
-        row, column = divmod(self.shown - 1, self.columns)
-        right = self._SIDE + column * (self.panel_width + self._GAP) + self.panel_width
-        top = self._HEADER + row * self.panel_height
-        width = max(0.2 * self.panel_width, 0.95)
-        bar = self._axes(right - width - 0.3, top + 0.05, width, 0.06)
-        self.figure.colorbar(drawn, cax=bar, orientation="horizontal", ticks=ticks)
-        bar.set_xticklabels(labels, fontsize=7, color=FAINT)
-        bar.tick_params(length=0, pad=1.5)
+    def colourbar(self, drawn: Any, low: str, high: str) -> None:
+        """Put a slim colour bar below the last panel, between what its ends mean."""
+        centre, top = self._below()
+        half = 0.1 * self.panel_width if self.columns == 2 else 0.3
+        bar = self._axes(centre - half, top - 0.035, 2 * half, 0.07)
+        self.figure.colorbar(drawn, cax=bar, orientation="horizontal", ticks=[])
         bar.spines[:].set_visible(False)
         for child in bar.get_children():
             if hasattr(child, "set_edgecolor"):
                 child.set_edgecolor("none")
+        self._text(centre - half - 0.07, top, low, color=FAINT, fontsize=9, ha="right")
+        self._text(centre + half + 0.07, top, high, color=FAINT, fontsize=9)
+
+    def caption(self, text: str) -> None:
+        """Put a line of text below the last panel."""
+        self._text(*self._below(), text, color=FAINT, fontsize=9, ha="center")
+
+    def _below(self) -> tuple[float, float]:
+        """Return where the middle of the line below the last panel is."""
+        row, column = divmod(self.shown - 1, self.columns)
+        left = self._SIDE + column * (self.panel_width + self._GAP)
+        width = sum(w for w, _ in self.sizes) if len(self.sizes) == 1 else self.panel_width
+        return left + width / 2, self._HEADER + (row + 1) * self.panel_height - self._SPACE / 2
 
     def _text(self, left: float, top: float, text: str, **style: Any) -> None:
         self.figure.text(left / self._WIDTH, 1 - top / self.height, text, va="center", **style)

@@ -24,10 +24,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from jaxreg.registration.grid import Grid, Matrix
 from jaxreg.registration.itk_images import (
+    check_voxels,
     image_grid,
     image_values,
     read_image,
-    refuse_non_finite_nifti,
     write_image,
 )
 
@@ -321,7 +321,7 @@ def read_volume(path: str | os.PathLike[str]) -> Volume:
         If it is not an image of real numbers, or holds values that are not finite.
     """
     image = read_image(path)
-    refuse_non_finite_nifti(path)
+    check_voxels(path)
     array = image_values(image)
     if image.GetNumberOfComponentsPerPixel() > 1:
         array = np.moveaxis(array, -1, 0)

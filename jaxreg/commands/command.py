@@ -1,0 +1,41 @@
+"""What every subcommand does: it tells what is wrong in the words of the command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+__all__ = ["Command"]
+
+
+class Command(TyperCommand):
+    """A subcommand whose errors name what was typed.
+
+    The library's errors begin with the name of an argument. Where the command has a parameter of
+    that name, its option or metavariable takes the place: ``--fixed-mask`` for ``fixed_mask``.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command.
+
+        Raises
+        ------
+        ValueError
+            For an error about a parameter.
+        typer.Abort
+            For an interrupt.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # the parser makes of it what depends on its version
+            raise typer.Abort from None
+        except (OSError, TypeError, ValueError) as error:
+            argument, _, complaint = str(error).partition(": ")
+            typed = {parameter.name: parameter for parameter in self.params}.get(argument)
+            if typed is None or not complaint:
+                raise
+            option = typed.param_type_name == "option"
+            name = typed.opts[0] if option else typed.metavar
+            raise ValueError(f"{name}: {complaint}") from error
