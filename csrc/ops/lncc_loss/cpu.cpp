@@ -17,6 +17,9 @@ constexpr int kBlock = 16;
 // enough that they stay in a near cache. On this depends in which order sums are taken.
 constexpr int64_t kStrip = 2048;
 
+// Box sums of so many rows or planes are taken together.
+constexpr int kTogether = 4;
+
 // Taps on either side of a window's middle that one loop takes. A larger window takes more loops.
 constexpr int kTaps = 4;
 
@@ -71,37 +74,33 @@ void weigh_rows(const Row& row, const Window<T>& window, int radius, int64_t siz
   });
 }
 
-// Box sums of four rows together, since their windows share most of what they hold: from `row` on,
-// the first of the first window, `step` apart as those of `out` are.
-template <class T>
-void add_four_rows(const T* row, int64_t step, int radius, T* out) {
-  const int64_t count = step & -kBlock;
-  const T* const row_1 = row + step;
-  const T* const row_2 = row_1 + step;
-  const T* const end = row_2 + (2 * radius - 1) * step;
-  const T* const end_1 = end + step;
-  const T* const end_2 = end_1 + step;
-  T* const out_1 = out + step;
-  T* const out_2 = out_1 + step;
-  T* const out_3 = out_2 + step;
+// Box sums of four rows, or planes, together, since their windows share most of what they hold:
+// row(k) for k from 0 to 2 radius + 3, the sums of four into out(0) to out(3).
+template <class T, class Row, class Out>
+void add_four(const Row& row, int radius, int64_t size, const Out& out) {
+  const int64_t count = size & -kBlock;
+  const T *const row_0 = row(0), *const row_1 = row(1), *const row_2 = row(2);
+  const int end = 2 * radius + 1;
+  const T *const end_0 = row(end), *const end_1 = row(end + 1), *const end_2 = row(end + 2);
+  T *const out_0 = out(0), *const out_1 = out(1), *const out_2 = out(2), *const out_3 = out(3);
   for_taps(radius - 1, [&](auto pairs, auto is_first, int begin) {
     constexpr int kRows = 2 * decltype(pairs)::value;
     constexpr bool kFirst = decltype(is_first)::value;
     const T* rows[kRows + 1];
-    for (int k = 0; k < kRows; ++k) rows[k] = row + (2 * begin + 1 + k) * step;
+    for (int k = 0; k < kRows; ++k) rows[k] = row(2 * begin + 1 + k);
 #pragma GCC ivdep
     for (int64_t x = 0; x < count; ++x) {
       T shared = 0;
       for (int k = 0; k < kRows; ++k) shared += rows[k][x];
       if constexpr (kFirst) {
-        const T second = row_2[x], third = end[x];
+        const T second = row_2[x], third = end_0[x];
         const T before = row_1[x] + second, after = third + end_1[x];
-        out[x] = shared + (row[x] + before);
+        out_0[x] = shared + (row_0[x] + before);
         out_1[x] = shared + before + third;
         out_2[x] = shared + second + after;
         out_3[x] = shared + (after + end_2[x]);
       } else {
-        out[x] += shared;
+        out_0[x] += shared;
         out_1[x] += shared;
         out_2[x] += shared;
         out_3[x] += shared;
@@ -186,13 +185,13 @@ void weigh_products(const Row& row_i, const Row& row_j, const Window<T>& window,
   });
 }
 
-// The planes of several fields that a window covers: the newest takes the place of the oldest.
+// The newest planes of several fields: the next takes the place of the oldest.
 template <class T>
 class Ring {
  public:
-  Ring(int radius, int fields, int64_t plane)
-      : length_(2 * radius + 1), fields_(fields), plane_(plane), data_(length_ * fields * plane) {}
-  // `z` may be as low as -2 radius.
+  Ring(int length, int fields, int64_t plane)
+      : length_(length), fields_(fields), plane_(plane), data_(length * fields * plane) {}
+  // `z` may be as low as -2 length.
   T* at(int z, int field) {
     return data_.data() + ((z + 2 * length_) % length_ * int64_t{fields_} + field) * plane_;
   }
@@ -241,9 +240,10 @@ class Slab {
         ny_(static_cast<int>(call.geometry.sizes.y)),
         nz_(static_cast<int>(call.geometry.sizes.z)),
         stride_((call.geometry.sizes.x + radius_ + kBlock - 1) / kBlock * kBlock),
-        strip_(static_cast<int>(std::max<int64_t>(4, kStrip / stride_ / 4 * 4))),
-        images_(radius_z_, 2, ny_ * stride_),
-        adjoint_sums_(radius_z_, kFields, ny_ * stride_),
+        strip_(static_cast<int>(std::max<int64_t>(1, kStrip / stride_ / kTogether)) * kTogether),
+        together_(kFields > 0 && window_.rectangular && radius_z_ > 0 ? kTogether : 1),
+        images_(2 * radius_z_ + together_, 2, ny_ * stride_),
+        adjoint_sums_(2 * radius_z_ + together_, kFields, ny_ * stride_),
         products_(kWindowSums * padded_plane()),
         adjoint_(kFields * padded_plane()),
         columns_(strip_ * stride_ + 4 * kBlock),
@@ -264,7 +264,13 @@ class Slab {
       if (plane_sums != nullptr && z >= begin && z < end) plane_sums[z] = sum;
       if constexpr (kFields > 0) {
         if (!exists) std::fill_n(adjoint_sums_.at(z, 0), kFields * ny_ * stride_, T(0));
-        if (z - radius_z_ >= begin) assemble_plane(z - radius_z_, first_item);
+        const int ready = z - radius_z_ + 1;
+        if (ready - begin >= together_ && (ready - begin) % together_ == 0) {
+          assemble_planes(ready - together_, together_, first_item);
+        } else if (ready == end) {
+          const int left = (end - begin) % together_;
+          for (int i = left; i > 0; --i) assemble_planes(end - i, 1, first_item);
+        }
       }
     }
   }
@@ -290,7 +296,7 @@ class Slab {
     const int64_t voxels = static_cast<int64_t>(nx_) * ny_ * nz_;
     pivot_i_ = pivot_near(typical(image_i_, voxels), window_);
     pivot_j_ = pivot_near(typical(image_j_, voxels), window_);
-    for (int z = 0; z <= 2 * radius_z_; ++z) {
+    for (int z = 0; z < 2 * radius_z_ + together_; ++z) {
       std::fill_n(image(z, 0, 0), ny_ * stride_, -pivot_i_);
       std::fill_n(image(z, 1, 0), ny_ * stride_, -pivot_j_);
     }
@@ -365,8 +371,9 @@ class Slab {
     T* const columns = columns_.data() + 2 * kBlock;
     int y = 0;
     if (window_.rectangular) {
-      for (; y + 4 <= rows; y += 4) {
-        add_four_rows(field + (y - radius_) * stride_, stride_, radius_, columns + y * stride_);
+      for (; y + kTogether <= rows; y += kTogether) {
+        add_four<T>([=](int k) { return field + (y - radius_ + k) * stride_; }, radius_, stride_,
+                    [=](int k) { return columns + (y + k) * stride_; });
       }
     }
     const T* const rest = field + y * stride_;
@@ -445,23 +452,37 @@ class Slab {
     }
   }
 
-  void assemble_plane(int z, bool first_item) {
-    for (int begin = 0; begin < ny_; begin += strip_) {
-      const int end = std::min(begin + strip_, ny_);
+  // The planes from z on.
+  void assemble_planes(int z, int planes, bool first_item) {
+    const int strip = strip_ / kTogether;  // of each of the planes
+    const int64_t size = strip * stride_;
+    for (int begin = 0; begin < ny_; begin += strip) {
+      const int end = std::min(begin + strip, ny_);
+      T* const sums = sums_.data();
       for (int f = 0; f < kFields; ++f) {
-        const auto plane = [=](int d) -> const T* { return adjoint_sum(z + d, f, begin); };
-        weigh_rows(plane, window_, radius_z_, (end - begin) * stride_, sums(f));
+        T* const out = sums + f * kTogether * size;
+        if (planes == kTogether) {
+          add_four<T>([=](int k) { return adjoint_sum(z - radius_z_ + k, f, begin); }, radius_z_,
+                      (end - begin) * stride_, [=](int k) { return out + k * size; });
+        } else {
+          const auto plane = [=](int d) -> const T* { return adjoint_sum(z + d, f, begin); };
+          weigh_rows(plane, window_, radius_z_, (end - begin) * stride_, out);
+        }
       }
-      for (int y = begin; y < end; ++y) {
-        const int64_t row = (y - begin) * stride_;
-        const T* const i = image(z, 0, y);
-        const T* const j = image(z, 1, y);
-        assemble_row(i, j, sums(0) + row, sums(1) + row, sums(2) + row, call_.sum_i && !first_item,
-                     call_.grad_i.at(group_, item_, channel_) + in_volume(z, y));
-        if constexpr (kFields == 5) {
-          assemble_row(j, i, sums(0) + row, sums(3) + row, sums(4) + row,
-                       call_.sum_j && !first_item,
-                       call_.grad_j.at(group_, item_, channel_) + in_volume(z, y));
+      for (int p = 0; p < planes; ++p) {
+        for (int y = begin; y < end; ++y) {
+          const auto sum = [=](int f) {
+            return sums + (f * kTogether + p) * size + (y - begin) * stride_;
+          };
+          const T* const i = image(z + p, 0, y);
+          const T* const j = image(z + p, 1, y);
+          const int64_t row = in_volume(z + p, y);
+          assemble_row(i, j, sum(0), sum(1), sum(2), call_.sum_i && !first_item,
+                       call_.grad_i.at(group_, item_, channel_) + row);
+          if constexpr (kFields == 5) {
+            assemble_row(j, i, sum(0), sum(3), sum(4), call_.sum_j && !first_item,
+                         call_.grad_j.at(group_, item_, channel_) + row);
+          }
         }
       }
     }
@@ -485,6 +506,7 @@ class Slab {
   int nx_, ny_, nz_;
   int64_t stride_;                   // from row to row in all that follows
   int strip_;                        // rows that go through all steps together
+  int together_;                     // planes whose gradients are computed together
   Ring<T> images_, adjoint_sums_;    // planes; of the images, about their pivots
   std::vector<T> products_;          // a plane's sums over z, with `radius` rows before and after
   std::vector<T> adjoint_;           // a plane's adjoint fields, likewise
@@ -526,8 +548,10 @@ void run_slabs(const LnccCall<T>& call, const std::vector<T>& scale, std::vector
   const int64_t outer =
       geometry.batch.groups * geometry.channels * (call.items_together() ? 1 : items);
   const int64_t wanted = std::max<int64_t>(1, num_threads() / std::max<int64_t>(1, outer));
-  const int64_t slab = std::max<int64_t>(
+  // Planes taken together are the same ones for any number of slabs.
+  const int64_t least = std::max<int64_t>(
       {1, (nz + wanted - 1) / wanted, std::min<int64_t>(nz, 2 * call.window.radius_z)});
+  const int64_t slab = (least + kTogether - 1) / kTogether * kTogether;
   const int64_t slabs = (nz + slab - 1) / slab;
   parallel_for(outer * slabs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
