@@ -10,78 +10,124 @@ namespace reg {
 
 namespace {
 
-// Calls body(IntTag<radius>) for the common radii, so that the loops over a window's taps are
-// unrolled and those over voxels become vector code; IntTag<0> for any other.
+// Rows in memory are a multiple of so many values long; loops then need no special end.
+constexpr int kBlock = 16;
+
+// About so many values go through all steps together: enough that few loops are begun, and few
+// enough that they stay in a near cache. On this depends in which order sums are taken.
+constexpr int64_t kStrip = 2048;
+
+// Box sums of so many rows or planes are taken together.
+constexpr int kTogether = 4;
+
+// Taps on either side of a window's middle that one loop takes. A larger window takes more loops.
+constexpr int kTaps = 4;
+
+// Calls body(IntTag<taps>, IntTag<first>, d) for the offsets from d to d + taps - 1, and so on up
+// to the radius. With a number of taps that the compiler knows, the loops over them are unrolled
+// and those over voxels become vector code.
 template <class Body>
-void dispatch_radius(int radius, const Body& body) {
-  switch (radius) {
-    case 1:
-      return body(IntTag<1>{});
-    case 2:
-      return body(IntTag<2>{});
-    case 3:
-      return body(IntTag<3>{});
-    case 4:
-      return body(IntTag<4>{});
-    default:
-      return body(IntTag<0>{});
+void for_taps(int radius, const Body& body) {
+  const auto some = [&](int taps, auto first, int d) {
+    switch (taps) {
+      case 0:
+        return body(IntTag<0>{}, first, d);
+      case 1:
+        return body(IntTag<1>{}, first, d);
+      case 2:
+        return body(IntTag<2>{}, first, d);
+      case 3:
+        return body(IntTag<3>{}, first, d);
+      default:
+        return body(IntTag<kTaps>{}, first, d);
+    }
+  };
+  some(std::min(radius, kTaps), IntTag<1>{}, 1);
+  for (int d = kTaps + 1; d <= radius; d += kTaps) {
+    some(std::min(radius - d + 1, kTaps), IntTag<0>{}, d);
   }
 }
 
-// out[x] = Σ_d weight[|d|] row_d[x], over the rows from -radius to radius. Every sum is taken in
-// the same order: from the middle outwards.
-template <int kRadius, class T>
-void weigh_rows(const T* const* rows, const T* weight, int radius, int64_t count, T* out) {
-  if constexpr (kRadius > 0) {
-    const T* row[2 * kRadius + 1];
-    for (int d = 0; d <= 2 * kRadius; ++d) row[d] = rows[d];
+// out[x] = Σ_d weight[|d|] row(d)[x], for d from -radius to radius. Every sum is taken in the same
+// order: from the middle outwards.
+template <class T, class Row>
+void weigh_rows(const Row& row, const Window<T>& window, int radius, int64_t size, T* out) {
+  const int64_t count = size & -kBlock;  // no change, but the compiler knows
+  for_taps(radius, [&](auto taps, auto is_first, int begin) {
+    constexpr int kCount = decltype(taps)::value;
+    constexpr bool kFirst = decltype(is_first)::value;
+    const T* const middle = row(0);
+    const T *below[kCount + 1], *above[kCount + 1];  // one more, as there may be none
+    T weight[kCount + 1];
+    for (int k = 0; k < kCount; ++k) {
+      below[k] = row(-(begin + k));
+      above[k] = row(begin + k);
+      weight[k] = window.weight[begin + k];
+    }
+    const T middle_weight = window.weight[0];
 #pragma GCC ivdep
     for (int64_t x = 0; x < count; ++x) {
-      T sum = weight[0] * row[kRadius][x];
-      for (int d = 1; d <= kRadius; ++d) {
-        sum += weight[d] * (row[kRadius - d][x] + row[kRadius + d][x]);
-      }
+      T sum = kFirst ? middle_weight * middle[x] : out[x];
+      for (int k = 0; k < kCount; ++k) sum += weight[k] * (below[k][x] + above[k][x]);
       out[x] = sum;
     }
-  } else {
-    for (int64_t x = 0; x < count; ++x) out[x] = weight[0] * rows[radius][x];
-    for (int d = 1; d <= radius; ++d) {
-      const T* below = rows[radius - d];
-      const T* above = rows[radius + d];
-#pragma GCC ivdep
-      for (int64_t x = 0; x < count; ++x) out[x] += weight[d] * (below[x] + above[x]);
-    }
-  }
+  });
 }
 
-// Window sums within a plane. Rows are padded by the radius on either side, and so is the plane.
+// Box sums of four rows, or planes, together, since their windows share most of what they hold:
+// row(k) for k from 0 to 2 radius + 3, the sums of four into out(0) to out(3).
+template <class T, class Row, class Out>
+void add_four(const Row& row, int radius, int64_t size, const Out& out) {
+  const int64_t count = size & -kBlock;
+  const T *const row_0 = row(0), *const row_1 = row(1), *const row_2 = row(2);
+  const int end = 2 * radius + 1;
+  const T *const end_0 = row(end), *const end_1 = row(end + 1), *const end_2 = row(end + 2);
+  T *const out_0 = out(0), *const out_1 = out(1), *const out_2 = out(2), *const out_3 = out(3);
+  for_taps(radius - 1, [&](auto pairs, auto is_first, int begin) {
+    constexpr int kRows = 2 * decltype(pairs)::value;
+    constexpr bool kFirst = decltype(is_first)::value;
+    const T* rows[kRows + 1];
+    for (int k = 0; k < kRows; ++k) rows[k] = row(2 * begin + 1 + k);
+#pragma GCC ivdep
+    for (int64_t x = 0; x < count; ++x) {
+      T shared = 0;
+      for (int k = 0; k < kRows; ++k) shared += rows[k][x];
+      if constexpr (kFirst) {
+        const T second = row_2[x], third = end_0[x];
+        const T before = row_1[x] + second, after = third + end_1[x];
+        out_0[x] = shared + (row_0[x] + before);
+        out_1[x] = shared + before + third;
+        out_2[x] = shared + second + after;
+        out_3[x] = shared + (after + end_2[x]);
+      } else {
+        out_0[x] += shared;
+        out_1[x] += shared;
+        out_2[x] += shared;
+        out_3[x] += shared;
+      }
+    }
+  });
+}
+
+// Box sums along a row, of at least seven values each, from sums of three. There have to be kBlock
+// values before and after the row; `threes` has room for these too.
 template <class T>
-struct Plane {
-  int radius, size_x, size_y;
-  int64_t stride;  // elements in a padded row
-  std::vector<T> data;
-
-  Plane(int r, int nx, int ny, T padding)
-      : radius(r),
-        size_x(nx),
-        size_y(ny),
-        stride(nx + 2 * r),
-        data(stride * (ny + 2 * r), padding) {}
-  T* row(int y) { return data.data() + (y + radius) * stride; }  // padding included
-
-  // The sums at row y, over y first.
-  void sum_row(int y, const T* weight, T* scratch, T* out) {
-    const T* rows[kMaxWindow];
-    for (int d = -radius; d <= radius; ++d) rows[d + radius] = row(y + d);
-    dispatch_radius(radius, [&](auto tag) {
-      constexpr int kRadius = decltype(tag)::value;
-      weigh_rows<kRadius>(rows, weight, radius, stride, scratch);
-      const T* shifted[kMaxWindow];
-      for (int d = 0; d <= 2 * radius; ++d) shifted[d] = scratch + d;
-      weigh_rows<kRadius>(shifted, weight, radius, size_x, out);
-    });
-  }
-};
+void add_in_threes(const T* row, const Window<T>& window, int64_t size, T* threes, T* out) {
+  const int64_t count = (size + 2 * kBlock) & -kBlock;
+  const T* const begin = row - kBlock;
+#pragma GCC ivdep
+  for (int64_t x = 0; x < count; ++x) threes[x] = begin[x] + (begin[x - 1] + begin[x + 1]);
+  // In the middle one value, three, or three and one on either side, as the radius leaves.
+  const int left = window.radius % 3;
+  const T* const about = threes + kBlock;
+  const auto part = [=](int d) -> const T* {
+    const int side = d < 0 ? -1 : 1;
+    if (d == 0) return left == 0 ? row : about;
+    if (left == 2 && d == side) return row + 2 * side;
+    return about + 3 * d - side * (left == 0 ? 1 : left == 1 ? 0 : 2);
+  };
+  weigh_rows(part, window, window.radius / 3 + (left == 2), size, out);
+}
 
 template <class T>
 void add_products(T weight, T i, T j, T (&sums)[kWindowSums]) {
@@ -93,54 +139,68 @@ void add_products(T weight, T i, T j, T (&sums)[kWindowSums]) {
   sums[4] += weighted_i * j;
 }
 
-// Sums over z of a row's values and their products, about the pivots: for each voxel of the row the
-// five sums, from the planes -radius to radius.
-template <int kRadius, class T>
-void weigh_products(const T* const* rows_i, const T* const* rows_j, const T* weight, int radius,
-                    T pivot_i, T pivot_j, int count, T* const (&out)[kWindowSums]) {
+// The same as weigh_rows for two images' values and their products.
+template <class T, class Row>
+void weigh_products(const Row& row_i, const Row& row_j, const Window<T>& window, int radius,
+                    int64_t size, T* const (&out)[kWindowSums]) {
+  const int64_t count = size & -kBlock;
   T* const out_i = out[0];
   T* const out_j = out[1];
   T* const out_ii = out[2];
   T* const out_jj = out[3];
   T* const out_ij = out[4];
-  const auto store = [=](int x, const T(&sums)[kWindowSums]) {
-    out_i[x] = sums[0];
-    out_j[x] = sums[1];
-    out_ii[x] = sums[2];
-    out_jj[x] = sums[3];
-    out_ij[x] = sums[4];
-  };
-  if constexpr (kRadius > 0) {
-    constexpr int kRows = 2 * kRadius + 1;
-    const T *row_i[kRows], *row_j[kRows];
-    for (int d = 0; d < kRows; ++d) {
-      row_i[d] = rows_i[d];
-      row_j[d] = rows_j[d];
+  for_taps(radius, [&](auto taps, auto is_first, int begin) {
+    constexpr int kRows = 2 * decltype(taps)::value;
+    constexpr bool kFirst = decltype(is_first)::value;
+    const T* const middle_i = row_i(0);
+    const T* const middle_j = row_j(0);
+    const T *rows_i[kRows + 1], *rows_j[kRows + 1];
+    T weight[kRows + 1];
+    for (int k = 0; k < kRows; ++k) {
+      const int d = k % 2 == 0 ? -(begin + k / 2) : begin + k / 2;
+      rows_i[k] = row_i(d);
+      rows_j[k] = row_j(d);
+      weight[k] = window.weight[begin + k / 2];
     }
+    const T middle_weight = window.weight[0];
 #pragma GCC ivdep
-    for (int x = 0; x < count; ++x) {
+    for (int64_t x = 0; x < count; ++x) {
       T sums[kWindowSums] = {};
-      for (int d = 0; d < kRows; ++d) {
-        const T w = weight[d < kRadius ? kRadius - d : d - kRadius];
-        add_products(w, row_i[d][x] - pivot_i, row_j[d][x] - pivot_j, sums);
+      if constexpr (kFirst) {
+        add_products(middle_weight, middle_i[x], middle_j[x], sums);
+      } else {
+        sums[0] = out_i[x];
+        sums[1] = out_j[x];
+        sums[2] = out_ii[x];
+        sums[3] = out_jj[x];
+        sums[4] = out_ij[x];
       }
-      store(x, sums);
+      for (int k = 0; k < kRows; ++k) add_products(weight[k], rows_i[k][x], rows_j[k][x], sums);
+      out_i[x] = sums[0];
+      out_j[x] = sums[1];
+      out_ii[x] = sums[2];
+      out_jj[x] = sums[3];
+      out_ij[x] = sums[4];
     }
-  } else {
-    for (T* sums : out) std::fill(sums, sums + count, T(0));
-    for (int d = 0; d <= 2 * radius; ++d) {
-      const T w = weight[std::abs(d - radius)];
-      const T* const row_i = rows_i[d];
-      const T* const row_j = rows_j[d];
-#pragma GCC ivdep
-      for (int x = 0; x < count; ++x) {
-        T sums[kWindowSums] = {out_i[x], out_j[x], out_ii[x], out_jj[x], out_ij[x]};
-        add_products(w, row_i[x] - pivot_i, row_j[x] - pivot_j, sums);
-        store(x, sums);
-      }
-    }
-  }
+  });
 }
+
+// The newest planes of several fields: the next takes the place of the oldest.
+template <class T>
+class Ring {
+ public:
+  Ring(int length, int fields, int64_t plane)
+      : length_(length), fields_(fields), plane_(plane), data_(length * fields * plane) {}
+  // `z` may be as low as -2 length.
+  T* at(int z, int field) {
+    return data_.data() + ((z + 2 * length_) % length_ * int64_t{fields_} + field) * plane_;
+  }
+
+ private:
+  int length_, fields_;
+  int64_t plane_;
+  std::vector<T> data_;
+};
 
 // A value that is typical of an image: the mean of some of its voxels.
 template <class T>
@@ -158,152 +218,191 @@ T typical(const T* image, int64_t count) {
   return static_cast<T>(samples > 0 ? sum / samples : 0);
 }
 
-// The correlations and gradients of the planes [begin, end) of one image's channel.
+// The correlations and gradients of the planes [begin, end) of one image's channel. Plane by plane
+// a few rows at a time go through all steps: products are summed over z, y and x, then correlations
+// computed, then adjoint fields summed over y and x. Only the sums of these over z need more
+// planes.
+//
+// In every buffer a row is followed by values from outside of the volume, as many as a window
+// reaches. They precede the next row too, so that a few rows are one long row to most loops.
 template <class T, int kFields>
 class Slab {
  public:
   Slab(const LnccCall<T>& call, T scale, int64_t group, int64_t channel)
       : call_(call),
         window_(call.window),
-        sizes_(call.geometry.sizes),
+        radius_(call.window.radius),
+        radius_z_(call.window.radius_z),
         scale_(scale),
         group_(group),
         channel_(channel),
-        nx_(static_cast<int>(sizes_.x)),
-        ny_(static_cast<int>(sizes_.y)),
-        nz_(static_cast<int>(sizes_.z)) {}
+        nx_(static_cast<int>(call.geometry.sizes.x)),
+        ny_(static_cast<int>(call.geometry.sizes.y)),
+        nz_(static_cast<int>(call.geometry.sizes.z)),
+        stride_((call.geometry.sizes.x + radius_ + kBlock - 1) / kBlock * kBlock),
+        strip_(static_cast<int>(std::max<int64_t>(1, kStrip / stride_ / kTogether)) * kTogether),
+        together_(kFields > 0 && window_.rectangular && radius_z_ > 0 ? kTogether : 1),
+        images_(2 * radius_z_ + together_, 2, ny_ * stride_),
+        adjoint_sums_(2 * radius_z_ + together_, kFields, ny_ * stride_),
+        products_(kWindowSums * padded_plane()),
+        adjoint_(kFields * padded_plane()),
+        columns_(strip_ * stride_ + 4 * kBlock),
+        threes_(columns_.size()),
+        sums_(kWindowSums * strip_ * stride_),  // as many as adjoint fields at most
+        ncc_(strip_ * stride_) {}
 
   // `plane_sums`: for each z, where to put Σ weight ncc of the plane, or null.
   void run(int64_t item, int begin, int end, bool first_item, double* plane_sums) {
-    const T* image_i = call_.image_i.at(group_, item, channel_);
-    const T* image_j = call_.image_j.at(group_, item, channel_);
-    const int64_t plane = static_cast<int64_t>(nx_) * ny_;
-    const T pivot_i = pivot_near(typical(image_i, plane * nz_), window_);
-    const T pivot_j = pivot_near(typical(image_j, plane * nz_), window_);
-    const int radius_z = window_.radius_z;
-    const int ring = 2 * radius_z + 1;
-    prepare(pivot_i, pivot_j);
-
-    const int reach = kFields > 0 ? radius_z : 0;
-    for (int z = begin - reach; z < end + reach; ++z) {
+    prepare(item);
+    const int reach = kFields > 0 ? radius_z_ : 0;
+    for (int newest = begin - reach - radius_z_; newest < end + reach + radius_z_; ++newest) {
+      load_plane(newest);
+      const int z = newest - radius_z_;
+      if (z < begin - reach) continue;
       const bool exists = z >= 0 && z < nz_;
-      const bool own = z >= begin && z < end;
-      double sum = 0;
-      if (exists) sum = correlate_plane(image_i, image_j, item, z, pivot_i, pivot_j, own);
-      if (own && plane_sums != nullptr) plane_sums[z] = sum;
+      const double sum = exists ? correlate_plane(z) : 0;
+      if (plane_sums != nullptr && z >= begin && z < end) plane_sums[z] = sum;
       if constexpr (kFields > 0) {
-        T* slot = ring_.data() + ((z - begin + reach) % ring) * kFields * plane;
-        if (exists) {
-          for (int y = 0; y < ny_; ++y) {
-            for (int f = 0; f < kFields; ++f) {
-              adjoint_[f].sum_row(y, window_.weight, scratch_.data(),
-                                  slot + f * plane + static_cast<int64_t>(y) * nx_);
-            }
-          }
-        } else {
-          std::fill(slot, slot + kFields * plane, T(0));
-        }
-        const int target = z - radius_z;
-        if (target >= begin) {
-          const T* planes[kMaxWindow];
-          for (int d = 0; d < ring; ++d) {
-            planes[d] = ring_.data() + ((target - begin + d) % ring) * kFields * plane;
-          }
-          assemble_plane(planes, image_i, image_j, item, target, pivot_i, pivot_j, first_item);
+        if (!exists) std::fill_n(adjoint_sums_.at(z, 0), kFields * ny_ * stride_, T(0));
+        const int ready = z - radius_z_ + 1;
+        if (ready - begin >= together_ && (ready - begin) % together_ == 0) {
+          assemble_planes(ready - together_, together_, first_item);
+        } else if (ready == end) {
+          const int left = (end - begin) % together_;
+          for (int i = left; i > 0; --i) assemble_planes(end - i, 1, first_item);
         }
       }
     }
   }
 
  private:
-  static constexpr int kLanes = 16;
+  int64_t padded_plane() const { return (ny_ + 2 * radius_) * stride_; }
+  T* image(int z, int which, int y) { return images_.at(z, which) + y * stride_; }
+  T* product(int s, int y) {
+    return products_.data() + s * padded_plane() + (y + radius_) * stride_;
+  }
+  T* sums(int s) { return sums_.data() + s * strip_ * stride_; }
+  T* adjoint(int f, int y) {
+    return adjoint_.data() + f * padded_plane() + (y + radius_) * stride_;
+  }
+  T* adjoint_sum(int z, int f, int y) { return adjoint_sums_.at(z, f) + y * stride_; }
 
-  void prepare(T pivot_i, T pivot_j) {
-    // Outside the volume images are 0, that is -pivot; a row of the products' sums over z there.
+  // Fills what is outside of the volume, where images are 0, that is -pivot. Adjoint fields are 0
+  // there; that is how they come.
+  void prepare(int64_t item) {
+    item_ = item;
+    image_i_ = call_.image_i.at(group_, item, channel_);
+    image_j_ = call_.image_j.at(group_, item, channel_);
+    const int64_t voxels = static_cast<int64_t>(nx_) * ny_ * nz_;
+    pivot_i_ = pivot_near(typical(image_i_, voxels), window_);
+    pivot_j_ = pivot_near(typical(image_j_, voxels), window_);
+    for (int z = 0; z < 2 * radius_z_ + together_; ++z) {
+      std::fill_n(image(z, 0, 0), ny_ * stride_, -pivot_i_);
+      std::fill_n(image(z, 1, 0), ny_ * stride_, -pivot_j_);
+    }
     T mass = 0;
-    for (int d = -window_.radius_z; d <= window_.radius_z; ++d) mass += window_.weight[std::abs(d)];
-    const T padding[kWindowSums] = {-mass * pivot_i, -mass * pivot_j, mass * pivot_i * pivot_i,
-                                    mass * pivot_j * pivot_j, mass * pivot_i * pivot_j};
-    products_.clear();
-    for (T value : padding) products_.emplace_back(window_.radius, nx_, ny_, value);
-    sums_.resize(static_cast<size_t>(kWindowSums) * nx_);  // as many as adjoint fields at most
-    scratch_.resize(nx_ + 2 * kMaxRadius);
-    zeros_.resize(nx_);
-    ncc_.resize((nx_ + kLanes - 1) / kLanes * kLanes);
-    if constexpr (kFields > 0) {
-      adjoint_.clear();
-      for (int f = 0; f < kFields; ++f) adjoint_.emplace_back(window_.radius, nx_, ny_, T(0));
-      ring_.resize(static_cast<size_t>(2 * window_.radius_z + 1) * kFields * nx_ * ny_);
+    for (int d = -radius_z_; d <= radius_z_; ++d) mass += window_.weight[std::abs(d)];
+    const T outside[kWindowSums] = {-mass * pivot_i_, -mass * pivot_j_, mass * pivot_i_ * pivot_i_,
+                                    mass * pivot_j_ * pivot_j_, mass * pivot_i_ * pivot_j_};
+    for (int s = 0; s < kWindowSums; ++s) {
+      std::fill_n(product(s, -radius_), padded_plane(), outside[s]);
     }
   }
 
-  double correlate_plane(const T* image_i, const T* image_j, int64_t item, int z, T pivot_i,
-                         T pivot_j, bool own) {
+  // The images about their pivots.
+  void load_plane(int z) {
+    const bool exists = z >= 0 && z < nz_;
+    const T pivot_i = pivot_i_, pivot_j = pivot_j_;
     for (int y = 0; y < ny_; ++y) {
-      const T* rows_i[kMaxWindow];
-      const T* rows_j[kMaxWindow];
-      for (int d = -window_.radius_z; d <= window_.radius_z; ++d) {
-        const bool exists = z + d >= 0 && z + d < nz_;
-        const int64_t row = (static_cast<int64_t>(z + d) * ny_ + y) * nx_;
-        rows_i[d + window_.radius_z] = exists ? image_i + row : zeros_.data();
-        rows_j[d + window_.radius_z] = exists ? image_j + row : zeros_.data();
+      T* const i = image(z, 0, y);
+      T* const j = image(z, 1, y);
+      if (exists) {
+        const T* const from_i = image_i_ + in_volume(z, y);
+        const T* const from_j = image_j_ + in_volume(z, y);
+#pragma GCC ivdep
+        for (int x = 0; x < nx_; ++x) i[x] = from_i[x] - pivot_i;
+#pragma GCC ivdep
+        for (int x = 0; x < nx_; ++x) j[x] = from_j[x] - pivot_j;
+      } else {
+        std::fill_n(i, nx_, -pivot_i);
+        std::fill_n(j, nx_, -pivot_j);
       }
-      T* out[kWindowSums];
-      for (int s = 0; s < kWindowSums; ++s) out[s] = products_[s].row(y) + window_.radius;
-      dispatch_radius(window_.radius_z, [&](auto tag) {
-        weigh_products<decltype(tag)::value>(rows_i, rows_j, window_.weight, window_.radius_z,
-                                             pivot_i, pivot_j, nx_, out);
-      });
     }
+  }
+  int64_t in_volume(int z, int y) const { return (static_cast<int64_t>(z) * ny_ + y) * nx_; }
+
+  // Returns Σ weight ncc.
+  double correlate_plane(int z) {
     double total = 0;
-    for (int y = 0; y < ny_; ++y) {
-      for (int s = 0; s < kWindowSums; ++s) {
-        products_[s].sum_row(y, window_.weight, scratch_.data(), sums_.data() + s * nx_);
-      }
-      const int64_t row = (static_cast<int64_t>(z) * ny_ + y) * nx_;
-      const T* mask = call_.mask.present() ? call_.mask.at(group_, item, channel_) + row : nullptr;
-      const T* cotangent =
-          call_.cotangent.present() ? call_.cotangent.at(group_, item, channel_) + row : nullptr;
-      T* map = call_.map.present() ? call_.map.at(group_, item, channel_) + row : nullptr;
-      correlate_row(y);
-      for (int x = 0; x < nx_; ++x) {
-        if (mask) ncc_[x] *= mask[x];
-        if (map) map[x] = -ncc_[x];
+    int summed = 0, adjoint_summed = 0;  // rows
+    for (int begin = 0; begin < ny_; begin += strip_) {
+      const int end = std::min(begin + strip_, ny_);
+      const int needed = std::min(end + radius_, ny_);
+      sum_products(z, summed, needed);
+      summed = needed;
+      correlate_rows(begin, end);
+      for (int y = begin; y < end; ++y) {
+        total += finish_row(z, y, ncc_.data() + (y - begin) * stride_);
       }
       if constexpr (kFields > 0) {
-        for (int f = 0; f < kFields; ++f) {
-          T* const fields = adjoint_[f].row(y) + window_.radius;
-          if (mask && cotangent) {
-            for (int x = 0; x < nx_; ++x) fields[x] *= mask[x] * cotangent[x];
-          } else if (mask || cotangent) {
-            const T* const factor = mask ? mask : cotangent;
-            for (int x = 0; x < nx_; ++x) fields[x] *= factor[x];
-          }
+        const int ready = end == ny_ ? ny_ : end - radius_;
+        while (adjoint_summed < ready) {
+          const int until = std::min(adjoint_summed + strip_, ready);
+          sum_adjoint(z, adjoint_summed, until);
+          adjoint_summed = until;
         }
       }
-      // In lanes, since one sum after the other would wait for each addition.
-      T lanes[kLanes] = {};
-      for (size_t x = 0; x < ncc_.size(); x += kLanes) {
-        for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += ncc_[x + lane];
-      }
-      T row_sum = 0;
-      for (const T lane : lanes) row_sum += lane;
-      total += row_sum;
     }
-    return own ? total : 0;
+    return total;
   }
 
-  // The correlations and adjoint fields of a row, from its window sums.
-  void correlate_row(int y) {
-    const T* sums[kWindowSums];
-    for (int s = 0; s < kWindowSums; ++s) sums[s] = sums_.data() + s * nx_;
+  // Over z.
+  void sum_products(int z, int begin, int end) {
+    T* out[kWindowSums];
+    for (int s = 0; s < kWindowSums; ++s) out[s] = product(s, begin);
+    const auto row = [=](int which) {
+      return [=](int d) -> const T* { return image(z + d, which, begin); };
+    };
+    weigh_products(row(0), row(1), window_, radius_z_, (end - begin) * stride_, out);
+  }
+
+  // Over y and x.
+  void sum_rows(const T* field, int rows, T* out) {
+    T* const columns = columns_.data() + 2 * kBlock;
+    int y = 0;
+    if (window_.rectangular) {
+      for (; y + kTogether <= rows; y += kTogether) {
+        add_four<T>([=](int k) { return field + (y - radius_ + k) * stride_; }, radius_, stride_,
+                    [=](int k) { return columns + (y + k) * stride_; });
+      }
+    }
+    const T* const rest = field + y * stride_;
+    const auto row = [=](int d) { return rest + d * stride_; };
+    weigh_rows(row, window_, radius_, (rows - y) * stride_, columns + y * stride_);
+    std::copy_n(columns + stride_ - radius_, radius_, columns - radius_);
+    if (window_.rectangular && radius_ >= 3) {
+      add_in_threes(columns, window_, rows * stride_, threes_.data(), out);
+    } else {
+      const auto shifted = [=](int d) -> const T* { return columns + d; };
+      weigh_rows(shifted, window_, radius_, rows * stride_, out);
+    }
+  }
+
+  // Correlations and adjoint fields.
+  void correlate_rows(int begin, int end) {
+    const T* from[kWindowSums];
+    for (int s = 0; s < kWindowSums; ++s) {
+      sum_rows(product(s, begin), end - begin, sums(s));
+      from[s] = sums(s);
+    }
     T* to[kFields == 0 ? 1 : kFields];
-    for (int f = 0; f < kFields; ++f) to[f] = adjoint_[f].row(y) + window_.radius;
+    for (int f = 0; f < kFields; ++f) to[f] = adjoint(f, begin);
     T* const ncc = ncc_.data();
     const Window<T> window = window_;
+    const int64_t count = (end - begin) * stride_ & -kBlock;
 #pragma GCC ivdep
-    for (int x = 0; x < nx_; ++x) {
-      const T here[] = {sums[0][x], sums[1][x], sums[2][x], sums[3][x], sums[4][x]};
+    for (int64_t x = 0; x < count; ++x) {
+      const T here[] = {from[0][x], from[1][x], from[2][x], from[3][x], from[4][x]};
       const Correlation<T> at = correlate(here, window);
       ncc[x] = at.ncc;
       if constexpr (kFields > 0) {
@@ -314,53 +413,109 @@ class Slab {
     }
   }
 
-  void assemble_plane(const T* const* planes, const T* image_i, const T* image_j, int64_t item,
-                      int z, T pivot_i, T pivot_j, bool first_item) {
-    T* grad_i = call_.grad_i.at(group_, item, channel_);
-    T* grad_j = kFields == 5 ? call_.grad_j.at(group_, item, channel_) : nullptr;
-    for (int y = 0; y < ny_; ++y) {
-      const int64_t in_plane = static_cast<int64_t>(y) * nx_;
-      const int64_t row = static_cast<int64_t>(z) * ny_ * nx_ + in_plane;
+  // What weighs the correlations of a row, and what is outside of it. Returns Σ weight ncc.
+  double finish_row(int z, int y, T* ncc) {
+    const auto row = [=](const auto& of) {
+      return of.present() ? of.at(group_, item_, channel_) + in_volume(z, y) : nullptr;
+    };
+    const T* const mask = row(call_.mask);
+    const T* const cotangent = row(call_.cotangent);
+    T* const map = row(call_.map);
+    if (mask) multiply(mask, ncc);
+    for (int x = 0; map && x < nx_; ++x) map[x] = -ncc[x];
+    std::fill(ncc + nx_, ncc + stride_, T(0));
+    for (int f = 0; f < kFields; ++f) {
+      T* const field = adjoint(f, y);
+      if (mask) multiply(mask, field);
+      if (cotangent) multiply(cotangent, field);
+      std::fill(field + nx_, field + stride_, T(0));
+    }
+    // In lanes, since one sum after the other would wait for each addition.
+    T lanes[kBlock] = {};
+    for (int64_t x = 0; x < stride_; x += kBlock) {
+      for (int lane = 0; lane < kBlock; ++lane) lanes[lane] += ncc[x + lane];
+    }
+    T sum = 0;
+    for (const T lane : lanes) sum += lane;
+    return sum;
+  }
+
+  void multiply(const T* factor, T* row) const {
+#pragma GCC ivdep
+    for (int x = 0; x < nx_; ++x) row[x] *= factor[x];
+  }
+
+  // Over y and x.
+  void sum_adjoint(int z, int begin, int end) {
+    for (int f = 0; f < kFields; ++f) {
+      sum_rows(adjoint(f, begin), end - begin, adjoint_sum(z, f, begin));
+    }
+  }
+
+  // The planes from z on.
+  void assemble_planes(int z, int planes, bool first_item) {
+    const int strip = strip_ / kTogether;  // of each of the planes
+    const int64_t size = strip * stride_;
+    for (int begin = 0; begin < ny_; begin += strip) {
+      const int end = std::min(begin + strip, ny_);
+      T* const sums = sums_.data();
       for (int f = 0; f < kFields; ++f) {
-        const T* rows[kMaxWindow];
-        for (int d = 0; d <= 2 * window_.radius_z; ++d) {
-          rows[d] = planes[d] + static_cast<int64_t>(f) * ny_ * nx_ + in_plane;
+        T* const out = sums + f * kTogether * size;
+        if (planes == kTogether) {
+          add_four<T>([=](int k) { return adjoint_sum(z - radius_z_ + k, f, begin); }, radius_z_,
+                      (end - begin) * stride_, [=](int k) { return out + k * size; });
+        } else {
+          const auto plane = [=](int d) -> const T* { return adjoint_sum(z + d, f, begin); };
+          weigh_rows(plane, window_, radius_z_, (end - begin) * stride_, out);
         }
-        weigh_depth(rows, sums_.data() + f * nx_);
       }
-      for (int x = 0; x < nx_; ++x) {
-        const T i = image_i[row + x] - pivot_i, j = image_j[row + x] - pivot_j;
-        const T* s = sums_.data() + x;
-        const T value = scale_ * assemble(i, j, s[0], s[nx_], s[2 * nx_]);
-        grad_i[row + x] = call_.sum_i && !first_item ? grad_i[row + x] + value : value;
-        if constexpr (kFields == 5) {
-          const T other = scale_ * assemble(j, i, s[0], s[3 * nx_], s[4 * nx_]);
-          grad_j[row + x] = call_.sum_j && !first_item ? grad_j[row + x] + other : other;
+      for (int p = 0; p < planes; ++p) {
+        for (int y = begin; y < end; ++y) {
+          const auto sum = [=](int f) {
+            return sums + (f * kTogether + p) * size + (y - begin) * stride_;
+          };
+          const T* const i = image(z + p, 0, y);
+          const T* const j = image(z + p, 1, y);
+          const int64_t row = in_volume(z + p, y);
+          assemble_row(i, j, sum(0), sum(1), sum(2), call_.sum_i && !first_item,
+                       call_.grad_i.at(group_, item_, channel_) + row);
+          if constexpr (kFields == 5) {
+            assemble_row(j, i, sum(0), sum(3), sum(4), call_.sum_j && !first_item,
+                         call_.grad_j.at(group_, item_, channel_) + row);
+          }
         }
       }
     }
   }
 
-  void weigh_depth(const T* const* rows, T* out) {
-    if (window_.radius_z == 0) {
-      for (int x = 0; x < nx_; ++x) out[x] = window_.weight[0] * rows[0][x];
-      return;
+  void assemble_row(const T* own, const T* other, const T* cross, const T* variance,
+                    const T* offset, bool add, T* to) const {
+    const T scale = scale_;
+#pragma GCC ivdep
+    for (int x = 0; x < nx_; ++x) {
+      const T value = scale * assemble(own[x], other[x], cross[x], variance[x], offset[x]);
+      to[x] = add ? to[x] + value : value;
     }
-    dispatch_radius(window_.radius_z, [&](auto tag) {
-      weigh_rows<decltype(tag)::value>(rows, window_.weight, window_.radius_z, nx_, out);
-    });
   }
 
   const LnccCall<T>& call_;
   const Window<T>& window_;
-  const Sizes& sizes_;
+  int radius_, radius_z_;
   T scale_;
   int64_t group_, channel_;
   int nx_, ny_, nz_;
-  std::vector<Plane<T>> products_, adjoint_;
-  std::vector<T> sums_, scratch_, ring_;
-  std::vector<T> ncc_;    // a row of correlations, and zeros up to a multiple of kLanes
-  std::vector<T> zeros_;  // a row outside of the volume
+  int64_t stride_;                   // from row to row in all that follows
+  int strip_;                        // rows that go through all steps together
+  int together_;                     // planes whose gradients are computed together
+  Ring<T> images_, adjoint_sums_;    // planes; of the images, about their pivots
+  std::vector<T> products_;          // a plane's sums over z, with `radius` rows before and after
+  std::vector<T> adjoint_;           // a plane's adjoint fields, likewise
+  std::vector<T> columns_, threes_;  // of one field and strip: sums over y, and of three of these
+  std::vector<T> sums_;              // of a strip: over the whole window
+  std::vector<T> ncc_;               // of a strip
+  int64_t item_ = 0;
+  const T *image_i_ = nullptr, *image_j_ = nullptr;
+  T pivot_i_ = 0, pivot_j_ = 0;
 };
 
 // Compiled for newer instruction sets as well, and chosen between when the module is loaded. All of
@@ -393,8 +548,10 @@ void run_slabs(const LnccCall<T>& call, const std::vector<T>& scale, std::vector
   const int64_t outer =
       geometry.batch.groups * geometry.channels * (call.items_together() ? 1 : items);
   const int64_t wanted = std::max<int64_t>(1, num_threads() / std::max<int64_t>(1, outer));
-  const int64_t slab = std::max<int64_t>(
+  // Planes taken together are the same ones for any number of slabs.
+  const int64_t least = std::max<int64_t>(
       {1, (nz + wanted - 1) / wanted, std::min<int64_t>(nz, 2 * call.window.radius_z)});
+  const int64_t slab = (least + kTogether - 1) / kTogether * kTogether;
   const int64_t slabs = (nz + slab - 1) / slab;
   parallel_for(outer * slabs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
