@@ -17,7 +17,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreg._sharding import Operands, align, spread_over_batch
+from jaxreg._sharding import Operands, Reduction, align, spread_over_batch
 
 _OLDEST_JAX = (0, 8, 2)
 if jax.__version_info__ < _OLDEST_JAX:
@@ -112,7 +112,12 @@ def _kernel(
         specs = infer(*arrays)
         return {name: shape for name, (_, shape) in specs.items() if roles[name] != "workspace"}
 
-    mapped_call = jax.custom_batching.custom_vmap(spread_over_batch(call, names, result_shapes))
+    reduction = Reduction(
+        named.get("reduction", "none"),
+        next((name for name, role in entry["outputs"] if role == "weight"), None),
+    )
+    spread = spread_over_batch(call, names, result_shapes, reduction)
+    mapped_call = jax.custom_batching.custom_vmap(spread)
 
     @mapped_call.def_vmap
     def _fold(

@@ -65,7 +65,7 @@ class _Signature:
         self.result = self.roles.index("result")
         self.has_labels = any(kind == "labels" for *_, kind in entry["inputs"])
         self.saved = _mask([role == "saved" for role in self.roles])
-        self.workspaces = [i for i, role in enumerate(self.roles) if role == "workspace"]
+        self.unused = [i for i, role in enumerate(self.roles) if role in ("workspace", "weight")]
         arguments = [
             f"Tensor{'?' if optional else ''} {name}" for name, optional, *_ in entry["inputs"]
         ]
@@ -164,7 +164,7 @@ def _run(
         )
     # Workspaces go back to the allocator as soon as the launch is queued: it hands them out again
     # only to work that comes later on this stream.
-    for i in signature.workspaces:
+    for i in signature.unused:
         outputs[i] = None
     return outputs
 
