@@ -17,7 +17,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreg._sharding import Operands, align, spread_over_batch
+from jaxreg._sharding import Operands, Reduction, align, spread_over_batch
 
 _OLDEST_JAX = (0, 8, 2)
 if jax.__version_info__ < _OLDEST_JAX:
@@ -112,7 +112,12 @@ def _kernel(
         specs = infer(*arrays)
         return {name: shape for name, (_, shape) in specs.items() if roles[name] != "workspace"}
 
-    mapped_call = jax.custom_batching.custom_vmap(spread_over_batch(call, names, result_shapes))
+    reduction = Reduction(
+        named.get("reduction", "none"),
+        next((name for name, role in entry["outputs"] if role == "weight"), None),
+    )
+    spread = spread_over_batch(call, names, result_shapes, reduction)
+    mapped_call = jax.custom_batching.custom_vmap(spread)
 
     @mapped_call.def_vmap
     def _fold(
@@ -410,9 +415,13 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     """What ``jax.export`` has to be told to take a function that calls this package.
 
     It cannot know whether the kernels will stay as they are, and asks for a word on each. They are
-    those of one version of this package: import that where the exported function is called. A
-    function over several devices has to be exported under ``jax.shard_map``, as the rules by which
-    ``jit`` splits a call cannot be stored.
+    those of one version of this package: import that where the exported function is called.
+
+    A function over several devices has to be exported under ``jax.shard_map``. The rules by which
+    ``jit`` splits a call among them are Python functions that the compiler calls; JAX, 0.10.2 too,
+    stores none and says "serialization of host_callbacks is not yet implemented". In
+    ``jax.shard_map`` a loss is that of the device's own items: ``jax.lax.pmean`` makes a mean of
+    them, as ``jax.lax.psum`` a sum.
 
     Returns
     -------

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -19,6 +20,42 @@ Operands = tuple[jax.Array | None, ...]
 Call = Callable[..., dict[str, jax.Array]]
 Shape = tuple[int, ...]
 MeshAxes = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What an op makes of its items: how devices that hold some of them each do it together."""
+
+    kind: str = "none"  # "sum", "mean", or "none" if it is not known
+    weight: str | None = None  # the result that a mean was divided by, if not by a count of items
+
+    def parts(
+        self, call: Call, names: Sequence[str], arrays: Sequence[jax.Array], over: MeshAxes
+    ) -> dict[str, jax.Array]:
+        """The call's results for the items of this device, such that those of all devices add up.
+
+        As many items are on each. ``over``: the axes of the mesh that they are spread over.
+        """
+        if self.kind != "mean":
+            return call(*arrays)
+        share: Any = 1 / jax.lax.psum(1, over)
+        if "grad_output" in names:  # which is smaller than what follows from it
+            named = zip(names, arrays, strict=True)
+            return call(*(x * share if name == "grad_output" else x for name, x in named))
+        values = call(*arrays)
+        if self.weight in values:
+            own = values[self.weight]
+            total = jax.lax.psum(own, over)
+            share = jnp.where(total > 0, own / total, 0)
+
+        def scaled(value: jax.Array) -> jax.Array:
+            trailing = tuple(range(1, value.ndim))
+            return value * (jnp.expand_dims(share, trailing) if self.weight in values else share)
+
+        return {
+            name: scaled(value) if name.startswith(("output", "grad_")) else value
+            for name, value in values.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -34,7 +71,9 @@ class _Batch:
     by_item: bool  # whether those that have some of the items can do their part
 
     @staticmethod
-    def of(operands: Mapping[str, Shape], results: Mapping[str, Shape]) -> _Batch:
+    def of(
+        operands: Mapping[str, Shape], results: Mapping[str, Shape], reduction: Reduction
+    ) -> _Batch:
         sizes = [
             [shape[axis] for shape in operands.values() if len(shape) > axis] for axis in (0, 1)
         ]
@@ -48,16 +87,17 @@ class _Batch:
 
         of_operands = {name: has(shape) for name, shape in operands.items()}
         of_results = {name: has(shape) for name, shape in results.items()}
-        # The gradient of an operand that serves all items is a sum that devices can share. Another
-        # result without items, such as a mean, is known only to who sees all of them, and so is
-        # what follows from the cotangent of one.
+        # The gradient of an operand that serves all items is a sum that devices can share. So is
+        # another result without items if it is known how it comes about, and so is what follows
+        # from its cotangent. Otherwise only who sees all items knows it.
+        without_items = {name for name, (_, items) in of_results.items() if not items}
         summed = {f"grad_{name}" for name, (_, items) in of_operands.items() if not items}
+        is_known = reduction.kind != "none"
         return _Batch(
             tuple(of_operands.values()),
             of_results,
-            frozenset(summed.intersection(results)),
-            len(sizes[1]) == len(operands)
-            and all(items or name in summed for name, (_, items) in of_results.items()),
+            frozenset(without_items if is_known else without_items & summed),
+            is_known or (len(sizes[1]) == len(operands) and without_items <= summed),
         )
 
     def split(self) -> _Batch:
@@ -128,7 +168,10 @@ class _Batch:
 
 
 def spread_over_batch(
-    call: Call, names: Sequence[str], result_shapes: Callable[..., dict[str, Shape]]
+    call: Call,
+    names: Sequence[str],
+    result_shapes: Callable[..., dict[str, Shape]],
+    reduction: Reduction,
 ) -> Call:
     """The call, made on each device for the groups and items that the device holds.
 
@@ -142,24 +185,31 @@ def spread_over_batch(
         Of the operands.
     result_shapes
         The shapes that ``call`` returns for given operands.
+    reduction
+        How results without items come about. If it is not known, no device gets only some items.
     """
 
     def spread(*arrays: jax.Array) -> dict[str, jax.Array]:
         operands = [array.shape for array in arrays]
         results = result_shapes(*arrays)
-        batch = _Batch.of(dict(zip(names, operands, strict=True)), results)
+        batch = _Batch.of(dict(zip(names, operands, strict=True)), results, reduction)
         split = batch.split()
 
         def partition(mesh: Any, operands: Any, results: Any) -> Any:
             axes = split.mesh_axes(mesh, operands, results)
 
             def local(*arrays: jax.Array) -> dict[str, jax.Array]:
-                values = call(*arrays)
-                over = {name for name in split.summed if axes[1]}
-                return {
-                    name: jax.lax.psum(value, axes[1]) if name in over else value
-                    for name, value in values.items()
-                }
+                over = axes[1]
+                if not over:
+                    return call(*arrays)
+                # The compiler asks for this where the user's choice is not known: without it,
+                # arithmetic would silently make float32 of float64.
+                with jax.enable_x64(True):
+                    parts = reduction.parts(call, names, arrays, over)
+                    return {
+                        name: jax.lax.psum(part, over) if name in split.summed else part
+                        for name, part in parts.items()
+                    }
 
             of_operands, of_results = split.shardings(mesh, axes)
             return mesh, local, of_results, of_operands

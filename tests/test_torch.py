@@ -13,6 +13,7 @@ import pytest
 import torch
 from examples import ALL_OPS, EXCHANGEABLE, OPS, WITHOUT_GRADIENT, Example, example
 from inputs import assert_close
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -511,13 +512,59 @@ def test_a_compiled_call_follows_changing_shapes(name: str, dynamic: bool | None
         assert_equal(actual, value_and_gradients(function, leaves(case)))
 
 
-def test_a_size_that_has_to_stay_symbolic_is_refused() -> None:
-    """The op table infers shapes from numbers: each size is compiled for itself."""
+@pytest.mark.parametrize(
+    "name",
+    ["interpolate", "compose", "gaussian_smooth", "lncc_loss", "mutual_information_loss"],
+)
+def test_one_program_serves_all_sizes(name: str) -> None:
+    function = example(name).bind(getattr(torchreg, name))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+    programs = []
+    # Axes as long as a vector has components, or an affine columns, would count as the same size.
+    for shape in [(6, 7, 5), (7, 5, 8), (9, 6, 11)]:
+        case = example(name, shape=shape)
+        actual = value_and_gradients(compiled, leaves(case))
+        assert_equal(actual, value_and_gradients(function, leaves(case)))
+        programs.append(counter.frame_count)
+    assert len(set(programs)) == 1
+
+
+def test_a_batch_that_has_to_stay_open_does() -> None:
     compiled = torch.compile(lambda x: torchreg.gaussian_smooth(x, 1.0), backend="aot_eager")
-    image = torch.rand(3, 1, 4, 5)
-    torch._dynamo.mark_dynamic(image, 0)
+    image = torch.rand(5, 1, 4, 6)
+    torch._dynamo.mark_dynamic(image, 0)  # which raises where the size is settled all the same
+    assert_equal([compiled(image)], [torchreg.gaussian_smooth(image, 1.0)])
+
+
+def test_a_size_that_only_one_number_will_do_for_is_settled() -> None:
+    compiled = torch.compile(torchreg.affine_warp, backend="aot_eager", dynamic=True)
+    affine, displacement = torch.rand(1, 3, 4), torch.rand(5, 3, 4, 6, 3)
+    for x in (displacement, displacement[:, :2, :1], displacement[:4]):
+        assert_equal([compiled(affine, x)], [torchreg.affine_warp(affine, x)])
+    torch._dynamo.reset()
+    torch._dynamo.mark_dynamic(affine, 1)
     with pytest.raises(ConstraintViolationError, match="specialized"):
-        compiled(image)
+        compiled(affine, displacement)
+
+
+def test_shapes_that_do_not_fit_are_named_as_they_came_by_a_compiled_call() -> None:
+    compiled = torch.compile(torchreg.lncc_loss, backend="aot_eager", dynamic=True)
+    with pytest.raises(Exception, match=r"target.*5, 1, 8, 7"):
+        compiled(torch.rand(5, 1, 8, 6), torch.rand(5, 1, 8, 7))
+
+
+def test_a_program_with_open_sizes_can_be_exported() -> None:
+    class Warp(torch.nn.Module):
+        def forward(self, image: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+            return torchreg.interpolate(image, grid=grid)
+
+    items, rows = torch.export.Dim("items"), torch.export.Dim("rows")
+    sizes = {"image": {0: items, 2: rows}, "grid": {0: items, 1: rows}}
+    operands = torch.rand(5, 1, 7, 6), 0.1 * torch.rand(5, 7, 6, 2)
+    program = torch.export.export(Warp(), operands, dynamic_shapes=sizes).module()
+    for image, grid in (operands, (torch.rand(4, 1, 9, 6), 0.1 * torch.rand(4, 9, 6, 2))):
+        assert_equal([program(image, grid)], [torchreg.interpolate(image, grid=grid)])
 
 
 @pytest.mark.parametrize("name", FUSED)

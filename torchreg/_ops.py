@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
+from torchreg import _open_sizes
+from torchreg._open_sizes import Spec, Specs
+
 _TABLE = _regcore.ops()
 _DTYPE_NAMES = {
     getattr(torch, name): name
@@ -65,7 +68,7 @@ class _Signature:
         self.result = self.roles.index("result")
         self.has_labels = any(kind == "labels" for *_, kind in entry["inputs"])
         self.saved = _mask([role == "saved" for role in self.roles])
-        self.workspaces = [i for i, role in enumerate(self.roles) if role == "workspace"]
+        self.unused = [i for i, role in enumerate(self.roles) if role in ("workspace", "weight")]
         arguments = [
             f"Tensor{'?' if optional else ''} {name}" for name, optional, *_ in entry["inputs"]
         ]
@@ -110,15 +113,24 @@ class _Signature:
 _SIGNATURES = {op: _Signature(op) for op in _TABLE}
 
 
-def _spec(tensor: torch.Tensor, grouped: bool) -> tuple[str, tuple[int, ...]]:
+def _spec(tensor: torch.Tensor, grouped: bool) -> Spec:
     shape = tensor.shape
     dtype = _DTYPE_NAMES.get(tensor.dtype) or str(tensor.dtype)
     return dtype, shape if grouped else (1, *shape)
 
 
+def _infer(signature: _Signature, specs: Specs, attributes: dict[str, Any], wanted: int) -> Specs:
+    """Dtypes and shapes of the outputs for those who listen in, with sizes left open."""
+    return _open_sizes.infer(
+        lambda numbers: _regcore.infer(signature.op, numbers, attributes, wanted),
+        specs,
+        signature.unused,
+    )
+
+
 def _allocate(
     signature: _Signature,
-    specs: Sequence[tuple[str, tuple[int, ...]] | None],
+    specs: Specs,
     grouped: bool,
     device: torch.device,
 ) -> _Outputs:
@@ -146,7 +158,11 @@ def _run(
 ) -> _Outputs:
     """Launch an op. The memory of the operands has to be plain."""
     specs = [None if x is None else _spec(x, grouped) for x in operands]
-    output_specs = _regcore.infer(signature.op, specs, attributes, wanted)
+    output_specs: Specs
+    if only_shapes:
+        output_specs = _infer(signature, specs, attributes, wanted)
+    else:
+        output_specs = _regcore.infer(signature.op, specs, attributes, wanted)
     device = next(x for x in operands if x is not None).device
     outputs = _allocate(signature, output_specs, grouped, device)
     if not only_shapes and device.type != "meta":
@@ -164,7 +180,7 @@ def _run(
         )
     # Workspaces go back to the allocator as soon as the launch is queued: it hands them out again
     # only to work that comes later on this stream.
-    for i in signature.workspaces:
+    for i in signature.unused:
         outputs[i] = None
     return outputs
 
@@ -692,7 +708,7 @@ def apply_for(
     wanted = _mask([name in results for name in signature.outputs])
     if not is_eager and not torch.compiler.is_compiling():
         specs = [None if x is None else _spec(x, False) for x in arguments]
-        _regcore.infer(op, specs, attributes, wanted)
+        _infer(signature, specs, attributes, wanted)
     outputs = _call(op, arguments, attributes, wanted, False)
     values = [x for x, name in zip(outputs, signature.outputs, strict=True) if name in results]
     first, *others = [x for x in values if x is not None]
@@ -743,7 +759,7 @@ def _dispatch(
         return _result(signature, outputs)
     if not torch.compiler.is_compiling():
         specs = [None if x is None else _spec(x, False) for x in arguments]
-        _regcore.infer(op, specs, attributes, signature.wanted(needs))
+        _infer(signature, specs, attributes, signature.wanted(needs))
     elif _transforms()[1] > 1:
         # A compiler traces a backward pass without its tie to the second derivative.
         raise RuntimeError(f"torchreg: {op} can be differentiated once, not twice")

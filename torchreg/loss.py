@@ -137,8 +137,9 @@ def _intensity_ranges(op: str, value_range: Any, pred: Any, target: Any) -> Any:
                 raise TypeError(f"{expected} of numbers, got {bound!r}")
             numbers.append(number)
             bounds.append(number)
-        # Written so that what is not a number is refused.
-        if not all(abs(bound) <= largest for bound in numbers) or sorted(numbers) != numbers:
+        # Written so that what is not a number is refused, and so that a compiler can follow.
+        in_order = not numbers or numbers[0] <= numbers[-1]
+        if not all(abs(bound) <= largest for bound in numbers) or not in_order:
             raise ValueError(f"{expected} of finite numbers, the lower first, got {row!r}")
     sizes = {bound.numel() for bound in bounds if isinstance(bound, torch.Tensor) and bound.ndim}
     if len(sizes - {1}) > 1:

@@ -44,7 +44,9 @@ struct InputSpec {
 //     leaves it present, the backward pass is its product with the cotangent, nothing else. The
 //     result is then one number per group, or per item with the unit gradient's leading axes.
 //   kSaved: anything that the gradient op takes again as an input of the same name.
-enum class OutputRole { kResult, kWorkspace, kUnitGradient, kSaved };
+// A weight, one number per group, is what a mean was divided by where that is not the number of
+// items: devices that hold some of the items combine their means with it.
+enum class OutputRole { kResult, kWorkspace, kUnitGradient, kSaved, kWeight };
 
 struct OutputSpec {
   const char* name;

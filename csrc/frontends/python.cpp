@@ -278,6 +278,8 @@ const char* role_name(OutputRole role) {
       return "unit_gradient";
     case OutputRole::kSaved:
       return "saved";
+    case OutputRole::kWeight:
+      return "weight";
   }
   return "";
 }

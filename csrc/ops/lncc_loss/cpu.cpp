@@ -600,9 +600,10 @@ void lncc_run(const Cpu& device, const LnccCall<T>& call, const Call& raw) {
   const bool is_map = geometry.reduction == Reduction::kNone;
   std::vector<T> scale(groups, T(-1));
   if (geometry.reduction == Reduction::kMean) {
+    const bool weighted = call.mask.present();
     for (int64_t group = 0; group < groups; ++group) {
-      const double count =
-          call.mask.present() ? mask_sum(call, group) : static_cast<double>(call.count());
+      const double count = weighted ? mask_sum(call, group) : static_cast<double>(call.count());
+      if (weighted) raw.output("mask_sum").as<T>()[group] = static_cast<T>(count);
       scale[group] = static_cast<T>(count > 0 ? -1 / count : 0);
     }
   }

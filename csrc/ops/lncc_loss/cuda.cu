@@ -8,6 +8,7 @@
 // fields to memory, and a second one sums them up.
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 #include "core/for_each.h"
 #include "core/reduce.h"
@@ -873,8 +874,9 @@ void lncc_run(const Cuda& device, const LnccCall<T>& call, const Call& raw) {
   kernel.scale = static_cast<T>(scale);
 
   if (geometry.map.count() == 0) {
-    for (const char* name : {"output", "grad_pred", "grad_target"}) {
-      if (is_map && name == std::string("output")) continue;
+    std::vector<const char*> names = {"grad_pred", "grad_target"};
+    if (!is_map) names.insert(names.end(), {"output", "mask_sum"});
+    for (const char* name : names) {
       if (raw.output(name).present) clear(device, raw.output(name));
     }
     return;

@@ -161,7 +161,7 @@ std::vector<Op> lncc_loss_ops() {
         {"grad_pred", OutputRole::kUnitGradient},
         {"grad_target", OutputRole::kUnitGradient},
         {"partial_sums", OutputRole::kWorkspace},
-        {"mask_sum", OutputRole::kWorkspace},
+        {"mask_sum", OutputRole::kWeight},
         {"pivots", OutputRole::kWorkspace},
         {"adjoint", OutputRole::kWorkspace}},
        attributes,
