@@ -29,6 +29,14 @@ inline int64_t shared_memory_limit() {
   return text == nullptr ? bytes : std::min<int64_t>(bytes, std::atoll(text));
 }
 
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check_cuda(cudaGetDevice(&device));
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
 // Makes the given device current for as long as it lives; -1 leaves the current one.
 class DeviceGuard {
  public:
