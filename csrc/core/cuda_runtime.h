@@ -37,6 +37,14 @@ void allow_shared_memory(Function* kernel, int64_t bytes) {
                                   static_cast<int>(bytes)));
 }
 
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check_cuda(cudaGetDevice(&device));
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
 // Makes the given device current for as long as it lives; -1 leaves the current one.
 class DeviceGuard {
  public:

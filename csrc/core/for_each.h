@@ -115,6 +115,17 @@ void for_each_voxel(const Cpu&, const VoxelSpace& space, const Body& body) {
 
 #ifdef __CUDACC__
 
+// The thread's number in a block of one dimension, read anew: what follows from it is cheaper to
+// compute in each phase of a long kernel than to keep in registers through all of them, as the
+// compiler would.
+template <int kThreads>
+__device__ __forceinline__ int thread_number() {
+  int number;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+  __builtin_assume(number >= 0 && number < kThreads);
+  return number;
+}
+
 struct Cuda {
   DeviceGuard guard;
   cudaStream_t stream;

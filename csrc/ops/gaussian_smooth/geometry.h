@@ -1,6 +1,5 @@
 #pragma once
 
-#include <array>
 #include <vector>
 
 #include "core/check.h"
@@ -10,6 +9,7 @@ namespace reg {
 // One pass of the separable filter: along an axis of `size` elements that lie `stride` apart, in
 // each of `outer` slabs of size * stride elements.
 struct SmoothingPass {
+  int axis;  // 0: x, 1: y, 2: z
   int64_t outer;
   int64_t size;
   int64_t stride;
@@ -22,10 +22,18 @@ struct SmoothingPass {
 struct SmoothingPlan {
   DType arithmetic;
   DType storage;
+  int64_t volumes;
+  Sizes sizes;
+  int64_t channels;  // that lie side by side at each voxel
   std::vector<SmoothingPass> passes;
   int64_t weights;  // length of the table: for each pass the weights of offsets 0 .. radius
+  bool fused;       // on CUDA one kernel does all passes, and leaves nothing in memory between them
 };
 
 SmoothingPlan smoothing_plan(const Call& call, const char* input);
+
+// What that kernel has registers and shared memory for. A Gaussian of 3 voxels reaches 12 of them.
+inline constexpr int kFusedRadius = 12, kFusedRadiusDouble = 8;
+inline constexpr int kFusedChannels = 3;
 
 }  // namespace reg

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "core/check.h"
 #include "ops/gaussian_smooth/gaussian_smooth.h"
@@ -35,8 +36,19 @@ SmoothingPlan smoothing_plan(const Call& call, const char* input) {
     fail_value(call, "truncate", "a finite number above 0", concat(truncate));
   }
 
-  plan.weights = 0;
   const int first_axis = channel_last ? 2 : 3;
+  plan.channels = channel_last ? shape[2 + dimensions] : 1;
+  plan.volumes = shape[0] * shape[1] * (channel_last ? 1 : shape[2]);
+  plan.sizes = {dimensions == 3 ? shape[first_axis] : 1, shape[first_axis + dimensions - 2],
+                shape[first_axis + dimensions - 1]};
+  plan.weights = 0;
+  const int64_t fused_radius =
+      plan.arithmetic == DType::kFloat64 ? kFusedRadiusDouble : kFusedRadius;
+  // The fused kernel counts the elements of a plane, with a margin for its tiles, in 32 bits.
+  constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
+  const double columns = static_cast<double>(plan.sizes.x) * plan.channels;
+  plan.fused = plan.channels <= kFusedChannels && plan.sizes.z < kLargest / 2 &&
+               (columns + 256) * (plan.sizes.y + 256.0) < kLargest;
   for (int k = 0; k < dimensions; ++k) {
     const double width = sigma[sigma.size() == 1 ? 0 : k];
     const int64_t size = shape[first_axis + k];
@@ -51,6 +63,7 @@ SmoothingPlan smoothing_plan(const Call& call, const char* input) {
       sum += 2 * std::exp(-0.5 * (d / width) * (d / width));
     }
     SmoothingPass pass;
+    pass.axis = dimensions - 1 - k;
     pass.size = size;
     pass.stride = shape.count(first_axis + k + 1);
     pass.outer = size * pass.stride == 0 ? 0 : shape.count() / (size * pass.stride);
@@ -59,6 +72,7 @@ SmoothingPlan smoothing_plan(const Call& call, const char* input) {
     pass.normalisation = 1 / sum;
     pass.first_weight = plan.weights;
     plan.weights += pass.radius + 1;
+    plan.fused = plan.fused && pass.radius <= fused_radius;
     plan.passes.push_back(pass);
   }
   return plan;
@@ -66,8 +80,10 @@ SmoothingPlan smoothing_plan(const Call& call, const char* input) {
 
 namespace {
 
-// The weights, and memory for what one pass leaves to the next. The output itself serves every
-// other time, unless its dtype would round what is still to be added up.
+// The weights, and memory for what one pass leaves to the next. Without it CUDA's fused kernel
+// does, and the CPU, which smooths in place, unless the output's dtype would round what is still to
+// be added up. Other passes on CUDA go back and forth between this memory and either the output or,
+// for the same reason, more of it.
 void infer_smoothed(Call& call, const char* input) {
   const SmoothingPlan plan = smoothing_plan(call, input);
   const Shape& shape = call.input(input).shape;
@@ -76,9 +92,10 @@ void infer_smoothed(Call& call, const char* input) {
     call.outputs[1] = tensor_spec(plan.arithmetic, {1, plan.weights});
   }
   const auto between = static_cast<int64_t>(plan.passes.size()) - 1;
-  if (between > 0) {
-    const int64_t volumes = plan.storage == plan.arithmetic ? 1 : std::min<int64_t>(between, 2);
-    call.outputs[2] = tensor_spec(plan.arithmetic, {1, volumes, shape.count()});
+  const bool rounded = plan.storage != plan.arithmetic;
+  const int64_t volumes = plan.fused ? rounded : rounded ? 2 : 1;
+  if (between > 0 && volumes > 0) {
+    call.outputs[2] = tensor_spec(plan.arithmetic, {1, std::min(between, volumes), shape.count()});
   }
 }
 

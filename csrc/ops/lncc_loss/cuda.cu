@@ -23,15 +23,6 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kStrip = kLnccStrip, kColumnStrip = kLnccColumnStrip;
 
-// The thread's number, read anew: what follows from it is cheaper to compute in each phase than to
-// keep in registers through all of them, as the compiler would.
-__device__ __forceinline__ int thread_number() {
-  int number;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
-  __builtin_assume(number >= 0 && number < kThreads);
-  return number;
-}
-
 // `settled`, without its price: that the compiler forgets which kind of memory this is.
 template <class T>
 __device__ __forceinline__ T* settled_global(T* pointer) {
@@ -112,7 +103,7 @@ __device__ __forceinline__ void sum_rows(const Window<T>& window, int planes, in
   if constexpr (kWindow > 0) {
     constexpr int kValues = kStrip + kWindow - 1;
     const int strips = (width + kStrip - 1) / kStrip;
-    for (int i = thread_number(); i < rows * strips; i += kThreads) {
+    for (int i = thread_number<kThreads>(); i < rows * strips; i += kThreads) {
       const int strip = i / rows, row = i - strip * rows, first = strip * kStrip;
       for (int plane = 0; plane < planes; ++plane) {
         const T* from = in + (plane * rows + row) * in_stride + first;
@@ -128,7 +119,7 @@ __device__ __forceinline__ void sum_rows(const Window<T>& window, int planes, in
       }
     }
   } else {
-    for (int i = thread_number(); i < rows * width; i += kThreads) {
+    for (int i = thread_number<kThreads>(); i < rows * width; i += kThreads) {
       const int row = i / width, x = i - row * width;
       for (int plane = 0; plane < planes; ++plane) {
         const T* centre = in + (plane * rows + row) * in_stride + x + window.radius;
@@ -377,7 +368,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       // Of kAhead planes from z on.
       auto sum_depth = [&](int z) {
         if constexpr (kWindow > 0) {
-          const int thread = thread_number();
+          const int thread = thread_number<kThreads>();
           REG_UNROLL
           for (int c = 0; c < kColumns; ++c) {
             const int index = thread + c * kThreads;
@@ -408,7 +399,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             }
           }
         } else if (exists(z)) {
-          for (int index = thread_number(); index < in_area; index += kThreads) {
+          for (int index = thread_number<kThreads>(); index < in_area; index += kThreads) {
             const int64_t place = place_of(index);
             T sums[kWindowSums] = {};
             for (int d = -radius_z; d <= radius_z; ++d) {
@@ -432,7 +423,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       auto correlate_plane = [&](int z) {
         const bool own = z >= z_begin && z < z_end;
         const int strips = (height + kColumnStrip - 1) / kColumnStrip;
-        for (int i = thread_number(); i < strips * width; i += kThreads) {
+        for (int i = thread_number<kThreads>(); i < strips * width; i += kThreads) {
           // The tile's own columns first, a warp's beside each other; then the halo's.
           int strip = i / layout.columns, column = i - strip * layout.columns;
           if (kFused && strip >= strips) {
@@ -521,7 +512,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           const T* const plane_j = settled_global(image_j + target * plane_size);
           T* const to_i = settled_global(grad_i + target * plane_size);
           T* const to_j = settled_global(kFields == 5 ? grad_j + target * plane_size : nullptr);
-          for (int i = thread_number(); i < kTile / kCount; i += kThreads) {
+          for (int i = thread_number<kThreads>(); i < kTile / kCount; i += kThreads) {
             const int column = i % kLnccTileX, first_row = i / kLnccTileX * kCount;
             const int x = x0 + column, y = y0 + first_row;
             const Place place = static_cast<Place>(y) * kernel.nx + x;
@@ -608,7 +599,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           __syncthreads();
 #pragma unroll 1
           for (int turn = 0; turn < 2; ++turn) {
-            if ((thread_number() / (4 * kWarp) + turn) % 2 == 0) {
+            if ((thread_number<kThreads>() / (4 * kWarp) + turn) % 2 == 0) {
               if constexpr (kFused) {
                 if (z >= z_first) assemble_plane(z);
               }
