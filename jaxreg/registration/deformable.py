@@ -139,16 +139,12 @@ class Deformable(Iterative):
 def _smooth(field: jax.Array, sigma: float) -> jax.Array:
     """Return `gaussian_smooth` of a field.
 
-    The same passes, each as a call of its own: two buffers serve them all, where one call for all
-    axes holds its operand, its result and memory for what lies between.
+    Across a single slice there is nothing to mix with but the zeros outside, so that axis is left.
     """
-    sizes = field.shape[1:-1]
-    for axis, size in enumerate(sizes):
-        # Across a single slice there is nothing to mix with but the zeros outside.
-        if sigma > 0 and size > 1:
-            one_axis = [sigma if axis == other else 0 for other in range(len(sizes))]
-            field = gaussian_smooth(field, one_axis, channel_last=True)
-    return field
+    if sigma == 0:
+        return field
+    sigmas = [sigma if size > 1 else 0 for size in field.shape[1:-1]]
+    return gaussian_smooth(field, sigmas, channel_last=True)
 
 
 def confined(field: jax.Array) -> jax.Array:

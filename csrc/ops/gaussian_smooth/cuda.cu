@@ -257,10 +257,7 @@ void launch_smooth(const Cuda& device, Smoothing<S>& smoothing, const SmoothingT
   smoothing.tiles = smoothing.tiles_x * ((smoothing.rows + tile.rows - 1) / tile.rows);
   smoothing.planes = volumes * smoothing.tiles * smoothing.depth;
   const auto kernel = &smooth_kernel<S, kRadius, kChannels, Shape>;
-  if (bytes > 48 * 1024) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(bytes)));
-  }
+  allow_shared_memory(kernel, bytes);
   // The result does not depend on how many blocks there are.
   const int64_t blocks = std::min<int64_t>(smoothing.planes, multiprocessors() * Shape::kBlocks);
   const int threads = tile.columns * (tile.rows / Shape::kDown);
