@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
     if missing:
         _fail(f"the command line needs {', '.join(missing)}: pip install 'regkernels[jax,cli]'")
+    _ask_for_the_same_bits()
     try:
         import typer
 
@@ -48,6 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if not hasattr(error, "format_message"):
             raise
         _fail(error.format_message())
+
+
+def _ask_for_the_same_bits() -> None:
+    """Make the same command give the same bits on a GPU, too.
+
+    There XLA otherwise adds up sums of its own in an order that differs from run to run, and
+    chooses algorithms by timing them. It reads the variable when it starts; what the user sets in
+    it comes later and so wins.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"--xla_gpu_deterministic_ops=true {flags}".strip()
 
 
 def _is_lack_of_memory(error: Exception) -> bool:

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference
+import torch
 from backends import BACKENDS, Backend
 from examples import ALL_OPS, OPERANDS, example
-from inputs import assert_close, assert_same, random_array
+from inputs import assert_close, assert_same, random_array, small_displacement
 from parity_digests import cases
 
 import jaxreg
@@ -110,6 +112,23 @@ def test_functions_take_the_same_arguments_in_both_packages(name: str) -> None:
         for package in (jaxreg, torchreg)
     )
     assert in_jax == in_torch
+
+
+def test_subnormal_numbers_are_numbers_whoever_calls() -> None:
+    """XLA's threads take them for zeros, and so may any thread of the caller's."""
+    image = np.full((1, 1, 40, 40, 40), 3e-40, np.float32)  # enough for several threads
+    grid = small_displacement(1, 1, (40, 40, 40), 1e-3, np.float32)
+    expected = reference.interpolate(image.astype(np.float64), None, grid, padding_mode="border")
+    options = {"padding_mode": "border"}
+    for package in ("jax", "torch"):
+        actual = BACKENDS[package, "cpu"].call("interpolate", image, None, grid, **options)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-44)
+    flushes = torch.set_flush_denormal(True)
+    try:
+        again = BACKENDS["torch", "cpu"].call("interpolate", image, None, grid, **options)
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushes and np.array_equal(again.view(np.int32), actual.view(np.int32))
 
 
 def test_numbers_and_shapes_may_come_from_numpy(backend: Backend) -> None:

@@ -1,5 +1,6 @@
 #include "core/op.h"
 
+#include <cfenv>
 #include <cstring>
 #include <utility>
 
@@ -72,6 +73,29 @@ const Op* find_op(const std::string& name) {
     if (name == op.name) return &op;
   }
   return nullptr;
+}
+
+namespace {
+
+class DefaultArithmetic {
+ public:
+  DefaultArithmetic() {
+    std::fegetenv(&previous_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultArithmetic() { std::fesetenv(&previous_); }
+  DefaultArithmetic(const DefaultArithmetic&) = delete;
+  DefaultArithmetic& operator=(const DefaultArithmetic&) = delete;
+
+ private:
+  std::fenv_t previous_;
+};
+
+}  // namespace
+
+void launch(const Context& context, const Call& call, bool cuda) {
+  const DefaultArithmetic arithmetic;
+  (cuda ? call.op->launch_cuda : call.op->launch_cpu)(context, call);
 }
 
 void check_outputs(const Call& call) {

@@ -113,6 +113,11 @@ struct Op {
 const std::vector<Op>& op_table();
 const Op* find_op(const std::string& name);  // null when there is none
 
+// Launches the op of a call, with the arithmetic that IEEE 754 has by default: some threads of XLA
+// take subnormal numbers for zeros, as others of any framework may, and results must not depend on
+// who calls.
+void launch(const Context& context, const Call& call, bool cuda);
+
 // Runs shape inference and checks that the outputs in hand are what it found.
 void check_outputs(const Call& call);
 

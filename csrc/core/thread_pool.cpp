@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <condition_variable>
 #include <cstdlib>
 #include <deque>
@@ -78,6 +79,8 @@ class ThreadPool {
   }
 
   void work() {
+    // Not that of the thread which happened to start this one; see launch.
+    std::fesetenv(FE_DFL_ENV);
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
       std::shared_ptr<Loop> loop;

@@ -212,10 +212,11 @@ py::list infer(const std::string& name, const py::sequence& inputs, const py::di
   return result;
 }
 
-void launch(const std::string& name, const py::sequence& inputs,
-            const std::vector<uintptr_t>& input_addresses, const py::dict& attributes,
-            uint32_t wanted, const py::sequence& outputs,
-            const std::vector<uintptr_t>& output_addresses, int cuda_device, uintptr_t stream) {
+void launch_called(const std::string& name, const py::sequence& inputs,
+                   const std::vector<uintptr_t>& input_addresses, const py::dict& attributes,
+                   uint32_t wanted, const py::sequence& outputs,
+                   const std::vector<uintptr_t>& output_addresses, int cuda_device,
+                   uintptr_t stream) {
   Call call;
   call.op = &op_called(name);
   call.wanted = wanted;
@@ -228,12 +229,12 @@ void launch(const std::string& name, const py::sequence& inputs,
   Context context;
   context.device = cuda_device;
   context.stream = reinterpret_cast<void*>(stream);
-  const auto function = cuda_device < 0 ? call.op->launch_cpu : call.op->launch_cuda;
-  if (function == nullptr) {
+  const bool cuda = cuda_device >= 0;
+  if (cuda && call.op->launch_cuda == nullptr) {
     throw std::runtime_error(concat(name, ": this build has no CUDA kernels"));
   }
   py::gil_scoped_release release;
-  function(context, call);
+  launch(context, call, cuda);
 }
 
 const char* kind_name(AttrKind kind) {
@@ -360,7 +361,7 @@ PYBIND11_MODULE(_regcore, module) {
   module.def("ops", &describe_ops);
   module.def("infer", &infer, py::arg("op"), py::arg("inputs"), py::arg("attributes"),
              py::arg("wanted"));
-  module.def("launch", &launch, py::arg("op"), py::arg("inputs"), py::arg("input_addresses"),
+  module.def("launch", &launch_called, py::arg("op"), py::arg("inputs"), py::arg("input_addresses"),
              py::arg("attributes"), py::arg("wanted"), py::arg("outputs"),
              py::arg("output_addresses"), py::arg("cuda_device"), py::arg("stream"));
   module.def("xla_registrations", &xla_registrations, py::arg("platform"));

@@ -126,7 +126,7 @@ ffi::Error run(const Op& op, bool cuda, void* stream, const ffi::RemainingArgs& 
   }
   Context context;
   context.stream = stream;
-  (cuda ? op.launch_cuda : op.launch_cpu)(context, call);
+  launch(context, call, cuda);
   return ffi::Error::Success();
 } catch (const ValueError& error) {
   return ffi::Error::InvalidArgument(error.what());

@@ -50,7 +50,7 @@ struct SmoothingShape {
 };
 
 // Of one radius and number of channels, known to the compiler.
-using ExactShape = SmoothingShape<96, 32, 4, 8, 3, 1>;
+using ExactShape = SmoothingShape<96, 32, 8, 8, 3, 1>;
 // Of any. Tiles of fewer rows have room on any GPU.
 template <class T>
 using GeneralShape =

@@ -187,15 +187,15 @@ __device__ __forceinline__ T sample_factor(const Parzen<T>& window, T& t, T weig
   const T f = t - bin.value;
   T sum = 0;
   if constexpr (kKernel == ParzenKernel::kGaussian) {
-    GaussianWings<T> wings(window, f, T(1));
-    sum = 1;
+    GaussianWings<T> wings(window, f);
+    sum = wings.up;
     REG_UNROLL
     for (int j = 1; j <= kReach; ++j) {
       wings.advance();
       if (bin.integer < window.num_bins - j) sum += wings.up * window.falloff[j];
       if (bin.integer >= j) sum += wings.down * window.falloff[j];
     }
-    return log2_of(weight * reciprocal(sum)) + window.sharpness * f * f;
+    return log2_of(weight * reciprocal(sum));
   }
   REG_UNROLL
   for (int j = -kReach; j <= kReach; ++j) {

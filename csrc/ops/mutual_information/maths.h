@@ -109,12 +109,12 @@ struct GaussianWings {
   T ratio, inverse_ratio;
   T up, down;
 
-  // `middle` is the first factor, or 1 to leave it out.
-  REG_HD GaussianWings(const Parzen<T>& window, T f, T middle)
+  // The middle is where both begin; without its factor a narrow window's wings would overflow.
+  REG_HD GaussianWings(const Parzen<T>& window, T f)
       : ratio(exp2_of(2 * (window.sharpness * f))),
         inverse_ratio(reciprocal(ratio)),
-        up(middle),
-        down(middle) {}
+        up(exp2_of(-(window.sharpness * f) * f)),
+        down(up) {}
   REG_HD void advance() {
     up *= ratio;
     down *= inverse_ratio;
@@ -132,7 +132,7 @@ REG_HD void parzen_weights(const Parzen<T>& window, T t, ParzenWeights<T, kReach
   }
   T sum, slopes;
   if constexpr (kKernel == ParzenKernel::kGaussian) {
-    GaussianWings<T> wings(window, f, exp2_of(-(window.sharpness * f) * f));
+    GaussianWings<T> wings(window, f);
     sum = out.weight[kReach] = wings.up;
     slopes = kSlopes ? out.slope[kReach] = -f * wings.up : T(0);
     REG_UNROLL
