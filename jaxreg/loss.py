@@ -203,7 +203,7 @@ def mutual_information_loss(
     reduction
         "mean" or "sum" over items and channels, or "none".
     smooth_nr, smooth_dr
-        Keep the logarithm finite, as above; at least 0, and above 0.
+        Keep the logarithm finite, as above; from 0, and from 1e-30, to 1e30.
 
     Returns
     -------
