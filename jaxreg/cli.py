@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # What the parser finds wrong with the arguments; its class moved between typer's versions.
         if not hasattr(error, "format_message"):
             raise
+        if not error.format_message():  # the help was asked for, by giving no arguments
+            raise SystemExit(_BAD_INPUT) from None
         _fail(error.format_message())
 
 
@@ -57,9 +59,11 @@ def _ask_for_the_same_bits() -> None:
 
     There XLA otherwise adds up sums of its own in an order that differs from run to run, and
     chooses algorithms by timing them. It reads the variable when it starts; what the user sets in
-    it comes later and so wins.
+    it comes later and so wins. It may also be the name of a file with flags, which is left alone.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    if flags and not flags.startswith("-"):
+        return
     os.environ["XLA_FLAGS"] = f"--xla_gpu_deterministic_ops=true {flags}".strip()
 
 

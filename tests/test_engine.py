@@ -155,15 +155,17 @@ def test_the_same_input_gives_the_same_bits(deformable: type) -> None:
 
 def test_double_precision_elsewhere_does_not_matter() -> None:
     fixed, moving = pair()
-    once = register(fixed, moving, STAGES)
+    # Few iterations: in ten more of them another rounding of the images grows forty times as large.
+    stages = (Moments(), Affine((1,), (10,)), SyN((1,), (10,)))
+    once = register(fixed, moving, stages)
     images = [np.asarray(volume.array)[None] for volume in (fixed, moving)]
     with jax.enable_x64(True):
-        again = register(fixed, moving, STAGES)
+        again = register(fixed, moving, stages)
         assert again.transform.displacement.dtype == jnp.float32
-        arrays = register_images(*images, STAGES[1:2], initial=Alignment(jnp.eye(3)))
+        arrays = register_images(*images, stages[1:2], initial=Alignment(jnp.eye(3)))
         assert arrays.alignment.matrix.dtype == jnp.float32
-    # Other roundings alone: images brighter by a millionth differ as much, 4e-4 of a range of 1.6.
-    np.testing.assert_allclose(again.moved.array, once.moved.array, atol=1e-3)
+    # Other roundings alone: images brighter by a millionth differ as much, 3e-5 of a range of 1.6.
+    np.testing.assert_allclose(again.moved.array, once.moved.array, atol=2e-4)
 
 
 def test_volumes_that_never_overlap_are_an_error() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -86,7 +86,7 @@ def register_images(
     Unlike `register` it cannot look at what it has found: where the images do not overlap, or a
     metric is not finite, there is no error.
     """
-    check_stages(stages)
+    stages = check_stages(stages)
     problem = make_problem(
         fixed,
         moving,
@@ -106,12 +106,13 @@ def register_images(
     return ArrayRegistration(alignment, tuple(traces))
 
 
-def check_stages(stages: Sequence[Stage]) -> None:
-    """Refuse what is not a sequence of stages."""
-    if isinstance(stages, Stage | str) or not all(isinstance(stage, Stage) for stage in stages):
-        raise TypeError(
-            f"stages: expected a sequence of stages, as of stage_from_name, got {stages!r}"
-        )
+def check_stages(stages: Iterable[Stage]) -> tuple[Stage, ...]:
+    """Return the stages; refuse what is none."""
+    if not isinstance(stages, Stage | str):
+        found = tuple(stages)
+        if all(isinstance(stage, Stage) for stage in found):
+            return found
+    raise TypeError(f"stages: expected a sequence of stages, as of stage_from_name, got {stages!r}")
 
 
 def make_problem(

@@ -65,7 +65,7 @@ def check_voxels(path: str | os.PathLike[str]) -> None:
 
     Of NIfTI files it takes voxels that are NaN or infinite for 0, and so it does with those that
     are missing; nor does it verify the checksum of what is compressed by gzip. So such files are
-    looked at once more. Other formats ITK judges by itself.
+    looked at once more. MetaImage and NRRD ITK judges by itself; GIPL and VTK nobody does.
 
     Parameters
     ----------

@@ -220,7 +220,7 @@ def register(
         stages = preset(
             "default", ndim=fixed.grid.ndim, device="cpu" if platform == "cpu" else "gpu"
         )
-    check_stages(stages)
+    stages = check_stages(stages)
     # About the middle of the fixed grid float32 holds coordinates to a fraction of a micrometre.
     centre = np.eye(fixed.grid.ndim + 1)
     centre[:-1, -1] = fixed.grid.centre()

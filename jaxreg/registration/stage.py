@@ -232,12 +232,14 @@ def _advance(stage: Iterative, level: Level, memory: Memory, trace: Trace) -> _S
         return memory, Trace(losses, ran, trace.converged)
     converged = _converged(stage, losses, ran)
     # To keep the start of a block costs one field, the best of all iterations a copy in each of
-    # them. The losses have fallen until this block, or the level would have ended before it.
+    # them. If the block before was tested, the losses had fallen until this one.
     # A small rise is no reason: what looks alike on this level goes on to a finer one.
     bearable = block[0] + 0.1 * jnp.maximum(losses[0] - block[0], 0)
     undone = converged & ~(block[-1] <= bearable)  # also if it is NaN
     found = jax.tree.map(functools.partial(jnp.where, undone), start, memory.found)
-    return memory._replace(found=found), Trace(losses, ran, converged)
+    # The next level does not go on with what has led astray.
+    moments = jax.tree.map(lambda x: jnp.where(undone, jnp.zeros_like(x), x), memory.moments)
+    return memory._replace(found=found, moments=moments), Trace(losses, ran, converged)
 
 
 def _converged(stage: Iterative, losses: jax.Array, ran: jax.Array) -> jax.Array:

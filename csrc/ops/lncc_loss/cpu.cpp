@@ -263,7 +263,7 @@ class Slab {
       const double sum = exists ? correlate_plane(z) : 0;
       if (plane_sums != nullptr && z >= begin && z < end) plane_sums[z] = sum;
       if constexpr (kFields > 0) {
-        if (!exists) std::fill_n(adjoint_sums_.at(z, 0), kFields * ny_ * stride_, T(0));
+        if (!exists) std::fill_n(adjoint_sums_.at(z, 0), kFields * (ny_ * stride_), T(0));
         const int ready = z - radius_z_ + 1;
         if (ready - begin >= together_ && (ready - begin) % together_ == 0) {
           assemble_planes(ready - together_, together_, first_item);
