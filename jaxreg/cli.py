@@ -62,7 +62,7 @@ def _ask_for_the_same_bits() -> None:
     it comes later and so wins. It may also be the name of a file with flags, which is left alone.
     """
     flags = os.environ.get("XLA_FLAGS", "").strip()
-    if flags and not flags.startswith("-"):
+    if (flags and not flags.startswith("-")) or "xla_gpu_deterministic_ops" in flags:
         return
     os.environ["XLA_FLAGS"] = f"--xla_gpu_deterministic_ops=true {flags}".strip()
 

@@ -211,7 +211,8 @@ def test_where_there_is_nothing_to_see_nothing_moves() -> None:
 
 @pytest.mark.parametrize("deformable", [Greedy, SVF, SyN])
 def test_pairs_are_registered_together_by_vmap(deformable: type) -> None:
-    stages: tuple[Any, ...] = (deformable((1,), (10,), tolerance=0),)
+    # XLA fuses otherwise. By LNCC, Adam makes steps of the roundings where an image is flat.
+    stages: tuple[Any, ...] = (deformable((1,), (10,), metric="mse", tolerance=0),)
     if deformable is Greedy:
         stages = (Moments(), Affine((1,), (10,), tolerance=0), *stages)
     pairs = [pair(shift) for shift in (5.0, -4.0, 1.0)]
