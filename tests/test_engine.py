@@ -42,6 +42,12 @@ from jaxreg.registration.transform import Transform
 STAGES = (Moments(), Affine((1,), (20,)), SyN((1,), (20,)))
 
 
+def grainy(images: Any, seed: int) -> Any:
+    """Images that are flat nowhere: there LNCC and Adam make much of roundings."""
+    noise = np.random.default_rng(seed).normal(0, 0.1, images.shape)
+    return images + noise.astype(np.float32)
+
+
 def pair(shift: float = 5.0, dim: int = 2) -> tuple[Volume, Volume]:
     """Two volumes of one scene, the second of which is bent and shifted."""
     fixed = header((20, 24, 22)[:dim], (5, 5, 5)[:dim])
@@ -154,18 +160,15 @@ def test_the_same_input_gives_the_same_bits(deformable: type) -> None:
 
 
 def test_double_precision_elsewhere_does_not_matter() -> None:
-    fixed, moving = pair()
-    # Few iterations: in ten more of them another rounding of the images grows forty times as large.
-    stages = (Moments(), Affine((1,), (10,)), SyN((1,), (10,)))
-    once = register(fixed, moving, stages)
+    fixed, moving = (v.with_array(grainy(v.array, k)) for k, v in enumerate(pair()))
+    once = register(fixed, moving, STAGES)
     images = [np.asarray(volume.array)[None] for volume in (fixed, moving)]
     with jax.enable_x64(True):
-        again = register(fixed, moving, stages)
+        again = register(fixed, moving, STAGES)
         assert again.transform.displacement.dtype == jnp.float32
-        arrays = register_images(*images, stages[1:2], initial=Alignment(jnp.eye(3)))
+        arrays = register_images(*images, STAGES[1:2], initial=Alignment(jnp.eye(3)))
         assert arrays.alignment.matrix.dtype == jnp.float32
-    # Other roundings alone: images brighter by a millionth differ as much, 3e-5 of a range of 1.6.
-    np.testing.assert_allclose(again.moved.array, once.moved.array, atol=2e-4)
+    np.testing.assert_allclose(again.moved.array, once.moved.array, atol=1e-4)
 
 
 def test_volumes_that_never_overlap_are_an_error() -> None:
@@ -211,18 +214,19 @@ def test_where_there_is_nothing_to_see_nothing_moves() -> None:
 
 @pytest.mark.parametrize("deformable", [Greedy, SVF, SyN])
 def test_pairs_are_registered_together_by_vmap(deformable: type) -> None:
-    # XLA fuses otherwise. By LNCC, Adam makes steps of the roundings where an image is flat.
-    stages: tuple[Any, ...] = (deformable((1,), (10,), metric="mse", tolerance=0),)
+    stages: tuple[Any, ...] = (deformable((1,), (10,), tolerance=0),)
     if deformable is Greedy:
         stages = (Moments(), Affine((1,), (10,), tolerance=0), *stages)
     pairs = [pair(shift) for shift in (5.0, -4.0, 1.0)]
-    images = [jnp.stack([jnp.asarray(p[k].array)[None] for p in pairs]) for k in range(2)]
+    images = [
+        grainy(jnp.stack([jnp.asarray(p[k].array)[None] for p in pairs]), k) for k in range(2)
+    ]
     together = jax.jit(jax.vmap(lambda f, m: register_images(f, m, stages)))(*images)
     assert together.alignment.displacement.shape == (3, 1, 20, 24, 2)
     for item in range(3):
         alone = register_images(images[0][item], images[1][item], stages)
         for ours, theirs in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
-            np.testing.assert_allclose(ours, theirs[item], rtol=2e-3, atol=2e-4)
+            np.testing.assert_allclose(ours, theirs[item], rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_stops_pair_by_pair() -> None:
