@@ -44,6 +44,14 @@ def test_one_sigma_serves_all_axes(backend: Backend, channel_last: bool, sigma: 
     check_values_and_gradient(backend, x, sigma, np.float64, channel_last=channel_last)
 
 
+@pytest.mark.parametrize("sigma", [1.0, 1.1, 4.0])
+def test_values_near_the_largest_of_their_type_stay_finite(backend: Backend, sigma: float) -> None:
+    x = np.full((1, 3, 9, 40, 2), 3e38, np.float32)
+    smooth = np.asarray(backend.call("gaussian_smooth", x, sigma, channel_last=True))
+    expected = reference.gaussian_smooth(x.astype(np.float64), sigma, channel_last=True)
+    np.testing.assert_allclose(smooth, expected, rtol=1e-5)
+
+
 # One for each radius that has a kernel of its own, and others. Together with the axes below, which
 # are longer than a block's tile of 32 rows and 96 columns, they lead across its edges.
 SIGMAS = [0.2, 0.5, 0.6, 1.0, 1.25, 1.5, 2.0, 3.0]

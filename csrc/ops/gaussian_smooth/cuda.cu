@@ -104,7 +104,11 @@ __device__ __forceinline__ void weigh(const T* weight, int radius, const Value& 
     below[0] = value(-d);
     above[kCount - 1] = value(kCount - 1 + d);
     REG_UNROLL
-    for (int k = 0; k < kCount; ++k) sum[k] += weight[d] * (below[k] + above[k]);
+    for (int k = 0; k < kCount; ++k) {
+      // One by one, as the sum of two large values may be beyond the range of T.
+      sum[k] += weight[d] * below[k];
+      sum[k] += weight[d] * above[k];
+    }
   }
 }
 
@@ -353,7 +357,8 @@ __global__ void __launch_bounds__(256)
       for (int d = 1; d <= radius; ++d) {
         low -= pass.stride;
         high += pass.stride;
-        sum += weights[d] * (to_arithmetic(*low) + to_arithmetic(*high));
+        sum += weights[d] * to_arithmetic(*low);
+        sum += weights[d] * to_arithmetic(*high);
       }
     } else {
       int64_t reach = 0;
@@ -361,10 +366,8 @@ __global__ void __launch_bounds__(256)
         low -= pass.stride;
         high += pass.stride;
         reach += pass.stride;
-        T pair = 0;
-        if (e >= reach) pair = to_arithmetic(*low);
-        if (e + reach < row) pair += to_arithmetic(*high);
-        sum += weights[d] * pair;
+        if (e >= reach) sum += weights[d] * to_arithmetic(*low);
+        if (e + reach < row) sum += weights[d] * to_arithmetic(*high);
       }
     }
     out[slab * row + e] = to_storage<Out>(sum);
