@@ -201,26 +201,6 @@ struct DepthRing {
   }
 };
 
-template <class T>
-__device__ __forceinline__ void add_products(T weight, T value_i, T value_j,
-                                             T (&sums)[kWindowSums]) {
-  const T weighted_i = weight * value_i, weighted_j = weight * value_j;
-  sums[0] += weighted_i;
-  sums[1] += weighted_j;
-  sums[2] += weighted_i * value_i;
-  sums[3] += weighted_j * value_j;
-  sums[4] += weighted_i * value_j;
-}
-
-template <class T>
-__device__ __forceinline__ void add_products(T value_i, T value_j, T (&sums)[kWindowSums]) {
-  sums[0] += value_i;
-  sums[1] += value_j;
-  sums[2] += value_i * value_i;
-  sums[3] += value_j * value_j;
-  sums[4] += value_i * value_j;
-}
-
 // From the complete sums of the adjoint fields at a voxel.
 template <int kFields, class T>
 __device__ __forceinline__ void store_gradients(const Kernel<T>& kernel, int64_t item, T scale,

@@ -32,6 +32,27 @@ struct Window {
   T rounding;
 };
 
+// What a voxel adds to its window's sums.
+template <class T>
+REG_HD void add_products(T weight, T value_i, T value_j, T (&sums)[kWindowSums]) {
+  const T weighted_i = weight * value_i, weighted_j = weight * value_j;
+  sums[0] += weighted_i;
+  sums[1] += weighted_j;
+  sums[2] += weighted_i * value_i;
+  sums[3] += weighted_j * value_j;
+  sums[4] += weighted_i * value_j;
+}
+
+// Of weight 1.
+template <class T>
+REG_HD void add_products(T value_i, T value_j, T (&sums)[kWindowSums]) {
+  sums[0] += value_i;
+  sums[1] += value_j;
+  sums[2] += value_i * value_i;
+  sums[3] += value_j * value_j;
+  sums[4] += value_i * value_j;
+}
+
 // With c = ΣIJ - ΣI ΣJ / m and the variances v, raised to smooth_dr at least,
 //   ncc = (c² + smooth_nr) / (v_I v_J).
 // Its derivatives: `cross` with respect to c, `variance_*` with respect to ΣI² and ΣJ². A window

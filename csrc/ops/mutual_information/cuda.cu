@@ -390,8 +390,8 @@ __device__ __forceinline__ void make_factor(const Parzen<T>& window,
                                             const T (&factor)[Product<T>::kPerLane], T first_bin,
                                             typename Product<T>::Factor& out) {
   constexpr int kCount = Product<T>::kPerLane;
-  // Where windows are no wider than this, only the nearest of the bins with this lane's residue
-  // counts: beyond four bins a weight is below the rounding of the sum.
+  // Where windows reach no further than this, only the nearest of the bins with this lane's residue
+  // counts: the others are at least as far away, where weights are cut.
   constexpr bool kNarrow = kReach <= kResidues / 2;
   T weight[kCount];
   if constexpr (kNarrow) {
