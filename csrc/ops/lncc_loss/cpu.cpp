@@ -4,6 +4,7 @@
 
 #include "core/for_each.h"
 #include "core/reduce.h"
+#include "core/scratch.h"
 #include "ops/lncc_loss/kernels.h"
 
 namespace reg {
@@ -129,16 +130,6 @@ void add_in_threes(const T* row, const Window<T>& window, int64_t size, T* three
   weigh_rows(part, window, window.radius / 3 + (left == 2), size, out);
 }
 
-template <class T>
-void add_products(T weight, T i, T j, T (&sums)[kWindowSums]) {
-  const T weighted_i = weight * i, weighted_j = weight * j;
-  sums[0] += weighted_i;
-  sums[1] += weighted_j;
-  sums[2] += weighted_i * i;
-  sums[3] += weighted_j * j;
-  sums[4] += weighted_i * j;
-}
-
 // The same as weigh_rows for two images' values and their products.
 template <class T, class Row>
 void weigh_products(const Row& row_i, const Row& row_j, const Window<T>& window, int radius,
@@ -189,17 +180,20 @@ void weigh_products(const Row& row_i, const Row& row_j, const Window<T>& window,
 template <class T>
 class Ring {
  public:
-  Ring(int length, int fields, int64_t plane)
-      : length_(length), fields_(fields), plane_(plane), data_(length * fields * plane) {}
+  Ring(Scratch& scratch, int length, int fields, int64_t plane)
+      : length_(length),
+        fields_(fields),
+        plane_(plane),
+        data_(scratch.take<T>(length * fields * plane)) {}
   // `z` may be as low as -2 length.
   T* at(int z, int field) {
-    return data_.data() + ((z + 2 * length_) % length_ * int64_t{fields_} + field) * plane_;
+    return data_ + ((z + 2 * length_) % length_ * int64_t{fields_} + field) * plane_;
   }
 
  private:
   int length_, fields_;
   int64_t plane_;
-  std::vector<T> data_;
+  T* data_;
 };
 
 // A value that is typical of an image: the mean of some of its voxels.
@@ -242,14 +236,15 @@ class Slab {
         stride_((call.geometry.sizes.x + radius_ + kBlock - 1) / kBlock * kBlock),
         strip_(static_cast<int>(std::max<int64_t>(1, kStrip / stride_ / kTogether)) * kTogether),
         together_(kFields > 0 && window_.rectangular && radius_z_ > 0 ? kTogether : 1),
-        images_(2 * radius_z_ + together_, 2, ny_ * stride_),
-        adjoint_sums_(2 * radius_z_ + together_, kFields, ny_ * stride_),
-        products_(kWindowSums * padded_plane()),
-        adjoint_(kFields * padded_plane()),
-        columns_(strip_ * stride_ + 4 * kBlock),
-        threes_(columns_.size()),
-        sums_(kWindowSums * strip_ * stride_),  // as many as adjoint fields at most
-        ncc_(strip_ * stride_) {}
+        images_(scratch_, 2 * radius_z_ + together_, 2, ny_ * stride_),
+        adjoint_sums_(scratch_, 2 * radius_z_ + together_, kFields, ny_ * stride_),
+        products_(scratch_.take<T>(kWindowSums * padded_plane())),
+        adjoint_(zeros(kFields * padded_plane())),
+        columns_(zeros(strip_ * stride_ + 4 * kBlock)),
+        threes_(zeros(strip_ * stride_ + 4 * kBlock)),
+        // As many as there are adjoint fields at most.
+        sums_(scratch_.take<T>(kWindowSums * strip_ * stride_)),
+        ncc_(scratch_.take<T>(strip_ * stride_)) {}
 
   // `plane_sums`: for each z, where to put Σ weight ncc of the plane, or null.
   void run(int64_t item, int begin, int end, bool first_item, double* plane_sums) {
@@ -276,15 +271,16 @@ class Slab {
   }
 
  private:
+  T* zeros(int64_t count) {
+    T* const values = scratch_.take<T>(count);
+    std::fill_n(values, count, T(0));
+    return values;
+  }
   int64_t padded_plane() const { return (ny_ + 2 * radius_) * stride_; }
   T* image(int z, int which, int y) { return images_.at(z, which) + y * stride_; }
-  T* product(int s, int y) {
-    return products_.data() + s * padded_plane() + (y + radius_) * stride_;
-  }
-  T* sums(int s) { return sums_.data() + s * strip_ * stride_; }
-  T* adjoint(int f, int y) {
-    return adjoint_.data() + f * padded_plane() + (y + radius_) * stride_;
-  }
+  T* product(int s, int y) { return products_ + s * padded_plane() + (y + radius_) * stride_; }
+  T* sums(int s) { return sums_ + s * strip_ * stride_; }
+  T* adjoint(int f, int y) { return adjoint_ + f * padded_plane() + (y + radius_) * stride_; }
   T* adjoint_sum(int z, int f, int y) { return adjoint_sums_.at(z, f) + y * stride_; }
 
   // Fills what is outside of the volume, where images are 0, that is -pivot. Adjoint fields are 0
@@ -342,7 +338,7 @@ class Slab {
       summed = needed;
       correlate_rows(begin, end);
       for (int y = begin; y < end; ++y) {
-        total += finish_row(z, y, ncc_.data() + (y - begin) * stride_);
+        total += finish_row(z, y, ncc_ + (y - begin) * stride_);
       }
       if constexpr (kFields > 0) {
         const int ready = end == ny_ ? ny_ : end - radius_;
@@ -368,7 +364,7 @@ class Slab {
 
   // Over y and x.
   void sum_rows(const T* field, int rows, T* out) {
-    T* const columns = columns_.data() + 2 * kBlock;
+    T* const columns = columns_ + 2 * kBlock;
     int y = 0;
     if (window_.rectangular) {
       for (; y + kTogether <= rows; y += kTogether) {
@@ -381,7 +377,7 @@ class Slab {
     weigh_rows(row, window_, radius_, (rows - y) * stride_, columns + y * stride_);
     std::copy_n(columns + stride_ - radius_, radius_, columns - radius_);
     if (window_.rectangular && radius_ >= 3) {
-      add_in_threes(columns, window_, rows * stride_, threes_.data(), out);
+      add_in_threes(columns, window_, rows * stride_, threes_, out);
     } else {
       const auto shifted = [=](int d) -> const T* { return columns + d; };
       weigh_rows(shifted, window_, radius_, rows * stride_, out);
@@ -397,7 +393,7 @@ class Slab {
     }
     T* to[kFields == 0 ? 1 : kFields];
     for (int f = 0; f < kFields; ++f) to[f] = adjoint(f, begin);
-    T* const ncc = ncc_.data();
+    T* const ncc = ncc_;
     const Window<T> window = window_;
     const int64_t count = (end - begin) * stride_ & -kBlock;
 #pragma GCC ivdep
@@ -458,7 +454,7 @@ class Slab {
     const int64_t size = strip * stride_;
     for (int begin = 0; begin < ny_; begin += strip) {
       const int end = std::min(begin + strip, ny_);
-      T* const sums = sums_.data();
+      T* const sums = sums_;
       for (int f = 0; f < kFields; ++f) {
         T* const out = sums + f * kTogether * size;
         if (planes == kTogether) {
@@ -504,15 +500,16 @@ class Slab {
   T scale_;
   int64_t group_, channel_;
   int nx_, ny_, nz_;
-  int64_t stride_;                   // from row to row in all that follows
-  int strip_;                        // rows that go through all steps together
-  int together_;                     // planes whose gradients are computed together
-  Ring<T> images_, adjoint_sums_;    // planes; of the images, about their pivots
-  std::vector<T> products_;          // a plane's sums over z, with `radius` rows before and after
-  std::vector<T> adjoint_;           // a plane's adjoint fields, likewise
-  std::vector<T> columns_, threes_;  // of one field and strip: sums over y, and of three of these
-  std::vector<T> sums_;              // of a strip: over the whole window
-  std::vector<T> ncc_;               // of a strip
+  int64_t stride_;                 // from row to row in all that follows
+  int strip_;                      // rows that go through all steps together
+  int together_;                   // planes whose gradients are computed together
+  Scratch scratch_;                // where all that follows is
+  Ring<T> images_, adjoint_sums_;  // planes; of the images, about their pivots
+  T* products_;                    // a plane's sums over z, with `radius` rows before and after
+  T* adjoint_;                     // a plane's adjoint fields, likewise
+  T *columns_, *threes_;           // of one field and strip: sums over y, and of three of these
+  T* sums_;                        // of a strip: over the whole window
+  T* ncc_;                         // of a strip
   int64_t item_ = 0;
   const T *image_i_ = nullptr, *image_j_ = nullptr;
   T pivot_i_ = 0, pivot_j_ = 0;
