@@ -279,6 +279,19 @@ def test_a_retained_graph_can_be_used_again(name: str) -> None:
     assert_equal([op.grad for op in operands], [2 * gradient for gradient in once])
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_gradients_may_be_written_to(name: str) -> None:
+    """Also where the cotangent is one, and a gradient may be what was saved for it."""
+    case = example(name)
+    operands = leaves(case)
+    value = bound(case)(*operands).sum()
+    gradients = torch.autograd.grad(value, operands, retain_graph=True)
+    expected = [gradient.clone() for gradient in gradients]
+    for gradient in gradients:
+        gradient.zero_()
+    assert_equal(torch.autograd.grad(value, operands), expected)
+
+
 @pytest.mark.parametrize("cotangent_needs_gradient", [False, True])
 @pytest.mark.parametrize("name", FUSED)
 def test_differentiating_twice_is_refused(name: str, cotangent_needs_gradient: bool) -> None:

@@ -380,6 +380,22 @@ def _keep(
     ctx.save_for_backward(*kept)
 
 
+def _scaled(unit: torch.Tensor, cotangent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A unit gradient times the cotangent, which has one number for each of the leading axes."""
+    if (
+        cotangent.device.type == "cpu"
+        and unit.dtype == dtype
+        and _is_eager((unit, cotangent))
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and (cotangent == 1).all()
+    ):
+        # Of a plain `loss.backward()`. Nobody else will ask for the unit gradient, and a product
+        # would cost a volume and, worse, wake PyTorch's threads, which then spin for milliseconds.
+        return unit
+    trailing = (1,) * (unit.ndim - cotangent.ndim)
+    return (unit * cotangent.reshape(*cotangent.shape, *trailing)).to(dtype)
+
+
 def _first_derivatives(
     ctx: Any,
     signature: _Signature,
@@ -392,9 +408,7 @@ def _first_derivatives(
     for i, place in signature.unit_gradients:
         unit, operand = saved[count + place], saved[i]
         if needs[i] and unit is not None and operand is not None:
-            trailing = (1,) * (unit.ndim - grad_output.ndim)
-            scale = grad_output.reshape(*grad_output.shape, *trailing)
-            gradients[i] = (unit * scale).to(operand.dtype)
+            gradients[i] = _scaled(unit, grad_output, operand.dtype)
     remaining = [
         (i, place) for i, place in signature.gradients if needs[i] and gradients[i] is None
     ]
