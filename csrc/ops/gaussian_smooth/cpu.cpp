@@ -1,8 +1,8 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
-#include <vector>
 
+#include "core/scratch.h"
 #include "ops/gaussian_smooth/kernels.h"
 
 namespace reg {
@@ -39,7 +39,9 @@ void smooth_axis(const SmoothingPass& pass, const T* weights, const In* in, Out*
   const int64_t pieces = (pass.stride + lines - 1) / lines;
   const int64_t grain = std::max<int64_t>(1, 4096 / (lines * pass.size));
   parallel_for(pass.outer * pieces, grain, [&](int64_t begin, int64_t end) {
-    std::vector<T> before(lines * pass.size), after(lines * pass.size);
+    Scratch scratch;
+    T* const before = scratch.take<T>(lines * pass.size);
+    T* const after = scratch.take<T>(lines * pass.size);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % pieces * lines;
       const int64_t width = std::min(lines, pass.stride - first);
@@ -51,7 +53,7 @@ void smooth_axis(const SmoothingPass& pass, const T* weights, const In* in, Out*
         const In* from = in + start + k * pass.stride;
         for (int64_t e = 0; e < length; ++e) before[k * length + e] = to_arithmetic(from[e]);
       }
-      smooth_lines(weights, pass.radius, width, width * pass.size, before.data(), after.data());
+      smooth_lines(weights, pass.radius, width, width * pass.size, before, after);
       for (int64_t k = 0; k < runs; ++k) {
         Out* to = out + start + k * pass.stride;
         for (int64_t e = 0; e < length; ++e) to[e] = to_storage<Out>(after[k * length + e]);
