@@ -6,6 +6,10 @@ import importlib
 import io
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -519,6 +523,61 @@ def test_what_may_happen_in_a_run_is_one_line_and_no_file(
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(f"jaxreg: error: {told}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "told"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "hangup")],
+)
+def test_signals_that_end_a_run_leave_no_file(
+    number: signal.Signals,
+    status: int,
+    told: str,
+    pair: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def signalled(*_: object, **__: object) -> None:
+        assert len(list(tmp_path.iterdir())) == 1
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(register_command, "register_watched", signalled)
+    before = signal.getsignal(number)
+    assert run(*registration(pair), "-o", tmp_path / "out") == status
+    assert capfd.readouterr().err == f"jaxreg: error: {told}\n"
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(number) == before
+
+    def interrupted(*_: object, **__: object) -> None:
+        signal.raise_signal(number)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(register_command, "register_watched", interrupted)
+    signal.signal(number, signal.SIG_IGN)  # as nohup does
+    try:
+        assert run(*registration(pair), "-o", tmp_path / "out") == 130
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_process_that_is_terminated_leaves_no_file(pair: Path, tmp_path: Path) -> None:
+    arguments = (*registration(pair), "-o", tmp_path / "out")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxreg", *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        while not list(tmp_path.iterdir()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert error == "jaxreg: error: terminated\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 from pathlib import Path
 
 import jax
@@ -283,3 +285,21 @@ def test_a_folder_is_filled_whole_or_not_at_all(tmp_path: Path) -> None:
     }
     with pytest.raises(OSError, match="cannot write there"), atomic_folder(goal / "a"):
         pass
+
+
+def test_an_interrupt_between_two_files_waits_for_the_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def interrupted(*paths: Path) -> None:
+        signal.raise_signal(signal.SIGINT)
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path) as beside:
+        for name in ("a", "b"):
+            (beside / name).write_text(name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)  # which interrupts again

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import enum
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -18,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxreg.commands import device as devices
-from jaxreg.commands.compilation import compile_seconds, keep_compiled
+from jaxreg.commands.compilation import keep_compiled
 from jaxreg.commands.device import Device
 from jaxreg.commands.inputs import naming, read_chain, refuse_overwriting
 from jaxreg.commands.progress import register_watched
+from jaxreg.commands.timing import Stopwatch, fact_table
 from jaxreg.info import describe
 from jaxreg.registration import (
     Registration,
@@ -136,7 +136,7 @@ def register(
     `jaxreg apply`, ITK, ANTs and 3D Slicer read; registration.json, with settings, versions and
     losses.
     """
-    start, compiled = time.perf_counter(), compile_seconds()
+    stopwatch = Stopwatch()
     given = [("--initial", text) for text in initial or []]
     files = (
         ("FIXED", fixed),
@@ -179,8 +179,7 @@ def register(
             tables = {"Inputs": told, "Versions": facts}
             write_report(result, folder / _REPORT, title=title, tables=tables)
         written = sorted(path.name for path in folder.iterdir())
-    seconds = time.perf_counter() - start
-    console.print(_summary(result, seconds, compile_seconds() - compiled, devices.describe(target)))
+    console.print(_summary(result, stopwatch, target))
     for name in written:
         console.print(output / name, highlight=False, soft_wrap=True, markup=False)
 
@@ -257,15 +256,11 @@ def _record(result: Registration, inputs: dict[str, Any], facts: dict[str, str])
     }
 
 
-def _summary(result: Registration, seconds: float, compiling: float, device: str) -> Table:
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
+def _summary(result: Registration, stopwatch: Stopwatch, target: jax.Device) -> Table:
+    table = fact_table()
     for stage in result.stages:
         table.add_row(stage.name.capitalize(), f"{stage.seconds:.1f} s")
-    table.add_row("Total", f"{seconds:.1f} s", style="bold")
-    table.add_row("of which XLA compilation", f"{compiling:.1f} s", style="dim")
-    table.add_row("Device", device)
+    stopwatch.add_rows(table, target)
     table.add_section()
     folds = result.folds
     table.add_row("Voxels with Jacobian determinant ≤ 0", f"{100 * folds.share:.4g} %")
