@@ -409,6 +409,9 @@ def bad(pair: Path) -> Path:
     write_volume(fixed, pair / "two.hdr")
     (pair / "text.nii.gz").write_text("no image")
     (pair / "text.tfm").write_text("no transform")
+    write_volume(fixed, pair / "plane.vtk")
+    sitk.WriteImage(holes, str(pair / "cut.mhd"))
+    (pair / "cut.raw").write_bytes(bytes(10))
     (pair / "cut.nii.gz").write_bytes((pair / "fixed.nii.gz").read_bytes()[:-100])
     return pair
 
@@ -424,6 +427,8 @@ APPLY = "apply moving.mha -r fixed.nii.gz -o out.nrrd"
         ("register fixed.nii.gz text.nii.gz -o out", "MOVING: text.nii.gz: not an image"),
         ("register fixed.nii.gz space.nrrd -o out", "error: MOVING: expected 2 dimensions"),
         ("register cut.nii.gz moving.mha -o out", "FIXED: cut.nii.gz: cut short or damaged: "),
+        ("register fixed.nii.gz cut.mhd -o out", "MOVING: cut.mhd: cut short or damaged: expected"),
+        ("register plane.vtk moving.mha -o out", "FIXED: plane.vtk: not an image that can be read"),
         ("register holes.nrrd moving.mha -o out", "FIXED: holes.nrrd: array: expected finite"),
         ("register fixed.nii.gz holes.nii.gz -o out", "MOVING: holes.nii.gz: expected finite"),
         ("register fixed.nii.gz -o out", "MOVING"),
