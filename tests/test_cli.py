@@ -397,7 +397,7 @@ def test_the_version_is_that_of_the_installation(capsys: pytest.CaptureFixture[s
 @pytest.fixture(scope="module")
 def bad(pair: Path) -> Path:
     """A folder of the pair and of what is no good."""
-    volume = Volume.create(np.zeros((4, 5, 6)))
+    volume = Volume.create(np.arange(120).reshape(4, 5, 6))
     write_volume(volume, pair / "space.nrrd")
     write_affine(np.eye(4), pair / "space.tfm")
     fixed = read_volume(pair / "fixed.nii.gz")
@@ -409,6 +409,8 @@ def bad(pair: Path) -> Path:
     write_volume(fixed, pair / "two.hdr")
     (pair / "text.nii.gz").write_text("no image")
     (pair / "text.tfm").write_text("no transform")
+    write_volume(fixed.with_array(1e16 * fixed.array), pair / "bright.nrrd")
+    (pair / "taken" / "moved.nii.gz").mkdir(parents=True)
     write_volume(fixed, pair / "plane.vtk")
     sitk.WriteImage(holes, str(pair / "cut.mhd"))
     (pair / "cut.raw").write_bytes(bytes(10))
@@ -429,6 +431,13 @@ APPLY = "apply moving.mha -r fixed.nii.gz -o out.nrrd"
         ("register cut.nii.gz moving.mha -o out", "FIXED: cut.nii.gz: cut short or damaged: "),
         ("register fixed.nii.gz cut.mhd -o out", "MOVING: cut.mhd: cut short or damaged: expected"),
         ("register plane.vtk moving.mha -o out", "FIXED: plane.vtk: not an image that can be read"),
+        (
+            "register empty.nrrd moving.mha -o out",
+            "FIXED: expected different intensities, got 0",
+        ),
+        ("register fixed.nii.gz bright.nrrd -o out", "error: MOVING: expected intensities within"),
+        ("register . moving.mha -o out", "FIXED: .: expected a file, got a folder"),
+        (f"{REGISTER} -o taken", "--output: taken/moved.nii.gz: expected a file or nothing, got"),
         ("register holes.nrrd moving.mha -o out", "FIXED: holes.nrrd: array: expected finite"),
         ("register fixed.nii.gz holes.nii.gz -o out", "MOVING: holes.nii.gz: expected finite"),
         ("register fixed.nii.gz -o out", "MOVING"),
@@ -442,7 +451,7 @@ APPLY = "apply moving.mha -r fixed.nii.gz -o out.nrrd"
         (f"{REGISTER} -o out --device abacus", "--device"),
         (f"{REGISTER} -o out --initial text.tfm", "--initial: text.tfm: not a transform"),
         (f"{REGISTER} -o out --initial space.tfm", "space.tfm: expected a 2-D transform, got 3"),
-        (f"{REGISTER} -o out --cache text.tfm", "--cache: "),
+        (f"{REGISTER} -o out --cache text.tfm", "--cache: text.tfm: cannot write there"),
         (f"{REGISTER} -o text.tfm", "--output: text.tfm: cannot write there"),
         (f"{REGISTER} -o text.tfm/below", "--output: text.tfm/below: cannot write there"),
         (REGISTER, "--output"),

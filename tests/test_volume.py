@@ -323,6 +323,21 @@ def test_neither_what_follows_the_voxels_nor_an_offset_of_0_is_damage(
     np.testing.assert_array_equal(read_volume(path).array, values)
 
 
+@pytest.mark.parametrize("step", [0, np.nan, np.inf])
+def test_a_spacing_that_itk_takes_for_1_is_refused(tmp_path: Path, step: float) -> None:
+    path = tmp_path / "v.nii"
+    for ndim in (2, 3):
+        sitk.WriteImage(sitk.GetImageFromArray(np.ones((3, 4, 5)[-ndim:])), str(path))
+        whole = bytearray(path.read_bytes())
+        whole[88:92] = np.float32(step).tobytes()  # along z
+        path.write_bytes(whole)
+        if ndim == 2:
+            assert read_volume(path).shape == (4, 5)
+            continue
+        with pytest.raises(ValueError, match=r"v\.nii: expected a finite spacing other than 0, got \("):
+            read_volume(path)
+
+
 @pytest.mark.parametrize(
     ("name", "data"),
     [("v.mhd", "v.zraw"), ("v.nhdr", "v.raw.gz"), ("v.hdr", "v.img"), ("v.img", "v.hdr")],
@@ -364,6 +379,9 @@ def test_a_folder_is_filled_whole_or_not_at_all(tmp_path: Path) -> None:
         "b": "of someone else",
     }
     with pytest.raises(OSError, match="cannot write there"), atomic_folder(goal / "a"):
+        pass
+    (goal / "c").mkdir()
+    with pytest.raises(OSError, match="expected a file"), atomic_folder(goal, owned=["c"]):
         pass
 
 

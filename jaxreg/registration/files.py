@@ -7,7 +7,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -39,7 +39,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str], owned: Iterable[str] = ()) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str], owned: Collection[str] = ()) -> Iterator[Path]:
     """Give an empty folder to write to; on success its files move to the folder ``path``.
 
     That is made if it is missing. Files of other names stay in it, except those that are
@@ -49,9 +49,12 @@ def atomic_folder(path: str | os.PathLike[str], owned: Iterable[str] = ()) -> It
     Raises
     ------
     OSError
-        At once, if ``path`` cannot be written to.
+        At once, if ``path`` cannot be written to, or has a folder where an owned file belongs.
     """
     path = Path(path)
+    for name in owned:
+        if (path / name).is_dir():
+            raise OSError(f"{path / name}: expected a file or nothing, got a folder")
     # The same file system as the goal, so that moving a file is renaming it.
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     with _folder_in(existing, path) as beside:

@@ -207,16 +207,22 @@ def _find_nifti(path: Path) -> Voxels:
         start = _take(file, 348)
         start += file.read(540 - 348)
     # Of the two versions: how long the header is, and where it has the dimensions, the voxels'
-    # type with their size in bits behind it, and the voxels' offset.
-    layouts = {348: ("8h", 40, 70, "f", 108), 540: ("8q", 16, 12, "q", 168)}
+    # type with their size in bits behind it, the voxels' offset and the spacing.
+    layouts = {348: ("8h", 40, 70, "f", 108, 80), 540: ("8q", 16, 12, "q", 168, 112)}
     sizes = {order: struct.unpack_from(f"{order}i", start)[0] for order in "<>"}
     order = next((order for order, size in sizes.items() if size in layouts), None)
     if order is None or len(start) < sizes[order]:
         raise EOFError("expected the header of a NIfTI image")
-    dims_code, dims_at, kind_at, offset_code, offset_at = layouts[sizes[order]]
+    dims_code, dims_at, kind_at, offset_code, offset_at, spacing_at = layouts[sizes[order]]
     ndim, *dims = struct.unpack_from(f"{order}{dims_code}", start, dims_at)
     kind, bits = struct.unpack_from(f"{order}2h", start, kind_at)
     (offset,) = struct.unpack_from(f"{order}{offset_code}", start, offset_at)
+    spacing_code = "3f" if sizes[order] == 348 else "3d"
+    spacing = struct.unpack_from(f"{order}{spacing_code}", start, spacing_at)
+    for dim, step in zip(dims[:ndim], spacing, strict=False):
+        # ITK takes 1. Along a single voxel it does no harm, and some writers leave it out.
+        if dim > 1 and not 0 < abs(step) < math.inf:
+            raise ValueError(f"{path}: expected a finite spacing other than 0, got {spacing}")
     # Some writers leave the offset 0; behind the header of the same file it cannot be less.
     first = max(int(offset), sizes[order] if header == data else 0)
     # A dimension of 0 stands for one of 1, as in ITK.
