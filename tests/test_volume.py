@@ -334,7 +334,9 @@ def test_a_spacing_that_itk_takes_for_1_is_refused(tmp_path: Path, step: float) 
         if ndim == 2:
             assert read_volume(path).shape == (4, 5)
             continue
-        with pytest.raises(ValueError, match=r"v\.nii: expected a finite spacing other than 0, got \("):
+        with pytest.raises(
+            ValueError, match=r"v\.nii: expected a finite spacing other than 0, got \("
+        ):
             read_volume(path)
 
 
@@ -383,6 +385,10 @@ def test_a_folder_is_filled_whole_or_not_at_all(tmp_path: Path) -> None:
     (goal / "c").mkdir()
     with pytest.raises(OSError, match="expected a file"), atomic_folder(goal, owned=["c"]):
         pass
+    with pytest.raises(OSError, match="expected a file"), atomic_folder(goal) as beside:
+        for name in ("a", "c"):
+            (beside / name).write_text("fourth")
+    assert (goal / "a").read_text() == "third"
 
 
 def test_an_interrupt_between_two_files_waits_for_the_second(

@@ -7,7 +7,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -52,9 +52,7 @@ def atomic_folder(path: str | os.PathLike[str], owned: Collection[str] = ()) -> 
         At once, if ``path`` cannot be written to, or has a folder where an owned file belongs.
     """
     path = Path(path)
-    for name in owned:
-        if (path / name).is_dir():
-            raise OSError(f"{path / name}: expected a file or nothing, got a folder")
+    _refuse_folders(path / name for name in owned)
     # The same file system as the goal, so that moving a file is renaming it.
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     with _folder_in(existing, path) as beside:
@@ -62,10 +60,17 @@ def atomic_folder(path: str | os.PathLike[str], owned: Collection[str] = ()) -> 
         with _uninterrupted():
             path.mkdir(parents=True, exist_ok=True)
             written = {file.name for file in beside.iterdir()}
+            _refuse_folders(path / name for name in written)
             for file in sorted(beside.iterdir()):
                 os.replace(file, path / file.name)
             for name in set(owned) - written:
                 (path / name).unlink(missing_ok=True)
+
+
+def _refuse_folders(goals: Iterable[Path]) -> None:
+    for goal in goals:
+        if goal.is_dir():
+            raise OSError(f"{goal}: expected a file or nothing, got a folder")
 
 
 @contextmanager
