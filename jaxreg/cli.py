@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import NoReturn
 
 __all__ = ["main"]
@@ -19,13 +23,22 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit status.
 
     Bad input of any kind is one line on stderr and exit status 2; so is what memory does not hold,
-    with exit status 1, and an interrupt, with 130. A traceback is a bug of ours.
+    with exit status 1, an interrupt, with 130, and what else ends a process early, with 128 and the
+    number of the signal: 143 for SIGTERM, 129 for SIGHUP. A traceback is a bug of ours.
 
     Parameters
     ----------
     arguments
         Without the program's name; the process's own by default.
     """
+    try:
+        with _ended_by_signals():
+            _run(arguments)
+    except _Ended as ended:
+        _fail(ended.reason, ended.status)
+
+
+def _run(arguments: Sequence[str] | None) -> NoReturn:
     missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
     if missing:
         _fail(f"the command line needs {', '.join(missing)}: pip install 'regkernels[jax,cli]'")
@@ -54,6 +67,37 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(error.format_message())
 
 
+class _Ended(BaseException):
+    """A signal asks for the end; no ``except Exception`` on the way is to keep it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.reason = (signal.strsignal(number) or f"signal {number}").lower()
+        self.status = 128 + number
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a run as Ctrl-C does, which leaves no temporary files behind."""
+
+    def end(number: int, _: FrameType | None) -> NoReturn:
+        raise _Ended(number)
+
+    # Only the main thread may set handlers, and what is ignored stays so: nohup has asked for it.
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if threading.current_thread() is threading.main_thread()
+        and signal.getsignal(number) is not signal.SIG_IGN
+    ]
+    before = [signal.signal(number, end) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 def _ask_for_the_same_bits() -> None:
     """Make the same command give the same bits on a GPU, too.
 
@@ -76,5 +120,6 @@ def _is_lack_of_memory(error: Exception) -> bool:
 
 
 def _fail(message: str, status: int = _BAD_INPUT) -> NoReturn:
-    print(f"jaxreg: error: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"jaxreg: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(status)

@@ -6,6 +6,10 @@ import importlib
 import io
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -393,7 +397,7 @@ def test_the_version_is_that_of_the_installation(capsys: pytest.CaptureFixture[s
 @pytest.fixture(scope="module")
 def bad(pair: Path) -> Path:
     """A folder of the pair and of what is no good."""
-    volume = Volume.create(np.zeros((4, 5, 6)))
+    volume = Volume.create(np.arange(120).reshape(4, 5, 6))
     write_volume(volume, pair / "space.nrrd")
     write_affine(np.eye(4), pair / "space.tfm")
     fixed = read_volume(pair / "fixed.nii.gz")
@@ -405,6 +409,11 @@ def bad(pair: Path) -> Path:
     write_volume(fixed, pair / "two.hdr")
     (pair / "text.nii.gz").write_text("no image")
     (pair / "text.tfm").write_text("no transform")
+    write_volume(fixed.with_array(1e16 * fixed.array), pair / "bright.nrrd")
+    (pair / "taken" / "moved.nii.gz").mkdir(parents=True)
+    write_volume(fixed, pair / "plane.vtk")
+    sitk.WriteImage(holes, str(pair / "cut.mhd"))
+    (pair / "cut.raw").write_bytes(bytes(10))
     (pair / "cut.nii.gz").write_bytes((pair / "fixed.nii.gz").read_bytes()[:-100])
     return pair
 
@@ -420,6 +429,15 @@ APPLY = "apply moving.mha -r fixed.nii.gz -o out.nrrd"
         ("register fixed.nii.gz text.nii.gz -o out", "MOVING: text.nii.gz: not an image"),
         ("register fixed.nii.gz space.nrrd -o out", "error: MOVING: expected 2 dimensions"),
         ("register cut.nii.gz moving.mha -o out", "FIXED: cut.nii.gz: cut short or damaged: "),
+        ("register fixed.nii.gz cut.mhd -o out", "MOVING: cut.mhd: cut short or damaged: expected"),
+        ("register plane.vtk moving.mha -o out", "FIXED: plane.vtk: not an image that can be read"),
+        (
+            "register empty.nrrd moving.mha -o out",
+            "FIXED: expected different intensities, got 0",
+        ),
+        ("register fixed.nii.gz bright.nrrd -o out", "error: MOVING: expected intensities within"),
+        ("register . moving.mha -o out", "FIXED: .: expected a file, got a folder"),
+        (f"{REGISTER} -o taken", "--output: taken/moved.nii.gz: expected a file or nothing, got"),
         ("register holes.nrrd moving.mha -o out", "FIXED: holes.nrrd: array: expected finite"),
         ("register fixed.nii.gz holes.nii.gz -o out", "MOVING: holes.nii.gz: expected finite"),
         ("register fixed.nii.gz -o out", "MOVING"),
@@ -433,7 +451,7 @@ APPLY = "apply moving.mha -r fixed.nii.gz -o out.nrrd"
         (f"{REGISTER} -o out --device abacus", "--device"),
         (f"{REGISTER} -o out --initial text.tfm", "--initial: text.tfm: not a transform"),
         (f"{REGISTER} -o out --initial space.tfm", "space.tfm: expected a 2-D transform, got 3"),
-        (f"{REGISTER} -o out --cache text.tfm", "--cache: "),
+        (f"{REGISTER} -o out --cache text.tfm", "--cache: text.tfm: cannot write there"),
         (f"{REGISTER} -o text.tfm", "--output: text.tfm: cannot write there"),
         (f"{REGISTER} -o text.tfm/below", "--output: text.tfm/below: cannot write there"),
         (REGISTER, "--output"),
@@ -519,6 +537,61 @@ def test_what_may_happen_in_a_run_is_one_line_and_no_file(
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(f"jaxreg: error: {told}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "told"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "hangup")],
+)
+def test_signals_that_end_a_run_leave_no_file(
+    number: signal.Signals,
+    status: int,
+    told: str,
+    pair: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def signalled(*_: object, **__: object) -> None:
+        assert len(list(tmp_path.iterdir())) == 1
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(register_command, "register_watched", signalled)
+    before = signal.getsignal(number)
+    assert run(*registration(pair), "-o", tmp_path / "out") == status
+    assert capfd.readouterr().err == f"jaxreg: error: {told}\n"
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(number) == before
+
+    def interrupted(*_: object, **__: object) -> None:
+        signal.raise_signal(number)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(register_command, "register_watched", interrupted)
+    signal.signal(number, signal.SIG_IGN)  # as nohup does
+    try:
+        assert run(*registration(pair), "-o", tmp_path / "out") == 130
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_process_that_is_terminated_leaves_no_file(pair: Path, tmp_path: Path) -> None:
+    arguments = (*registration(pair), "-o", tmp_path / "out")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxreg", *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        while not list(tmp_path.iterdir()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert error == "jaxreg: error: terminated\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -176,7 +176,7 @@ def test_the_starts_are_off_by_what_they_say() -> None:
     ("arguments", "message"),
     [
         (["demo", "--multimodal", "--shift", "3"], "--shift: expected none with --multimodal"),
-        (["demo", "--output-dir", "{file}"], "--output-dir {file}: cannot write there"),
+        (["demo", "--output-dir", "{file}"], "--output-dir: {file}: cannot write there"),
         (["demo", "--output-dir", "{file}/below"], "cannot write there"),
         (["demo", "--rotation", "nan"], "--rotation: expected a finite number"),
         (["demo", "--shift", "far"], "--shift"),

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from scenes import header, physical_grid, scene, similarity
 
 from jaxreg import compose, convert_displacement, lncc_loss
-from jaxreg.data import load_pair_paths
+from jaxreg.commands.demo import load
 from jaxreg.registration import (
     SVF,
     Affine,
@@ -29,7 +29,6 @@ from jaxreg.registration import (
     dice,
     ncc,
     preset,
-    read_volume,
     register,
     register_images,
     rigid_motion,
@@ -378,11 +377,7 @@ def test_the_default_preset_finds_the_shipped_brains_wherever_they_start() -> No
     """The pair of the demo: turned by 15 degrees and shifted by 20 mm, and as it is."""
     scores = []
     for rotation, shift in ((15.0, 20.0), (0.0, 0.0)):
-        fixed, moving = map(read_volume, load_pair_paths())
-        motion = rigid_motion(
-            rotation, (1, 2, 3), np.array((2, -1, 2)) / 3 * shift, moving.centre()
-        )
-        moving = moving.moved_by(motion)
+        fixed, moving = load(rotation, shift)
         result = register(fixed, moving)
         moved, target = result.moved.batched(), fixed.batched()
         scores.append(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ from jaxreg.registration import (
     Affine,
     Greedy,
     Moments,
+    Progress,
     Rigid,
     Similarity,
     SyN,
@@ -39,6 +42,7 @@ from jaxreg.registration import (
     step_gradient,
 )
 from jaxreg.registration.adam import no_moments
+from jaxreg.registration.engine import make_problem
 from jaxreg.registration.linear import rotation_matrix
 from jaxreg.registration.problem import Alignment, Level
 from jaxreg.registration.stage import Iterative, Memory, block_length
@@ -492,6 +496,8 @@ def test_steps_that_are_too_long_do_not_spoil_the_start() -> None:
 class Scripted(Iterative):
     """Counts its iterations; its losses are given."""
 
+    name: ClassVar[str] = "scripted"
+
     losses: tuple[float, ...] = ()
 
     def begin(self, level: Level) -> Memory:
@@ -519,10 +525,27 @@ def test_a_block_that_loses_much_of_what_was_gained_is_undone(rise: float, kept:
     assert result.alignment.matrix[0, 0] == kept
 
 
+@pytest.mark.parametrize("callback", [None, lambda _: None])
+def test_what_spoils_a_level_at_once_is_undone_however_short_the_blocks(
+    callback: Callable[[Progress], None] | None,
+) -> None:
+    stage = Scripted((1,), (40,), block=5, losses=(1.0, *np.linspace(2, 3, 39)))
+    image = jnp.zeros((1, 16, 16))
+    nothing = dict.fromkeys(
+        ("fixed_mask", "moving_mask", "fixed_to_physical", "moving_to_physical")
+    )
+    problem = make_problem(image, image, moving_ratio=1, **nothing)
+    alignment, (trace,) = stage.run(problem, problem.headers(), callback)
+    assert int(trace.ran) == 10
+    assert alignment.matrix[0, 0] == 0  # iterations that are kept
+
+
 def test_iterations_are_split_into_equal_blocks() -> None:
     for iterations, block, length in ((60, 10, 10), (45, 10, 9), (20, 7, 5), (7, 10, 7), (0, 5, 1)):
         assert block_length(iterations, block) == length
         assert iterations % length == 0
+    assert block_length(45, 10, 10) == 15
+    assert block_length(97, 10, 10) == 97
     assert math.gcd(block_length(97, 10), 97) > 1  # rather all of a prime than one by one
 
 

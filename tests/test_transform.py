@@ -416,6 +416,23 @@ def test_a_text_without_its_last_lines_is_refused(tmp_path: Path, lines: int) ->
         read_transform(path)
 
 
+@pytest.mark.parametrize("ending", ["tfm", "mat", "h5", "xfm"])
+def test_a_transform_that_is_cut_short_is_refused(
+    ending: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / f"affine.{ending}"
+    transform = sitk.AffineTransform(3)
+    transform.SetTranslation((1.5, 2.25, 3.125))
+    transform.SetCenter((10.5, 20.25, 30.125))
+    sitk.WriteTransform(transform, str(path))
+    whole = path.read_bytes()
+    for missing in range(2, len(whole), 1 + len(whole) // 40):
+        path.write_bytes(whole[:-missing])
+        with pytest.raises(ValueError, match=rf"affine\.{ending}: (cut short|not a transform)"):
+            read_transform(path)
+    assert capfd.readouterr().err == ""
+
+
 def test_a_transform_goes_to_a_file_of_its_kind_or_to_none(tmp_path: Path) -> None:
     field = DisplacementField(volume(2).grid, waves(volume(2).grid))
     with pytest.raises(ValueError, match=r"warp\.tfm: expected the ending of an image"):

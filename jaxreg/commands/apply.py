@@ -14,7 +14,7 @@ from jaxreg.commands import device as devices
 from jaxreg.commands.device import Device
 from jaxreg.commands.inputs import naming, read_chain, refuse_overwriting
 from jaxreg.registration import read_volume, resample, write_volume
-from jaxreg.registration.itk_images import image_grid, read_image
+from jaxreg.registration.itk_images import read_grid
 
 __all__ = ["apply"]
 
@@ -73,7 +73,7 @@ def apply(
         if labels and (np.asarray(volume.array) % 1).any():
             raise ValueError(f"{image}: expected integers for --labels, got fractions")
     with naming("--reference"):
-        grid = image_grid(read_image(reference))
+        grid = read_grid(reference)
         if grid.ndim != volume.ndim:
             raise ValueError(f"{reference}: expected a {volume.ndim}-D image, got {grid.ndim}-D")
     with jax.default_device(devices.find(device)):

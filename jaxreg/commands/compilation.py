@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import jax
@@ -32,9 +33,14 @@ def keep_compiled(folder: Path) -> None:
     Raises
     ------
     OSError
-        If the folder cannot be made.
+        If the folder cannot be made, or not be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder}: cannot write there ({error.strerror})") from error
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # By default what compiles within a second is not kept; here that is most of it.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

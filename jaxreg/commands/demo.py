@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +16,11 @@ from rich.table import Table
 
 from jaxreg import lncc_loss
 from jaxreg.commands import device as devices
-from jaxreg.commands.compilation import compile_seconds
 from jaxreg.commands.device import Device
+from jaxreg.commands.inputs import naming
 from jaxreg.commands.multimodal import compare_metrics
 from jaxreg.commands.progress import register_watched
+from jaxreg.commands.timing import Stopwatch, fact_table
 from jaxreg.data import load_pair_paths
 from jaxreg.registration import (
     Affine,
@@ -35,6 +35,7 @@ from jaxreg.registration import (
     write_displacement,
     write_volume,
 )
+from jaxreg.registration.files import atomic_folder
 from jaxreg.registration.report import write_report
 from jaxreg.registration.transform import Part
 
@@ -94,58 +95,31 @@ def demo(
     Writes moved.nii.gz, displacement.nii.gz (an ITK displacement image, mm) and report.png; with
     --multimodal moved.nii.gz and multimodal.png.
     """
-    start, compiled = time.perf_counter(), compile_seconds()
+    stopwatch = Stopwatch()
     for name, value in (("--rotation", rotation), ("--shift", shift)):
         if value is not None and multimodal:
             raise ValueError(f"{name}: expected none with --multimodal, got {value}")
         if value is not None and not np.isfinite(value):
             raise ValueError(f"{name}: expected a finite number, got {value}")
-    _prepare(output_dir)
     target = devices.find(device)
-    if multimodal:
-        compare_metrics(output_dir, target, quick)
-        return
     console = Console()
-    with jax.default_device(target):
-        fixed, moving = load(
-            _ROTATION if rotation is None else rotation, _SHIFT if shift is None else shift
-        )
-        stages = _stages(quick)
-        result = register_watched(fixed, moving, stages, console)
-        parts = result.transform.parts
-        scores = {
-            "before": _score(fixed, moving),
-            "affine": _score(fixed, moving, parts[1:]),
-            "deformable": _score(fixed, moving, parts),
-        }
-        written = time.perf_counter()
-        with console.status("Writing the images and the report"):
-            paths = _write(result, scores, output_dir, devices.describe(target))
-        now = time.perf_counter()
-    console.print(_score_table(scores))
-    table = _fold_table(result)
-    table.add_section()
-    for name, record in zip(("Moments", "Affine", "Deformable"), result.stages, strict=True):
-        table.add_row(f"{name} stage", f"{record.seconds:.1f} s")
-    table.add_row("Files and report", f"{now - written:.1f} s")
-    table.add_row("Total", f"{now - start:.1f} s", style="bold")
-    table.add_row("of which XLA compilation", f"{compile_seconds() - compiled:.1f} s", style="dim")
-    table.add_row("Device", devices.describe(target))
-    console.print(table)
-    for path in paths:
-        console.print(path, highlight=False, soft_wrap=True, markup=False)
-
-
-def _prepare(output_dir: Path) -> None:
-    """Make the output folder and see that it can be written to, before any work is done."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"--output-dir {output_dir}: cannot write there ({os.strerror(error.errno or 0)})"
-        ) from error
+    with contextlib.ExitStack() as stack:
+        with naming("--output-dir"):
+            folder = stack.enter_context(atomic_folder(output_dir))
+        stack.enter_context(jax.default_device(target))
+        if multimodal:
+            scores, facts = compare_metrics(folder, console, quick)
+        else:
+            fixed, moving = load(
+                _ROTATION if rotation is None else rotation, _SHIFT if shift is None else shift
+            )
+            scores, facts = _register(fixed, moving, folder, console, target, quick)
+        written = sorted(path.name for path in folder.iterdir())
+    stopwatch.add_rows(facts, target)
+    console.print(scores)
+    console.print(facts)
+    for name in written:
+        console.print(output_dir / name, highlight=False, soft_wrap=True, markup=False)
 
 
 def load(rotation: float, shift: float) -> tuple[Volume, Volume]:
@@ -168,6 +142,34 @@ def load(rotation: float, shift: float) -> tuple[Volume, Volume]:
     return fixed, moving.moved_by(motion)
 
 
+def _register(
+    fixed: Volume,
+    moving: Volume,
+    folder: Path,
+    console: Console,
+    target: jax.Device,
+    quick: bool,
+) -> tuple[Table, Table]:
+    """Register the pair and fill a folder; return the scores, and what else there is to tell."""
+    result = register_watched(fixed, moving, _stages(quick), console)
+    parts = result.transform.parts
+    scores = {
+        "before": _score(fixed, moving),
+        "affine": _score(fixed, moving, parts[1:]),
+        "deformable": _score(fixed, moving, parts),
+    }
+    written = time.perf_counter()
+    with console.status("Writing the images and the report"):
+        _write(result, scores, folder, devices.describe(target))
+    now = time.perf_counter()
+    facts = _fold_table(result)
+    facts.add_section()
+    for name, record in zip(("Moments", "Affine", "Deformable"), result.stages, strict=True):
+        facts.add_row(f"{name} stage", f"{record.seconds:.1f} s")
+    facts.add_row("Files and report", f"{now - written:.1f} s")
+    return _score_table(scores), facts
+
+
 def _stages(quick: bool) -> tuple[Moments, Affine, Greedy]:
     if quick:
         return Moments(), Affine((4,), (60,)), Greedy((4, 2), (30, 10))
@@ -186,19 +188,14 @@ def _score(fixed: Volume, moving: Volume, parts: Sequence[Part] = ()) -> _Scores
     )
 
 
-def _write(
-    result: Registration, scores: dict[str, _Scores], output_dir: Path, device: str
-) -> tuple[Path, Path, Path]:
-    moved = output_dir / "moved.nii.gz"
-    displacement = output_dir / "displacement.nii.gz"
-    report = output_dir / "report.png"
-    write_volume(result.moved, moved)
+def _write(result: Registration, scores: dict[str, _Scores], folder: Path, device: str) -> None:
+    write_volume(result.moved, folder / "moved.nii.gz")
     field = result.transform.displacement_field(with_affine=True)
-    write_displacement(field, result.fixed, displacement)
+    write_displacement(field, result.fixed, folder / "displacement.nii.gz")
     seconds = sum(record.seconds for record in result.stages)
     write_report(
         result,
-        report,
+        folder / "report.png",
         title="Colin27 registered to ICBM152",
         subtitle=(
             f"LNCC {scores['before'].lncc:.3f} before · {scores['affine'].lncc:.3f} affine · "
@@ -207,7 +204,6 @@ def _write(
         ),
         names=("ICBM152 2009a", "Colin27"),
     )
-    return moved, displacement, report
 
 
 def _score_table(scores: dict[str, _Scores]) -> Table:
@@ -223,9 +219,7 @@ def _score_table(scores: dict[str, _Scores]) -> Table:
 
 def _fold_table(result: Registration) -> Table:
     folds = result.folds
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
+    table = fact_table()
     table.add_row("Voxels with Jacobian determinant ≤ 0", _percent(folds.share))
     table.add_row("Smallest determinant", f"{folds.minimum:.3f}")
     return table

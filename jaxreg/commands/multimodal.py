@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import jax
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from jaxreg.commands import device as devices
-from jaxreg.commands.compilation import compile_seconds
+from jaxreg.commands.timing import fact_table
 from jaxreg.data import load_multimodal_paths
 from jaxreg.registration import (
     Rigid,
@@ -27,7 +24,6 @@ from jaxreg.registration import (
     target_registration_error,
     write_volume,
 )
-from jaxreg.registration.files import atomic_path
 from jaxreg.registration.grid import Matrix
 from jaxreg.registration.report_pictures import BACKGROUND, draw_contours
 
@@ -128,44 +124,38 @@ def load() -> Scene:
     return Scene(fixed, moving, reference, surface, landmarks)
 
 
-def compare_metrics(output_dir: Path, target: jax.Device, quick: bool) -> None:
-    """Register the shipped CT to the shipped MR by several metrics, and print where each ends.
+def compare_metrics(folder: Path, console: Console, quick: bool) -> tuple[Table, Table]:
+    """Register the shipped CT to the shipped MR by several metrics.
 
     Writes moved.nii.gz, the CT where mutual information brings it from the last start, in
     Hounsfield units (its brightest hundredth cut off), and multimodal.png.
 
     Parameters
     ----------
-    output_dir
-        A folder that can be written to.
-    target
-        Where to run.
+    folder
+        Where to write.
+    console
+        Where to show what is going on.
     quick
         Whether to stop at 8 mm voxels.
+
+    Returns
+    -------
+    tuple of Table
+        How far from the reference each start and each metric is, and how long it took.
     """
-    began, compiled = time.perf_counter(), compile_seconds()
-    console = Console()
-    with jax.default_device(target):
-        scene = load()
-        outcomes: dict[_Metric, list[_Outcome]] = {}
-        for metric in _NAMES:
-            with console.status(f"Registering: {_NAMES[metric].lower()}"):
-                outcomes[metric] = [_register(scene, s, metric, quick) for s in scene.starts()]
-        with console.status("Writing the image and the picture"):
-            paths = _write(scene, outcomes, output_dir)
-    console.print(_error_table(scene, outcomes))
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
+    scene = load()
+    outcomes: dict[_Metric, list[_Outcome]] = {}
+    for metric in _NAMES:
+        with console.status(f"Registering: {_NAMES[metric].lower()}"):
+            outcomes[metric] = [_register(scene, s, metric, quick) for s in scene.starts()]
+    with console.status("Writing the image and the picture"):
+        _write(scene, outcomes, folder)
+    facts = fact_table()
     for metric, each in outcomes.items():
         seconds = sum(outcome.seconds for outcome in each)
-        table.add_row(f"{len(each)} registrations by {_NAMES[metric].lower()}", f"{seconds:.1f} s")
-    table.add_row("Total", f"{time.perf_counter() - began:.1f} s", style="bold")
-    table.add_row("of which XLA compilation", f"{compile_seconds() - compiled:.1f} s", style="dim")
-    table.add_row("Device", devices.describe(target))
-    console.print(table)
-    for path in paths:
-        console.print(path, highlight=False, soft_wrap=True, markup=False)
+        facts.add_row(f"{len(each)} registrations by {_NAMES[metric].lower()}", f"{seconds:.1f} s")
+    return _error_table(scene, outcomes), facts
 
 
 def _bright(volume: Volume) -> float:
@@ -183,9 +173,7 @@ def _register(scene: Scene, start: Matrix, metric: _Metric, quick: bool) -> _Out
     return _Outcome(matrix, scene.error(matrix), result.stages[0].seconds)
 
 
-def _write(
-    scene: Scene, outcomes: dict[_Metric, list[_Outcome]], output_dir: Path
-) -> tuple[Path, Path]:
+def _write(scene: Scene, outcomes: dict[_Metric, list[_Outcome]], folder: Path) -> None:
     def placed(matrix: Matrix) -> Volume:
         return resample(scene.moving, scene.fixed, [matrix])
 
@@ -205,12 +193,10 @@ def _write(
             f"orange: contours of the CT at {_HOUNSFIELD} HU; blue: the same in the reference"
         ),
     )
-    moved, picture = output_dir / "moved.nii.gz", output_dir / "multimodal.png"
     found = placed(outcomes["mi"][-1].matrix)
-    write_volume(found.with_array(found.array * (_HOUNSFIELD / scene.surface)), moved)
-    with atomic_path(picture) as beside:
-        figure.savefig(beside, dpi=110, facecolor=BACKGROUND)
-    return moved, picture
+    hounsfield = found.array * (_HOUNSFIELD / scene.surface)
+    write_volume(found.with_array(hounsfield), folder / "moved.nii.gz")
+    figure.savefig(folder / "multimodal.png", dpi=110, facecolor=BACKGROUND)
 
 
 def _error_table(scene: Scene, outcomes: dict[_Metric, list[_Outcome]]) -> Table:

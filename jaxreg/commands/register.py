@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import enum
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -18,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxreg.commands import device as devices
-from jaxreg.commands.compilation import compile_seconds, keep_compiled
+from jaxreg.commands.compilation import keep_compiled
 from jaxreg.commands.device import Device
 from jaxreg.commands.inputs import naming, read_chain, refuse_overwriting
 from jaxreg.commands.progress import register_watched
+from jaxreg.commands.timing import Stopwatch, fact_table
 from jaxreg.info import describe
 from jaxreg.registration import (
     Registration,
@@ -49,6 +49,9 @@ _FIXED_MOVED = "fixed_moved.nii.gz"
 _RECORD = "registration.json"
 _REPORT = "report.html"
 _FILES = (_AFFINE, _WARP, _INVERSE_WARP, _MOVED, _FIXED_MOVED, _RECORD, _REPORT)
+
+_LARGEST = 1e15
+"""Of an intensity: float32 can still add up the squares of as many as a volume has."""
 
 
 class Preset(enum.StrEnum):
@@ -136,7 +139,7 @@ def register(
     `jaxreg apply`, ITK, ANTs and 3D Slicer read; registration.json, with settings, versions and
     losses.
     """
-    start, compiled = time.perf_counter(), compile_seconds()
+    stopwatch = Stopwatch()
     given = [("--initial", text) for text in initial or []]
     files = (
         ("FIXED", fixed),
@@ -147,6 +150,8 @@ def register(
     read = [(name, path) for name, path in files if path is not None]
     refuse_overwriting([output / name for name in _FILES], [*read, *given])
     volumes = dict(_read(read))
+    for name in ("FIXED", "MOVING"):
+        _check_intensities(name, volumes[name])
     target = devices.find(device)
     if cache is not None:
         with naming("--cache"):
@@ -179,8 +184,7 @@ def register(
             tables = {"Inputs": told, "Versions": facts}
             write_report(result, folder / _REPORT, title=title, tables=tables)
         written = sorted(path.name for path in folder.iterdir())
-    seconds = time.perf_counter() - start
-    console.print(_summary(result, seconds, compile_seconds() - compiled, devices.describe(target)))
+    console.print(_summary(result, stopwatch, target))
     for name in written:
         console.print(output / name, highlight=False, soft_wrap=True, markup=False)
 
@@ -189,6 +193,17 @@ def _read(paths: list[tuple[str, Path]]) -> Iterator[tuple[str, Volume]]:
     for argument, path in paths:
         with naming(argument):
             yield argument, read_volume(path)
+
+
+def _check_intensities(argument: str, volume: Volume) -> None:
+    """Refuse images for which no metric has a gradient: nothing would move, and nobody be told."""
+    low, high = float(np.min(volume.array)), float(np.max(volume.array))
+    if low == high:
+        raise ValueError(f"{argument}: expected different intensities, got {low:g} everywhere")
+    if max(-low, high) > _LARGEST:
+        raise ValueError(
+            f"{argument}: expected intensities within ±{_LARGEST:g}, got {low:g} to {high:g}"
+        )
 
 
 def _stages(
@@ -257,15 +272,11 @@ def _record(result: Registration, inputs: dict[str, Any], facts: dict[str, str])
     }
 
 
-def _summary(result: Registration, seconds: float, compiling: float, device: str) -> Table:
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
+def _summary(result: Registration, stopwatch: Stopwatch, target: jax.Device) -> Table:
+    table = fact_table()
     for stage in result.stages:
         table.add_row(stage.name.capitalize(), f"{stage.seconds:.1f} s")
-    table.add_row("Total", f"{seconds:.1f} s", style="bold")
-    table.add_row("of which XLA compilation", f"{compiling:.1f} s", style="dim")
-    table.add_row("Device", device)
+    stopwatch.add_rows(table, target)
     table.add_section()
     folds = result.folds
     table.add_row("Voxels with Jacobian determinant ≤ 0", f"{100 * folds.share:.4g} %")

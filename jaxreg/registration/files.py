@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 __all__ = ["atomic_folder", "atomic_path"]
 
@@ -29,13 +32,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     with _folder_in(path.parent, path) as beside:
         yield beside / path.name
-        # Data first: what names them is there only when they are.
-        for file in sorted(beside.iterdir(), key=lambda file: file.name == path.name):
-            os.replace(file, path.with_name(file.name))
+        with _uninterrupted():
+            # Data first: what names them is there only when they are.
+            for file in sorted(beside.iterdir(), key=lambda file: file.name == path.name):
+                os.replace(file, path.with_name(file.name))
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str], owned: Iterable[str] = ()) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str], owned: Collection[str] = ()) -> Iterator[Path]:
     """Give an empty folder to write to; on success its files move to the folder ``path``.
 
     That is made if it is missing. Files of other names stay in it, except those that are
@@ -45,29 +49,73 @@ def atomic_folder(path: str | os.PathLike[str], owned: Iterable[str] = ()) -> It
     Raises
     ------
     OSError
-        At once, if ``path`` cannot be written to.
+        At once, if ``path`` cannot be written to, or has a folder where an owned file belongs.
     """
     path = Path(path)
+    _refuse_folders(path / name for name in owned)
     # The same file system as the goal, so that moving a file is renaming it.
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     with _folder_in(existing, path) as beside:
         yield beside
-        path.mkdir(parents=True, exist_ok=True)
-        written = {file.name for file in beside.iterdir()}
-        for file in sorted(beside.iterdir()):
-            os.replace(file, path / file.name)
-        for name in set(owned) - written:
-            (path / name).unlink(missing_ok=True)
+        with _uninterrupted():
+            path.mkdir(parents=True, exist_ok=True)
+            written = {file.name for file in beside.iterdir()}
+            _refuse_folders(path / name for name in written)
+            for file in sorted(beside.iterdir()):
+                os.replace(file, path / file.name)
+            for name in set(owned) - written:
+                (path / name).unlink(missing_ok=True)
+
+
+def _refuse_folders(goals: Iterable[Path]) -> None:
+    for goal in goals:
+        if goal.is_dir():
+            raise OSError(f"{goal}: expected a file or nothing, got a folder")
 
 
 @contextmanager
 def _folder_in(parent: Path, goal: Path) -> Iterator[Path]:
     """Give a new folder that is removed afterwards; ``goal`` is what an error is about."""
+    beside: Path | None = None
     try:
-        beside = Path(tempfile.mkdtemp(prefix=".jaxreg-", dir=parent))
-    except OSError as error:
-        raise OSError(f"{goal}: cannot write there ({error.strerror})") from error
-    try:
+        with _uninterrupted():  # else a folder might be made that nobody knows of
+            try:
+                beside = Path(tempfile.mkdtemp(prefix=".jaxreg-", dir=parent))
+            except OSError as error:
+                raise OSError(f"{goal}: cannot write there ({error.strerror})") from error
         yield beside
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        if beside is not None:
+            with _uninterrupted():
+                shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold back the exceptions that Python makes of signals, Ctrl-C's above all, until the end."""
+    if threading.current_thread() is not threading.main_thread():  # Python interrupts that one only
+        yield
+        return
+    handlers = {
+        number: handler
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if callable(handler := signal.getsignal(number))
+    }
+    held: list[int] = []
+    over = False
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if over:  # while the handlers are put back
+            handlers[signal.Signals(number)](number, frame)
+        held.append(number)
+
+    try:
+        for number in handlers:
+            signal.signal(number, hold)
+        yield
+    finally:
+        over = True
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 import os
 import re
-import struct
-import zlib
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxreg.registration.files import atomic_path
 from jaxreg.registration.grid import Grid
+from jaxreg.registration.integrity import (
+    IMAGE_FORMATS,
+    Voxels,
+    check_hdf5,
+    check_voxels,
+    find_voxels,
+)
 
 __all__ = [
-    "check_voxels",
     "image_grid",
     "image_values",
     "itk_reason",
+    "read_grid",
     "read_image",
     "write_image",
 ]
@@ -45,135 +49,79 @@ def read_image(path: str | os.PathLike[str]) -> Any:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If SimpleITK cannot read it, or it is not 2-D or 3-D.
+        If it is of a format that is not read, is not 2-D or 3-D, is cut short or damaged, or has
+        voxels that are not finite where SimpleITK would hide it.
     """
-    import SimpleITK as sitk  # noqa: N813
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    reader, voxels = _open(path)
     try:
-        image = sitk.ReadImage(os.fspath(path))
+        if voxels is not None:
+            check_voxels(path, voxels, _voxel_bytes(reader))
+        return reader.Execute()
     except RuntimeError as error:
         raise ValueError(f"{path}: not an image: {itk_reason(error)}") from error
-    if image.GetDimension() not in (2, 3):
-        raise ValueError(f"{path}: expected a 2-D or 3-D image, got {image.GetDimension()}-D")
-    return image
 
 
-def check_voxels(path: str | os.PathLike[str]) -> None:
-    """See that the voxels of a file are all there and finite, where ITK's reader does not.
-
-    Of NIfTI files it takes voxels that are NaN or infinite for 0, and so it does with those that
-    are missing; nor does it verify the checksum of what is compressed by gzip. So such files are
-    looked at once more. MetaImage and NRRD ITK judges by itself; GIPL and VTK nobody does.
+def read_grid(path: str | os.PathLike[str]) -> Grid:
+    """Read where the voxels of a 2-D or 3-D image lie, and nothing else of it.
 
     Parameters
     ----------
     path
-        A file that `read_image` reads.
+        The file.
+
+    Returns
+    -------
+    Grid
+        That of the image.
 
     Raises
     ------
+    FileNotFoundError
+        If there is no such file.
     ValueError
-        If the file is cut short or damaged, or a voxel is not finite.
+        If it is of a format that is not read, or is not 2-D or 3-D.
     """
-    data, voxels = Path(path), None
+    reader, _ = _open(path)
+    return image_grid(reader)
+
+
+def _open(path: str | os.PathLike[str]) -> tuple[Any, Voxels | None]:
+    """Return a reader that knows the header of an image, and where its voxels are."""
+    import SimpleITK as sitk  # noqa: N813
+
+    if not Path(path).is_file():
+        found = "no such file" if not Path(path).exists() else "expected a file, got a folder"
+        raise FileNotFoundError(f"{path}: {found}")
+    check_hdf5(path)
+    reader = sitk.ImageFileReader()
+    kind = reader.GetImageIOFromFileName(os.fspath(path))
+    if kind not in IMAGE_FORMATS:
+        known = ", ".join(name for name, _ in IMAGE_FORMATS.values())
+        found = f", got {kind.removesuffix('ImageIO')}" if kind else ""
+        raise ValueError(f"{path}: not an image that can be read: expected one of {known}{found}")
+    voxels = find_voxels(path, kind)
     try:
-        pair = _nifti_pair(data)
-        if pair is not None:
-            header, data = pair
-            voxels = _nifti_voxels(header, single=header == data)
-        if voxels is None:
-            voxels = _Voxels(0, 0, None)
-        compressed = _is_compressed(data)
-        if not compressed and data.stat().st_size < voxels.end:
-            raise EOFError(f"{voxels.end} bytes expected, {data.stat().st_size} there")
-        if compressed or voxels.dtype is not None:
-            _read_through(data, path, voxels)
-    except (EOFError, gzip.BadGzipFile, zlib.error, struct.error) as error:
-        raise ValueError(f"{path}: cut short or damaged: {error}") from error
+        reader.SetFileName(os.fspath(path))
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not an image: {itk_reason(error)}") from error
+    if reader.GetDimension() not in (2, 3):
+        raise ValueError(f"{path}: expected a 2-D or 3-D image, got {reader.GetDimension()}-D")
+    if reader.GetPixelID() in (sitk.sitkComplexFloat32, sitk.sitkComplexFloat64):
+        raise ValueError(f"{path}: expected real numbers, got complex ones")
+    return reader, voxels
 
 
-class _Voxels(NamedTuple):
-    """Where the voxels of a file are, uncompressed."""
+def _voxel_bytes(reader: Any) -> int:
+    import SimpleITK as sitk  # noqa: N813
 
-    start: int
-    end: int
-    dtype: np.dtype[Any] | None
-    """What they are if they might not be finite."""
-
-
-def _nifti_pair(path: Path) -> tuple[Path, Path] | None:
-    """Return the files of the header and of the voxels, or None if it is another format."""
-    ending = re.search(r"\.(nii|hdr|img)(\.gz)?$", path.name, re.IGNORECASE)
-    if ending is None:
-        return None
-    if ending[1].lower() == "nii":
-        return path, path
-    header, data = (
-        path.with_name(f"{path.name[: ending.start()]}.{kind}{ending[2] or ''}")
-        for kind in ("hdr", "img")
-    )
-    # Endings of another case are ITK's to judge.
-    return (header, data) if header.is_file() and data.is_file() else None
-
-
-def _nifti_voxels(header: Path, *, single: bool) -> _Voxels | None:
-    """Find the voxels by a header; None if it is not one of NIfTI.
-
-    Notes
-    -----
-    The places of the fields are those of ``nifti1.h`` and ``nifti2.h``.
-    """
-    with _uncompressed(header) as file:
-        start = file.read(540)
-    # Of the two versions: how long the header is, and where it has the dimensions, the voxels'
-    # type with their size in bits behind it, and the voxels' offset.
-    layouts = {348: ("8h", 40, 70, "f", 108), 540: ("8q", 16, 12, "q", 168)}
-    sizes = {order: struct.unpack_from(f"{order}i", start)[0] for order in "<>"}
-    order = next((order for order, size in sizes.items() if size in layouts), None)
-    if order is None:
-        return None
-    size = sizes[order]
-    dims_code, dims_at, kind_at, offset_code, offset_at = layouts[size]
-    ndim, *dims = struct.unpack_from(f"{order}{dims_code}", start, dims_at)
-    kind, bits = struct.unpack_from(f"{order}2h", start, kind_at)
-    (offset,) = struct.unpack_from(f"{order}{offset_code}", start, offset_at)
-    # Some writers leave the offset 0; behind the header of the same file it cannot be less.
-    first = max(int(offset), size if single else 0)
-    # A dimension of 0 stands for one of 1, as in ITK.
-    count = math.prod(max(dim, 1) for dim in dims[:ndim])
-    dtypes = {16: np.dtype(f"{order}f4"), 64: np.dtype(f"{order}f8")}
-    return _Voxels(first, first + count * bits // 8, dtypes.get(kind))
-
-
-def _read_through(data: Path, path: str | os.PathLike[str], voxels: _Voxels) -> None:
-    """Read a file to its end, which verifies its checksum if it is compressed."""
-    with _uncompressed(data) as file:
-        length = len(file.read(voxels.start))
-        while block := file.read(1 << 22):
-            inside = block[: max(voxels.end - length, 0)]
-            length += len(block)
-            if voxels.dtype is not None:
-                count = len(inside) // voxels.dtype.itemsize
-                if not np.isfinite(np.frombuffer(inside, voxels.dtype, count)).all():
-                    raise ValueError(f"{path}: expected finite values, got NaN or infinity")
-    if length < voxels.end:
-        raise EOFError(f"{voxels.end} bytes expected, {length} there")
-
-
-def _is_compressed(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"\x1f\x8b"
-
-
-def _uncompressed(path: Path) -> BinaryIO:
-    """Open a file to read, compressed or not whatever its name says, as ITK does."""
-    return cast(BinaryIO, gzip.open(path, "rb")) if _is_compressed(path) else path.open("rb")
+    size: int = sitk.Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
+    count: int = math.prod([reader.GetNumberOfComponents(), *reader.GetSize()])
+    return size * count
 
 
 def image_grid(image: Any) -> Grid:
-    """Return where the voxels of a SimpleITK image lie."""
+    """Return where the voxels of a SimpleITK image lie, or of what is to be read."""
     ndim = image.GetDimension()
     return Grid(
         tuple(image.GetSize()[::-1]),
@@ -230,5 +178,7 @@ def write_image(
 
 def itk_reason(error: RuntimeError) -> str:
     """Return what went wrong in an exception of SimpleITK, without where in its sources."""
-    last = str(error).strip().splitlines()[-1]
-    return re.sub(r"^(sitk::|ITK )ERROR: (\w+\(0x[0-9a-f]+\): )?", "", last)
+    lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[-1].startswith("Reason: "):  # the last error of the system, any one
+        lines.pop()
+    return re.sub(r"^(sitk::|ITK )ERROR: (\w+\(0x[0-9a-f]+\): )?", "", lines[-1])

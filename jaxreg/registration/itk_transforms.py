@@ -7,7 +7,6 @@ millimetres, LPS, which NIfTI marks with the intent code 1007.
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from numpy.typing import ArrayLike
 
 from jaxreg.registration.files import atomic_path
 from jaxreg.registration.grid import Grid, Matrix
+from jaxreg.registration.integrity import check_transform
 from jaxreg.registration.itk_images import (
-    check_voxels,
     image_grid,
     image_values,
     itk_reason,
@@ -59,18 +58,16 @@ def read_transform(path: str | os.PathLike[str]) -> tuple[Part, ...]:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is not a transform, is one of another kind (a B-spline, say), cannot be inverted or
-        holds values that are not finite.
+        If it is not a transform, is one of another kind (a B-spline, say), is cut short or damaged,
+        cannot be inverted or holds values that are not finite.
     """
     import SimpleITK as sitk  # noqa: N813
 
     if Path(path).suffix.lower() not in TRANSFORM_SUFFIXES:
-        field = _field(read_image(path), path)
-        check_voxels(path)
-        return (field,)
+        return (_field(read_image(path), path),)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    _refuse_cut_text(path)
+    check_transform(path)
     try:
         transform = sitk.ReadTransform(os.fspath(path))
     except RuntimeError as error:
@@ -159,22 +156,6 @@ def write_displacement(
     if Path(path).suffix.lower() in TRANSFORM_SUFFIXES:
         raise ValueError(f"{path}: expected the ending of an image, such as .nii.gz")
     write_image(np.asarray(field, dtype=np.float32), grid, path, vectors=True)
-
-
-def _refuse_cut_text(path: str | os.PathLike[str]) -> None:
-    """See that no transform of a text file lacks parameters: ITK would take the identity."""
-    text = Path(path).read_bytes()
-    if not text.startswith(b"#Insight Transform File"):
-        return
-    transforms, *parameters = (
-        len(re.findall(start, text, re.MULTILINE))
-        for start in (rb"^Transform:(?! *Composite)", rb"^Parameters:", rb"^FixedParameters:")
-    )
-    if min(parameters) < transforms:
-        raise ValueError(
-            f"{path}: cut short or damaged: expected the parameters of {transforms} transforms, "
-            f"got those of {min(parameters)}"
-        )
 
 
 def _field(image: Any, path: str | os.PathLike[str]) -> DisplacementField:

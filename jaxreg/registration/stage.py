@@ -85,7 +85,8 @@ class Iterative(abc.ABC):
         and undoes none; nor is a level with fewer iterations than the window tested.
     block
         Iterations between two tests of convergence, and two calls of the callback. Where the
-        iterations of a level are no multiple of it, the nearest divisor that they have.
+        iterations of a level are no multiple of it, the nearest divisor that they have; where
+        convergence is tested, the nearest of at least ``window``.
 
     Raises
     ------
@@ -156,6 +157,14 @@ class Iterative(abc.ABC):
     def finish(self, shape: tuple[int, ...], alignment: Alignment, found: Any) -> Alignment:
         """Return the alignment after the stage, its fields on the fixed grid of a shape."""
 
+    def _tests(self, iterations: int) -> bool:
+        """Whether convergence is tested on a level."""
+        return self.tolerance > 0 and iterations >= self.window
+
+    def _block_length(self, iterations: int) -> int:
+        # A shorter block could not be tested by itself, and what it has spoilt would stay.
+        return block_length(iterations, self.block, self.window if self._tests(iterations) else 1)
+
     def run(
         self, problem: Problem, alignment: Alignment, callback: Callback | None = None
     ) -> tuple[Alignment, tuple[Trace, ...]]:
@@ -172,7 +181,7 @@ class Iterative(abc.ABC):
             elif callback is None:
                 memory, trace = _jitted(_run_level, level)(self, level, memory, trace)
             else:
-                for first in range(0, iterations, length := block_length(iterations, self.block)):
+                for first in range(0, iterations, length := self._block_length(iterations)):
                     memory, trace = _jitted(_run_block, level)(self, level, memory, trace)
                     losses = trace.losses[first : first + length]
                     callback(Progress(self.name, scale, done + first + length, total, losses))
@@ -184,12 +193,12 @@ class Iterative(abc.ABC):
         return self.finish(problem.shape, alignment, found), tuple(traces)
 
 
-def block_length(iterations: int, block: int) -> int:
+def block_length(iterations: int, block: int, least: int = 1) -> int:
     """Return the divisor of a number of iterations that is nearest to a block, by their ratio.
 
     With equal blocks one compiled program serves them all.
     """
-    divisors = (n for n in range(1, iterations + 1) if iterations % n == 0)
+    divisors = (n for n in range(least, iterations + 1) if iterations % n == 0)
     return max(divisors, key=lambda n: (min(n, block) / max(n, block), n), default=1)
 
 
@@ -217,7 +226,7 @@ def _advance(stage: Iterative, level: Level, memory: Memory, trace: Trace) -> _S
     """Run one block of iterations."""
     start = memory.found
     iterations = trace.losses.size
-    length = block_length(iterations, stage.block)
+    length = stage._block_length(iterations)
 
     def iterate(memory: Memory, index: jax.Array) -> tuple[Memory, jax.Array]:
         progress = index.astype(jnp.float32) / max(iterations - 1, 1)
@@ -228,11 +237,11 @@ def _advance(stage: Iterative, level: Level, memory: Memory, trace: Trace) -> _S
     losses = jax.lax.dynamic_update_slice(trace.losses, block.astype(jnp.float32), (trace.ran,))
     last = jnp.arange(iterations) >= ran
     losses = jnp.where(last, losses[ran - 1], losses)
-    if iterations < stage.window or stage.tolerance == 0:
+    if not stage._tests(iterations):
         return memory, Trace(losses, ran, trace.converged)
     converged = _converged(stage, losses, ran)
     # To keep the start of a block costs one field, the best of all iterations a copy in each of
-    # them. If the block before was tested, the losses had fallen until this one.
+    # them. The block before was tested, too: the losses had fallen until this one.
     # A small rise is no reason: what looks alike on this level goes on to a finer one.
     bearable = block[0] + 0.1 * jnp.maximum(losses[0] - block[0], 0)
     undone = converged & ~(block[-1] <= bearable)  # also if it is NaN
@@ -248,13 +257,13 @@ def _converged(stage: Iterative, losses: jax.Array, ran: jax.Array) -> jax.Array
     time = jnp.arange(window, dtype=jnp.float32) - (window - 1) / 2
     slope = (time * recent).sum() / (time**2).sum()
     falls = -slope * window >= stage.tolerance * jnp.abs(losses).max()
-    return ~falls & (ran >= window)
+    return ~falls
 
 
 def _run_level(stage: Iterative, level: Level, memory: Memory, trace: Trace) -> _State:
     """Run a level until it has converged or its iterations are used up."""
     iterations = trace.losses.size
-    blocks = iterations // block_length(iterations, stage.block)
+    blocks = iterations // stage._block_length(iterations)
 
     def advance(state: _State) -> _State:
         return _advance(stage, level, *state)
@@ -263,7 +272,8 @@ def _run_level(stage: Iterative, level: Level, memory: Memory, trace: Trace) -> 
         return (state[1].ran < iterations) & ~state[1].converged
 
     state: _State = (memory, trace)
-    if stage.tolerance == 0 or blocks < 2:  # no test, and the host need not wait for its outcome
+    if not stage._tests(iterations) or blocks < 2:
+        # The host need not wait for the outcome of a test.
         state = jax.lax.fori_loop(0, blocks, lambda _, state: advance(state), state)
     else:
         state = jax.lax.while_loop(unfinished, advance, state)

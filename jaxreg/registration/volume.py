@@ -24,7 +24,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from jaxreg.registration.grid import Grid, Matrix
 from jaxreg.registration.itk_images import (
-    check_voxels,
     image_grid,
     image_values,
     read_image,
@@ -301,12 +300,12 @@ def rigid_motion(
 
 
 def read_volume(path: str | os.PathLike[str]) -> Volume:
-    """Read a 2-D or 3-D image (NIfTI, MHA, NRRD, ...) through SimpleITK.
+    """Read a 2-D or 3-D image through SimpleITK.
 
     Parameters
     ----------
     path
-        The file.
+        The file: NIfTI, MetaImage, NRRD, GIPL, MINC 2, HDF5, DICOM or PNG.
 
     Returns
     -------
@@ -318,10 +317,10 @@ def read_volume(path: str | os.PathLike[str]) -> Volume:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is not an image of real numbers, or holds values that are not finite.
+        If it is not an image of real numbers in such a format, is cut short or damaged, or holds
+        values that are not finite.
     """
     image = read_image(path)
-    check_voxels(path)
     array = image_values(image)
     if image.GetNumberOfComponentsPerPixel() > 1:
         array = np.moveaxis(array, -1, 0)
