@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -76,3 +76,9 @@ def smooth_field(shape: tuple[int, ...], amplitude: float, seed: int) -> jax.Arr
     coarse = rng.uniform(-amplitude, amplitude, (1, *(5 for _ in shape), len(shape)))
     field = resize_field(jnp.asarray(coarse, jnp.float32), shape)
     return convert_displacement(field, "voxel", "normalised")
+
+
+def grainy(images: Any, seed: int) -> Any:
+    """Images that are flat nowhere: there LNCC and Adam make much of roundings."""
+    noise = np.random.default_rng(seed).normal(0, 0.1, images.shape)
+    return images + noise.astype(np.float32)

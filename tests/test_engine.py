@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.typing import ArrayLike
-from scenes import header, physical_grid, scene, similarity
+from scenes import grainy, header, physical_grid, scene, similarity
 
 from jaxreg import compose, convert_displacement, lncc_loss
 from jaxreg.commands.demo import load
@@ -39,12 +39,6 @@ from jaxreg.registration.transform import Transform
 
 # One set of shapes and settings for most tests, so that little is compiled.
 STAGES = (Moments(), Affine((1,), (20,)), SyN((1,), (20,)))
-
-
-def grainy(images: Any, seed: int) -> Any:
-    """Images that are flat nowhere: there LNCC and Adam make much of roundings."""
-    noise = np.random.default_rng(seed).normal(0, 0.1, images.shape)
-    return images + noise.astype(np.float32)
 
 
 def pair(shift: float = 5.0, dim: int = 2) -> tuple[Volume, Volume]:
@@ -168,6 +162,17 @@ def test_double_precision_elsewhere_does_not_matter() -> None:
         arrays = register_images(*images, STAGES[1:2], initial=Alignment(jnp.eye(3)))
         assert arrays.alignment.matrix.dtype == jnp.float32
     np.testing.assert_allclose(again.moved.array, once.moved.array, atol=1e-4)
+
+
+@pytest.mark.parametrize("power", [-60, -20, 40])
+@pytest.mark.parametrize("metric", ["lncc", "mi", "mse", "ncc"])
+def test_the_unit_of_the_intensities_does_not_matter(metric: Any, power: int) -> None:
+    volumes = pair()
+    scaled = [v.with_array(np.ldexp(v.array, power).astype(np.float32)) for v in volumes]
+    stages = (Moments(metric=metric), SyN((2,), (15,), metric=metric))
+    once, again = (register(*both, stages) for both in (volumes, scaled))
+    assert np.abs(once.transform.displacement).max() > 0.01
+    np.testing.assert_array_equal(again.transform.displacement, once.transform.displacement)
 
 
 def test_volumes_that_never_overlap_are_an_error() -> None:
