@@ -230,7 +230,7 @@ def test_pairs_are_registered_together_by_vmap(deformable: type) -> None:
     for item in range(3):
         alone = register_images(images[0][item], images[1][item], stages)
         for ours, theirs in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
-            np.testing.assert_allclose(ours, theirs[item], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(ours, theirs[item], rtol=2e-3, atol=2e-4)
 
 
 def test_a_batch_stops_pair_by_pair() -> None:
