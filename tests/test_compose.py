@@ -49,6 +49,20 @@ def test_compositions_have_the_reference_values_and_gradients(
     check_values_and_gradients(backend, (u, v, affine), {"add": add}, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(6, 77), (3, 4, 77)])
+@pytest.mark.parametrize("add", [True, False])
+def test_long_rows_have_the_reference_values_and_gradients(
+    backend: Backend, add: bool, shape: tuple[int, ...], dtype: object
+) -> None:
+    """Which the CPU computes by vector code, but for what lies outside."""
+    dim = len(shape)
+    u = random_array(0, 1, *shape, dim, dtype=dtype)
+    v = off_grid_displacement(1, 1, shape, dtype=dtype)
+    for affine in (None, random_affine(2, 1, dim, dtype)):
+        check_values_and_gradients(backend, (u, v, affine), {"add": add}, dtype)
+
+
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("padding_mode", ["zeros", "border", "reflection"])
 def test_every_padding_has_the_reference_values_and_gradients(

@@ -87,6 +87,57 @@ def test_every_transform_samples_onto_an_output_of_another_shape(
     check_values_and_gradients(backend, (image, affine, grid), options, dtype)
 
 
+# Long enough for the CPU to compute rows by vector code, but for what lies outside.
+LONG = {2: (6, 77), 3: (3, 4, 77)}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("dim", "dtype"), [(2, np.float64), (3, np.float32), (3, np.float64)])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_long_rows_have_the_reference_values_and_gradients(
+    backend: Backend, transform: str, dim: int, dtype: object, channels: int
+) -> None:
+    options = dict(TRANSFORMS[transform])
+    shape = LONG[dim]
+    image = random_array(0, 1, channels, *shape, dtype=dtype)
+    affine = random_affine(1, 1, dim, dtype) if options.pop("affine") else None
+    grid = off_grid_displacement(2, 1, shape, dtype=dtype) if options.pop("grid") else None
+    check_values_and_gradients(backend, (image, affine, grid), options, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("padding_mode", PADDINGS)
+def test_a_sample_does_not_depend_on_its_neighbours_in_the_row(
+    backend: Backend, padding_mode: str, align_corners: bool, dim: int, dtype: object
+) -> None:
+    """At voxel centres and at the ends, outside, and nowhere; some of the image is not finite."""
+    rng = np.random.default_rng(0)
+    image = random_array(1, 1, 1, *(9,) * dim, dtype=dtype)
+    image[..., 4, 4], image[..., 5, 2] = np.nan, np.inf
+    positions = [-3, -1, -0.5, -0.0, 0, 0.25, 1, 3.5, 5.125, 7.75, 8, 8.5, 9, 13, np.nan, np.inf]
+    inside = rng.uniform(0, 8, (*LONG[dim], dim))
+    position = np.where(rng.random(inside.shape) < 0.4, rng.choice(positions, inside.shape), inside)
+    grid = coordinates_of(position, (9,) * dim, align_corners)[None].astype(dtype)
+    options = {
+        "is_displacement": False,
+        "padding_mode": padding_mode,
+        "align_corners": align_corners,
+    }
+
+    def values_and_gradient(grid: np.ndarray) -> list[np.ndarray]:
+        value = backend.call("interpolate", image, None, grid, **options)
+        cotangent = np.ones_like(value)
+        (gradient,) = backend.vjp("interpolate", (image, None, grid), cotangent, (2,), **options)
+        return [value[:, 0], gradient]
+
+    parts = [values_and_gradient(grid[..., a : a + 11, :]) for a in range(0, 77, 11)]
+    whole = values_and_gradient(grid)
+    np.testing.assert_array_equal(whole[0], np.concatenate([p[0] for p in parts], axis=-1))
+    np.testing.assert_array_equal(whole[1], np.concatenate([p[1] for p in parts], axis=-2))
+
+
 @pytest.mark.parametrize("batches", list(itertools.product([1, 2], repeat=3)))
 def test_an_operand_of_batch_one_serves_every_item_and_collects_their_gradients(
     backend: Backend, batches: tuple[int, int, int]

@@ -337,24 +337,19 @@ def test_a_stage_minimises_the_metric_that_it_is_given(stage: type) -> None:
     points = physical_grid(fixed)
     fixed, moving = (fixed.with_array(grainy(scene(points + 5 * k), k)) for k in range(2))
     images = moving.batched(), fixed.batched()
-    # The unit of the intensities does not matter: LNCC's constants are for a spread of about 1.
-    spreads = [float(image.std()) for image in images]
-    unit = [
-        2.0 ** -math.floor(math.log2(spread)) * i for spread, i in zip(spreads, images, strict=True)
-    ]
 
     def absolute(pred: jax.Array, target: jax.Array) -> jax.Array:
         return jnp.abs(pred - target).mean()
 
     one = functools.partial(stage, (1,), (1,))
     cases = [
-        (one(metric="lncc", kernel_size=5), lncc_loss(*unit, kernel_size=5)),
+        (one(metric="lncc", kernel_size=5), lncc_loss(*images, kernel_size=5)),
         (one(metric=absolute), absolute(*images)),
     ]
     if stage in (Affine, SyN):  # the others take the same way
         cases += [
             (one(metric="ncc"), ncc_loss(*images)),
-            (one(metric="mse"), mse_loss(*images) / max(spreads) ** 2),
+            (one(metric="mse"), mse_loss(*images)),
             (one(metric="mi", num_bins=20), mutual_information_loss(*images, num_bins=20)),
         ]
     for settings, loss in cases:
@@ -472,7 +467,7 @@ def test_every_channel_counts(stage: type) -> None:
 def test_a_level_stops_when_nothing_gets_better(stage: type) -> None:
     fixed = header((20, 24), (5, 5))
     fixed = fixed.with_array(scene(physical_grid(fixed)))
-    schedule = ((2, 1), (60, 60)) if stage is Affine else ((1,), (45,))
+    schedule = ((2, 1), (60, 45)) if stage is Affine else ((1,), (45,))
     result = register(fixed, fixed, [stage(*schedule, metric="mse", block=5, tolerance=0.1)])
     for level, iterations in zip(result.stages[0].levels, schedule[1], strict=True):
         assert level.converged

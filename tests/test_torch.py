@@ -292,6 +292,23 @@ def test_gradients_may_be_written_to(name: str) -> None:
     assert_equal(torch.autograd.grad(value, operands), expected)
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_several_cotangents_at_once_are_right_or_refused(name: str) -> None:
+    case = example(name)
+    operands = leaves(case)
+    value = bound(case)(*operands)
+    cotangents = torch.stack([weights_of(value.detach()), torch.ones_like(value)])
+    one_by_one = [
+        torch.autograd.grad(value, operands, each, retain_graph=True) for each in cotangents
+    ]
+    try:
+        together = torch.autograd.grad(value, operands, cotangents, is_grads_batched=True)
+    except NotImplementedError as error:
+        assert "torch.func.vmap" in str(error)
+    else:
+        assert_equal(together, [torch.stack(both) for both in zip(*one_by_one, strict=True)])
+
+
 @pytest.mark.parametrize("cotangent_needs_gradient", [False, True])
 @pytest.mark.parametrize("name", FUSED)
 def test_differentiating_twice_is_refused(name: str, cotangent_needs_gradient: bool) -> None:

@@ -237,14 +237,18 @@ for _signature in _SIGNATURES.values():
     _register(_signature)
 
 
+_is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
+
+
 def _is_eager(operands: Sequence[Any]) -> bool:
     """Whether nobody listens in: no compiler, transform, dual number, mode or subclass."""
+    if torch.compiler.is_compiling():
+        return False
     for x in operands:
-        if x is not None and type(x) not in _PLAIN_TYPES:
+        if x is not None and (type(x) not in _PLAIN_TYPES or _is_legacy_batch(x)):
             return False
     return (
-        not torch.compiler.is_compiling()
-        and forward_ad._current_level < 0
+        forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
@@ -269,6 +273,13 @@ def _call(
     # The dispatcher costs more than the rest of a call; it is for those who listen in.
     if _is_eager(operands):
         return _run(signature, operands, attributes, wanted, grouped)
+    if not torch.compiler.is_compiling() and any(
+        x is not None and _is_legacy_batch(x) for x in operands
+    ):
+        raise NotImplementedError(
+            f"torchreg: {op}: several cotangents at once (is_grads_batched, vectorize) are not "
+            "supported: use torch.func.vmap"
+        )
     ordered = [attributes[name] for name in signature.attributes]
     results = getattr(torch.ops.torchreg, op)(*operands, *ordered, wanted, grouped)
     return _unpack(results, wanted, len(signature.outputs))

@@ -15,6 +15,7 @@
 #include "core/host_device.h"
 #include "core/thread_pool.h"
 #include "core/vec.h"
+#include "core/vector_code.h"
 #ifdef __CUDACC__
 #include "core/cuda_runtime.h"
 #endif
@@ -93,6 +94,13 @@ struct Cpu {
   explicit Cpu(const Context&) {}
 };
 
+// On the CPU an element may have `row(z, y, size)` besides, which takes a whole row of voxels and
+// is compiled to vector code.
+template <class Element, class = void>
+struct TakesRows : std::false_type {};
+template <class Element>
+struct TakesRows<Element, std::void_t<decltype(&Element::row)>> : std::true_type {};
+
 template <class Body>
 void for_each_voxel(const Cpu&, const VoxelSpace& space, const Body& body) {
   if (space.batch() == 0) return;
@@ -104,10 +112,18 @@ void for_each_voxel(const Cpu&, const VoxelSpace& space, const Body& body) {
       const int64_t b = row / space.rows();
       const int64_t last = std::min(end, (b + 1) * space.rows());
       auto element = body.element(b / space.items, b % space.items);
-      for (; row < last; ++row) {
-        const int in_batch = static_cast<int>(row - b * space.rows());
-        const int z = in_batch / space.y, y = in_batch % space.y;
-        for (int x = 0; x < space.x; ++x) element(Voxel{z, y, x, true, x, space.x});
+      const auto each_row = [&](const auto& take) {
+        for (; row < last; ++row) {
+          const int in_batch = static_cast<int>(row - b * space.rows());
+          take(in_batch / space.y, in_batch % space.y);
+        }
+      };
+      if constexpr (TakesRows<decltype(element)>::value) {
+        with_vector_code([&] { each_row([&](int z, int y) { element.row(z, y, space.x); }); });
+      } else {
+        each_row([&](int z, int y) {
+          for (int x = 0; x < space.x; ++x) element(Voxel{z, y, x, true, x, space.x});
+        });
       }
     }
   });

@@ -13,6 +13,7 @@
 #include "core/for_each.h"
 #include "core/geometry.h"
 #include "core/half.h"
+#include "core/neighbours.h"
 #include "core/operand.h"
 #include "core/reduce.h"
 #include "core/sampling.h"
@@ -217,6 +218,16 @@ struct Resampling {
     return offset;
   }
 
+  // How far the corners of a cell are from corner 0, in elements.
+  template <int kPixel>
+  Vec<int64_t, 1 << D> corner_elements() const {
+    Vec<int64_t, 1 << D> result;
+    for (int corner = 0; corner < (1 << D); ++corner) {
+      result[corner] = corner_offset(corner) * kPixel;
+    }
+    return result;
+  }
+
   REG_HD Element element(int64_t group, int64_t n) const {
     Element result;
     result.self = this;
@@ -273,6 +284,44 @@ struct ResampleForward {
         });
       }
     }
+
+    void row(int z, int y, int size) const {
+      const auto one = [&](int x) { (*this)(Voxel{z, y, x, true, x, size}); };
+      if constexpr (std::is_same_v<S, T>) {
+        const auto take = [&](const Neighbours<R, true>& near, const Voxel& first, auto checked) {
+          sample_neighbours<decltype(checked)::value>(near, first);
+        };
+        take_row<R, true>(source, z, y, size, take, one);
+      } else {
+        for (int x = 0; x < size; ++x) one(x);
+      }
+    }
+
+    template <bool kChecked>
+    void sample_neighbours(const Neighbours<R, true>& near, const Voxel& first) const {
+      const R& r = self->resampling;
+      constexpr int kPixel = R::Layout::kPixel;
+      const auto corner = r.template corner_elements<kPixel>();
+      const T* field = nullptr;
+      if constexpr (R::kField) field = source.template out_pointer<D>(source.field, first);
+      S* const pixel = source.template out_pointer<kPixel>(output, first);
+      [[maybe_unused]] const bool add = R::Layout::kLast && self->add_field;
+      for_each_channel(r.in_layout, [&](auto channel) {
+        const S* const input = source.input + r.in_layout.channel(channel);
+        S* const target = pixel + r.out_layout.channel(channel);
+#pragma GCC ivdep
+        for (int i = 0; i < near.kCount; ++i) {
+          T value[1 << D];
+          for (int k = 0; k < (1 << D); ++k) value[k] = input[near.offset[i] + corner[k]];
+          const T sampled = sample_value<kChecked>(near.cell(i), value);
+          if constexpr (R::Layout::kLast) {
+            target[i * kPixel] = sampled + (add ? field[i * D + static_cast<int>(channel)] : T(0));
+          } else {
+            target[i] = sampled;
+          }
+        }
+      });
+    }
   };
 
   REG_HD Element element(int64_t group, int64_t item) const {
@@ -327,6 +376,53 @@ struct FieldGradient {
       }
       store_packed(self->grad_field.at(group, item) + voxel.row(self->resampling.map.out.size) * D,
                    voxel, total);
+    }
+
+    void row(int z, int y, int size) const {
+      const auto one = [&](int x) { (*this)(Voxel{z, y, x, true, x, size}); };
+      if constexpr (std::is_same_v<S, T>) {
+        const bool few_channels = R::Layout::kLast || self->resampling.in_layout.count() == 1;
+        if (few_channels && self->shared_items == 1) {
+          const auto take = [&](const Neighbours<R, false>& near, const Voxel& voxel,
+                                auto checked) {
+            store_neighbours<decltype(checked)::value>(near, voxel);
+          };
+          return take_row<R, false>(first, z, y, size, take, one);
+        }
+      }
+      for (int x = 0; x < size; ++x) one(x);
+    }
+
+    // Of one item, and of one channel or those that lie last.
+    template <bool kChecked>
+    void store_neighbours(const Neighbours<R, false>& near, const Voxel& voxel) const {
+      const R& r = self->resampling;
+      constexpr int kPixel = R::Layout::kPixel;
+      const auto corner = r.template corner_elements<kPixel>();
+      const S* const grad =
+          first.template out_pointer<kPixel>(self->grad_output.at(group, item), voxel);
+      T* const target = first.template out_pointer<D>(self->grad_field.at(group, item), voxel);
+      const typename R::Map::Item map_item = first.item;
+      const S* const input = first.input;
+      [[maybe_unused]] const bool add = R::Layout::kLast && self->add_field;
+      with_known_placement(r, [&](const auto& map) {
+#pragma GCC ivdep
+        for (int i = 0; i < near.kCount; ++i) {
+          T dot[1 << D] = {};
+          for (int c = 0; c < kPixel; ++c) {
+            for (int k = 0; k < (1 << D); ++k) {
+              dot[k] += grad[i * kPixel + c] * input[near.offset[i] + corner[k] + c];
+            }
+          }
+          const Vec<T, D> grad_u =
+              map.pull_back(map_item, sample_gradient<kChecked>(near.cell(i), dot));
+          for (int k = 0; k < D; ++k) {
+            T total = T(0) + grad_u[k];  // as the sum over items begins
+            if constexpr (R::Layout::kLast) total += add ? grad[i * kPixel + k] : T(0);
+            target[i * D + k] = total;
+          }
+        }
+      });
     }
   };
 

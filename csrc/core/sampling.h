@@ -201,6 +201,26 @@ struct Boundary {
     return inside & (product != 0);
   }
 
+  // Where a sample within the volume lies, to whose value no boundary rule applies, without a
+  // branch for vector code. It may touch only some corners: kChecked, see lerp. Of any other sample
+  // it is a cell that may be read, wherever there are inner ones. `kLast`: also of those that touch
+  // the last voxels alone, at the upper end of their cells, where derivatives look at what is
+  // outside.
+  template <bool kLast>
+  bool find_cell_within(const Vec<T, D>& p, Cell<T, D>& cell) const {
+    bool within = true;
+    for (int k = 0; k < D; ++k) {
+      const T last = static_cast<T>(inner_limit[k]);
+      const bool between = (p[k] >= 0) & (kLast ? p[k] <= last : p[k] < last);
+      const T q = between ? p[k] : T(0);
+      const int index = static_cast<int>(q);
+      cell.index[k] = kLast && index == inner_limit[k] ? index - 1 : index;
+      cell.fraction[k] = q - static_cast<T>(cell.index[k]);
+      within = within & between;
+    }
+    return within;
+  }
+
   // Boundary rules applied: where any sample lies, in any mode and padding. For `slope` see
   // AxisCell.
   REG_HD Cell<T, D> find_cell(const Vec<T, D>& p, Vec<T, D>& slope) const {

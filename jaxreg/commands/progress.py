@@ -85,5 +85,5 @@ def _note(stage: Stage, block: Progress) -> str:
     if metric in ("lncc", "ncc", "mi"):
         value = f"{metric.upper()} {-loss:.4f}"
     else:
-        value = f"{'relative MSE' if metric == 'mse' else 'loss'} {loss:.4g}"
+        value = f"{'MSE' if metric == 'mse' else 'loss'} {loss:.4g}"
     return f"1/{block.scale:g} resolution, {value}"

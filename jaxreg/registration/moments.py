@@ -62,7 +62,7 @@ class Moments:
         self, problem: Problem, alignment: Alignment, callback: Callback | None = None
     ) -> tuple[Alignment, tuple[Trace, ...]]:
         """Return the best alignment; its trace has the losses at the start and at the end."""
-        matrix, losses = _best(self, problem.level(self.scale, alignment, self.metric))
+        matrix, losses = _best(self, problem.level(self.scale, alignment))
         if callback is not None:
             callback(Progress(self.name, self.scale, 1, 1, losses))
         trace = Trace(losses, jnp.asarray(2, jnp.int32), jnp.ones((), jnp.bool))

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from jaxreg import compose, interpolate
 from jaxreg.registration.pyramid import downsample, level_shape, resize_field
-from jaxreg.registration.similarity import Metric, in_units_of_metric
 
 __all__ = ["Alignment", "Level", "Problem", "combined", "matmul", "overlap"]
 
@@ -202,8 +201,8 @@ class Problem:
         """Return the alignment by the places of the images alone."""
         return Alignment(jnp.eye(len(self.shape) + 1, dtype=jnp.float32))
 
-    def level(self, scale: float, alignment: Alignment, metric: Metric) -> Level:
-        """Return the images at a scale, in units that a metric suits."""
+    def level(self, scale: float, alignment: Alignment) -> Level:
+        """Return the images at a scale; stages that ask for the same one share them."""
         shape = level_shape(self.shape, scale)
         if scale not in self._pyramids:
             other = level_shape(self._moving.shape[2:], max(scale * self._moving_ratio, 1.0))
@@ -213,9 +212,7 @@ class Problem:
                 _smaller_mask(self._masks[0], shape),
                 _smaller_mask(self._masks[1], other),
             )
-        fixed, moving, *masks = self._pyramids[scale]
-        images = (*in_units_of_metric(metric, fixed, moving), *masks)
-        return self._level(images, shape, alignment)
+        return self._level(self._pyramids[scale], shape, alignment)
 
     def whole(self, alignment: Alignment) -> Level:
         """Return the images as they are."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxreg.loss import lncc_loss, mutual_information_loss
 
-__all__ = ["Metric", "find_loss", "in_units_of_metric", "mse_loss", "ncc", "ncc_loss"]
+__all__ = ["Metric", "find_loss", "mse_loss", "ncc", "ncc_loss"]
 
 Metric = Literal["lncc", "mi", "mse", "ncc"] | Callable[..., jax.Array]
 """A measure by its name, or ``loss(pred, target)`` itself, to be minimised."""
@@ -128,7 +128,10 @@ def find_loss(metric: Metric, kernel_size: int = 7, num_bins: int = 32) -> Loss:
     if callable(metric):
         return functools.partial(_call, metric)
     options: dict[str, Callable[..., jax.Array]] = {
-        "lncc": functools.partial(lncc_loss, kernel_size=kernel_size),
+        # So that the unit of the intensities does not matter: to the default, for intensities that
+        # spread by about 1, a map of diffusivities in mm²/s would be flat. What is flat as far as
+        # float32 can tell counts as such in any case.
+        "lncc": functools.partial(lncc_loss, kernel_size=kernel_size, smooth_dr=1e-18),
         "mi": functools.partial(mutual_information_loss, num_bins=num_bins),
         "mse": mse_loss,
         "ncc": ncc_loss,
@@ -139,56 +142,6 @@ def find_loss(metric: Metric, kernel_size: int = 7, num_bins: int = 32) -> Loss:
         )
     measure = options[metric]
     return lambda pred, target, mask: measure(pred, target, mask=mask)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def in_units_of_metric(
-    metric: Metric, fixed: jax.Array, moving: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return two images in units that a measure suits, so that theirs do not matter.
-
-    The constants of ``"lncc"``, and that of the optimiser with the slopes of ``"mse"``, are made
-    for intensities that spread by about 1: to them, a map of diffusivities in mm²/s is flat. The
-    squares of ``"ncc"`` may be too small for their type.
-
-    Parameters
-    ----------
-    metric
-        As in `find_loss`.
-    fixed, moving
-        Images, ``(N, C, [Z,] Y, X)``.
-
-    Returns
-    -------
-    fixed, moving
-        For ``"lncc"`` and ``"ncc"`` each channel of each image over its spread, rounded to a power
-        of two, which changes no digit. For ``"mse"`` both over the largest standard deviation of a
-        channel of either: the loss is a share of its square. Otherwise as they are: ``"mi"`` has a
-        range of its own, and a function may look for a unit.
-    """
-    if metric in ("lncc", "ncc"):
-        return fixed * _inverse_power(_spread(fixed)), moving * _inverse_power(_spread(moving))
-    if metric == "mse":
-        spread = jnp.maximum(_spread(fixed), _spread(moving)).max(axis=1, keepdims=True)
-        return fixed / spread, moving / spread
-    return fixed, moving
-
-
-def _spread(image: jax.Array) -> jax.Array:
-    """Return the standard deviation over the voxels, ``(N, C, 1, ...)``; 1 of a constant image."""
-    axes = tuple(range(2, image.ndim))
-    centred = image - image.mean(axes, keepdims=True)
-    largest = jnp.abs(centred).max(axes, keepdims=True)
-    largest = jnp.where(largest > 0, largest, 1)
-    # Squares of values that are near 1 neither overflow nor vanish.
-    spread = largest * jnp.sqrt(((centred / largest) ** 2).mean(axes, keepdims=True))
-    return jnp.where(spread > 0, spread, 1)
-
-
-def _inverse_power(spread: jax.Array) -> jax.Array:
-    """Return the power of two that brings a number to between 1 and 2, or nearly so."""
-    exponent = jnp.frexp(spread)[1]
-    return jnp.ldexp(jnp.ones_like(spread), jnp.clip(1 - exponent, -100, 100))
 
 
 def _call(

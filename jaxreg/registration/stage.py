@@ -70,10 +70,9 @@ class Iterative(abc.ABC):
     metric
         What is minimised: ``"lncc"``, local normalised cross-correlation; ``"ncc"``, the global
         one, which still pulls where little overlaps; ``"mi"``, mutual information, between
-        contrasts that differ; ``"mse"``, the mean squared difference over the larger variance; or
-        ``loss(pred, target)``, a scalar, the mean over the voxels: any JAX function of two images
-        ``(1, C, [Z,] Y, X)``, which takes ``mask=``, too, if there are masks. To those with a name
-        the unit of the intensities does not matter.
+        contrasts that differ; ``"mse"``, the mean squared difference; or ``loss(pred, target)``, a
+        scalar, the mean over the voxels: any JAX function of two images ``(1, C, [Z,] Y, X)``,
+        which takes ``mask=``, too, if there are masks.
     kernel_size
         Window of ``"lncc"``, in voxels of the level, odd.
     num_bins
@@ -174,7 +173,7 @@ class Iterative(abc.ABC):
         traces = []
         done, total = 0, sum(self.iterations)
         for scale, iterations in zip(self.scales, self.iterations, strict=True):
-            level = problem.level(scale, alignment, self.metric)
+            level = problem.level(scale, alignment)
             memory = self.begin(level) if memory is None else self.resized(memory, level.shape)
             trace = _no_trace(iterations)
             if iterations == 0:

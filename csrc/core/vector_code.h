@@ -1,0 +1,48 @@
+// Loops on the CPU, compiled for newer instruction sets as well.
+//
+//   with_vector_code([&] { ... });
+//
+// calls the body in the version for the newest set that this CPU has. All versions compute the same
+// bits. Everything that the body calls becomes part of each version.
+#pragma once
+
+namespace reg {
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+
+namespace detail {
+
+template <class Body>
+__attribute__((target("avx512f"), flatten, noinline)) void run_with_avx512(const Body& body) {
+  body();
+}
+
+template <class Body>
+__attribute__((target("avx2"), flatten, noinline)) void run_with_avx2(const Body& body) {
+  body();
+}
+
+template <class Body>
+__attribute__((flatten, noinline)) void run_with_least(const Body& body) {
+  body();
+}
+
+}  // namespace detail
+
+template <class Body>
+void with_vector_code(const Body& body) {
+  if (__builtin_cpu_supports("avx512f")) return detail::run_with_avx512(body);
+  if (__builtin_cpu_supports("avx2")) return detail::run_with_avx2(body);
+  detail::run_with_least(body);
+}
+
+#else
+
+template <class Body>
+void with_vector_code(const Body& body) {
+  body();
+}
+
+#endif
+
+}  // namespace reg
