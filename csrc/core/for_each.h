@@ -95,11 +95,19 @@ struct Cpu {
 };
 
 // On the CPU an element may have `row(z, y, size)` besides, which takes a whole row of voxels and
-// is compiled to vector code.
+// is compiled to vector code, where it says so by `kTakesRows`.
 template <class Element, class = void>
 struct TakesRows : std::false_type {};
 template <class Element>
-struct TakesRows<Element, std::void_t<decltype(&Element::row)>> : std::true_type {};
+struct TakesRows<Element, std::void_t<decltype(Element::kTakesRows)>>
+    : std::bool_constant<Element::kTakesRows> {};
+
+// For the voxels of such a row that are taken one by one. A function of its own, of which there is
+// one for all instruction sets.
+template <class Element>
+__attribute__((noinline)) void take_one(const Element& element, const Voxel& voxel) {
+  element(voxel);
+}
 
 template <class Body>
 void for_each_voxel(const Cpu&, const VoxelSpace& space, const Body& body) {

@@ -20,14 +20,12 @@ void with_known_placement(const R& resampling, const Body& body) {
     map.placement = placement;
     body(map);
   };
-  switch (resampling.map.placement) {
-    case Placement::kAffineFirst:
-      return known(Placement::kAffineFirst);
-    case Placement::kAffineLast:
-      return known(Placement::kAffineLast);
-    case Placement::kFull:
-      return known(Placement::kFull);
+  // Those that make a difference: without a matrix it is all the same whether it comes last.
+  if constexpr (R::kField) {
+    constexpr Placement kOther = R::kAffine ? Placement::kAffineLast : Placement::kFull;
+    if (resampling.map.placement == kOther) return known(kOther);
   }
+  known(Placement::kAffineFirst);
 }
 
 // Where the samples of some neighbours lie. What is not `within` the volume has a cell that may be

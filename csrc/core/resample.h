@@ -285,16 +285,13 @@ struct ResampleForward {
       }
     }
 
+    static constexpr bool kTakesRows = std::is_same_v<S, T>;
     void row(int z, int y, int size) const {
-      const auto one = [&](int x) { (*this)(Voxel{z, y, x, true, x, size}); };
-      if constexpr (std::is_same_v<S, T>) {
-        const auto take = [&](const Neighbours<R, true>& near, const Voxel& first, auto checked) {
-          sample_neighbours<decltype(checked)::value>(near, first);
-        };
-        take_row<R, true>(source, z, y, size, take, one);
-      } else {
-        for (int x = 0; x < size; ++x) one(x);
-      }
+      const auto one = [&](int x) { take_one(*this, Voxel{z, y, x, true, x, size}); };
+      const auto take = [&](const Neighbours<R, true>& near, const Voxel& first, auto checked) {
+        sample_neighbours<decltype(checked)::value>(near, first);
+      };
+      take_row<R, true>(source, z, y, size, take, one);
     }
 
     template <bool kChecked>
@@ -378,19 +375,18 @@ struct FieldGradient {
                    voxel, total);
     }
 
+    static constexpr bool kTakesRows = std::is_same_v<S, T>;
     void row(int z, int y, int size) const {
-      const auto one = [&](int x) { (*this)(Voxel{z, y, x, true, x, size}); };
-      if constexpr (std::is_same_v<S, T>) {
-        const bool few_channels = R::Layout::kLast || self->resampling.in_layout.count() == 1;
-        if (few_channels && self->shared_items == 1) {
-          const auto take = [&](const Neighbours<R, false>& near, const Voxel& voxel,
-                                auto checked) {
-            store_neighbours<decltype(checked)::value>(near, voxel);
-          };
-          return take_row<R, false>(first, z, y, size, take, one);
-        }
+      const auto one = [&](int x) { take_one(*this, Voxel{z, y, x, true, x, size}); };
+      const bool few_channels = R::Layout::kLast || self->resampling.in_layout.count() == 1;
+      if (few_channels && self->shared_items == 1) {
+        const auto take = [&](const Neighbours<R, false>& near, const Voxel& voxel, auto checked) {
+          store_neighbours<decltype(checked)::value>(near, voxel);
+        };
+        take_row<R, false>(first, z, y, size, take, one);
+      } else {
+        for (int x = 0; x < size; ++x) one(x);
       }
-      for (int x = 0; x < size; ++x) one(x);
     }
 
     // Of one item, and of one channel or those that lie last.

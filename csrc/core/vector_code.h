@@ -2,8 +2,8 @@
 //
 //   with_vector_code([&] { ... });
 //
-// calls the body in the version for the newest set that this CPU has. All versions compute the same
-// bits. Everything that the body calls becomes part of each version.
+// calls the body, and returns what it does, in the version for the newest set that this CPU has.
+// All versions compute the same bits. Everything that the body calls becomes part of each version.
 #pragma once
 
 namespace reg {
@@ -13,34 +13,34 @@ namespace reg {
 namespace detail {
 
 template <class Body>
-__attribute__((target("avx512f"), flatten, noinline)) void run_with_avx512(const Body& body) {
-  body();
+__attribute__((target("avx512f"), flatten, noinline)) auto run_with_avx512(const Body& body) {
+  return body();
 }
 
 template <class Body>
-__attribute__((target("avx2"), flatten, noinline)) void run_with_avx2(const Body& body) {
-  body();
+__attribute__((target("avx2"), flatten, noinline)) auto run_with_avx2(const Body& body) {
+  return body();
 }
 
 template <class Body>
-__attribute__((flatten, noinline)) void run_with_least(const Body& body) {
-  body();
+__attribute__((flatten, noinline)) auto run_with_least(const Body& body) {
+  return body();
 }
 
 }  // namespace detail
 
 template <class Body>
-void with_vector_code(const Body& body) {
+auto with_vector_code(const Body& body) {
   if (__builtin_cpu_supports("avx512f")) return detail::run_with_avx512(body);
   if (__builtin_cpu_supports("avx2")) return detail::run_with_avx2(body);
-  detail::run_with_least(body);
+  return detail::run_with_least(body);
 }
 
 #else
 
 template <class Body>
-void with_vector_code(const Body& body) {
-  body();
+auto with_vector_code(const Body& body) {
+  return body();
 }
 
 #endif

@@ -5,6 +5,7 @@
 #include "core/for_each.h"
 #include "core/reduce.h"
 #include "core/scratch.h"
+#include "core/vector_code.h"
 #include "ops/lncc_loss/kernels.h"
 
 namespace reg {
@@ -515,28 +516,6 @@ class Slab {
   T pivot_i_ = 0, pivot_j_ = 0;
 };
 
-// Compiled for newer instruction sets as well, and chosen between when the module is loaded. All of
-// them compute the same bits.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define REG_FOR_NEWER_CPUS __attribute__((target_clones("avx512f", "avx2", "default"), flatten))
-#else
-#define REG_FOR_NEWER_CPUS
-#endif
-
-#define REG_RUN_SLAB(T, kFields)                                                             \
-  REG_FOR_NEWER_CPUS void run_slab(Slab<T, kFields>& slab, int64_t item, int begin, int end, \
-                                   bool first_item, double* plane_sums) {                    \
-    slab.run(item, begin, end, first_item, plane_sums);                                      \
-  }
-REG_RUN_SLAB(float, 0)
-REG_RUN_SLAB(float, 3)
-REG_RUN_SLAB(float, 5)
-REG_RUN_SLAB(double, 0)
-REG_RUN_SLAB(double, 3)
-REG_RUN_SLAB(double, 5)
-#undef REG_RUN_SLAB
-
 template <class T, int kFields>
 void run_slabs(const LnccCall<T>& call, const std::vector<T>& scale, std::vector<double>& sums) {
   const LnccGeometry& geometry = call.geometry;
@@ -566,7 +545,7 @@ void run_slabs(const LnccCall<T>& call, const std::vector<T>& scale, std::vector
             sums.empty()
                 ? nullptr
                 : sums.data() + ((group * items + item) * geometry.channels + channel) * nz;
-        run_slab(worker, item, low, high, item == first, plane_sums);
+        with_vector_code([&] { worker.run(item, low, high, item == first, plane_sums); });
       }
     }
   });

@@ -4,6 +4,7 @@
 
 #include "core/for_each.h"
 #include "core/reduce.h"
+#include "core/vector_code.h"
 #include "ops/mutual_information/kernels.h"
 
 namespace reg {
@@ -202,42 +203,6 @@ void differentiate_samples(const Parzen<T>& window, const Pair<T>& pair, int64_t
   }
 }
 
-// Everything inlined into one function for each of several instruction sets. None of them contracts
-// a multiplication and an addition, so all of them compute the same bits.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define REG_FOR_NEWER_CPUS __attribute__((target_clones("avx512f", "avx2", "default"), flatten))
-#else
-#define REG_FOR_NEWER_CPUS
-#endif
-
-#define REG_RUN_COUNT(T, kernel, kReach)                                                         \
-  REG_FOR_NEWER_CPUS bool run_count(IntTag<static_cast<int>(kernel)>, IntTag<kReach>,            \
-                                    const Parzen<T>& window, const Pair<T>& pair, int64_t begin, \
-                                    int64_t end, double* histogram, int64_t pitch) {             \
-    return count_samples<kernel, kReach>(window, pair, begin, end, histogram, pitch);            \
-  }
-#define REG_RUN_BOTH(T, kernel, kReach)                                                         \
-  REG_RUN_COUNT(T, kernel, kReach)                                                              \
-  REG_FOR_NEWER_CPUS void run_gradient(                                                         \
-      IntTag<static_cast<int>(kernel)>, IntTag<kReach>, const Parzen<T>& window,                \
-      const Pair<T>& pair, int64_t begin, int64_t end, const T* table, int64_t pitch, T factor, \
-      const GradientTarget<T>& grad_pred, const GradientTarget<T>& grad_target) {               \
-    differentiate_samples<kernel, kReach>(window, pair, begin, end, table, pitch, factor,       \
-                                          grad_pred, grad_target);                              \
-  }
-#define REG_RUN_WINDOWS(T)                                              \
-  REG_RUN_COUNT(T, ParzenKernel::kDelta, 0)                             \
-  REG_RUN_BOTH(T, ParzenKernel::kGaussian, GaussianReach<T>::kNarrow)   \
-  REG_RUN_BOTH(T, ParzenKernel::kGaussian, GaussianReach<T>::kMiddling) \
-  REG_RUN_BOTH(T, ParzenKernel::kGaussian, GaussianReach<T>::kWide)     \
-  REG_RUN_BOTH(T, ParzenKernel::kBSpline, kBSplineReach)
-REG_RUN_WINDOWS(float)
-REG_RUN_WINDOWS(double)
-#undef REG_RUN_WINDOWS
-#undef REG_RUN_BOTH
-#undef REG_RUN_COUNT
-
 // The elements of a call with their ranges, and the joint histogram of each.
 template <class T>
 struct CpuHistograms {
@@ -327,8 +292,11 @@ struct CpuHistograms {
         std::fill(with_margin.begin(), with_margin.end(), 0);
         double* const histogram = with_margin.data();
         dispatch_window<T>(geometry, [&](auto kernel, auto known_reach) {
-          bad[task] =
-              run_count(kernel, known_reach, call.window, pair, begin, end, histogram, pitch);
+          constexpr auto kKernel = static_cast<ParzenKernel>(decltype(kernel)::value);
+          constexpr int kReach = decltype(known_reach)::value;
+          bad[task] = with_vector_code([&] {
+            return count_samples<kKernel, kReach>(call.window, pair, begin, end, histogram, pitch);
+          });
         });
         const double* row = histogram + reach * pitch + reach;
         double* to = counts.data() + task * bins();
@@ -500,9 +468,15 @@ void gradient_run(const Cpu& device, const Call& call) {
                                    shared && turn > 0};
         };
         dispatch_smooth_window<T>(geometry, [&](auto kernel, auto reach) {
-          run_gradient(kernel, reach, gradient.window, pair, begin, end, table.data(), pitch,
-                       gradient.factor(index), to(gradient.grad_pred, gradient.sum_pred),
-                       to(gradient.grad_target, gradient.sum_target));
+          constexpr auto kKernel = static_cast<ParzenKernel>(decltype(kernel)::value);
+          constexpr int kReach = decltype(reach)::value;
+          const T factor = gradient.factor(index);
+          const auto to_pred = to(gradient.grad_pred, gradient.sum_pred);
+          const auto to_target = to(gradient.grad_target, gradient.sum_target);
+          with_vector_code([&] {
+            differentiate_samples<kKernel, kReach>(gradient.window, pair, begin, end, table.data(),
+                                                   pitch, factor, to_pred, to_target);
+          });
         });
       }
     }
