@@ -257,6 +257,19 @@ def test_a_metric_that_is_not_a_number_is_an_error() -> None:
         register(fixed, moving, [stage])
 
 
+def test_a_gradient_that_is_not_a_number_is_an_error() -> None:
+    """Even if no loss shows it: samples at places that are not a number are 0, in both images."""
+    fixed, moving = (
+        volume.with_array(np.where(volume.array > 0.3, volume.array, 0)) for volume in pair()
+    )
+
+    def undefined(pred: jax.Array, target: jax.Array) -> jax.Array:
+        return jnp.sqrt((pred - target) ** 2).mean()
+
+    with pytest.raises(ValueError, match=r"metric: expected finite gradients, .* the stage syn;"):
+        register(fixed, moving, [SyN((1,), (20,), metric=undefined)])
+
+
 def test_stages_are_pytrees_that_jit_takes_as_settings() -> None:
     fixed, moving = (jnp.asarray(v.array)[None] for v in pair())
     traced = 0

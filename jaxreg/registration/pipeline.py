@@ -207,7 +207,7 @@ def register(
         If the volumes do not fit together, for a mask of another grid, with several channels, with
         a negative weight or without a positive one, or for a matrix that cannot be inverted; or
         if, after the stages, the moving image covers no voxel of the fixed one that counts: then
-        there was nothing to compare; or if a metric is not finite.
+        there was nothing to compare; or if a metric or its gradient is not finite.
     TypeError
         If there is something else among the stages.
     """
@@ -240,11 +240,15 @@ def register(
     for stage in stages:
         began = time.perf_counter()
         alignment, traces = stage.run(problem, alignment, callback)
-        alignment.matrix.block_until_ready()
-        if alignment.inverse_displacement is not None:
-            alignment.inverse_displacement.block_until_ready()
+        finite = _is_finite(alignment).block_until_ready()
         seconds = time.perf_counter() - began
         records.append(StageRecord(stage.name, stage, _levels(stage, fixed, traces), seconds))
+        if not finite:  # though the losses are: where a sample's place is not finite, it is 0
+            raise ValueError(
+                "metric: expected finite gradients, got a transform that is not finite from the "
+                f"stage {stage.name}; choose a metric whose gradient is finite even where the "
+                "images are equal or constant: that of a square root at 0 is not"
+            )
     # Only now: a stage may bring images together that have nothing in common at the start.
     if stages and not overlap(problem.whole(alignment)):
         masked = fixed_mask is not None or moving_mask is not None
@@ -261,6 +265,12 @@ def register(
         fixed.grid, matrix, alignment.displacement, alignment.inverse_displacement
     )
     return Registration(fixed, moving, transform, tuple(records))
+
+
+@jax.jit
+def _is_finite(alignment: Alignment) -> jax.Array:
+    """Return whether the matrix and the fields hold neither NaN nor infinity, a scalar."""
+    return jnp.stack([jnp.isfinite(array).all() for array in jax.tree.leaves(alignment)]).all()
 
 
 def _levels(stage: Stage, fixed: Volume, traces: tuple[Trace, ...]) -> tuple[LevelRecord, ...]:
