@@ -249,13 +249,24 @@ def _find_meta(path: Path) -> Voxels:
     with path.open("rb") as file:
         for line in file:
             name, _, value = re.sub(r"[=:]", "=", line.decode("latin-1"), count=1).partition("=")
+            if name.strip() in fields and name.strip() in _META_NEEDED:
+                raise ValueError(f"{path}: expected one {name.strip()} in its header, got several")
             fields[name.strip()] = value.strip()
             if name.strip() == "ElementDataFile":
                 break
         end = file.tell()
-    for name in ("NDims", "DimSize", "ElementType", "ElementDataFile"):
+    for name in _META_NEEDED:
         if name not in fields:
             raise EOFError(f"its header has no {name}")
+    ndim = _integer("NDims", fields)
+    if ndim not in (2, 3):
+        raise ValueError(f"{path}: expected a 2-D or 3-D image, got {ndim}-D")
+    _check_sizes(path, "DimSize", fields["DimSize"], ndim)
+    if fields["ElementType"] not in _META_TYPES:
+        raise ValueError(
+            f"{path}: expected the ElementType to be one of {', '.join(_META_TYPES)}, got "
+            f"{fields['ElementType'][:40]!r}"
+        )
     data = fields["ElementDataFile"]
     if not _is_true(fields.get("BinaryData", "True")):
         raise ValueError(f"{path}: expected binary voxels, got text")
@@ -273,8 +284,25 @@ def _find_meta(path: Path) -> Voxels:
     )
 
 
+_META_NEEDED = ("NDims", "DimSize", "ElementType", "ElementDataFile")
+_META_TYPES = (
+    *("MET_CHAR", "MET_UCHAR", "MET_SHORT", "MET_USHORT", "MET_INT", "MET_UINT"),
+    *("MET_LONG", "MET_ULONG", "MET_LONG_LONG", "MET_ULONG_LONG", "MET_FLOAT", "MET_DOUBLE"),
+)
+
+
+def _check_sizes(path: Path, name: str, text: str, count: int) -> None:
+    """Look at how many voxels there are along each axis: ITK's readers trust what is there."""
+    sizes = text.split()
+    if len(sizes) != count or not all(re.fullmatch(r"\+?0*[1-9][0-9]{0,9}", s) for s in sizes):
+        raise ValueError(f"{path}: {name}: expected {count} positive integers, got {text[:40]!r}")
+
+
 def _is_true(text: str) -> bool:
     return text[:1].upper() in ("T", "Y", "1")
+
+
+_LONGEST_NRRD_FIELD = 1000
 
 
 def _find_nrrd(path: Path) -> Voxels:
@@ -285,6 +313,12 @@ def _find_nrrd(path: Path) -> Voxels:
             if not line.strip():
                 break
             name, _, value = line.decode("latin-1").partition(": ")
+            # Where a longer one is wrong, NRRD's library writes beyond its message's end.
+            if len(line) > _LONGEST_NRRD_FIELD and line[:1] != b"#" and ":=" not in name:
+                raise ValueError(
+                    f"{path}: expected at most {_LONGEST_NRRD_FIELD} characters in a field, got "
+                    f"{len(line)} in {name[:40]!r}"
+                )
             fields[name.lower().replace(" ", "")] = value.strip()
         end = file.tell()
     data = fields.get("datafile")
@@ -292,6 +326,10 @@ def _find_nrrd(path: Path) -> Voxels:
         raise ValueError(f"{path}: expected voxels in one file, got {data}")
     if "encoding" not in fields:
         raise EOFError("its header has no encoding")
+    ndim = _integer("dimension", fields)
+    if ndim not in range(1, 5):  # of which one may be that of several values per voxel
+        raise ValueError(f"{path}: expected a 2-D or 3-D image, got dimension {ndim}")
+    _check_sizes(path, "sizes", fields.get("sizes", ""), ndim)
     encoding = fields["encoding"].lower()
     if encoding not in ("raw", "gzip", "gz"):
         raise ValueError(f"{path}: expected the encoding raw or gzip, got {encoding}")
@@ -302,7 +340,8 @@ def _find_nrrd(path: Path) -> Voxels:
     with source.open("rb") as file:
         file.seek(end if data is None else 0)
         for _ in range(lines):
-            file.readline()
+            if not file.readline():
+                break
         start = file.tell()
     return Voxels(source, start, skipped, "none" if encoding == "raw" else "gzip")
 
@@ -315,7 +354,7 @@ def _integer(name: str, fields: dict[str, str]) -> int:
 
 
 def _existing(path: Path, data: Path) -> Path:
-    if not data.is_file():
+    if not os.path.isfile(data):  # names that are too long, too
         raise FileNotFoundError(f"{path}: no such file of its voxels: {data}")
     return data
 
