@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import os
 import re
 import signal
@@ -341,6 +342,28 @@ def test_neither_what_follows_the_voxels_nor_an_offset_of_0_is_damage(
     whole += np.full(3, np.nan, np.float32).tobytes()
     path.write_bytes(whole)
     np.testing.assert_array_equal(read_volume(path).array, values)
+
+
+@pytest.mark.parametrize("ending", ["nii", "nii.gz"])
+@pytest.mark.parametrize(
+    ("at", "field", "message"),
+    [
+        (108, np.float32(np.inf), "expected a finite vox_offset, got inf"),
+        (108, np.float32(np.nan), "expected a finite vox_offset, got nan"),
+        (108, np.float32(1e30), "cut short or damaged: expected 240 bytes of voxels, got 0"),
+    ],
+)
+def test_a_header_of_nifti_that_cannot_be_right_is_refused(
+    ending: str, at: int, field: np.generic, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"v.{ending}"
+    sitk.WriteImage(sitk.GetImageFromArray(np.ones((3, 4, 5), np.float32)), str(path))
+    packed = path.read_bytes()
+    whole = bytearray(gzip.decompress(packed) if ending == "nii.gz" else packed)
+    whole[at : at + field.nbytes] = field.tobytes()
+    path.write_bytes(gzip.compress(whole) if ending == "nii.gz" else whole)
+    with pytest.raises(ValueError, match=rf"v\.{ending}: {message}"):
+        read_volume(path)
 
 
 @pytest.mark.parametrize("step", [0, np.nan, np.inf])

@@ -223,6 +223,8 @@ def _find_nifti(path: Path) -> Voxels:
         # ITK takes 1. Along a single voxel it does no harm, and some writers leave it out.
         if dim > 1 and not 0 < abs(step) < math.inf:
             raise ValueError(f"{path}: expected a finite spacing other than 0, got {spacing}")
+    if not math.isfinite(offset):
+        raise ValueError(f"{path}: expected a finite vox_offset, got {offset}")
     # Some writers leave the offset 0; behind the header of the same file it cannot be less.
     first = max(int(offset), sizes[order] if header == data else 0)
     # A dimension of 0 stands for one of 1, as in ITK.
@@ -402,12 +404,14 @@ IMAGE_FORMATS: dict[str, tuple[str, Callable[[Path], Voxels | None]]] = {
 def _blocks(voxels: Voxels) -> Iterator[bytes]:
     """Read all from the voxels to the end of a file, which verifies its checksum if it has one."""
     with voxels.file.open("rb") as raw:
-        raw.seek(voxels.offset)
+        raw.seek(min(voxels.offset, voxels.file.stat().st_size))
         if voxels.packing == "zlib":
             yield from _inflated(raw)
             return
         file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if voxels.packing == "gzip" else raw
-        file.read(voxels.skipped)
+        skipped = voxels.skipped
+        while skipped > 0 and (block := file.read(min(skipped, _BLOCK))):
+            skipped -= len(block)
         while block := file.read(_BLOCK):
             yield block
 
@@ -433,7 +437,8 @@ def _is_gzip(path: Path) -> bool:
 
 
 def _take(file: BinaryIO, count: int) -> bytes:
-    data = file.read(count)
+    # The count is what a file says: it may be more than there is, in the file and in memory.
+    data = file.read(min(count, max(os.fstat(file.fileno()).st_size, _BLOCK)))
     if len(data) < count:
         raise EOFError(f"expected {count} bytes more, got {len(data)}")
     return data
