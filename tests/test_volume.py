@@ -348,6 +348,9 @@ def test_neither_what_follows_the_voxels_nor_an_offset_of_0_is_damage(
 @pytest.mark.parametrize(
     ("at", "field", "message"),
     [
+        (72, np.int16(8), "expected bitpix 32 for the datatype 16, got 8"),
+        (72, np.int16(64), "expected bitpix 32 for the datatype 16, got 64"),
+        (70, np.int16(1), "expected a NIfTI datatype of whole bytes, got 1"),
         (108, np.float32(np.inf), "expected a finite vox_offset, got inf"),
         (108, np.float32(np.nan), "expected a finite vox_offset, got nan"),
         (108, np.float32(1e30), "cut short or damaged: expected 240 bytes of voxels, got 0"),

@@ -223,6 +223,12 @@ def _find_nifti(path: Path) -> Voxels:
         # ITK takes 1. Along a single voxel it does no harm, and some writers leave it out.
         if dim > 1 and not 0 < abs(step) < math.inf:
             raise ValueError(f"{path}: expected a finite spacing other than 0, got {spacing}")
+    if kind not in _NIFTI_BITS:
+        raise ValueError(f"{path}: expected a NIfTI datatype of whole bytes, got {kind}")
+    if bits != _NIFTI_BITS[kind]:
+        raise ValueError(
+            f"{path}: expected bitpix {_NIFTI_BITS[kind]} for the datatype {kind}, got {bits}"
+        )
     if not math.isfinite(offset):
         raise ValueError(f"{path}: expected a finite vox_offset, got {offset}")
     # Some writers leave the offset 0; behind the header of the same file it cannot be less.
@@ -231,6 +237,11 @@ def _find_nifti(path: Path) -> Voxels:
     count = math.prod(max(dim, 1) for dim in dims[:ndim])
     dtype = {16: np.dtype(f"{order}f4"), 64: np.dtype(f"{order}f8")}.get(kind)
     return Voxels(data, 0, first, _packing(data), count * bits // 8, dtype)
+
+
+_NIFTI_BITS = {2: 8, 4: 16, 8: 32, 16: 32, 32: 64, 64: 64, 128: 24, 256: 8, 512: 16, 768: 32}
+_NIFTI_BITS |= {1024: 64, 1280: 64, 1536: 128, 1792: 128, 2048: 256, 2304: 32}
+"""Size in bits of each datatype of ``nifti1.h``: ITK goes by it, whatever bitpix says."""
 
 
 def _nifti_pair(path: Path) -> tuple[Path, Path]:
