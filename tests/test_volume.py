@@ -7,6 +7,8 @@ import gzip
 import os
 import re
 import signal
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -25,7 +27,7 @@ from jaxreg.registration import (
     write_displacement,
     write_volume,
 )
-from jaxreg.registration.files import atomic_folder, atomic_path
+from jaxreg.registration.files import _uninterrupted, atomic_folder, atomic_path
 
 
 def test_voxels_are_where_simpleitk_puts_them() -> None:
@@ -453,3 +455,57 @@ def test_an_interrupt_between_two_files_waits_for_the_second(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)  # which interrupts again
+
+
+@pytest.fixture
+def handled() -> Iterator[list[int]]:
+    """The signals that handlers of the program have got; that of SIGHUP raises an exception."""
+    got: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        got.append(number)
+        if number == signal.SIGHUP:
+            raise InterruptedError
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    yield got
+    assert [signal.signal(number, handler) for number, handler in before.items()] == [handle] * 3
+
+
+def test_every_signal_that_was_held_is_delivered_once(handled: list[int], tmp_path: Path) -> None:
+    sent = [signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
+
+    def write() -> None:
+        with atomic_path(tmp_path / "a"), _uninterrupted():
+            for number in (*sent, *sent):
+                signal.raise_signal(number)
+            assert not handled
+
+    with pytest.raises(InterruptedError):
+        write()
+    assert handled == sent
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_handlers_are_put_back_is_delivered_once(
+    number: signal.Signals, handled: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = signal.signal
+    restored = 0
+
+    def interrupted(which: int, handler: object) -> object:
+        nonlocal restored
+        before = put(which, handler)
+        if before.__name__ == "hold":
+            restored += 1
+            if restored == 2:  # one handler is still to be put back
+                signal.raise_signal(number)
+        return before
+
+    monkeypatch.setattr(signal, "signal", interrupted)
+    raised = pytest.raises(InterruptedError) if number == signal.SIGHUP else nullcontext()
+    with raised, _uninterrupted():
+        pass
+    monkeypatch.undo()
+    assert handled == [number]
