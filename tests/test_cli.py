@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -384,6 +385,20 @@ def test_info_describes_files_and_the_installation(
     write_displacement(np.full((*fixed.shape, 2), 3.0), fixed, tmp_path / "warp.nii.gz")
     assert "length of vectors mean 4.243, at most 4.243\n" in told(tmp_path / "warp.nii.gz")
     assert "jaxlib " in told()
+
+
+@pytest.mark.parametrize("flags", [[], ["-u"]])  # of the interpreter: when does it write?
+def test_who_reads_no_further_ends_it_quietly(pair: Path, flags: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as stdout:
+        ended = subprocess.run(
+            [sys.executable, *flags, "-m", "jaxreg", "info", pair / "motion.tfm"],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert (ended.returncode, ended.stderr) == (1, b"")
 
 
 def test_the_version_is_that_of_the_installation(capsys: pytest.CaptureFixture[str]) -> None:
