@@ -518,6 +518,20 @@ def test_what_does_not_fit_together_is_refused_by_name() -> None:
     for stages in (["greedy"], "greedy", STAGES[1]):
         with pytest.raises(TypeError, match="stages: expected a sequence of stages"):
             register(fixed, moving, stages)
+    ones = np.ones(fixed.shape)
+    for name, value in (
+        *(("fixed", value) for value in ("fixed.nii.gz", ones)),
+        ("moving", ones),
+        ("fixed_mask", ones),
+        ("moving_mask", "mask.nii.gz"),
+    ):
+        given: dict[str, Any] = {"fixed": fixed, "moving": moving, name: value}
+        kind = type(value).__name__
+        with pytest.raises(TypeError, match=f"{name}: expected a Volume, .* got {kind}"):
+            register(**given)
+    for initial in ("a.tfm", moving):
+        with pytest.raises(TypeError, match=r"initial: expected numbers \(3, 3\) or a Transform"):
+            register(fixed, moving, [], initial=initial)
     array = np.zeros((1, 16, 16))
     for arrays, options, message in (
         ((array, np.zeros((2, 16, 16))), {}, "moving: expected 1 channels as fixed, got 2"),

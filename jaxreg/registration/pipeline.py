@@ -209,8 +209,12 @@ def register(
         if, after the stages, the moving image covers no voxel of the fixed one that counts: then
         there was nothing to compare; or if a metric or its gradient is not finite.
     TypeError
-        If there is something else among the stages.
+        If there is something else among the stages, if a volume or a mask is none, or if `initial`
+        is neither numbers nor a transform.
     """
+    _check_volumes(fixed=fixed, moving=moving)
+    masks = {"fixed_mask": fixed_mask, "moving_mask": moving_mask}
+    _check_volumes(**{name: mask for name, mask in masks.items() if mask is not None})
     if fixed.grid.ndim != moving.grid.ndim:
         raise ValueError(
             f"moving: expected {fixed.grid.ndim} dimensions as fixed, got {moving.grid.ndim}"
@@ -265,6 +269,15 @@ def register(
         fixed.grid, matrix, alignment.displacement, alignment.inverse_displacement
     )
     return Registration(fixed, moving, transform, tuple(records))
+
+
+def _check_volumes(**volumes: object) -> None:
+    for name, volume in volumes.items():
+        if not isinstance(volume, Volume):
+            raise TypeError(
+                f"{name}: expected a Volume, as of read_volume or Volume.create, got "
+                f"{type(volume).__name__}"
+            )
 
 
 @jax.jit
@@ -342,7 +355,13 @@ def _initial(
 
 
 def _checked(matrix: ArrayLike, ndim: int) -> Matrix:
-    array = np.asarray(matrix, dtype=np.float64)
+    try:
+        array = np.asarray(matrix, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"initial: expected numbers {(ndim + 1, ndim + 1)} or a Transform, got "
+            f"{type(matrix).__name__}"
+        ) from None
     if array.shape != (ndim + 1, ndim + 1) or not np.isfinite(array).all():
         raise ValueError(
             f"initial: expected {(ndim + 1, ndim + 1)} finite numbers, got shape {array.shape}"
