@@ -26,6 +26,9 @@ from jaxreg.registration.volume import Volume
 
 __all__ = ["Folds", "InverseError", "LevelRecord", "Registration", "StageRecord", "register"]
 
+_LARGEST, _NARROWEST = 1e15, 1e-30
+"""Of intensities and of their range: float32 can still add up the squares of as many as a volume
+has, and what is left of their differences at the coarser levels does not vanish."""
 _INVERSE_TOLERANCE = 0.01  # the default of `invert_displacement`, in voxels
 
 
@@ -204,10 +207,12 @@ def register(
     Raises
     ------
     ValueError
-        If the volumes do not fit together, for a mask of another grid, with several channels, with
-        a negative weight or without a positive one, or for a matrix that cannot be inverted; or
-        if, after the stages, the moving image covers no voxel of the fixed one that counts: then
-        there was nothing to compare; or if a metric or its gradient is not finite.
+        If the volumes do not fit together; for intensities that are larger than 1e15, or vary but
+        by less than 1e-30 in all (of a constant image nothing moves); for a mask of another grid,
+        with several channels, with a negative weight or without a positive one; for a matrix that
+        cannot be inverted; if, after the stages, the moving image covers no voxel of the fixed one
+        that counts: then there was nothing to compare; or if a metric or its gradient is not
+        finite.
     TypeError
         If there is something else among the stages, if a volume or a mask is none, or if `initial`
         is neither numbers nor a transform.
@@ -219,6 +224,7 @@ def register(
         raise ValueError(
             f"moving: expected {fixed.grid.ndim} dimensions as fixed, got {moving.grid.ndim}"
         )
+    _check_intensities(fixed, moving)
     if stages is None:
         platform = next(iter(jnp.zeros(()).devices())).platform
         stages = preset(
@@ -277,6 +283,25 @@ def _check_volumes(**volumes: object) -> None:
             raise TypeError(
                 f"{name}: expected a Volume, as of read_volume or Volume.create, got "
                 f"{type(volume).__name__}"
+            )
+
+
+def _check_intensities(fixed: Volume, moving: Volume) -> None:
+    """Refuse images to which metrics are flat only for their unit: nothing would move."""
+    arrays = {"fixed": fixed.array, "moving": moving.array}
+    # All of them are asked for before one is waited for.
+    ranges = {name: (np.min(array), np.max(array)) for name, array in arrays.items()}
+    for name, extremes in jax.device_get(ranges).items():
+        low, high = map(float, extremes)
+        if not max(-low, high) <= _LARGEST:
+            raise ValueError(
+                f"{name}: expected intensities within ±{_LARGEST:g}, got {low:g} to {high:g}; "
+                "multiply them by a smaller number"
+            )
+        if 0 < high - low < _NARROWEST:
+            raise ValueError(
+                f"{name}: expected intensities that differ by {_NARROWEST:g} or more, got {low:g} "
+                f"to {high:g}; multiply them by a larger number"
             )
 
 
