@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     Bad input of any kind is one line on stderr and exit status 2; so is what memory does not hold,
     with exit status 1, an interrupt, with 130, and what else ends a process early, with 128 and the
-    number of the signal: 143 for SIGTERM, 129 for SIGHUP. A traceback is a bug of ours.
+    number of the signal: 143 for SIGTERM, 129 for SIGHUP. Where nobody reads the rest of stdout it
+    ends without a word, with 1. A traceback is a bug of ours.
 
     Parameters
     ----------
@@ -49,11 +50,17 @@ def _run(arguments: Sequence[str] | None) -> NoReturn:
         from jaxreg.commands import app
 
         try:
-            raise SystemExit(app(args=arguments, prog_name="jaxreg", standalone_mode=False))
+            status = app(args=arguments, prog_name="jaxreg", standalone_mode=False)
+            sys.stdout.flush()
+            raise SystemExit(status)
         except typer.Abort:
             raise KeyboardInterrupt from None
     except KeyboardInterrupt:
         _fail("interrupted", _INTERRUPTED)
+    except BrokenPipeError:  # who reads has seen enough, as `head` does
+        # Python would try to write the rest when it ends, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(_FAILED) from None
     except (OSError, ValueError) as error:
         _fail(str(error))
     except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -386,6 +387,20 @@ def test_info_describes_files_and_the_installation(
     assert "jaxlib " in told()
 
 
+@pytest.mark.parametrize("flags", [[], ["-u"]])  # of the interpreter: when does it write?
+def test_who_reads_no_further_ends_it_quietly(pair: Path, flags: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as stdout:
+        ended = subprocess.run(
+            [sys.executable, *flags, "-m", "jaxreg", "info", pair / "motion.tfm"],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert (ended.returncode, ended.stderr) == (1, b"")
+
+
 def test_the_version_is_that_of_the_installation(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version") == 0
     assert capsys.readouterr().out == f"{describe()['regkernels']}\n"
@@ -407,11 +422,12 @@ def bad(pair: Path) -> Path:
     sitk.WriteImage(holes, str(pair / "holes.nrrd"))
     sitk.WriteImage(holes, str(pair / "holes.nii.gz"))
     write_volume(fixed, pair / "two.hdr")
+    write_displacement(np.zeros((*fixed.shape, 2)), fixed, pair / "field.nrrd")
     (pair / "text.nii.gz").write_text("no image")
     (pair / "text.tfm").write_text("no transform")
     write_volume(fixed.with_array(1e16 * fixed.array), pair / "bright.nrrd")
     (pair / "taken" / "moved.nii.gz").mkdir(parents=True)
-    write_volume(fixed, pair / "plane.vtk")
+    sitk.WriteImage(holes, str(pair / "plane.vtk"))
     sitk.WriteImage(holes, str(pair / "cut.mhd"))
     (pair / "cut.raw").write_bytes(bytes(10))
     (pair / "cut.nii.gz").write_bytes((pair / "fixed.nii.gz").read_bytes()[:-100])
@@ -459,6 +475,7 @@ APPLY = "apply moving.mha -r fixed.nii.gz -o out.nrrd"
         (f"{APPLY} -o moving.mha", "IMAGE: moving.mha would be overwritten"),
         (f"{APPLY} -o fixed.nii.gz", "--reference: fixed.nii.gz would be overwritten"),
         ("apply two.img -r fixed.nii.gz -o two.hdr", "IMAGE: two.img would be overwritten"),
+        ("apply z.img.gz -r fixed.nii.gz -o z.hdr.gz", "IMAGE: z.img.gz would be overwritten"),
         (f"{APPLY} -t out.nrrd:inverse", "--transform: out.nrrd would be overwritten"),
         (f"{APPLY} -t space.tfm", "--transform: space.tfm: expected a 2-D transform, got 3-D"),
         (f"{APPLY} -t fixed.nii.gz", "--transform: fixed.nii.gz: expected displacements, 2"),
@@ -466,9 +483,11 @@ APPLY = "apply moving.mha -r fixed.nii.gz -o out.nrrd"
         (f"{APPLY} --interpolation magic", "--interpolation"),
         (f"{APPLY} --labels --interpolation nearest", "--labels: expected no --interpolation"),
         ("apply fixed.nii.gz -r moving.mha --labels -o out.nrrd", "IMAGE: fixed.nii.gz: expected"),
-        (f"{APPLY} -o out.magic", "--output: out.magic: cannot write it"),
+        (f"{APPLY} -o out.magic", "--output: out.magic: cannot write it: expected one of .nii, "),
+        (f"{APPLY} -o out.png -t no.tfm", "--output: out.png: cannot write it: expected one of"),
         (f"{APPLY} -o no/out.nrrd", "--output: no/out.nrrd: cannot write there"),
         ("invert motion.tfm -o motion.tfm", "TRANSFORM: motion.tfm would be overwritten"),
+        ("invert field.nrrd -o out.tif", "--output: out.tif: cannot write it: expected one of"),
         ("invert motion.tfm -o out.nrrd", "--output: out.nrrd: expected an ending of"),
         ("invert text.tfm -o out.tfm", "TRANSFORM: text.tfm: not a transform"),
         ("info text.nii.gz", "FILE: text.nii.gz: not an image"),

@@ -175,6 +175,28 @@ def test_the_unit_of_the_intensities_does_not_matter(metric: Any, power: int) ->
     np.testing.assert_array_equal(again.transform.displacement, once.transform.displacement)
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+def test_intensities_that_single_precision_cannot_compare_are_refused(on_device: bool) -> None:
+    volumes = dict(zip(("fixed", "moving"), pair(), strict=True))
+    for name, volume in volumes.items():
+        for factor, message in (
+            (1e16, "within ±1e\\+15"),
+            (-1e16, "within ±1e\\+15"),
+            (np.nan, "within ±1e\\+15, got nan"),
+            (1e-8, "that differ by 1e-07 or more"),
+        ):
+            array = (factor * volume.array).astype(np.float32)
+            other = volume.with_array(array)
+            if on_device:
+                other = dataclasses.replace(other, array=jnp.asarray(array))
+            with pytest.raises(ValueError, match=f"{name}: expected intensities {message}"):
+                register(**{**volumes, name: other}, stages=[])
+    assert not register(*(v.with_array(np.zeros(v.shape)) for v in volumes.values()), []).stages
+    faint = [v.with_array(0.001 * np.asarray(v.array)) for v in volumes.values()]
+    with pytest.raises(ValueError, match=r"0\.01 or more with the metric mse"):
+        register(*faint, [Translation((1,), (5,), metric="mse")])
+
+
 def test_volumes_that_never_overlap_are_an_error() -> None:
     fixed, moving = pair()
     away = dataclasses.replace(moving, origin=moving.origin + 500)
@@ -255,6 +277,19 @@ def test_a_metric_that_is_not_a_number_is_an_error() -> None:
     stage = Greedy((1,), (20,), metric=undefined)
     with pytest.raises(ValueError, match="metric: expected finite losses, got nan in the stage"):
         register(fixed, moving, [stage])
+
+
+def test_a_gradient_that_is_not_a_number_is_an_error() -> None:
+    """Even if no loss shows it: samples at places that are not a number are 0, in both images."""
+    fixed, moving = (
+        volume.with_array(np.where(volume.array > 0.3, volume.array, 0)) for volume in pair()
+    )
+
+    def undefined(pred: jax.Array, target: jax.Array) -> jax.Array:
+        return jnp.sqrt((pred - target) ** 2).mean()
+
+    with pytest.raises(ValueError, match=r"metric: expected finite gradients, .* the stage syn;"):
+        register(fixed, moving, [SyN((1,), (20,), metric=undefined)])
 
 
 def test_stages_are_pytrees_that_jit_takes_as_settings() -> None:
@@ -505,6 +540,20 @@ def test_what_does_not_fit_together_is_refused_by_name() -> None:
     for stages in (["greedy"], "greedy", STAGES[1]):
         with pytest.raises(TypeError, match="stages: expected a sequence of stages"):
             register(fixed, moving, stages)
+    ones = np.ones(fixed.shape)
+    for name, value in (
+        *(("fixed", value) for value in ("fixed.nii.gz", ones)),
+        ("moving", ones),
+        ("fixed_mask", ones),
+        ("moving_mask", "mask.nii.gz"),
+    ):
+        given: dict[str, Any] = {"fixed": fixed, "moving": moving, name: value}
+        kind = type(value).__name__
+        with pytest.raises(TypeError, match=f"{name}: expected a Volume, .* got {kind}"):
+            register(**given)
+    for initial in ("a.tfm", moving):
+        with pytest.raises(TypeError, match=r"initial: expected numbers \(3, 3\) or a Transform"):
+            register(fixed, moving, [], initial=initial)
     array = np.zeros((1, 16, 16))
     for arrays, options, message in (
         ((array, np.zeros((2, 16, 16))), {}, "moving: expected 1 channels as fixed, got 2"),

@@ -433,6 +433,14 @@ def test_a_transform_that_is_cut_short_is_refused(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("rows", [2**31 - 1, 2**16])
+def test_a_matrix_larger_than_its_file_is_refused(tmp_path: Path, rows: int) -> None:
+    path = tmp_path / "affine.mat"
+    path.write_bytes(struct.pack("<5i", 0, rows, rows, 0, 5) + b"name\0")
+    with pytest.raises(ValueError, match=rf"affine\.mat: cut short .* {5 + 8 * rows**2} bytes"):
+        read_transform(path)
+
+
 def test_a_transform_goes_to_a_file_of_its_kind_or_to_none(tmp_path: Path) -> None:
     field = DisplacementField(volume(2).grid, waves(volume(2).grid))
     with pytest.raises(ValueError, match=r"warp\.tfm: expected the ending of an image"):

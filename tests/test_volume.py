@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import os
 import re
 import signal
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -21,9 +24,10 @@ from jaxreg.registration import (
     read_volume,
     resample,
     rigid_motion,
+    write_displacement,
     write_volume,
 )
-from jaxreg.registration.files import atomic_folder, atomic_path
+from jaxreg.registration.files import _uninterrupted, atomic_folder, atomic_path
 
 
 def test_voxels_are_where_simpleitk_puts_them() -> None:
@@ -177,10 +181,12 @@ def test_what_is_not_an_image_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     volume = Volume.create(np.zeros((3, 4)))
-    with pytest.raises(ValueError, match=r"volume\.foo: cannot write it: .*volume\.foo"):
-        write_volume(volume, tmp_path / "volume.foo")
-    with pytest.raises(ValueError, match=r"volume\.png"):  # no format of floats
-        write_volume(volume, tmp_path / "volume.png")
+    # ITK writes some without an error, and loses slices, the origin or the direction.
+    for name in ("v.foo", "v.png", "v.tif", "v.gipl", "v.mrc", "v.dcm", "v.vtk", "v.h5", "v"):
+        with pytest.raises(ValueError, match=rf"{name}: cannot write it: expected one of \.nii, "):
+            write_volume(volume, tmp_path / name)
+        with pytest.raises(ValueError, match=rf"{name}: (cannot write it: )?expected"):
+            write_displacement(np.zeros((3, 4, 2)), volume, tmp_path / name)
     with pytest.raises(OSError, match=r"missing/volume\.nii: cannot write there"):
         write_volume(volume, tmp_path / "missing" / "volume.nii")
     assert not list(tmp_path.iterdir())
@@ -251,6 +257,23 @@ def test_there_is_no_place_where_a_cut_goes_unnoticed(
         ("v.mha", b"ElementT", b"HeaderSize = -1\nElementT", "expected where the voxels begin"),
         ("v.mha", b"ElementT", b"HeaderSize = x\nElementT", "HeaderSize: expected an integer"),
         ("v.mha", b"DimSize", b"Dim", "its header has no DimSize"),
+        # ITK ended the process for some of these.
+        ("v.mha", b"NDims = 3", b"NDims = -1", "expected a 2-D or 3-D image, got -1-D"),
+        ("v.mha", b"NDims = 3", b"NDims = 99", "expected a 2-D or 3-D image, got 99-D"),
+        ("v.mha", b"NDims = 3", b"NDims = 3\nNDims = 99", "expected one NDims in its header"),
+        ("v.mha", b"DimSize = 5 4 3", b"DimSize = 5 4", "DimSize: expected 3 positive integers"),
+        ("v.mha", b"DimSize = 5 4 3", b"DimSize = 5 4 -3", "DimSize: expected 3 positive integers"),
+        ("v.mha", b"MET_SHORT", b"MET_STRING", "expected the ElementType to be one of MET_CHAR, "),
+        ("v.nrrd", b"dimension: 3", b"dimension: 99", "expected a 2-D or 3-D image, got dim"),
+        ("v.nrrd", b"dimension: 3", b"dimension: x", "dimension: expected an integer, got 'x'"),
+        ("v.nrrd", b"sizes: 5 4 3", b"sizes: 5 4 0", "sizes: expected 3 positive integers"),
+        ("v.nrrd", b"endian", b"kinds: " + 5000 * b"A" + b"\nendian", "at most 1000 characters"),
+        (
+            "v.nrrd",
+            b"endian",
+            b"line skip: 9999999999\nendian",
+            "hit EOF skipping line 1",
+        ),
         ("v.nrrd", b"encoding: raw", b"encoding: ascii", "expected the encoding raw or gzip"),
         ("v.nrrd", b"endian", b"byte skip: -1\nendian", "expected where the voxels begin"),
         ("v.nrrd", b"endian", b"data file: LIST\nendian", "expected voxels in one file, got LIST"),
@@ -321,6 +344,31 @@ def test_neither_what_follows_the_voxels_nor_an_offset_of_0_is_damage(
     whole += np.full(3, np.nan, np.float32).tobytes()
     path.write_bytes(whole)
     np.testing.assert_array_equal(read_volume(path).array, values)
+
+
+@pytest.mark.parametrize("ending", ["nii", "nii.gz"])
+@pytest.mark.parametrize(
+    ("at", "field", "message"),
+    [
+        (72, np.int16(8), "expected bitpix 32 for the datatype 16, got 8"),
+        (72, np.int16(64), "expected bitpix 32 for the datatype 16, got 64"),
+        (70, np.int16(1), "expected a NIfTI datatype of whole bytes, got 1"),
+        (108, np.float32(np.inf), "expected a finite vox_offset, got inf"),
+        (108, np.float32(np.nan), "expected a finite vox_offset, got nan"),
+        (108, np.float32(1e30), "cut short or damaged: expected 240 bytes of voxels, got 0"),
+    ],
+)
+def test_a_header_of_nifti_that_cannot_be_right_is_refused(
+    ending: str, at: int, field: np.generic, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"v.{ending}"
+    sitk.WriteImage(sitk.GetImageFromArray(np.ones((3, 4, 5), np.float32)), str(path))
+    packed = path.read_bytes()
+    whole = bytearray(gzip.decompress(packed) if ending == "nii.gz" else packed)
+    whole[at : at + field.nbytes] = field.tobytes()
+    path.write_bytes(gzip.compress(whole) if ending == "nii.gz" else whole)
+    with pytest.raises(ValueError, match=rf"v\.{ending}: {message}"):
+        read_volume(path)
 
 
 @pytest.mark.parametrize("step", [0, np.nan, np.inf])
@@ -407,3 +455,57 @@ def test_an_interrupt_between_two_files_waits_for_the_second(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)  # which interrupts again
+
+
+@pytest.fixture
+def handled() -> Iterator[list[int]]:
+    """The signals that handlers of the program have got; that of SIGHUP raises an exception."""
+    got: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        got.append(number)
+        if number == signal.SIGHUP:
+            raise InterruptedError
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    yield got
+    assert [signal.signal(number, handler) for number, handler in before.items()] == [handle] * 3
+
+
+def test_every_signal_that_was_held_is_delivered_once(handled: list[int], tmp_path: Path) -> None:
+    sent = [signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
+
+    def write() -> None:
+        with atomic_path(tmp_path / "a"), _uninterrupted():
+            for number in (*sent, *sent):
+                signal.raise_signal(number)
+            assert not handled
+
+    with pytest.raises(InterruptedError):
+        write()
+    assert handled == sent
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_handlers_are_put_back_is_delivered_once(
+    number: signal.Signals, handled: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = signal.signal
+    restored = 0
+
+    def interrupted(which: int, handler: object) -> object:
+        nonlocal restored
+        before = put(which, handler)
+        if before.__name__ == "hold":
+            restored += 1
+            if restored == 2:  # one handler is still to be put back
+                signal.raise_signal(number)
+        return before
+
+    monkeypatch.setattr(signal, "signal", interrupted)
+    raised = pytest.raises(InterruptedError) if number == signal.SIGHUP else nullcontext()
+    with raised, _uninterrupted():
+        pass
+    monkeypatch.undo()
+    assert handled == [number]

@@ -14,7 +14,7 @@ from jaxreg.commands import device as devices
 from jaxreg.commands.device import Device
 from jaxreg.commands.inputs import naming, read_chain, refuse_overwriting
 from jaxreg.registration import read_volume, resample, write_volume
-from jaxreg.registration.itk_images import read_grid
+from jaxreg.registration.itk_images import check_image_name, read_grid
 
 __all__ = ["apply"]
 
@@ -31,7 +31,14 @@ def apply(
     reference: Annotated[
         Path, typer.Option("--reference", "-r", help="Image whose grid the result gets.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the result.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Where to write the result: NIfTI, MetaImage or NRRD, by its ending.",
+        ),
+    ],
     transform: Annotated[
         list[str] | None,
         typer.Option(
@@ -68,6 +75,8 @@ def apply(
         [output],
         [("IMAGE", image), ("--reference", reference), *(("--transform", t) for t in texts)],
     )
+    with naming("--output"):
+        check_image_name(output)
     with naming("IMAGE"):
         volume = read_volume(image)
         if labels and (np.asarray(volume.array) % 1).any():

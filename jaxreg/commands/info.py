@@ -22,15 +22,18 @@ def info(
     file: Annotated[Path | None, typer.Argument(metavar="FILE", help="Image or transform.")] = None,
 ) -> None:
     """Describe an image or a transform; without FILE, the installation."""
-    if file is None:
-        _print(describe())
-        return
+    for facts in [describe()] if file is None else _of_file(file):
+        _print(facts)
+
+
+def _of_file(file: Path) -> list[dict[str, str]]:
     with naming("FILE"):
-        if file.suffix.lower() in TRANSFORM_SUFFIXES:
-            for number, part in enumerate(read_transform(file), start=1):
-                _print({"transform": f"{number}, as a point goes through them", **_of_part(part)})
-        else:
-            _print(_of_volume(read_volume(file)))
+        if file.suffix.lower() not in TRANSFORM_SUFFIXES:
+            return [_of_volume(read_volume(file))]
+        return [
+            {"transform": f"{number}, as a point goes through them", **_of_part(part)}
+            for number, part in enumerate(read_transform(file), start=1)
+        ]
 
 
 def _print(facts: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -101,7 +102,7 @@ def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[tuple[str, Path
     def place(path: Path) -> Path:
         # The two files of one image: whoever writes the header writes the voxels too.
         whole = path.resolve()
-        return whole.with_suffix(".img") if whole.suffix == ".hdr" else whole
+        return whole.parent / re.sub(r"\.hdr(\.gz)?$", r".img\1", whole.name)
 
     written = {place(path) for path in outputs}
     for argument, path in inputs:

@@ -13,6 +13,7 @@ from jaxreg.commands import device as devices
 from jaxreg.commands.device import Device
 from jaxreg.commands.inputs import inverted, naming, refuse_overwriting
 from jaxreg.registration import DisplacementField, read_transform, write_transform
+from jaxreg.registration.itk_transforms import check_transform_name
 
 __all__ = ["invert"]
 
@@ -49,6 +50,8 @@ def invert(
                 f"{transform}: expected affines or one displacement field, got {len(parts)} "
                 "transforms; `jaxreg apply -t FILE:inverse` inverts them on the fly"
             )
+    with naming("--output"):
+        check_transform_name(parts[0], output)
     with jax.default_device(devices.find(device)):
         (inverse,) = inverted(parts, str(transform))
     with naming("--output"):

@@ -8,7 +8,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -92,7 +92,10 @@ def _folder_in(parent: Path, goal: Path) -> Iterator[Path]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Hold back the exceptions that Python makes of signals, Ctrl-C's above all, until the end."""
+    """Hold back the exceptions that Python makes of signals, Ctrl-C's above all, until the end.
+
+    Then each signal that came is delivered once, in their order.
+    """
     if threading.current_thread() is not threading.main_thread():  # Python interrupts that one only
         yield
         return
@@ -102,20 +105,22 @@ def _uninterrupted() -> Iterator[None]:
         if callable(handler := signal.getsignal(number))
     }
     held: list[int] = []
-    over = False
 
-    def hold(number: int, frame: FrameType | None) -> None:
-        if over:  # while the handlers are put back
-            handlers[signal.Signals(number)](number, frame)
-        held.append(number)
+    def hold(number: int, _: FrameType | None) -> None:
+        if number not in held:
+            held.append(number)
 
-    try:
-        for number in handlers:
+    def deliver() -> None:
+        if held:
+            try:
+                signal.raise_signal(held.pop(0))
+            finally:
+                deliver()
+
+    # A stack: a handler that is back may raise an exception before the others are.
+    with ExitStack() as stack:
+        stack.callback(deliver)
+        for number, handler in handlers.items():
+            stack.callback(signal.signal, number, handler)
             signal.signal(number, hold)
         yield
-    finally:
-        over = True
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if held:
-            signal.raise_signal(held[0])

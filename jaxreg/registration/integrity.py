@@ -223,12 +223,25 @@ def _find_nifti(path: Path) -> Voxels:
         # ITK takes 1. Along a single voxel it does no harm, and some writers leave it out.
         if dim > 1 and not 0 < abs(step) < math.inf:
             raise ValueError(f"{path}: expected a finite spacing other than 0, got {spacing}")
+    if kind not in _NIFTI_BITS:
+        raise ValueError(f"{path}: expected a NIfTI datatype of whole bytes, got {kind}")
+    if bits != _NIFTI_BITS[kind]:
+        raise ValueError(
+            f"{path}: expected bitpix {_NIFTI_BITS[kind]} for the datatype {kind}, got {bits}"
+        )
+    if not math.isfinite(offset):
+        raise ValueError(f"{path}: expected a finite vox_offset, got {offset}")
     # Some writers leave the offset 0; behind the header of the same file it cannot be less.
     first = max(int(offset), sizes[order] if header == data else 0)
     # A dimension of 0 stands for one of 1, as in ITK.
     count = math.prod(max(dim, 1) for dim in dims[:ndim])
     dtype = {16: np.dtype(f"{order}f4"), 64: np.dtype(f"{order}f8")}.get(kind)
     return Voxels(data, 0, first, _packing(data), count * bits // 8, dtype)
+
+
+_NIFTI_BITS = {2: 8, 4: 16, 8: 32, 16: 32, 32: 64, 64: 64, 128: 24, 256: 8, 512: 16, 768: 32}
+_NIFTI_BITS |= {1024: 64, 1280: 64, 1536: 128, 1792: 128, 2048: 256, 2304: 32}
+"""Size in bits of each datatype of ``nifti1.h``: ITK goes by it, whatever bitpix says."""
 
 
 def _nifti_pair(path: Path) -> tuple[Path, Path]:
@@ -249,13 +262,24 @@ def _find_meta(path: Path) -> Voxels:
     with path.open("rb") as file:
         for line in file:
             name, _, value = re.sub(r"[=:]", "=", line.decode("latin-1"), count=1).partition("=")
+            if name.strip() in fields and name.strip() in _META_NEEDED:
+                raise ValueError(f"{path}: expected one {name.strip()} in its header, got several")
             fields[name.strip()] = value.strip()
             if name.strip() == "ElementDataFile":
                 break
         end = file.tell()
-    for name in ("NDims", "DimSize", "ElementType", "ElementDataFile"):
+    for name in _META_NEEDED:
         if name not in fields:
             raise EOFError(f"its header has no {name}")
+    ndim = _integer("NDims", fields)
+    if ndim not in (2, 3):
+        raise ValueError(f"{path}: expected a 2-D or 3-D image, got {ndim}-D")
+    _check_sizes(path, "DimSize", fields["DimSize"], ndim)
+    if fields["ElementType"] not in _META_TYPES:
+        raise ValueError(
+            f"{path}: expected the ElementType to be one of {', '.join(_META_TYPES)}, got "
+            f"{fields['ElementType'][:40]!r}"
+        )
     data = fields["ElementDataFile"]
     if not _is_true(fields.get("BinaryData", "True")):
         raise ValueError(f"{path}: expected binary voxels, got text")
@@ -273,8 +297,25 @@ def _find_meta(path: Path) -> Voxels:
     )
 
 
+_META_NEEDED = ("NDims", "DimSize", "ElementType", "ElementDataFile")
+_META_TYPES = (
+    *("MET_CHAR", "MET_UCHAR", "MET_SHORT", "MET_USHORT", "MET_INT", "MET_UINT"),
+    *("MET_LONG", "MET_ULONG", "MET_LONG_LONG", "MET_ULONG_LONG", "MET_FLOAT", "MET_DOUBLE"),
+)
+
+
+def _check_sizes(path: Path, name: str, text: str, count: int) -> None:
+    """Look at how many voxels there are along each axis: ITK's readers trust what is there."""
+    sizes = text.split()
+    if len(sizes) != count or not all(re.fullmatch(r"\+?0*[1-9][0-9]{0,9}", s) for s in sizes):
+        raise ValueError(f"{path}: {name}: expected {count} positive integers, got {text[:40]!r}")
+
+
 def _is_true(text: str) -> bool:
     return text[:1].upper() in ("T", "Y", "1")
+
+
+_LONGEST_NRRD_FIELD = 1000
 
 
 def _find_nrrd(path: Path) -> Voxels:
@@ -285,6 +326,12 @@ def _find_nrrd(path: Path) -> Voxels:
             if not line.strip():
                 break
             name, _, value = line.decode("latin-1").partition(": ")
+            # Where a longer one is wrong, NRRD's library writes beyond its message's end.
+            if len(line) > _LONGEST_NRRD_FIELD and line[:1] != b"#" and ":=" not in name:
+                raise ValueError(
+                    f"{path}: expected at most {_LONGEST_NRRD_FIELD} characters in a field, got "
+                    f"{len(line)} in {name[:40]!r}"
+                )
             fields[name.lower().replace(" ", "")] = value.strip()
         end = file.tell()
     data = fields.get("datafile")
@@ -292,6 +339,10 @@ def _find_nrrd(path: Path) -> Voxels:
         raise ValueError(f"{path}: expected voxels in one file, got {data}")
     if "encoding" not in fields:
         raise EOFError("its header has no encoding")
+    ndim = _integer("dimension", fields)
+    if ndim not in range(1, 5):  # of which one may be that of several values per voxel
+        raise ValueError(f"{path}: expected a 2-D or 3-D image, got dimension {ndim}")
+    _check_sizes(path, "sizes", fields.get("sizes", ""), ndim)
     encoding = fields["encoding"].lower()
     if encoding not in ("raw", "gzip", "gz"):
         raise ValueError(f"{path}: expected the encoding raw or gzip, got {encoding}")
@@ -302,7 +353,8 @@ def _find_nrrd(path: Path) -> Voxels:
     with source.open("rb") as file:
         file.seek(end if data is None else 0)
         for _ in range(lines):
-            file.readline()
+            if not file.readline():
+                break
         start = file.tell()
     return Voxels(source, start, skipped, "none" if encoding == "raw" else "gzip")
 
@@ -315,7 +367,7 @@ def _integer(name: str, fields: dict[str, str]) -> int:
 
 
 def _existing(path: Path, data: Path) -> Path:
-    if not data.is_file():
+    if not os.path.isfile(data):  # names that are too long, too
         raise FileNotFoundError(f"{path}: no such file of its voxels: {data}")
     return data
 
@@ -363,12 +415,14 @@ IMAGE_FORMATS: dict[str, tuple[str, Callable[[Path], Voxels | None]]] = {
 def _blocks(voxels: Voxels) -> Iterator[bytes]:
     """Read all from the voxels to the end of a file, which verifies its checksum if it has one."""
     with voxels.file.open("rb") as raw:
-        raw.seek(voxels.offset)
+        raw.seek(min(voxels.offset, voxels.file.stat().st_size))
         if voxels.packing == "zlib":
             yield from _inflated(raw)
             return
         file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if voxels.packing == "gzip" else raw
-        file.read(voxels.skipped)
+        skipped = voxels.skipped
+        while skipped > 0 and (block := file.read(min(skipped, _BLOCK))):
+            skipped -= len(block)
         while block := file.read(_BLOCK):
             yield block
 
@@ -394,7 +448,8 @@ def _is_gzip(path: Path) -> bool:
 
 
 def _take(file: BinaryIO, count: int) -> bytes:
-    data = file.read(count)
+    # The count is what a file says: it may be more than there is, in the file and in memory.
+    data = file.read(min(count, max(os.fstat(file.fileno()).st_size, _BLOCK)))
     if len(data) < count:
         raise EOFError(f"expected {count} bytes more, got {len(data)}")
     return data

@@ -22,6 +22,8 @@ from jaxreg.registration.integrity import (
 )
 
 __all__ = [
+    "WRITTEN_SUFFIXES",
+    "check_image_name",
     "image_grid",
     "image_values",
     "itk_reason",
@@ -29,6 +31,13 @@ __all__ = [
     "read_image",
     "write_image",
 ]
+
+WRITTEN_SUFFIXES = (
+    *(".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz"),
+    *(".mha", ".mhd"),
+    *(".nrrd", ".nhdr"),
+)
+"""Endings of the formats that keep all of an image: NIfTI, MetaImage and NRRD."""
 
 
 def read_image(path: str | os.PathLike[str]) -> Any:
@@ -139,6 +148,24 @@ def image_values(image: Any) -> NDArray[Any]:
     return values
 
 
+def check_image_name(path: str | os.PathLike[str]) -> None:
+    """See that a file can keep all of an image, for which its name is enough.
+
+    Parameters
+    ----------
+    path
+        Where an image is to be written.
+
+    Raises
+    ------
+    ValueError
+        If its ending is none of `WRITTEN_SUFFIXES`. ITK writes other formats without an error, and
+        without the origin, the direction, or all slices but the first.
+    """
+    if not Path(path).name.endswith(WRITTEN_SUFFIXES):
+        raise ValueError(f"{path}: cannot write it: expected one of {', '.join(WRITTEN_SUFFIXES)}")
+
+
 def write_image(
     values: ArrayLike, grid: Grid, path: str | os.PathLike[str], *, vectors: bool = False
 ) -> None:
@@ -151,7 +178,7 @@ def write_image(
     grid
         Where the voxels lie.
     path
-        The file; its ending says in which format.
+        The file; its ending, one of `WRITTEN_SUFFIXES`, says in which format.
     vectors
         Whether there are several values per voxel.
 
@@ -160,10 +187,11 @@ def write_image(
     OSError
         If there is no such folder, or no writing in it.
     ValueError
-        If SimpleITK cannot write such an image to such a file.
+        For another ending, or if SimpleITK cannot write such an image to such a file.
     """
     import SimpleITK as sitk  # noqa: N813
 
+    check_image_name(path)
     image = sitk.GetImageFromArray(np.asarray(values), isVector=vectors)
     image.SetSpacing(np.asarray(grid.spacing).tolist())
     image.SetOrigin(np.asarray(grid.origin).tolist())

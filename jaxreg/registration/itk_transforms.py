@@ -17,6 +17,7 @@ from jaxreg.registration.files import atomic_path
 from jaxreg.registration.grid import Grid, Matrix
 from jaxreg.registration.integrity import check_transform
 from jaxreg.registration.itk_images import (
+    check_image_name,
     image_grid,
     image_values,
     itk_reason,
@@ -28,6 +29,7 @@ from jaxreg.registration.volume import Volume
 
 __all__ = [
     "TRANSFORM_SUFFIXES",
+    "check_transform_name",
     "read_transform",
     "write_affine",
     "write_displacement",
@@ -75,6 +77,31 @@ def read_transform(path: str | os.PathLike[str]) -> tuple[Part, ...]:
     return _parts(transform, path)
 
 
+def check_transform_name(part: Part, path: str | os.PathLike[str]) -> None:
+    """See that a matrix or a displacement field can be in a file of such a name.
+
+    Parameters
+    ----------
+    part
+        What is to be written.
+    path
+        Where to.
+
+    Raises
+    ------
+    ValueError
+        If its ending is one of another kind of file.
+    """
+    of_transform = Path(path).suffix.lower() in TRANSFORM_SUFFIXES
+    if not isinstance(part, DisplacementField):
+        if not of_transform:
+            raise ValueError(f"{path}: expected an ending of {', '.join(TRANSFORM_SUFFIXES)}")
+        return
+    if of_transform:
+        raise ValueError(f"{path}: expected the ending of an image, such as .nii.gz")
+    check_image_name(path)
+
+
 def write_transform(part: Part, path: str | os.PathLike[str]) -> None:
     """Write a matrix or a displacement field; see `write_affine` and `write_displacement`.
 
@@ -118,9 +145,8 @@ def write_affine(matrix: ArrayLike, path: str | os.PathLike[str]) -> None:
     """
     import SimpleITK as sitk  # noqa: N813
 
-    if Path(path).suffix.lower() not in TRANSFORM_SUFFIXES:
-        raise ValueError(f"{path}: expected an ending of {', '.join(TRANSFORM_SUFFIXES)}")
     matrix = np.asarray(matrix, dtype=np.float64)
+    check_transform_name(matrix, path)
     transform = sitk.AffineTransform(len(matrix) - 1)
     transform.SetMatrix(matrix[:-1, :-1].ravel().tolist())
     transform.SetTranslation(matrix[:-1, -1].tolist())
@@ -143,19 +169,20 @@ def write_displacement(
     reference
         Gives the grid.
     path
-        Where to; the suffix chooses the format. The file appears complete or not at all.
+        Where to; the suffix chooses the format, one that `write_volume` knows. The file appears
+        complete or not at all.
 
     Raises
     ------
     OSError
         If there is no such folder, or no writing in it.
     ValueError
-        If the format is not one of images of vectors.
+        For another ending.
     """
     grid = reference.grid if isinstance(reference, Volume) else reference
-    if Path(path).suffix.lower() in TRANSFORM_SUFFIXES:
-        raise ValueError(f"{path}: expected the ending of an image, such as .nii.gz")
-    write_image(np.asarray(field, dtype=np.float32), grid, path, vectors=True)
+    vectors = np.asarray(field, dtype=np.float32)
+    check_transform_name(DisplacementField(grid, vectors), path)
+    write_image(vectors, grid, path, vectors=True)
 
 
 def _field(image: Any, path: str | os.PathLike[str]) -> DisplacementField:

@@ -26,6 +26,11 @@ from jaxreg.registration.volume import Volume
 
 __all__ = ["Folds", "InverseError", "LevelRecord", "Registration", "StageRecord", "register"]
 
+_LARGEST = 1e15
+"""Of intensities: float32 can still add up the squares of as many as a volume has."""
+_NARROWEST, _NARROWEST_OF_MSE = 1e-7, 1e-2
+"""Of their range: the variances of LNCC's windows, and the slopes of squared differences, have to
+stay above what divisions by zero are avoided with."""
 _INVERSE_TOLERANCE = 0.01  # the default of `invert_displacement`, in voxels
 
 
@@ -204,13 +209,20 @@ def register(
     Raises
     ------
     ValueError
-        If the volumes do not fit together, for a mask of another grid, with several channels, with
-        a negative weight or without a positive one, or for a matrix that cannot be inverted; or
-        if, after the stages, the moving image covers no voxel of the fixed one that counts: then
-        there was nothing to compare; or if a metric is not finite.
+        If the volumes do not fit together; for intensities that are larger than 1e15, or vary but
+        by less than 1e-7, or 0.01 for the metric ``"mse"``, in all (of a constant image
+        nothing moves); for a mask of another grid,
+        with several channels, with a negative weight or without a positive one; for a matrix that
+        cannot be inverted; if, after the stages, the moving image covers no voxel of the fixed one
+        that counts: then there was nothing to compare; or if a metric or its gradient is not
+        finite.
     TypeError
-        If there is something else among the stages.
+        If there is something else among the stages, if a volume or a mask is none, or if `initial`
+        is neither numbers nor a transform.
     """
+    _check_volumes(fixed=fixed, moving=moving)
+    masks = {"fixed_mask": fixed_mask, "moving_mask": moving_mask}
+    _check_volumes(**{name: mask for name, mask in masks.items() if mask is not None})
     if fixed.grid.ndim != moving.grid.ndim:
         raise ValueError(
             f"moving: expected {fixed.grid.ndim} dimensions as fixed, got {moving.grid.ndim}"
@@ -221,6 +233,7 @@ def register(
             "default", ndim=fixed.grid.ndim, device="cpu" if platform == "cpu" else "gpu"
         )
     stages = check_stages(stages)
+    _check_intensities(fixed, moving, stages)
     # About the middle of the fixed grid float32 holds coordinates to a fraction of a micrometre.
     centre = np.eye(fixed.grid.ndim + 1)
     centre[:-1, -1] = fixed.grid.centre()
@@ -240,11 +253,15 @@ def register(
     for stage in stages:
         began = time.perf_counter()
         alignment, traces = stage.run(problem, alignment, callback)
-        alignment.matrix.block_until_ready()
-        if alignment.inverse_displacement is not None:
-            alignment.inverse_displacement.block_until_ready()
+        finite = _is_finite(alignment).block_until_ready()
         seconds = time.perf_counter() - began
         records.append(StageRecord(stage.name, stage, _levels(stage, fixed, traces), seconds))
+        if not finite:  # though the losses are: where a sample's place is not finite, it is 0
+            raise ValueError(
+                "metric: expected finite gradients, got a transform that is not finite from the "
+                f"stage {stage.name}; choose a metric whose gradient is finite even where the "
+                "images are equal or constant: that of a square root at 0 is not"
+            )
     # Only now: a stage may bring images together that have nothing in common at the start.
     if stages and not overlap(problem.whole(alignment)):
         masked = fixed_mask is not None or moving_mask is not None
@@ -261,6 +278,43 @@ def register(
         fixed.grid, matrix, alignment.displacement, alignment.inverse_displacement
     )
     return Registration(fixed, moving, transform, tuple(records))
+
+
+def _check_volumes(**volumes: object) -> None:
+    for name, volume in volumes.items():
+        if not isinstance(volume, Volume):
+            raise TypeError(
+                f"{name}: expected a Volume, as of read_volume or Volume.create, got "
+                f"{type(volume).__name__}"
+            )
+
+
+def _check_intensities(fixed: Volume, moving: Volume, stages: tuple[Stage, ...]) -> None:
+    """Refuse images to which metrics are flat only for their unit: nothing would move."""
+    arrays = {"fixed": fixed.array, "moving": moving.array}
+    # All of them are asked for before one is waited for.
+    ranges = {name: (np.min(array), np.max(array)) for name, array in arrays.items()}
+    for name, extremes in jax.device_get(ranges).items():
+        low, high = map(float, extremes)
+        if not max(-low, high) <= _LARGEST:
+            raise ValueError(
+                f"{name}: expected intensities within ±{_LARGEST:g}, got {low:g} to {high:g}; "
+                "multiply them by a smaller number"
+            )
+        squares = any(stage.metric == "mse" for stage in stages)
+        narrowest = _NARROWEST_OF_MSE if squares else _NARROWEST
+        if 0 < high - low < narrowest:
+            raise ValueError(
+                f"{name}: expected intensities that differ by {narrowest:g} or more"
+                f"{' with the metric mse' if squares else ''}, got {low:g} to {high:g}; multiply "
+                "them by a larger number"
+            )
+
+
+@jax.jit
+def _is_finite(alignment: Alignment) -> jax.Array:
+    """Return whether the matrix and the fields hold neither NaN nor infinity, a scalar."""
+    return jnp.stack([jnp.isfinite(array).all() for array in jax.tree.leaves(alignment)]).all()
 
 
 def _levels(stage: Stage, fixed: Volume, traces: tuple[Trace, ...]) -> tuple[LevelRecord, ...]:
@@ -332,7 +386,13 @@ def _initial(
 
 
 def _checked(matrix: ArrayLike, ndim: int) -> Matrix:
-    array = np.asarray(matrix, dtype=np.float64)
+    try:
+        array = np.asarray(matrix, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"initial: expected numbers {(ndim + 1, ndim + 1)} or a Transform, got "
+            f"{type(matrix).__name__}"
+        ) from None
     if array.shape != (ndim + 1, ndim + 1) or not np.isfinite(array).all():
         raise ValueError(
             f"initial: expected {(ndim + 1, ndim + 1)} finite numbers, got shape {array.shape}"

@@ -55,9 +55,10 @@ def ncc(pred: jax.Array, target: jax.Array, mask: jax.Array | None = None) -> ja
     pred_variance, target_variance = (weight * pred**2).sum(axes), (weight * target**2).sum(axes)
     varies = (pred_variance > 0) & (target_variance > 0)
     # The inner `where`s keep the square root's infinite slope at 0 out of the gradient.
-    scale = jnp.sqrt(jnp.where(varies, pred_variance, 1))
-    scale *= jnp.sqrt(jnp.where(varies, target_variance, 1))
-    return jnp.where(varies, covariance / scale, 0)
+    pred_scale = jnp.sqrt(jnp.where(varies, pred_variance, 1))
+    target_scale = jnp.sqrt(jnp.where(varies, target_variance, 1))
+    # One after the other: the square of their product, in the gradient, may overflow.
+    return jnp.where(varies, covariance / pred_scale / target_scale, 0)
 
 
 def ncc_loss(pred: jax.Array, target: jax.Array, mask: jax.Array | None = None) -> jax.Array:

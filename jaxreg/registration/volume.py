@@ -339,12 +339,16 @@ def write_volume(volume: Volume, path: str | os.PathLike[str]) -> None:
     volume
         What to write, with the dtype of its array. Channels become several values per voxel.
     path
-        The file; its ending says in which format.
+        The file; its ending says in which format: ``.nii``, ``.nii.gz``, ``.hdr``, ``.img``,
+        ``.hdr.gz`` or ``.img.gz`` for NIfTI, ``.mha`` or ``.mhd`` for MetaImage, ``.nrrd`` or
+        ``.nhdr`` for NRRD.
 
     Raises
     ------
+    OSError
+        If there is no such folder, or no writing in it.
     ValueError
-        If the format is unknown, or cannot hold such an image.
+        For another ending, or if the format cannot hold such an image.
     """
     array = np.asarray(volume.array)
     if array.ndim > volume.ndim:
