@@ -164,7 +164,7 @@ def test_double_precision_elsewhere_does_not_matter() -> None:
     np.testing.assert_allclose(again.moved.array, once.moved.array, atol=1e-4)
 
 
-@pytest.mark.parametrize("power", [-20, 40])
+@pytest.mark.parametrize("power", [-20, 20])
 @pytest.mark.parametrize("metric", ["lncc", "mi", "ncc"])
 def test_the_unit_of_the_intensities_does_not_matter(metric: Any, power: int) -> None:
     volumes = pair()
@@ -180,9 +180,9 @@ def test_intensities_that_single_precision_cannot_compare_are_refused(on_device:
     volumes = dict(zip(("fixed", "moving"), pair(), strict=True))
     for name, volume in volumes.items():
         for factor, message in (
-            (1e16, "within ±1e\\+15"),
-            (-1e16, "within ±1e\\+15"),
-            (np.nan, "within ±1e\\+15, got nan"),
+            (1e9, "within ±1e\\+08"),
+            (-1e9, "within ±1e\\+08"),
+            (np.nan, "within ±1e\\+08, got nan"),
             (1e-8, "that differ by 1e-07 or more"),
         ):
             array = (factor * volume.array).astype(np.float32)

@@ -26,8 +26,9 @@ from jaxreg.registration.volume import Volume
 
 __all__ = ["Folds", "InverseError", "LevelRecord", "Registration", "StageRecord", "register"]
 
-_LARGEST = 1e15
-"""Of intensities: float32 can still add up the squares of as many as a volume has."""
+_LARGEST = 1e8
+"""Of intensities: sums of squares over a volume, and what the slopes of NCC divide by, stay within
+the range of float32."""
 _NARROWEST, _NARROWEST_OF_MSE = 1e-7, 1e-2
 """Of their range: the variances of LNCC's windows, and the slopes of squared differences, have to
 stay above what divisions by zero are avoided with."""
@@ -209,7 +210,7 @@ def register(
     Raises
     ------
     ValueError
-        If the volumes do not fit together; for intensities that are larger than 1e15, or vary but
+        If the volumes do not fit together; for intensities that are larger than 1e8, or vary but
         by less than 1e-7, or 0.01 for the metric ``"mse"``, in all (of a constant image
         nothing moves); for a mask of another grid,
         with several channels, with a negative weight or without a positive one; for a matrix that
