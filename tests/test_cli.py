@@ -571,6 +571,7 @@ def test_signals_that_end_a_run_leave_no_file(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
+    default_signals: None,
 ) -> None:
     def signalled(*_: object, **__: object) -> None:
         assert len(list(tmp_path.iterdir())) == 1

@@ -440,7 +440,7 @@ def test_a_folder_is_filled_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_between_two_files_waits_for_the_second(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, default_signals: None
 ) -> None:
     replace = os.replace
 
