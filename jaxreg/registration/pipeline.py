@@ -211,12 +211,11 @@ def register(
     ------
     ValueError
         If the volumes do not fit together; for intensities that are larger than 1e8, or vary but
-        by less than 1e-7, or 0.01 for the metric ``"mse"``, in all (of a constant image
-        nothing moves); for a mask of another grid,
-        with several channels, with a negative weight or without a positive one; for a matrix that
-        cannot be inverted; if, after the stages, the moving image covers no voxel of the fixed one
-        that counts: then there was nothing to compare; or if a metric or its gradient is not
-        finite.
+        by less than 1e-7, or 0.01 for the metric ``"mse"``, in all (of a constant image nothing
+        moves); for a mask of another grid, with several channels, with a negative weight or without
+        a positive one; for a matrix that cannot be inverted; if, after the stages, the moving image
+        covers no voxel of the fixed one that counts: then there was nothing to compare; or if a
+        metric or its gradient is not finite.
     TypeError
         If there is something else among the stages, if a volume or a mask is none, or if `initial`
         is neither numbers nor a transform.
@@ -295,6 +294,8 @@ def _check_intensities(fixed: Volume, moving: Volume, stages: tuple[Stage, ...])
     arrays = {"fixed": fixed.array, "moving": moving.array}
     # All of them are asked for before one is waited for.
     ranges = {name: (np.min(array), np.max(array)) for name, array in arrays.items()}
+    squares = any(stage.metric == "mse" for stage in stages)
+    narrowest = _NARROWEST_OF_MSE if squares else _NARROWEST
     for name, extremes in jax.device_get(ranges).items():
         low, high = map(float, extremes)
         if not max(-low, high) <= _LARGEST:
@@ -302,8 +303,6 @@ def _check_intensities(fixed: Volume, moving: Volume, stages: tuple[Stage, ...])
                 f"{name}: expected intensities within ±{_LARGEST:g}, got {low:g} to {high:g}; "
                 "multiply them by a smaller number"
             )
-        squares = any(stage.metric == "mse" for stage in stages)
-        narrowest = _NARROWEST_OF_MSE if squares else _NARROWEST
         if 0 < high - low < narrowest:
             raise ValueError(
                 f"{name}: expected intensities that differ by {narrowest:g} or more"
