@@ -10,9 +10,9 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-BUILD_SETTINGS := --config-settings=cmake.define.REGCORE_CUDA=$(CUDA) \
+BUILD_SETTINGS := --config-settings=cmake.define.REGKERNELS_CUDA=$(CUDA) \
   $(if $(CUDA_ARCHS),"--config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHS)")
-SOURCES := $(shell find csrc jaxreg torchreg -type f -not -path '*/__pycache__/*' -not -name '*.md') \
+SOURCES := $(shell find csrc regkernels jaxreg torchreg -type f -not -path '*/__pycache__/*' -not -name '*.md') \
   CMakeLists.txt pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
@@ -40,7 +40,7 @@ test: lint ## the tests that this machine can run
 	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.installed ## thousands of random calls, other ones each time
-	$(BIN)/pytest tests/test_random_calls.py --hypothesis-profile=fuzz $(PYTEST_ARGS)
+	$(BIN)/pytest tests/ops/test_random_calls.py --hypothesis-profile=fuzz $(PYTEST_ARGS)
 
 # The interpreter is not instrumented: it and the frameworks leak as they please, and the sanitizers' runtime and
 # the C++ library, whose exceptions it watches, have to be there first.
@@ -49,18 +49,18 @@ sanitize: $(VENV)/.installed ## the extension under AddressSanitizer and Undefin
 	$(PIP) install -c constraints.txt pybind11 cmake ninja
 	$(PIP) install --no-deps --target build/headers jaxlib==0.6.2
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja \
-	  -DREGCORE_CUDA=OFF -DREGCORE_SANITIZE=address,undefined -DSKBUILD_PROJECT_VERSION_FULL=0.1.0 \
+	  -DREGKERNELS_CUDA=OFF -DREGKERNELS_SANITIZE=address,undefined \
 	  -DXLA_FFI_INCLUDE_DIR="$(CURDIR)/build/headers/jaxlib/include" -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
 	$(BIN)/cmake --build $(SANITIZED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  PYTHONPATH="$(CURDIR)/$(SANITIZED):$(CURDIR)" $(BIN)/pytest -m "not gpu" \
-	  tests/test_random_calls.py tests/test_bad_input.py tests/test_non_finite.py tests/test_threads.py $(PYTEST_ARGS)
+	  tests/ops/test_random_calls.py tests/ops/test_bad_input.py tests/ops/test_non_finite.py tests/ops/test_threads.py $(PYTEST_ARGS)
 
 docs: $(VENV)/.installed ## the API reference in build/docs
 	$(BIN)/python -W error::UserWarning -W "ignore:Error parsing type annotation ForwardRef:UserWarning" \
-	  -m pdoc --docformat numpy --math -o build/docs jaxreg jaxreg.registration torchreg
+	  -m pdoc --docformat numpy --math -o build/docs regkernels jaxreg jaxreg.registration torchreg
 
 bench: $(VENV)/.installed ## speed and memory beside what one would otherwise use
 	$(BIN)/python benchmarks/warp.py

@@ -32,19 +32,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreg import convert_displacement, interpolate
-from jaxreg.info import describe
 from jaxreg.registration import (
     Affine,
     Greedy,
     Iterative,
     Registration,
-    Volume,
     ncc,
     register,
     register_images,
     resize_field,
     resize_image,
 )
+from regkernels import Volume
+from regkernels.info import describe
 
 SCALES = (4.0, 2.0, 1.0)
 

@@ -13,8 +13,10 @@ from jaxreg.warp import (
     jacobian_determinant,
     scaling_and_squaring,
 )
+from regkernels import __version__
 
 __all__ = [
+    "__version__",
     "affine_warp",
     "compose",
     "convert_displacement",

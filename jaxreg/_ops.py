@@ -11,13 +11,13 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import _regcore
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 
 from jaxreg._sharding import Operands, Reduction, align, spread_over_batch
+from regkernels import _core
 
 _OLDEST_JAX = (0, 8, 2)
 if jax.__version_info__ < _OLDEST_JAX:
@@ -25,7 +25,7 @@ if jax.__version_info__ < _OLDEST_JAX:
         f"jaxreg: expected jax {'.'.join(map(str, _OLDEST_JAX))} or newer, got {jax.__version__}"
     )
 
-_TABLE = _regcore.ops()
+_TABLE = _core.ops()
 _PLATFORMS = ("cpu", "cuda")
 _FLOAT32, _FLOAT64 = jnp.dtype("float32"), jnp.dtype("float64")
 _HALVES = (jnp.dtype("float16"), jnp.dtype("bfloat16"))
@@ -41,7 +41,7 @@ def _target(op: str) -> str:
 
 def _register() -> None:
     for platform in _PLATFORMS:
-        for op, handler in _regcore.xla_registrations(platform).items():
+        for op, handler in _core.xla_registrations(platform).items():
             jax.ffi.register_ffi_target(
                 _target(op), handler, platform="CUDA" if platform == "cuda" else platform
             )
@@ -88,7 +88,7 @@ def _kernel(
     def infer(*arrays: jax.Array) -> dict[str, tuple[str, tuple[int, ...]]]:
         remaining = iter(arrays)
         inputs = [_spec(next(remaining)) if there else None for there in present]
-        outputs = _regcore.infer(op, inputs, named, wanted)
+        outputs = _core.infer(op, inputs, named, wanted)
         return {
             name: spec
             for (name, _), spec in zip(entry["outputs"], outputs, strict=True)
@@ -401,7 +401,7 @@ def apply_for(
         None if x is None or d is None else (d.name, (1, *x.shape))
         for x, d in zip(arrays, dtypes, strict=True)
     ]
-    _regcore.infer(op, specs, attributes, _asked_for(op, results))
+    _core.infer(op, specs, attributes, _asked_for(op, results))
     if results == ("output",) and any(kind == "labels" for *_, kind in entry["inputs"]):
         # Integers do not vary with what they are computed from: as with any other function of JAX
         # that returns them, their tangent is float0.
@@ -433,17 +433,3 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     >>> exported = jax.export.export(jax.jit(function), disabled_checks=jaxreg.export_checks())
     """
     return [jax.export.DisabledSafetyCheck.custom_call(_target(op)) for op in _TABLE]
-
-
-def build_facts() -> dict[str, str]:
-    """What the extension was built for and sees, by name, as short texts."""
-    architectures = _regcore.cuda_architectures()
-    backends = [platform for platform in _PLATFORMS if _regcore.xla_registrations(platform)]
-    return {
-        "regkernels": _regcore.__version__,
-        "XLA FFI API": ".".join(str(part) for part in _regcore.xla_ffi_api_version()),
-        "registered backends": ", ".join(backends),
-        "CUDA architectures": ", ".join(architectures) or "none (CPU-only build)",
-        "CUDA devices": str(_regcore.cuda_device_count()),
-        "CPU threads": str(_regcore.num_threads()),
-    }

@@ -16,7 +16,8 @@ import pytest
 from command import run
 from scenes import header, physical_grid, scene
 
-from jaxreg.registration import stage_from_name, write_volume
+from jaxreg.registration import stage_from_name
+from regkernels import write_volume
 
 PUBLIC = [
     (module, name)

@@ -1,5 +1,6 @@
 """Fused image-registration kernels for PyTorch, on CUDA and CPU."""
 
+from regkernels import __version__
 from torchreg.loss import (
     LNCCLoss,
     MutualInformationLoss,
@@ -22,6 +23,7 @@ from torchreg.warp import (
 __all__ = [
     "LNCCLoss",
     "MutualInformationLoss",
+    "__version__",
     "affine_warp",
     "compose",
     "convert_displacement",

@@ -12,15 +12,15 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import _regcore
 import numpy as np
 import torch
 from torch.autograd import forward_ad
 
+from regkernels import _core
 from torchreg import _open_sizes
 from torchreg._open_sizes import Spec, Specs
 
-_TABLE = _regcore.ops()
+_TABLE = _core.ops()
 _DTYPE_NAMES = {
     getattr(torch, name): name
     for name in (
@@ -122,7 +122,7 @@ def _spec(tensor: torch.Tensor, grouped: bool) -> Spec:
 def _infer(signature: _Signature, specs: Specs, attributes: dict[str, Any], wanted: int) -> Specs:
     """Dtypes and shapes of the outputs for those who listen in, with sizes left open."""
     return _open_sizes.infer(
-        lambda numbers: _regcore.infer(signature.op, numbers, attributes, wanted),
+        lambda numbers: _core.infer(signature.op, numbers, attributes, wanted),
         specs,
         signature.unused,
     )
@@ -162,12 +162,12 @@ def _run(
     if only_shapes:
         output_specs = _infer(signature, specs, attributes, wanted)
     else:
-        output_specs = _regcore.infer(signature.op, specs, attributes, wanted)
+        output_specs = _core.infer(signature.op, specs, attributes, wanted)
     device = next(x for x in operands if x is not None).device
     outputs = _allocate(signature, output_specs, grouped, device)
     if not only_shapes and device.type != "meta":
         is_cuda = device.type == "cuda"
-        _regcore.launch(
+        _core.launch(
             signature.op,
             specs,
             [0 if x is None else x.data_ptr() for x in operands],

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <limits>
 
-namespace reg {
+namespace regkernels {
 
 namespace {
 
@@ -198,4 +198,4 @@ BatchStride batch_stride(const Tensor& tensor) {
   return stride;
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -7,7 +7,7 @@
 
 #include "core/op.h"
 
-namespace reg {
+namespace regkernels {
 
 // "float32 (2, 1, 5, 6, 7)" as the user sees it.
 std::string describe(const Tensor& tensor);
@@ -63,4 +63,4 @@ struct BatchStride {
 };
 BatchStride batch_stride(const Tensor& tensor);
 
-}  // namespace reg
+}  // namespace regkernels

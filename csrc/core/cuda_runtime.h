@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace reg {
+namespace regkernels {
 
 inline void check_cuda(cudaError_t status) {
   if (status != cudaSuccess) {
@@ -25,7 +25,7 @@ inline int64_t shared_memory_limit() {
   int device = 0, bytes = 0;
   check_cuda(cudaGetDevice(&device));
   check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  const char* text = std::getenv("REGCORE_SHARED_MEMORY");
+  const char* text = std::getenv("REGKERNELS_SHARED_MEMORY");
   return text == nullptr ? bytes : std::min<int64_t>(bytes, std::atoll(text));
 }
 
@@ -67,4 +67,4 @@ class DeviceGuard {
   int previous_ = -1;
 };
 
-}  // namespace reg
+}  // namespace regkernels

@@ -7,7 +7,7 @@
 #include "core/half.h"
 #include "core/tensor.h"
 
-namespace reg {
+namespace regkernels {
 
 template <class T>
 struct TypeTag {
@@ -99,4 +99,4 @@ void dispatch_bool(bool value, const Body& body) {
   return body(IntTag<0>{});
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace reg {
+namespace regkernels {
 
 struct ValueError : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -22,4 +22,4 @@ std::string concat(const Parts&... parts) {
   return stream.str();
 }
 
-}  // namespace reg
+}  // namespace regkernels

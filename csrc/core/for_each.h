@@ -14,21 +14,21 @@
 #include "core/check.h"
 #include "core/host_device.h"
 #include "core/thread_pool.h"
-#include "core/vec.h"
 #include "core/vector_code.h"
+#include "maths/vec.h"
 #ifdef __CUDACC__
 #include "core/cuda_runtime.h"
 #endif
 
-namespace reg {
+namespace regkernels {
 
 struct VoxelSpace {
   int64_t groups;
   int64_t items;
   int z, y, x;
 
-  REG_HD int64_t batch() const { return groups * items; }
-  REG_HD int64_t rows() const { return static_cast<int64_t>(z) * y; }
+  REGKERNELS_HD int64_t batch() const { return groups * items; }
+  REGKERNELS_HD int64_t rows() const { return static_cast<int64_t>(z) * y; }
 };
 
 inline VoxelSpace voxel_space(int64_t groups, int64_t items, const Sizes& sizes) {
@@ -47,12 +47,12 @@ struct Voxel {
 
   // Offset of the row in a volume of the given sizes (x, y, z), in voxels.
   template <int D>
-  REG_HD int64_t row(const int (&size)[D]) const {
+  REGKERNELS_HD int64_t row(const int (&size)[D]) const {
     return static_cast<int64_t>(z * size[1] + y) * size[0];
   }
 
   template <int D>
-  REG_HD Vec<int, D> index() const {
+  REGKERNELS_HD Vec<int, D> index() const {
     Vec<int, D> result;
     result[0] = x;
     result[1] = y;
@@ -68,18 +68,18 @@ inline constexpr int kRowsPerBlock = 8;
 // shared memory, so that each store instruction fills whole sectors. Every lane of the warp must
 // take part.
 template <class T, int D>
-REG_HD void store_packed(T* row, const Voxel& voxel, const Vec<T, D>& value) {
+REGKERNELS_HD void store_packed(T* row, const Voxel& voxel, const Vec<T, D>& value) {
 #ifdef __CUDA_ARCH__
   __shared__ T stage[kRowsPerBlock][kWarp * D];
   T* mine = stage[threadIdx.y];
   __syncwarp();
-  REG_UNROLL
+  REGKERNELS_UNROLL
   for (int k = 0; k < D; ++k) mine[threadIdx.x * D + k] = value[k];
   __syncwarp();
   const int remaining = voxel.row_size - voxel.tile_x;
   const int count = (remaining < kWarp ? remaining : kWarp) * D;
   T* tile = row + static_cast<int64_t>(voxel.tile_x) * D;
-  REG_UNROLL
+  REGKERNELS_UNROLL
   for (int k = 0; k < D; ++k) {
     const int element = k * kWarp + threadIdx.x;
     if (element < count) tile[element] = mine[element];
@@ -213,4 +213,4 @@ void for_each_voxel(const Cuda& device, const VoxelSpace& space, const Body& bod
 
 #endif
 
-}  // namespace reg
+}  // namespace regkernels

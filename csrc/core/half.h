@@ -10,7 +10,7 @@
 #include <cuda_fp16.h>
 #endif
 
-namespace reg {
+namespace regkernels {
 
 struct Float16 {
   uint16_t bits;  // IEEE 754 binary16: sign, 5 bits of exponent, 10 of mantissa
@@ -49,9 +49,9 @@ inline float float_from_bits(uint32_t bits) {
 // Exponents of float are biased by 112 more than those of binary16, mantissas are 13 bits longer.
 inline constexpr uint32_t kRebias = 112u << 23;
 
-REG_HD float to_arithmetic(float value) { return value; }
-REG_HD double to_arithmetic(double value) { return value; }
-REG_HD float to_arithmetic(Float16 value) {
+REGKERNELS_HD float to_arithmetic(float value) { return value; }
+REGKERNELS_HD double to_arithmetic(double value) { return value; }
+REGKERNELS_HD float to_arithmetic(Float16 value) {
 #ifdef __CUDA_ARCH__
   return __half2float(__ushort_as_half(value.bits));
 #else
@@ -68,7 +68,7 @@ REG_HD float to_arithmetic(Float16 value) {
   return float_from_bits(sign | ((magnitude << 13) + rebias));
 #endif
 }
-REG_HD float to_arithmetic(BFloat16 value) {
+REGKERNELS_HD float to_arithmetic(BFloat16 value) {
 #ifdef __CUDA_ARCH__
   return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);
 #else
@@ -105,11 +105,11 @@ inline BFloat16 round_to_bfloat16(float value) {
 
 // A value of the arithmetic type as it is stored.
 template <class S>
-REG_HD S to_storage(Arithmetic<S> value) {
+REGKERNELS_HD S to_storage(Arithmetic<S> value) {
   return value;
 }
 template <>
-REG_HD Float16 to_storage<Float16>(float value) {
+REGKERNELS_HD Float16 to_storage<Float16>(float value) {
 #ifdef __CUDA_ARCH__
   return {__half_as_ushort(__float2half_rn(value))};
 #else
@@ -117,7 +117,7 @@ REG_HD Float16 to_storage<Float16>(float value) {
 #endif
 }
 template <>
-REG_HD BFloat16 to_storage<BFloat16>(float value) {
+REGKERNELS_HD BFloat16 to_storage<BFloat16>(float value) {
 #ifdef __CUDA_ARCH__
   return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
 #else
@@ -125,4 +125,4 @@ REG_HD BFloat16 to_storage<BFloat16>(float value) {
 #endif
 }
 
-}  // namespace reg
+}  // namespace regkernels

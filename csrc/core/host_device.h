@@ -2,29 +2,29 @@
 #pragma once
 
 #ifdef __CUDACC__
-#define REG_HD __host__ __device__ __forceinline__
+#define REGKERNELS_HD __host__ __device__ __forceinline__
 #else
-#define REG_HD inline __attribute__((always_inline))
+#define REGKERNELS_HD inline __attribute__((always_inline))
 #endif
 
 // Unrolls the loop that follows, so that arrays indexed by its counter can live in registers.
 #if defined(__CUDA_ARCH__)
-#define REG_UNROLL _Pragma("unroll")
+#define REGKERNELS_UNROLL _Pragma("unroll")
 #elif defined(__CUDACC__)
-#define REG_UNROLL  // the host pass of nvcc knows neither spelling
+#define REGKERNELS_UNROLL  // the host pass of nvcc knows neither spelling
 #else
-#define REG_UNROLL _Pragma("GCC unroll 32")
+#define REGKERNELS_UNROLL _Pragma("GCC unroll 32")
 #endif
 
 // Keeps the compiler from unrolling a loop that mostly runs once.
 #if defined(__CUDA_ARCH__)
-#define REG_NO_UNROLL _Pragma("unroll 1")
+#define REGKERNELS_NO_UNROLL _Pragma("unroll 1")
 #else
-#define REG_NO_UNROLL
+#define REGKERNELS_NO_UNROLL
 #endif
 
 // Whether all threads of the warp that are here say yes; one thread decides for itself on the CPU.
-REG_HD bool warp_agrees(bool yes) {
+REGKERNELS_HD bool warp_agrees(bool yes) {
 #ifdef __CUDA_ARCH__
   return __all_sync(__activemask(), yes);
 #else

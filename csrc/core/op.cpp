@@ -6,7 +6,7 @@
 
 #include "core/check.h"
 
-namespace reg {
+namespace regkernels {
 
 namespace {
 
@@ -112,4 +112,4 @@ void check_outputs(const Call& call) {
   }
 }
 
-}  // namespace reg
+}  // namespace regkernels

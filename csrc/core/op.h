@@ -11,7 +11,7 @@
 #include "core/errors.h"
 #include "core/tensor.h"
 
-namespace reg {
+namespace regkernels {
 
 inline constexpr int kMaxOperands = 8;
 
@@ -104,10 +104,10 @@ struct Op {
 // `grad_y`.
 
 // Names an op's CUDA launch in its declaration; a CPU-only build has none.
-#ifdef REGCORE_CUDA
-#define REG_CUDA_LAUNCH(function) &function
+#ifdef REGKERNELS_CUDA
+#define REGKERNELS_CUDA_LAUNCH(function) &function
 #else
-#define REG_CUDA_LAUNCH(function) nullptr
+#define REGKERNELS_CUDA_LAUNCH(function) nullptr
 #endif
 
 const std::vector<Op>& op_table();
@@ -121,4 +121,4 @@ void launch(const Context& context, const Call& call, bool cuda);
 // Runs shape inference and checks that the outputs in hand are what it found.
 void check_outputs(const Call& call);
 
-}  // namespace reg
+}  // namespace regkernels

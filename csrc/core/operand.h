@@ -5,7 +5,7 @@
 #include "core/check.h"
 #include "core/host_device.h"
 
-namespace reg {
+namespace regkernels {
 
 // A tensor's data with its steps from batch element to batch element.
 template <class T>
@@ -19,9 +19,9 @@ struct Operand {
     data = tensor.as<T>();
     stride = batch_stride(tensor);
   }
-  REG_HD T* at(int64_t group, int64_t item) const {
+  REGKERNELS_HD T* at(int64_t group, int64_t item) const {
     return data + group * stride.group + item * stride.item;
   }
 };
 
-}  // namespace reg
+}  // namespace regkernels

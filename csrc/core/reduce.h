@@ -11,7 +11,7 @@
 #include "core/dispatch.h"
 #include "core/for_each.h"
 
-namespace reg {
+namespace regkernels {
 
 // Parts per batch item. Enough for a large GPU to have several blocks per multiprocessor.
 inline int64_t reduction_parts(const Sizes& sizes) {
@@ -44,8 +44,9 @@ struct PartialRange {
 };
 
 template <class T>
-REG_HD PartialRange<T> partial_range(const T* partial, int64_t target, int64_t targets_per_group,
-                                     int64_t items, int64_t parts, int sums) {
+REGKERNELS_HD PartialRange<T> partial_range(const T* partial, int64_t target,
+                                            int64_t targets_per_group, int64_t items, int64_t parts,
+                                            int sums) {
   if (targets_per_group == items) return {partial + target * parts * sums, parts};
   return {partial + target * items * parts * sums, items * parts};
 }
@@ -93,7 +94,7 @@ inline void clear(const Cuda& device, const Tensor& tensor) {
 
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {
-  REG_UNROLL
+  REGKERNELS_UNROLL
   for (int step = kWarp / 2; step > 0; step /= 2) {
     value += __shfl_xor_sync(0xffffffffu, value, step);
   }
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, Body::kMinBlocks)
       }
     }
     __syncthreads();
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int k = 0; k < kSums; ++k) {
       const T sum = warp_sum(sums[k]);
       if (threadIdx.x == 0) shared[threadIdx.y][k] = sum;
@@ -179,4 +180,4 @@ void reduce_voxels(const Cuda& device, const VoxelSpace& space, const Body& body
 
 #endif
 
-}  // namespace reg
+}  // namespace regkernels

@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-namespace reg {
+namespace regkernels {
 
 class Scratch {
  public:
@@ -74,4 +74,4 @@ class Scratch {
   size_t used_ = 0;  // of the last block
 };
 
-}  // namespace reg
+}  // namespace regkernels

@@ -6,7 +6,7 @@
 #include <initializer_list>
 #include <string>
 
-namespace reg {
+namespace regkernels {
 
 // Kernels know some of these; the rest are here so that an error can say what came.
 enum class DType : int {
@@ -87,4 +87,4 @@ struct Tensor {
 
 inline Tensor tensor_spec(DType dtype, const Shape& shape) { return {true, dtype, shape, nullptr}; }
 
-}  // namespace reg
+}  // namespace regkernels

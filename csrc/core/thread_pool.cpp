@@ -16,7 +16,7 @@
 
 #include "core/errors.h"
 
-namespace reg {
+namespace regkernels {
 
 namespace {
 
@@ -121,11 +121,12 @@ ThreadPool& pool() {
 }
 
 int read_num_threads() {
-  if (const char* text = std::getenv("REGCORE_NUM_THREADS")) {
+  if (const char* text = std::getenv("REGKERNELS_NUM_THREADS")) {
     char* end = nullptr;
     const long value = std::strtol(text, &end, 10);
     if (end == text || *end != '\0' || value < 1 || value > 1024) {
-      throw ValueError(concat("REGCORE_NUM_THREADS: expected a number from 1 to 1024, got ", text));
+      throw ValueError(
+          concat("REGKERNELS_NUM_THREADS: expected a number from 1 to 1024, got ", text));
     }
     return static_cast<int>(value);
   }
@@ -158,4 +159,4 @@ void detail::parallel_for(int64_t count, int64_t grain, void (*body)(void*, int6
   pool().run(loop);
 }
 
-}  // namespace reg
+}  // namespace regkernels

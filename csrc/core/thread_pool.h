@@ -7,9 +7,9 @@
 #include <memory>
 #include <type_traits>
 
-namespace reg {
+namespace regkernels {
 
-// Number of threads a loop may use: the environment variable REGCORE_NUM_THREADS, else the CPUs
+// Number of threads a loop may use: the environment variable REGKERNELS_NUM_THREADS, else the CPUs
 // that this process may run on.
 int num_threads();
 
@@ -28,4 +28,4 @@ void parallel_for(int64_t count, int64_t grain, Body&& body) {
       const_cast<std::remove_const_t<Plain>*>(std::addressof(body)));
 }
 
-}  // namespace reg
+}  // namespace regkernels

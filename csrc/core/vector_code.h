@@ -6,7 +6,7 @@
 // All versions compute the same bits. Everything that the body calls becomes part of each version.
 #pragma once
 
-namespace reg {
+namespace regkernels {
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 
@@ -45,4 +45,4 @@ auto with_vector_code(const Body& body) {
 
 #endif
 
-}  // namespace reg
+}  // namespace regkernels

@@ -11,13 +11,13 @@
 #include "core/op.h"
 #include "core/thread_pool.h"
 #include "frontends/xla.h"
-#ifdef REGCORE_CUDA
+#ifdef REGKERNELS_CUDA
 #include "core/cuda_runtime.h"
 #endif
 
 namespace py = pybind11;
 
-namespace reg {
+namespace regkernels {
 
 namespace {
 
@@ -320,9 +320,9 @@ py::dict xla_registrations(const std::string& platform) {
 }
 
 std::vector<std::string> cuda_architectures() {
-#ifdef REGCORE_CUDA
+#ifdef REGKERNELS_CUDA
   std::vector<std::string> result;
-  std::string list = REGCORE_CUDA_ARCHITECTURES;
+  std::string list = REGKERNELS_CUDA_ARCHITECTURES;
   for (size_t begin = 0; begin < list.size();) {
     const size_t end = std::min(list.find(',', begin), list.size());
     result.push_back(list.substr(begin, end - begin));
@@ -335,7 +335,7 @@ std::vector<std::string> cuda_architectures() {
 }
 
 int cuda_device_count() {
-#ifdef REGCORE_CUDA
+#ifdef REGKERNELS_CUDA
   int count = 0;
   // Without a driver this is an error; there are no devices then.
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
@@ -346,7 +346,7 @@ int cuda_device_count() {
 
 }  // namespace
 
-PYBIND11_MODULE(_regcore, module) {
+PYBIND11_MODULE(_core, module) {
   module.doc() = "Registration kernels, as jaxreg and torchreg call them.";
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
@@ -357,7 +357,7 @@ PYBIND11_MODULE(_regcore, module) {
       py::set_error(PyExc_TypeError, error.what());
     }
   });
-  module.attr("__version__") = REGCORE_VERSION;
+  module.attr("__version__") = REGKERNELS_VERSION;
   module.def("ops", &describe_ops);
   module.def("infer", &infer, py::arg("op"), py::arg("inputs"), py::arg("attributes"),
              py::arg("wanted"));
@@ -371,4 +371,4 @@ PYBIND11_MODULE(_regcore, module) {
   module.def("num_threads", &num_threads);
 }
 
-}  // namespace reg
+}  // namespace regkernels

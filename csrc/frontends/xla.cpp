@@ -9,7 +9,7 @@
 #include "core/op.h"
 #include "ops/table.h"
 
-namespace reg {
+namespace regkernels {
 
 namespace {
 
@@ -193,4 +193,4 @@ std::vector<XlaHandler> xla_handlers(const std::string& platform) {
 
 std::pair<int, int> xla_ffi_api_version() { return {XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR}; }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-namespace reg {
+namespace regkernels {
 
 struct XlaHandler {
   std::string name;
@@ -17,4 +17,4 @@ std::vector<XlaHandler> xla_handlers(const std::string& platform);
 
 std::pair<int, int> xla_ffi_api_version();
 
-}  // namespace reg
+}  // namespace regkernels

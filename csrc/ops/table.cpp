@@ -3,7 +3,7 @@
 
 #include <iterator>
 
-namespace reg {
+namespace regkernels {
 
 const std::vector<Op>& op_table() {
   static const std::vector<Op> table = [] {
@@ -28,4 +28,4 @@ const std::vector<Op>& op_table() {
   return table;
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -5,7 +5,7 @@
 
 #include "core/op.h"
 
-namespace reg {
+namespace regkernels {
 
 std::vector<Op> interpolate_ops();
 std::vector<Op> compose_ops();
@@ -22,4 +22,4 @@ std::vector<Op> invert_displacement_ops();
 // The number of ops, known to the compiler so that the XLA frontend can make one handler for each.
 inline constexpr int kOps = 21;
 
-}  // namespace reg
+}  // namespace regkernels

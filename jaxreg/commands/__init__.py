@@ -12,7 +12,7 @@ from jaxreg.commands.demo import demo
 from jaxreg.commands.info import info
 from jaxreg.commands.invert import invert
 from jaxreg.commands.register import register
-from jaxreg.info import describe
+from regkernels.info import describe
 
 __all__ = ["app"]
 

@@ -10,11 +10,12 @@ import jax
 import numpy as np
 import typer
 
-from jaxreg.commands import device as devices
-from jaxreg.commands.device import Device
+from jaxreg.commands import devices
+from jaxreg.commands.devices import Device
 from jaxreg.commands.inputs import naming, read_chain, refuse_overwriting
-from jaxreg.registration import read_volume, resample, write_volume
-from jaxreg.registration.itk_images import check_image_name, read_grid
+from jaxreg.registration import resample
+from regkernels import read_volume, write_volume
+from regkernels.files.images import check_image_name, read_grid
 
 __all__ = ["apply"]
 

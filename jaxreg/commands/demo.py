@@ -15,29 +15,18 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxreg import lncc_loss
-from jaxreg.commands import device as devices
-from jaxreg.commands.device import Device
+from jaxreg.commands import devices
+from jaxreg.commands.devices import Device
 from jaxreg.commands.inputs import naming
 from jaxreg.commands.multimodal import compare_metrics
 from jaxreg.commands.progress import register_watched
 from jaxreg.commands.timing import Stopwatch, fact_table
-from jaxreg.data import load_pair_paths
-from jaxreg.registration import (
-    Affine,
-    Greedy,
-    Moments,
-    Registration,
-    Volume,
-    ncc,
-    read_volume,
-    resample,
-    rigid_motion,
-    write_displacement,
-    write_volume,
-)
-from jaxreg.registration.files import atomic_folder
-from jaxreg.registration.report import write_report
-from jaxreg.registration.transform import Part
+from jaxreg.registration import Affine, Greedy, Moments, Registration, ncc, resample
+from jaxreg.registration.report.page import write_report
+from regkernels import Volume, read_volume, rigid_motion, write_displacement, write_volume
+from regkernels.data import load_pair_paths
+from regkernels.files.atomic import atomic_folder
+from regkernels.maps import Part
 
 __all__ = ["demo", "load"]
 
@@ -138,7 +127,7 @@ def load(rotation: float, shift: float) -> tuple[Volume, Volume]:
         ICBM152 and Colin27.
     """
     fixed, moving = (read_volume(path) for path in load_pair_paths())
-    motion = rigid_motion(rotation, _AXIS, shift * _SHIFT_DIRECTION, moving.centre())
+    motion = rigid_motion(rotation, _AXIS, shift * _SHIFT_DIRECTION, moving.grid.centre())
     return fixed, moving.moved_by(motion)
 
 

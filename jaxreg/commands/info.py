@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +11,10 @@ import typer
 from numpy.typing import ArrayLike, NDArray
 
 from jaxreg.commands.inputs import naming
-from jaxreg.info import describe
-from jaxreg.registration import DisplacementField, Grid, Volume, read_transform, read_volume
-from jaxreg.registration.itk_transforms import TRANSFORM_SUFFIXES
-from jaxreg.registration.transform import Part
+from regkernels import AffineMap, DisplacementField, Grid, Volume, read_transform, read_volume
+from regkernels.files.transforms import TRANSFORM_SUFFIXES
+from regkernels.info import describe
+from regkernels.maps import Part
 
 __all__ = ["info"]
 
@@ -44,15 +45,24 @@ def _print(facts: dict[str, str]) -> None:
             name = ""
 
 
+@functools.singledispatch
 def _of_part(part: Part) -> dict[str, str]:
-    if isinstance(part, DisplacementField):
-        return {"kind": "displacement field", **_of_grid(part.grid), **_of_vectors(part.vectors)}
-    linear = part[:-1, :-1]
+    raise NotImplementedError
+
+
+@_of_part.register
+def _(part: DisplacementField) -> dict[str, str]:
+    return {"kind": "displacement field", **_of_grid(part.grid), **_of_vectors(part.vectors)}
+
+
+@_of_part.register
+def _(part: AffineMap) -> dict[str, str]:
+    linear = part.matrix[:-1, :-1]
     return {
         "kind": "affine",
         "dimensions": str(len(linear)),
         "matrix": "\n".join(map(_numbers, linear)),
-        "translation (mm)": _numbers(part[:-1, -1]),
+        "translation (mm)": _numbers(part.matrix[:-1, -1]),
         "determinant": f"{np.linalg.det(linear):.6g}",
     }
 

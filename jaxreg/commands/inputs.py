@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxreg.registration import DisplacementField, read_transform
-from jaxreg.registration.grid import inverse_matrix
-from jaxreg.registration.transform import Part
+from jaxreg.registration import invert_part
+from regkernels import read_transform
+from regkernels.maps import Part
 
 __all__ = ["inverted", "naming", "read_chain", "refuse_overwriting"]
 
@@ -56,9 +56,10 @@ def read_chain(option: str, texts: Sequence[str], ndim: int) -> tuple[Part, ...]
         with naming(option):
             parts = read_transform(Path(text.removesuffix(_INVERSE)))
         for part in parts:
-            found = part.grid.ndim if isinstance(part, DisplacementField) else len(part) - 1
-            if found != ndim:
-                raise ValueError(f"{option}: {text}: expected a {ndim}-D transform, got {found}-D")
+            if part.ndim != ndim:
+                raise ValueError(
+                    f"{option}: {text}: expected a {ndim}-D transform, got {part.ndim}-D"
+                )
         chain += inverted(parts, text) if text.endswith(_INVERSE) else parts
     return tuple(chain)
 
@@ -67,10 +68,7 @@ def inverted(parts: Sequence[Part], name: str) -> tuple[Part, ...]:
     """Invert a chain; say on stderr where a displacement field has no inverse."""
     result: list[Part] = []
     for part in reversed(parts):
-        if not isinstance(part, DisplacementField):
-            result.append(inverse_matrix(part))
-            continue
-        inverse, residual = part.inverse(tolerance=_TOLERANCE)
+        inverse, residual = invert_part(part, tolerance=_TOLERANCE)
         share = float(np.mean(residual > _TOLERANCE))
         if share:
             print(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Annotated
 
 import jax
 import typer
 
-from jaxreg.commands import device as devices
-from jaxreg.commands.device import Device
+from jaxreg.commands import devices
+from jaxreg.commands.devices import Device
 from jaxreg.commands.inputs import inverted, naming, refuse_overwriting
-from jaxreg.registration import DisplacementField, read_transform, write_transform
-from jaxreg.registration.itk_transforms import check_transform_name
+from regkernels import read_transform, write_transform
+from regkernels.files.transforms import check_transform_name
+from regkernels.maps import affine_product
 
 __all__ = ["invert"]
 
@@ -42,9 +42,9 @@ def invert(
     refuse_overwriting([output], [("TRANSFORM", transform)])
     with naming("TRANSFORM"):
         parts = read_transform(transform)
-        matrices = [part for part in parts if not isinstance(part, DisplacementField)]
-        if len(matrices) == len(parts):
-            parts = (functools.reduce(lambda first, then: then @ first, matrices),)
+        affine = affine_product(parts)
+        if affine is not None:
+            parts = (affine,)
         if len(parts) > 1:
             raise ValueError(
                 f"{transform}: expected affines or one displacement field, got {len(parts)} "

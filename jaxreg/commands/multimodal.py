@@ -11,21 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxreg.commands.timing import fact_table
-from jaxreg.data import load_multimodal_paths
-from jaxreg.registration import (
-    Rigid,
-    Transform,
-    Volume,
-    read_transform,
-    read_volume,
-    register,
-    resample,
-    rigid_motion,
-    target_registration_error,
-    write_volume,
-)
-from jaxreg.registration.grid import Matrix
-from jaxreg.registration.report_pictures import BACKGROUND, draw_contours
+from jaxreg.registration import Rigid, Transform, register, resample, target_registration_error
+from jaxreg.registration.report.pictures import BACKGROUND, draw_contours
+from regkernels import AffineMap, Volume, read_transform, read_volume, rigid_motion, write_volume
+from regkernels.data import load_multimodal_paths
+from regkernels.grid import Matrix
 
 __all__ = ["STARTS", "Scene", "Start", "compare_metrics", "load"]
 
@@ -92,7 +82,7 @@ class Scene(NamedTuple):
 
     def starts(self) -> list[Matrix]:
         """Return the matrices to start from."""
-        centre = self.fixed.centre()
+        centre = self.fixed.grid.centre()
         return [self.reference @ start.motion(centre) for start in STARTS]
 
     def error(self, matrix: Matrix) -> float:
@@ -116,10 +106,10 @@ def load() -> Scene:
     reference = Transform.from_parts(fixed.grid, read_transform(paths.reference)).matrix
     surface = _BRAIN_SURFACE / _bright(moving)
     fixed, moving = (v.with_array(np.minimum(v.array / _bright(v), 1)) for v in (fixed, moving))
-    every = round(_LANDMARK_DISTANCE / float(fixed.spacing[0]))
-    aligned = np.asarray(resample(moving, fixed, [reference]).array)
+    every = round(_LANDMARK_DISTANCE / float(fixed.grid.spacing[0]))
+    aligned = np.asarray(resample(moving, fixed, [AffineMap(reference)]).array)
     index = every * np.argwhere(aligned[::every, ::every, ::every] > surface)[:, ::-1]
-    to_physical = fixed.voxel_to_physical()
+    to_physical = fixed.grid.voxel_to_physical()
     landmarks = index @ to_physical[:3, :3].T + to_physical[:3, 3]
     return Scene(fixed, moving, reference, surface, landmarks)
 
@@ -175,7 +165,7 @@ def _register(scene: Scene, start: Matrix, metric: _Metric, quick: bool) -> _Out
 
 def _write(scene: Scene, outcomes: dict[_Metric, list[_Outcome]], folder: Path) -> None:
     def placed(matrix: Matrix) -> Volume:
-        return resample(scene.moving, scene.fixed, [matrix])
+        return resample(scene.moving, scene.fixed, [AffineMap(matrix)])
 
     start = scene.starts()[-1]
     titles = {f"Start, {scene.error(start):.1f} mm away": placed(start)}

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from jaxreg.registration import Progress, Registration, Stage, Volume, register
+from jaxreg.registration import Progress, Registration, Stage, register
+from regkernels import Volume
 
 __all__ = ["register_watched"]
 

@@ -16,28 +16,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jaxreg.commands import device as devices
+from jaxreg.commands import devices
 from jaxreg.commands.compilation import keep_compiled
-from jaxreg.commands.device import Device
+from jaxreg.commands.devices import Device
 from jaxreg.commands.inputs import naming, read_chain, refuse_overwriting
 from jaxreg.commands.progress import register_watched
 from jaxreg.commands.timing import Stopwatch, fact_table
-from jaxreg.info import describe
-from jaxreg.registration import (
-    Registration,
-    Stage,
-    Transform,
-    Volume,
-    preset,
-    read_volume,
-    stage_from_name,
-    write_affine,
-    write_displacement,
-    write_volume,
-)
-from jaxreg.registration.files import atomic_folder
-from jaxreg.registration.report import write_report
-from jaxreg.registration.similarity import Metric
+from jaxreg.registration import Registration, Stage, Transform, preset, stage_from_name
+from jaxreg.registration.report.page import write_report
+from jaxreg.registration.stages.metrics import Metric
+from regkernels import Volume, read_volume, write_affine, write_displacement, write_volume
+from regkernels.files.atomic import atomic_folder
+from regkernels.info import describe
 
 __all__ = ["register"]
 

@@ -7,7 +7,7 @@ import time
 import jax
 from rich.table import Table
 
-from jaxreg.commands import device as devices
+from jaxreg.commands import devices
 from jaxreg.commands.compilation import compile_seconds
 
 __all__ = ["Stopwatch", "fact_table"]

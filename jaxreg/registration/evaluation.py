@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxreg.registration.transform import Transform
+from jaxreg.registration.transforms.transform import Transform
 
 __all__ = ["dice", "target_registration_error"]
 

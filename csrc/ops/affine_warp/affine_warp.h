@@ -4,11 +4,11 @@
 
 #include "core/op.h"
 
-namespace reg {
+namespace regkernels {
 
 void affine_warp_cpu(const Context& context, const Call& call);
 void affine_warp_cuda(const Context& context, const Call& call);
 void affine_warp_grad_cpu(const Context& context, const Call& call);
 void affine_warp_grad_cuda(const Context& context, const Call& call);
 
-}  // namespace reg
+}  // namespace regkernels

@@ -1,6 +1,6 @@
 #include "ops/affine_warp/kernels.h"
 
-namespace reg {
+namespace regkernels {
 
 void affine_warp_cuda(const Context& context, const Call& call) {
   affine_warp(Cuda(context), call);
@@ -9,4 +9,4 @@ void affine_warp_grad_cuda(const Context& context, const Call& call) {
   affine_warp_grad(Cuda(context), call);
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -2,7 +2,7 @@
 
 #include "core/check.h"
 
-namespace reg {
+namespace regkernels {
 
 struct AffineWarpGeometry {
   DType dtype;
@@ -14,4 +14,4 @@ struct AffineWarpGeometry {
 
 AffineWarpGeometry affine_warp_geometry(const Call& call);
 
-}  // namespace reg
+}  // namespace regkernels

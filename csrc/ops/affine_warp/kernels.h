@@ -2,27 +2,27 @@
 
 #include "core/dispatch.h"
 #include "core/for_each.h"
-#include "core/geometry.h"
 #include "core/operand.h"
 #include "core/reduce.h"
+#include "maths/coordinates.h"
 #include "ops/affine_warp/affine_warp.h"
 #include "ops/affine_warp/geometry.h"
 
-namespace reg {
+namespace regkernels {
 
 // The normalised coordinate of a voxel.
 template <class T, int D>
-REG_HD Vec<T, D> normalised(const Frame<T, D>& frame, const Voxel& voxel) {
+REGKERNELS_HD Vec<T, D> normalised(const Frame<T, D>& frame, const Voxel& voxel) {
   const Vec<int, D> index = voxel.index<D>();
   Vec<T, D> x;
-  REG_UNROLL
+  REGKERNELS_UNROLL
   for (int k = 0; k < D; ++k)
     x[k] = (static_cast<T>(index[k]) - frame.centre[k]) * frame.inverse[k];
   return x;
 }
 
 template <class T, int D>
-REG_HD int64_t field_row(const Frame<T, D>& frame, const Voxel& voxel) {
+REGKERNELS_HD int64_t field_row(const Frame<T, D>& frame, const Voxel& voxel) {
   return static_cast<int64_t>(voxel.z * frame.size[1] + voxel.y) * frame.size[0] * D;
 }
 
@@ -40,14 +40,14 @@ struct AffineWarpForward {
     const T* displacement;
     T* output;
 
-    REG_HD void operator()(const Voxel& voxel) const {
+    REGKERNELS_HD void operator()(const Voxel& voxel) const {
       const int64_t row = field_row(self->frame, voxel);
       const Vec<T, D> x = normalised(self->frame, voxel);
       Vec<T, D> value = load_vec<T, D>(displacement + row + static_cast<int64_t>(voxel.x) * D);
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int j = 0; j < D; ++j) {
         T sum = matrix[j][D];
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int k = 0; k < D; ++k) sum += matrix[j][k] * x[k];
         value[j] += sum;
       }
@@ -55,13 +55,13 @@ struct AffineWarpForward {
     }
   };
 
-  REG_HD Element element(int64_t group, int64_t item) const {
+  REGKERNELS_HD Element element(int64_t group, int64_t item) const {
     Element result;
     result.self = this;
     const T* entries = affine.at(group, item);
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int j = 0; j < D; ++j) {
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int k = 0; k <= D; ++k) result.matrix[j][k] = entries[j * (D + 1) + k];
     }
     result.displacement = displacement.at(group, item);
@@ -83,20 +83,20 @@ struct SumOverItems {
     const SumOverItems* self;
     int64_t group, item;
 
-    REG_HD void operator()(const Voxel& voxel) const {
+    REGKERNELS_HD void operator()(const Voxel& voxel) const {
       const int64_t row = field_row(self->frame, voxel);
       Vec<T, D> sum{};
       for (int64_t n = item; n < item + self->shared_items; ++n) {
         const Vec<T, D> g = load_vec<T, D>(self->grad_output.at(group, n) + row +
                                            static_cast<int64_t>(voxel.x) * D);
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int k = 0; k < D; ++k) sum[k] += g[k];
       }
       store_packed(self->grad_displacement.at(group, item) + row, voxel, sum);
     }
   };
 
-  REG_HD Element element(int64_t group, int64_t item) const { return {this, group, item}; }
+  REGKERNELS_HD Element element(int64_t group, int64_t item) const { return {this, group, item}; }
 };
 
 template <class Scalar, int D>
@@ -111,23 +111,23 @@ struct AffineWarpMoments {
     const AffineWarpMoments* self;
     const T* grad;
 
-    REG_HD void operator()(const Voxel& voxel, T (&sums)[kSums]) const {
+    REGKERNELS_HD void operator()(const Voxel& voxel, T (&sums)[kSums]) const {
       const Vec<T, D> x = normalised(self->frame, voxel);
       const Vec<T, D> g =
           load_vec<T, D>(grad + field_row(self->frame, voxel) + static_cast<int64_t>(voxel.x) * D);
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int j = 0; j < D; ++j) {
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int k = 0; k < D; ++k) sums[j * (D + 1) + k] += g[j] * x[k];
         sums[j * (D + 1) + D] += g[j];
       }
     }
   };
 
-  REG_HD Element element(int64_t group, int64_t item) const {
+  REGKERNELS_HD Element element(int64_t group, int64_t item) const {
     return {this, grad_output.at(group, item)};
   }
-  REG_HD double scale(int) const { return 1; }
+  REGKERNELS_HD double scale(int) const { return 1; }
 };
 
 template <class T, int D>
@@ -180,4 +180,4 @@ void affine_warp_grad(const Device& device, const Call& call) {
   });
 }
 
-}  // namespace reg
+}  // namespace regkernels

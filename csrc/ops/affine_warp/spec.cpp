@@ -4,7 +4,7 @@
 #include "ops/affine_warp/geometry.h"
 #include "ops/table.h"
 
-namespace reg {
+namespace regkernels {
 
 AffineWarpGeometry affine_warp_geometry(const Call& call) {
   AffineWarpGeometry geometry;
@@ -54,7 +54,7 @@ std::vector<Op> affine_warp_ops() {
        attributes,
        infer,
        affine_warp_cpu,
-       REG_CUDA_LAUNCH(affine_warp_cuda)},
+       REGKERNELS_CUDA_LAUNCH(affine_warp_cuda)},
       {"affine_warp_grad",
        nullptr,
        {{"affine"}, {"displacement"}, {"grad_output"}},
@@ -62,8 +62,8 @@ std::vector<Op> affine_warp_ops() {
        attributes,
        infer_grad,
        affine_warp_grad_cpu,
-       REG_CUDA_LAUNCH(affine_warp_grad_cuda)},
+       REGKERNELS_CUDA_LAUNCH(affine_warp_grad_cuda)},
   };
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -3,11 +3,11 @@
 
 #include "core/op.h"
 
-namespace reg {
+namespace regkernels {
 
 void compose_cpu(const Context& context, const Call& call);
 void compose_cuda(const Context& context, const Call& call);
 void compose_grad_cpu(const Context& context, const Call& call);
 void compose_grad_cuda(const Context& context, const Call& call);
 
-}  // namespace reg
+}  // namespace regkernels

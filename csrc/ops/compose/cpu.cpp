@@ -1,10 +1,10 @@
 #include "ops/compose/kernels.h"
 
-namespace reg {
+namespace regkernels {
 
 void compose_cpu(const Context& context, const Call& call) { compose(Cpu(context), call); }
 void compose_grad_cpu(const Context& context, const Call& call) {
   compose_grad(Cpu(context), call);
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -2,7 +2,7 @@
 
 #include "core/check.h"
 
-namespace reg {
+namespace regkernels {
 
 struct ComposeGeometry {
   DType dtype;
@@ -15,4 +15,4 @@ struct ComposeGeometry {
 
 ComposeGeometry compose_geometry(const Call& call);
 
-}  // namespace reg
+}  // namespace regkernels

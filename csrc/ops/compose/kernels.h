@@ -1,10 +1,10 @@
 #pragma once
 
-#include "core/resample.h"
 #include "ops/compose/compose.h"
 #include "ops/compose/geometry.h"
+#include "resample/resample.h"
 
-namespace reg {
+namespace regkernels {
 
 inline ResampleCall compose_call(const Call& call) {
   const ComposeGeometry geometry = compose_geometry(call);
@@ -43,4 +43,4 @@ void compose_grad(const Device& device, const Call& call) {
   resample_backward<true>(device, resample);
 }
 
-}  // namespace reg
+}  // namespace regkernels

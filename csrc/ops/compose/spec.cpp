@@ -4,7 +4,7 @@
 #include "ops/compose/geometry.h"
 #include "ops/table.h"
 
-namespace reg {
+namespace regkernels {
 
 ComposeGeometry compose_geometry(const Call& call) {
   const Tensor& u = call.input("u");
@@ -77,7 +77,7 @@ std::vector<Op> compose_ops() {
        attributes,
        infer,
        compose_cpu,
-       REG_CUDA_LAUNCH(compose_cuda)},
+       REGKERNELS_CUDA_LAUNCH(compose_cuda)},
       {"compose_grad",
        nullptr,
        {{"u"}, {"v"}, {"affine", true}, {"grad_output"}},
@@ -91,8 +91,8 @@ std::vector<Op> compose_ops() {
        attributes,
        infer_grad,
        compose_grad_cpu,
-       REG_CUDA_LAUNCH(compose_grad_cuda)},
+       REGKERNELS_CUDA_LAUNCH(compose_grad_cuda)},
   };
 }
 
-}  // namespace reg
+}  // namespace regkernels

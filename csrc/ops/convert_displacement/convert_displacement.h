@@ -3,11 +3,11 @@
 
 #include "core/op.h"
 
-namespace reg {
+namespace regkernels {
 
 void convert_displacement_cpu(const Context& context, const Call& call);
 void convert_displacement_cuda(const Context& context, const Call& call);
 void convert_displacement_grad_cpu(const Context& context, const Call& call);
 void convert_displacement_grad_cuda(const Context& context, const Call& call);
 
-}  // namespace reg
+}  // namespace regkernels

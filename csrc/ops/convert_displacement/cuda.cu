@@ -1,6 +1,6 @@
 #include "ops/convert_displacement/kernels.h"
 
-namespace reg {
+namespace regkernels {
 
 void convert_displacement_cuda(const Context& context, const Call& call) {
   convert_displacement(Cuda(context), call);
@@ -9,4 +9,4 @@ void convert_displacement_grad_cuda(const Context& context, const Call& call) {
   convert_displacement_grad(Cuda(context), call);
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -4,7 +4,7 @@
 
 #include "core/check.h"
 
-namespace reg {
+namespace regkernels {
 
 struct DisplacementConversion {
   DType dtype;
@@ -24,4 +24,4 @@ DisplacementConversion displacement_conversion(const Call& call, const char* inp
 Shape converted_shape(const Call& call, const char* input,
                       const DisplacementConversion& conversion);
 
-}  // namespace reg
+}  // namespace regkernels

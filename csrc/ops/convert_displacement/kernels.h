@@ -5,7 +5,7 @@
 #include "ops/convert_displacement/convert_displacement.h"
 #include "ops/convert_displacement/geometry.h"
 
-namespace reg {
+namespace regkernels {
 
 template <class Scalar, int D>
 struct Conversion {
@@ -22,11 +22,11 @@ struct Conversion {
     const Conversion* self;
     const T* input;
     T* output;
-    REG_HD void operator()(const Voxel& voxel) const {
+    REGKERNELS_HD void operator()(const Voxel& voxel) const {
       const int64_t row = static_cast<int64_t>(voxel.z) * self->rows + voxel.y;
       const int64_t here = row * voxel.row_size + voxel.x;
       Vec<T, D> value;
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int k = 0; k < D; ++k) {
         value[k] = input[self->source_last ? here * D + k : k * self->volume + here];
         value[k] *= self->factor[k];
@@ -34,13 +34,13 @@ struct Conversion {
       if (self->target_last) {
         store_packed(output + row * voxel.row_size * D, voxel, value);
       } else if (voxel.active) {
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int k = 0; k < D; ++k) output[k * self->volume + here] = value[k];
       }
     }
   };
 
-  REG_HD Element element(int64_t group, int64_t item) const {
+  REGKERNELS_HD Element element(int64_t group, int64_t item) const {
     const int64_t start = (group * items + item) * volume * D;
     return {this, input + start, output + start};
   }
@@ -79,4 +79,4 @@ void convert_displacement_grad(const Device& device, const Call& call) {
   convert(device, call, "grad_output", "grad_displacement", true);
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -2,12 +2,12 @@
 #include <cmath>
 #include <limits>
 
-#include "core/geometry.h"
+#include "maths/coordinates.h"
 #include "ops/convert_displacement/convert_displacement.h"
 #include "ops/convert_displacement/geometry.h"
 #include "ops/table.h"
 
-namespace reg {
+namespace regkernels {
 
 namespace {
 
@@ -118,7 +118,7 @@ std::vector<Op> convert_displacement_ops() {
        attributes,
        infer,
        convert_displacement_cpu,
-       REG_CUDA_LAUNCH(convert_displacement_cuda)},
+       REGKERNELS_CUDA_LAUNCH(convert_displacement_cuda)},
       {"convert_displacement_grad",
        nullptr,
        {{"grad_output"}},
@@ -126,8 +126,8 @@ std::vector<Op> convert_displacement_ops() {
        attributes,
        infer_grad,
        convert_displacement_grad_cpu,
-       REG_CUDA_LAUNCH(convert_displacement_grad_cuda)},
+       REGKERNELS_CUDA_LAUNCH(convert_displacement_grad_cuda)},
   };
 }
 
-}  // namespace reg
+}  // namespace regkernels

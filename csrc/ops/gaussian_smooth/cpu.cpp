@@ -5,7 +5,7 @@
 #include "core/scratch.h"
 #include "ops/gaussian_smooth/kernels.h"
 
-namespace reg {
+namespace regkernels {
 
 namespace {
 
@@ -95,4 +95,4 @@ void gaussian_smooth_grad_cpu(const Context&, const Call& call) {
   with_gaussian_smooth_grad(call, [](const auto&... arguments) { smooth(arguments...); });
 }
 
-}  // namespace reg
+}  // namespace regkernels

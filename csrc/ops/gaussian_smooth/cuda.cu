@@ -13,7 +13,7 @@
 #include "core/cuda_runtime.h"
 #include "ops/gaussian_smooth/kernels.h"
 
-namespace reg {
+namespace regkernels {
 
 namespace {
 
@@ -24,14 +24,16 @@ struct SmoothingTile {
   int columns, rows;
   int halo_x, halo_y;  // on either side, of what is read
 
-  REG_HD constexpr int in_columns() const { return columns + 2 * halo_x; }
-  REG_HD constexpr int in_rows() const { return rows + 2 * halo_y; }
+  REGKERNELS_HD constexpr int in_columns() const { return columns + 2 * halo_x; }
+  REGKERNELS_HD constexpr int in_rows() const { return rows + 2 * halo_y; }
   // Odd: threads that take neighbouring rows then read from different banks of shared memory.
-  REG_HD constexpr int in_stride() const { return in_columns() | 1; }
-  REG_HD constexpr int stride() const { return columns | 1; }
-  REG_HD constexpr int in_size() const { return in_rows() * in_stride(); }
-  REG_HD constexpr int by_row_size() const { return in_rows() * stride(); }
-  REG_HD constexpr int size(int planes) const { return planes * in_size() + 2 * by_row_size(); }
+  REGKERNELS_HD constexpr int in_stride() const { return in_columns() | 1; }
+  REGKERNELS_HD constexpr int stride() const { return columns | 1; }
+  REGKERNELS_HD constexpr int in_size() const { return in_rows() * in_stride(); }
+  REGKERNELS_HD constexpr int by_row_size() const { return in_rows() * stride(); }
+  REGKERNELS_HD constexpr int size(int planes) const {
+    return planes * in_size() + 2 * by_row_size();
+  }
 };
 
 // How an instance of the kernel is cut.
@@ -89,21 +91,21 @@ template <int kUnroll, int kCount, class T, class Value>
 __device__ __forceinline__ void weigh(const T* weight, int radius, const Value& value,
                                       T (&sum)[kCount]) {
   T below[kCount], above[kCount];
-  REG_UNROLL
+  REGKERNELS_UNROLL
   for (int k = 0; k < kCount; ++k) {
     below[k] = above[k] = value(k);
     sum[k] = weight[0] * below[k];
   }
 #pragma unroll(kUnroll)
   for (int d = 1; d <= radius; ++d) {
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int k = 1; k < kCount; ++k) {
       below[kCount - k] = below[kCount - k - 1];
       above[k - 1] = above[k];
     }
     below[0] = value(-d);
     above[kCount - 1] = value(kCount - 1 + d);
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int k = 0; k < kCount; ++k) {
       // One by one, as the sum of two large values may be beyond the range of T.
       sum[k] += weight[d] * below[k];
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         const unsigned rows = x >= 0 && x < smoothing.columns ? smoothing.rows : 0;
         const S* const from = in + (y * smoothing.columns + x);
         T* const to = plane + (first_row * tile.in_stride() + column);
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int row = 0; row < tile.in_rows(); row += apart) {
           if (first_row + row >= tile.in_rows()) break;
           fetch(to + row * tile.in_stride(), from + row * smoothing.columns,
@@ -185,7 +187,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         weigh<kUnroll>(
             smoothing.weight[0], radius_x, [&](int k) { return from[k * channels]; }, sum);
         T* to = smoothed + row * tile.stride() + first;
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int k = 0; k < kAlong; ++k) to[k * channels] = sum[k];
       }
     };
@@ -197,18 +199,18 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       if (z < z_begin || x >= smoothing.columns) return;
       const int rows_left = smoothing.rows - y;
       S* to = smoothing.out + (volume_start + z * plane_size + (y * smoothing.columns + x));
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int k = 0; k < kDown; ++k) {
         if (k < rows_left) *to = to_storage<S>(sum[k]);
         to += smoothing.columns;
       }
     };
     const auto add_plane = [&](int z, const T(&value)[kDown]) {
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int step = 0; step <= 2 * kRadius; ++step) {
         const int distance = step < kRadius ? kRadius - step : step - kRadius;
         T sum[kDown];
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int k = 0; k < kDown; ++k) {
           sum[k] = step < 2 * kRadius ? pending[step % (2 * kRadius)][k] : T(0);
           // Not by a weight of 0, which would spread infinities.
@@ -430,4 +432,4 @@ void gaussian_smooth_grad_cuda(const Context& context, const Call& call) {
   with_gaussian_smooth_grad(call, [&](const auto&... arguments) { smooth(device, arguments...); });
 }
 
-}  // namespace reg
+}  // namespace regkernels

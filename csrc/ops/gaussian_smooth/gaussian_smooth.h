@@ -3,11 +3,11 @@
 
 #include "core/op.h"
 
-namespace reg {
+namespace regkernels {
 
 void gaussian_smooth_cpu(const Context& context, const Call& call);
 void gaussian_smooth_cuda(const Context& context, const Call& call);
 void gaussian_smooth_grad_cpu(const Context& context, const Call& call);
 void gaussian_smooth_grad_cuda(const Context& context, const Call& call);
 
-}  // namespace reg
+}  // namespace regkernels

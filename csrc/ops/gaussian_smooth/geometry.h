@@ -4,7 +4,7 @@
 
 #include "core/check.h"
 
-namespace reg {
+namespace regkernels {
 
 // One pass of the separable filter: along an axis of `size` elements that lie `stride` apart, in
 // each of `outer` slabs of size * stride elements.
@@ -36,4 +36,4 @@ SmoothingPlan smoothing_plan(const Call& call, const char* input);
 inline constexpr int kFusedRadius = 12, kFusedRadiusDouble = 8;
 inline constexpr int kFusedChannels = 3;
 
-}  // namespace reg
+}  // namespace regkernels

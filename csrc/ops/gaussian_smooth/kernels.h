@@ -9,10 +9,10 @@
 #include "ops/gaussian_smooth/gaussian_smooth.h"
 #include "ops/gaussian_smooth/geometry.h"
 
-namespace reg {
+namespace regkernels {
 
 template <class T>
-REG_HD T gaussian_weight(const SmoothingPass& pass, int64_t distance) {
+REGKERNELS_HD T gaussian_weight(const SmoothingPass& pass, int64_t distance) {
   const double ratio = static_cast<double>(distance) / pass.sigma;
   return static_cast<T>(exp(-0.5 * ratio * ratio) * pass.normalisation);
 }
@@ -44,4 +44,4 @@ void with_gaussian_smooth_grad(const Call& call, const Body& body) {
   with_smoothing(call, "grad_output", "grad_x", body);
 }
 
-}  // namespace reg
+}  // namespace regkernels

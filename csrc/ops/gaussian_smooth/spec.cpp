@@ -7,7 +7,7 @@
 #include "ops/gaussian_smooth/geometry.h"
 #include "ops/table.h"
 
-namespace reg {
+namespace regkernels {
 
 SmoothingPlan smoothing_plan(const Call& call, const char* input) {
   SmoothingPlan plan;
@@ -118,7 +118,7 @@ std::vector<Op> gaussian_smooth_ops() {
        attributes,
        infer,
        gaussian_smooth_cpu,
-       REG_CUDA_LAUNCH(gaussian_smooth_cuda)},
+       REGKERNELS_CUDA_LAUNCH(gaussian_smooth_cuda)},
       {"gaussian_smooth_grad",
        nullptr,
        {{"grad_output", false, InputKind::kImage}},
@@ -126,8 +126,8 @@ std::vector<Op> gaussian_smooth_ops() {
        attributes,
        infer_grad,
        gaussian_smooth_grad_cpu,
-       REG_CUDA_LAUNCH(gaussian_smooth_grad_cuda)},
+       REGKERNELS_CUDA_LAUNCH(gaussian_smooth_grad_cuda)},
   };
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -1,9 +1,9 @@
 #pragma once
 
-#include "core/resample.h"
 #include "ops/interpolate/geometry.h"
+#include "resample/resample.h"
 
-namespace reg {
+namespace regkernels {
 
 // An interpolation of the input called `sampled`, as the loops of core take it.
 inline ResampleCall interpolate_call(const Call& call, const char* sampled, Mode mode) {
@@ -24,4 +24,4 @@ inline ResampleCall interpolate_call(const Call& call, const char* sampled, Mode
   return resample;
 }
 
-}  // namespace reg
+}  // namespace regkernels

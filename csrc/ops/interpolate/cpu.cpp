@@ -1,10 +1,10 @@
 #include "ops/interpolate/kernels.h"
 
-namespace reg {
+namespace regkernels {
 
 void interpolate_cpu(const Context& context, const Call& call) { interpolate(Cpu(context), call); }
 void interpolate_grad_cpu(const Context& context, const Call& call) {
   interpolate_grad(Cpu(context), call);
 }
 
-}  // namespace reg
+}  // namespace regkernels

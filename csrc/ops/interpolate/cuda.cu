@@ -1,6 +1,6 @@
 #include "ops/interpolate/kernels.h"
 
-namespace reg {
+namespace regkernels {
 
 void interpolate_cuda(const Context& context, const Call& call) {
   interpolate(Cuda(context), call);
@@ -9,4 +9,4 @@ void interpolate_grad_cuda(const Context& context, const Call& call) {
   interpolate_grad(Cuda(context), call);
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -2,7 +2,7 @@
 
 #include "core/check.h"
 
-namespace reg {
+namespace regkernels {
 
 // What the inputs and attributes of an interpolation amount to, once checked. `sampled` is the name
 // of the input that is sampled.
@@ -18,4 +18,4 @@ struct InterpolateGeometry {
 
 InterpolateGeometry interpolate_geometry(const Call& call, const char* sampled = "image");
 
-}  // namespace reg
+}  // namespace regkernels

@@ -3,11 +3,11 @@
 
 #include "core/op.h"
 
-namespace reg {
+namespace regkernels {
 
 void interpolate_cpu(const Context& context, const Call& call);
 void interpolate_cuda(const Context& context, const Call& call);
 void interpolate_grad_cpu(const Context& context, const Call& call);
 void interpolate_grad_cuda(const Context& context, const Call& call);
 
-}  // namespace reg
+}  // namespace regkernels

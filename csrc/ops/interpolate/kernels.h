@@ -1,10 +1,10 @@
 #pragma once
 
-#include "core/resample.h"
 #include "ops/interpolate/call.h"
 #include "ops/interpolate/interpolate.h"
+#include "resample/resample.h"
 
-namespace reg {
+namespace regkernels {
 
 inline ResampleCall interpolate_call(const Call& call) {
   return interpolate_call(call, "image", call.choice<Mode>("mode"));
@@ -28,4 +28,4 @@ void interpolate_grad(const Device& device, const Call& call) {
   resample_backward<false>(device, resample);
 }
 
-}  // namespace reg
+}  // namespace regkernels

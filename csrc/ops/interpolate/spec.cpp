@@ -4,7 +4,7 @@
 #include "ops/interpolate/interpolate.h"
 #include "ops/table.h"
 
-namespace reg {
+namespace regkernels {
 
 InterpolateGeometry interpolate_geometry(const Call& call, const char* sampled) {
   const Tensor& image = call.input(sampled);
@@ -121,7 +121,7 @@ std::vector<Op> interpolate_ops() {
        attributes,
        infer,
        interpolate_cpu,
-       REG_CUDA_LAUNCH(interpolate_cuda)},
+       REGKERNELS_CUDA_LAUNCH(interpolate_cuda)},
       {"interpolate_grad",
        nullptr,
        {{"image", false, InputKind::kImage},
@@ -139,8 +139,8 @@ std::vector<Op> interpolate_ops() {
        attributes,
        infer_grad,
        interpolate_grad_cpu,
-       REG_CUDA_LAUNCH(interpolate_grad_cuda)},
+       REGKERNELS_CUDA_LAUNCH(interpolate_grad_cuda)},
   };
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -3,9 +3,9 @@
 
 #include "core/op.h"
 
-namespace reg {
+namespace regkernels {
 
 void interpolate_labels_cpu(const Context& context, const Call& call);
 void interpolate_labels_cuda(const Context& context, const Call& call);
 
-}  // namespace reg
+}  // namespace regkernels

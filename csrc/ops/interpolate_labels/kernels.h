@@ -5,15 +5,16 @@
 #include "ops/interpolate/call.h"
 #include "ops/interpolate_labels/interpolate_labels.h"
 
-namespace reg {
+namespace regkernels {
 
 // Of the labels at the corners the one whose weights have the largest sum, the smallest of several.
 // The weights are none of them negative, and some are more than 0.
 template <class T, class Bits, int kCorners>
-REG_HD Bits heaviest_label(const T (&weight)[kCorners], const Bits (&label)[kCorners], T* sum) {
+REGKERNELS_HD Bits heaviest_label(const T (&weight)[kCorners], const Bits (&label)[kCorners],
+                                  T* sum) {
   bool all_alike = true;
   T total = 0;
-  REG_UNROLL
+  REGKERNELS_UNROLL
   for (int i = 0; i < kCorners; ++i) {
     all_alike = all_alike & (label[i] == label[0]);
     total += weight[i];
@@ -23,10 +24,10 @@ REG_HD Bits heaviest_label(const T (&weight)[kCorners], const Bits (&label)[kCor
   *sum = total;
   if (all_alike) return heaviest;
   *sum = 0;
-  REG_UNROLL
+  REGKERNELS_UNROLL
   for (int i = 0; i < kCorners; ++i) {
     T own = 0;
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int j = 0; j < kCorners; ++j) own += label[j] == label[i] ? weight[j] : T(0);
     if (own > *sum || (own == *sum && label[i] < heaviest)) {
       *sum = own;
@@ -58,7 +59,7 @@ struct LabelInterpolation {
     Bits* output;
     float* weight;
 
-    REG_HD void operator()(const Voxel& voxel) const {
+    REGKERNELS_HD void operator()(const Voxel& voxel) const {
       const R& r = self->resampling;
       const Bits flip = self->flip;
       const Vec<T, D> p = source.position(voxel, source.vector(voxel));
@@ -66,7 +67,7 @@ struct LabelInterpolation {
       source.sample(p, [&](const Cell<T, D>& cell, auto checked, const Vec<T, D>&) {
         constexpr bool kChecked = decltype(checked)::value;
         T weights[1 << D];
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int i = 0; i < (1 << D); ++i) weights[i] = cell.weight(i);
         for_each_channel(r.in_layout, [&](auto channel) {
           Bits labels[1 << D];
@@ -84,7 +85,7 @@ struct LabelInterpolation {
     }
   };
 
-  REG_HD Element element(int64_t group, int64_t item) const {
+  REGKERNELS_HD Element element(int64_t group, int64_t item) const {
     return {resampling.element(group, item), this, output.at(group, item), weight.at(group, item)};
   }
 };
@@ -118,4 +119,4 @@ void interpolate_labels(const Device& device, const Call& call) {
   });
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -5,7 +5,7 @@
 #include "ops/interpolate_labels/interpolate_labels.h"
 #include "ops/table.h"
 
-namespace reg {
+namespace regkernels {
 
 namespace {
 
@@ -50,8 +50,8 @@ std::vector<Op> interpolate_labels_ops() {
         {"background", AttrKind::kInt}},
        infer,
        interpolate_labels_cpu,
-       REG_CUDA_LAUNCH(interpolate_labels_cuda)},
+       REGKERNELS_CUDA_LAUNCH(interpolate_labels_cuda)},
   };
 }
 
-}  // namespace reg
+}  // namespace regkernels

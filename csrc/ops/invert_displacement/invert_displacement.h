@@ -3,9 +3,9 @@
 
 #include "core/op.h"
 
-namespace reg {
+namespace regkernels {
 
 void invert_displacement_cpu(const Context& context, const Call& call);
 void invert_displacement_cuda(const Context& context, const Call& call);
 
-}  // namespace reg
+}  // namespace regkernels

@@ -3,11 +3,11 @@
 #include <cmath>
 #include <limits>
 
-#include "core/matrix.h"
-#include "core/resample.h"
+#include "maths/matrix.h"
 #include "ops/invert_displacement/invert_displacement.h"
+#include "resample/resample.h"
 
-namespace reg {
+namespace regkernels {
 
 // For every voxel y the root e of e + u(y + e), by Newton's method with the derivative of the
 // interpolated field. A step that does not bring the error down is halved, and after some halvings
@@ -32,19 +32,19 @@ struct DisplacementInversion {
   struct Error {
     Vec<T, D> value;        // e + u(y + e)
     Matrix<T, D> jacobian;  // its derivative with respect to e
-    REG_HD T size() const {
+    REGKERNELS_HD T size() const {
       T sum = 0;
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int k = 0; k < D; ++k) sum += value[k] * value[k];
       return sqrt(sum);
     }
     // Not finite where there is no such step.
-    REG_HD Vec<T, D> newton_step() const {
+    REGKERNELS_HD Vec<T, D> newton_step() const {
       const T scale = -1 / determinant(jacobian);
       Vec<T, D> step{};
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int i = 0; i < D; ++i) {
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int j = 0; j < D; ++j) step[i] += cofactor(jacobian, j, i) * value[j];
         step[i] *= scale;
       }
@@ -58,10 +58,10 @@ struct DisplacementInversion {
     T* output;
     float* residual;
 
-    REG_HD Error error(const Vec<int, D>& y, const Vec<T, D>& e) const {
+    REGKERNELS_HD Error error(const Vec<int, D>& y, const Vec<T, D>& e) const {
       const Frame<T, D>& frame = self->resampling.map.in;
       Vec<T, D> p;
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int k = 0; k < D; ++k) p[k] = static_cast<T>(y[k]) + e[k];
       Error result;
       source.sample(p, [&](const Cell<T, D>& cell, auto checked, const Vec<T, D>& slope) {
@@ -74,7 +74,7 @@ struct DisplacementInversion {
           const T u = half == 0 ? T(0) : half * sample_value<kChecked>(cell, corners);
           result.value[channel] = e[channel] + u;
           const Vec<T, D> gradient = sample_gradient<kChecked>(cell, corners);
-          REG_UNROLL
+          REGKERNELS_UNROLL
           for (int k = 0; k < D; ++k) {
             const T factor = kChecked ? half * slope[k] : half;
             result.jacobian.m[channel][k] =
@@ -85,11 +85,11 @@ struct DisplacementInversion {
       return result;
     }
 
-    REG_HD void operator()(const Voxel& voxel) const {
+    REGKERNELS_HD void operator()(const Voxel& voxel) const {
       const Frame<T, D>& frame = self->resampling.map.in;
       const Vec<int, D> y = voxel.index<D>();
       Vec<T, D> best = source.vector(voxel);
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int k = 0; k < D; ++k) {
         best[k] *= frame.half[k];
         const bool is_finite = best[k] > -kInfinity && best[k] < kInfinity;
@@ -99,7 +99,7 @@ struct DisplacementInversion {
       Vec<T, D> tried = best, opposite{}, step{};
       T fraction = 1;
       bool is_newton = true;
-      REG_NO_UNROLL
+      REGKERNELS_NO_UNROLL
       for (int n = 0; n < self->max_iterations; ++n) {
         const Error found = error(y, tried);
         const T size = found.size();
@@ -115,24 +115,24 @@ struct DisplacementInversion {
           fraction *= T(0.5);
           if (fraction < kSmallestFraction) {
             if (!is_newton) break;
-            REG_UNROLL
+            REGKERNELS_UNROLL
             for (int k = 0; k < D; ++k) step[k] = -opposite[k];
             is_newton = false;
             fraction = 1;
           }
         }
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int k = 0; k < D; ++k) tried[k] = best[k] + fraction * step[k];
       }
       const int64_t row = voxel.row(frame.size);
       if (residual != nullptr && voxel.active) residual[row + voxel.x] = static_cast<float>(least);
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int k = 0; k < D; ++k) best[k] *= frame.inverse[k];
       store_packed(output + row * D, voxel, best);
     }
   };
 
-  REG_HD Element element(int64_t group, int64_t item) const {
+  REGKERNELS_HD Element element(int64_t group, int64_t item) const {
     return {resampling.element(group, item), this, output.at(group, item),
             residual.at(group, item)};
   }
@@ -167,4 +167,4 @@ void invert_displacement(const Device& device, const Call& call) {
   });
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -4,7 +4,7 @@
 #include "ops/invert_displacement/invert_displacement.h"
 #include "ops/table.h"
 
-namespace reg {
+namespace regkernels {
 
 namespace {
 
@@ -52,8 +52,8 @@ std::vector<Op> invert_displacement_ops() {
         {"align_corners", AttrKind::kBool}},
        infer,
        invert_displacement_cpu,
-       REG_CUDA_LAUNCH(invert_displacement_cuda)},
+       REGKERNELS_CUDA_LAUNCH(invert_displacement_cuda)},
   };
 }
 
-}  // namespace reg
+}  // namespace regkernels

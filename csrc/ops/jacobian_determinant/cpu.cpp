@@ -1,6 +1,6 @@
 #include "ops/jacobian_determinant/kernels.h"
 
-namespace reg {
+namespace regkernels {
 
 void jacobian_determinant_cpu(const Context& context, const Call& call) {
   jacobian_determinant(Cpu(context), call);
@@ -9,4 +9,4 @@ void jacobian_determinant_grad_cpu(const Context& context, const Call& call) {
   jacobian_determinant_grad(Cpu(context), call);
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -1,6 +1,6 @@
 #include "ops/jacobian_determinant/kernels.h"
 
-namespace reg {
+namespace regkernels {
 
 void jacobian_determinant_cuda(const Context& context, const Call& call) {
   jacobian_determinant(Cuda(context), call);
@@ -9,4 +9,4 @@ void jacobian_determinant_grad_cuda(const Context& context, const Call& call) {
   jacobian_determinant_grad(Cuda(context), call);
 }
 
-}  // namespace reg
+}  // namespace regkernels

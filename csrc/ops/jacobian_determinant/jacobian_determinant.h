@@ -3,11 +3,11 @@
 
 #include "core/op.h"
 
-namespace reg {
+namespace regkernels {
 
 void jacobian_determinant_cpu(const Context& context, const Call& call);
 void jacobian_determinant_cuda(const Context& context, const Call& call);
 void jacobian_determinant_grad_cpu(const Context& context, const Call& call);
 void jacobian_determinant_grad_cuda(const Context& context, const Call& call);
 
-}  // namespace reg
+}  // namespace regkernels

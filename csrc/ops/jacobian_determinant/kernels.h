@@ -2,12 +2,12 @@
 
 #include "core/dispatch.h"
 #include "core/for_each.h"
-#include "core/geometry.h"
-#include "core/matrix.h"
 #include "core/operand.h"
+#include "maths/coordinates.h"
+#include "maths/matrix.h"
 #include "ops/jacobian_determinant/jacobian_determinant.h"
 
-namespace reg {
+namespace regkernels {
 
 // A displacement field of which one takes differences: central inside, one-sided at the two ends,
 // none along an axis of one voxel.
@@ -15,15 +15,15 @@ template <class T, int D>
 struct Differences {
   Frame<T, D> frame;
 
-  REG_HD int64_t offset(const Vec<int, D>& i) const {
+  REGKERNELS_HD int64_t offset(const Vec<int, D>& i) const {
     int64_t row = D == 3 ? i[D - 1] * static_cast<int64_t>(frame.size[1]) + i[1] : i[1];
     return row * frame.size[0] + i[0];
   }
 
   // Jacobian of x + u(x) at voxel i, in voxel units: entry (k, axis) is d(x + u)_k / d axis.
-  REG_HD Matrix<T, D> jacobian(const T* u, const Vec<int, D>& i) const {
+  REGKERNELS_HD Matrix<T, D> jacobian(const T* u, const Vec<int, D>& i) const {
     Matrix<T, D> result;
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int axis = 0; axis < D; ++axis) {
       Vec<int, D> low = i, high = i;
       if (i[axis] > 0) low[axis] -= 1;
@@ -32,7 +32,7 @@ struct Differences {
       const T scale = steps == 2 ? T(0.5) : T(1);
       const T* a = u + offset(low) * D;
       const T* b = u + offset(high) * D;
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int k = 0; k < D; ++k) {
         // Not a product with 0, which would let through a displacement that is not finite.
         const bool counts = steps != 0 && frame.half[k] != 0;
@@ -55,7 +55,7 @@ struct JacobianForward {
     const JacobianForward* self;
     const T* displacement;
     T* output;
-    REG_HD void operator()(const Voxel& voxel) const {
+    REGKERNELS_HD void operator()(const Voxel& voxel) const {
       const Differences<T, D>& d = self->differences;
       const Vec<int, D> i = voxel.index<D>();
       const T value = determinant(d.jacobian(displacement, i));
@@ -63,7 +63,7 @@ struct JacobianForward {
     }
   };
 
-  REG_HD Element element(int64_t group, int64_t item) const {
+  REGKERNELS_HD Element element(int64_t group, int64_t item) const {
     return {this, displacement.at(group, item), output.at(group, item)};
   }
 };
@@ -84,21 +84,21 @@ struct JacobianBackward {
     T* output;
 
     // The difference at voxel j along `axis` contains the voxel in question `weight` times.
-    REG_HD void collect(const Vec<int, D>& j, int axis, T weight, Vec<T, D>& sum) const {
+    REGKERNELS_HD void collect(const Vec<int, D>& j, int axis, T weight, Vec<T, D>& sum) const {
       const Differences<T, D>& d = self->differences;
       const Matrix<T, D> jacobian = d.jacobian(displacement, j);
       const T g = grad[d.offset(j)] * weight;
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int k = 0; k < D; ++k) {
         if (d.frame.half[k] != 0) sum[k] += g * d.frame.half[k] * cofactor(jacobian, k, axis);
       }
     }
 
-    REG_HD void operator()(const Voxel& voxel) const {
+    REGKERNELS_HD void operator()(const Voxel& voxel) const {
       const Differences<T, D>& d = self->differences;
       const Vec<int, D> i = voxel.index<D>();
       Vec<T, D> sum{};
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int axis = 0; axis < D; ++axis) {
         const int last = d.frame.size[axis] - 1;
         if (last == 0) continue;
@@ -119,7 +119,7 @@ struct JacobianBackward {
     }
   };
 
-  REG_HD Element element(int64_t group, int64_t item) const {
+  REGKERNELS_HD Element element(int64_t group, int64_t item) const {
     return {this, displacement.at(group, item), grad_output.at(group, item),
             grad_displacement.at(group, item)};
   }
@@ -168,4 +168,4 @@ void jacobian_determinant_grad(const Device& device, const Call& call) {
   });
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -2,7 +2,7 @@
 #include "ops/jacobian_determinant/jacobian_determinant.h"
 #include "ops/table.h"
 
-namespace reg {
+namespace regkernels {
 
 namespace {
 
@@ -41,7 +41,7 @@ std::vector<Op> jacobian_determinant_ops() {
        attributes,
        infer,
        jacobian_determinant_cpu,
-       REG_CUDA_LAUNCH(jacobian_determinant_cuda)},
+       REGKERNELS_CUDA_LAUNCH(jacobian_determinant_cuda)},
       {"jacobian_determinant_grad",
        nullptr,
        {{"displacement"}, {"grad_output"}},
@@ -49,8 +49,8 @@ std::vector<Op> jacobian_determinant_ops() {
        attributes,
        infer_grad,
        jacobian_determinant_grad_cpu,
-       REG_CUDA_LAUNCH(jacobian_determinant_grad_cuda)},
+       REGKERNELS_CUDA_LAUNCH(jacobian_determinant_grad_cuda)},
   };
 }
 
-}  // namespace reg
+}  // namespace regkernels

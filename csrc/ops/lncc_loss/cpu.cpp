@@ -8,7 +8,7 @@
 #include "core/vector_code.h"
 #include "ops/lncc_loss/kernels.h"
 
-namespace reg {
+namespace regkernels {
 
 namespace {
 
@@ -617,4 +617,4 @@ void lncc_loss_grad_cpu(const Context& context, const Call& call) {
   with_lncc_loss_grad(call, [&](const auto& lncc) { lncc_run(Cpu(context), lncc, call); });
 }
 
-}  // namespace reg
+}  // namespace regkernels

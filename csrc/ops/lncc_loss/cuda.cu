@@ -12,11 +12,11 @@
 
 #include "core/for_each.h"
 #include "core/reduce.h"
-#include "core/vec.h"
+#include "maths/vec.h"
 #include "ops/lncc_loss/kernels.h"
 #include "ops/lncc_loss/tiles.h"
 
-namespace reg {
+namespace regkernels {
 
 namespace {
 
@@ -57,7 +57,7 @@ __device__ __forceinline__ void load_strip(const T* from, T* to) {
   if constexpr (sizeof(T) == 4) {
     *reinterpret_cast<float4*>(to) = *reinterpret_cast<const float4*>(from);
   } else {
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int i = 0; i < kStrip; ++i) to[i] = from[i];
   }
 }
@@ -72,23 +72,23 @@ __device__ __forceinline__ void sum_windows(const Window<T>& window,
   if constexpr (kBox) {
     static_assert(kCount <= kWindow + 1, "windows that have no value in common");
     T before = value[kWindow - 1];
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int s = kWindow - 1; s >= 0; --s) {
       if (s < kWindow - 1) before += value[s];
       if (s < kCount) sum[s] = before;
     }
     T behind = value[kWindow];
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int s = 1; s < kCount; ++s) {
       if (s > 1) behind += value[kWindow - 1 + s];
       sum[s] = s < kWindow ? sum[s] + behind : behind;
     }
   } else {
     constexpr int kRadius = kWindow / 2;
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int s = 0; s < kCount; ++s) {
       sum[s] = window.weight[0] * value[s + kRadius];
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int d = 1; d <= kRadius; ++d) {
         sum[s] += window.weight[d] * (value[s + kRadius - d] + value[s + kRadius + d]);
       }
@@ -108,10 +108,10 @@ __device__ __forceinline__ void sum_rows(const Window<T>& window, int planes, in
       for (int plane = 0; plane < planes; ++plane) {
         const T* from = in + (plane * rows + row) * in_stride + first;
         alignas(16) T loaded[(kValues + kStrip - 1) / kStrip * kStrip];
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int k = 0; k < kValues; k += kStrip) load_strip(from + k, loaded + k);
         T value[kValues];
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int k = 0; k < kValues; ++k) value[k] = loaded[k];
         alignas(16) T sum[kStrip];
         sum_windows<kWindow, kBox>(window, value, sum);
@@ -137,11 +137,11 @@ __device__ __forceinline__ void sum_column(const Window<T>& window, const T* in,
                                            T (&sum)[kCount]) {
   if constexpr (kWindow > 0) {
     T value[kCount + kWindow - 1];
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int k = 0; k < kCount + kWindow - 1; ++k) value[k] = in[k * stride];
     sum_windows<kWindow, kBox>(window, value, sum);
   } else {
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int s = 0; s < kCount; ++s) {
       const T* centre = in + (s + window.radius) * stride;
       sum[s] = window.weight[0] * centre[0];
@@ -193,7 +193,7 @@ struct DepthRing {
   T i[kPlanes], j[kPlanes];
 
   __device__ __forceinline__ void push(const T (&fresh_i)[kAhead], const T (&fresh_j)[kAhead]) {
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int d = 0; d < kPlanes; ++d) {
       i[d] = d + kAhead < kPlanes ? i[d + kAhead] : fresh_i[d + kAhead - kPlanes];
       j[d] = d + kAhead < kPlanes ? j[d + kAhead] : fresh_j[d + kAhead - kPlanes];
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       return inside ? y * static_cast<int64_t>(kernel.nx) + x : int64_t(-1);
     };
     int places[kColumns];
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int c = 0; c < kColumns; ++c) {
       places[c] = static_cast<int>(place_of(threadIdx.x + c * kThreads));
     }
@@ -320,12 +320,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       auto exists = [&](int z) { return z >= 0 && z < kernel.nz; };
       // Elsewhere images are 0.
       auto load_columns = [&](int z, T(&fresh_i)[kColumns][kAhead], T(&fresh_j)[kColumns][kAhead]) {
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int p = 0; p < kAhead; ++p) {
           const T* const plane_i = settled_global(image_i + (z + p) * plane_size);
           const T* const plane_j = settled_global(image_j + (z + p) * plane_size);
           const bool there = exists(z + p);
-          REG_UNROLL
+          REGKERNELS_UNROLL
           for (int c = 0; c < kColumns; ++c) {
             const bool inside = there && places[c] >= 0;
             const Place place = static_cast<Place>(places[c]);
@@ -336,35 +336,35 @@ __global__ void __launch_bounds__(kThreads, 1)
       };
       auto push_columns = [&](const T(&fresh_i)[kColumns][kAhead],
                               const T(&fresh_j)[kColumns][kAhead]) {
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int c = 0; c < kColumns; ++c) depth[c].push(fresh_i[c], fresh_j[c]);
       };
       auto store_sums = [&](int plane, int index, const T(&sums)[kWindowSums]) {
         const int row = index / in_width, column = index - row * in_width;
         T* const to = by_depth + plane * layout.by_depth_size() + row * in_stride + column;
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int s = 0; s < kWindowSums; ++s) to[s * in_height * in_stride] = sums[s];
       };
       // Of kAhead planes from z on.
       auto sum_depth = [&](int z) {
         if constexpr (kWindow > 0) {
           const int thread = thread_number<kThreads>();
-          REG_UNROLL
+          REGKERNELS_UNROLL
           for (int c = 0; c < kColumns; ++c) {
             const int index = thread + c * kThreads;
             T common[kWindowSums] = {};
             if constexpr (kBox) {
-              REG_UNROLL
+              REGKERNELS_UNROLL
               for (int d = kAhead - 1; d < kDepth; ++d) {
                 add_products(depth[c].i[d], depth[c].j[d], common);
               }
             }
-            REG_UNROLL
+            REGKERNELS_UNROLL
             for (int p = 0; p < kAhead; ++p) {
               T sums[kWindowSums];
-              REG_UNROLL
+              REGKERNELS_UNROLL
               for (int s = 0; s < kWindowSums; ++s) sums[s] = common[s];
-              REG_UNROLL
+              REGKERNELS_UNROLL
               for (int d = p; d < p + kDepth; ++d) {
                 if constexpr (kBox) {
                   if (d >= kAhead - 1 && d < kDepth) continue;
@@ -412,7 +412,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             column = layout.columns + rest - strip * (2 * halo);
           }
           T sums[kWindowSums][kColumnStrip];
-          REG_UNROLL
+          REGKERNELS_UNROLL
           for (int s = 0; s < kWindowSums; ++s) {
             const T* const from = by_row + (s * in_height + strip * kColumnStrip) * stride + column;
             sum_column<kWindow, kBox>(window, from, stride, sums[s]);
@@ -424,13 +424,13 @@ __global__ void __launch_bounds__(kThreads, 1)
           Correlation<T> at[kColumnStrip];
           T fields[kColumnStrip][kFields == 0 ? 1 : kFields];
           bool inside[kColumnStrip], counts[kColumnStrip];
-          REG_UNROLL
+          REGKERNELS_UNROLL
           for (int k = 0; k < kColumnStrip; ++k) {
             const int row = strip * kColumnStrip + k, y = y0 + row - halo;
             inside[k] = column_inside && row < height && y >= 0 && y < kernel.ny;
             counts[k] = inside[k] && column_own && row >= halo && row < halo + layout.rows;
             T window_sums[kWindowSums];
-            REG_UNROLL
+            REGKERNELS_UNROLL
             for (int s = 0; s < kWindowSums; ++s) window_sums[s] = sums[s][k];
             at[k] = correlate(window_sums, window);
             if constexpr (kFields > 0) {
@@ -439,7 +439,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           }
           const Place first = static_cast<Place>(y0 + strip * kColumnStrip - halo) * kernel.nx + x;
           if (is_special) {
-            REG_UNROLL
+            REGKERNELS_UNROLL
             for (int k = 0; k < kColumnStrip; ++k) {
               if (!inside[k]) continue;
               const int64_t place = z * plane_size + static_cast<Place>(first + k * kernel.nx);
@@ -448,25 +448,25 @@ __global__ void __launch_bounds__(kThreads, 1)
               if (map != nullptr && counts[k]) map[place] = -at[k].ncc;
               if constexpr (kFields > 0) {
                 const T factor = cotangent != nullptr ? weight * cotangent[place] : weight;
-                REG_UNROLL
+                REGKERNELS_UNROLL
                 for (int f = 0; f < kFields; ++f) fields[k][f] *= factor;
               }
             }
           }
-          REG_UNROLL
+          REGKERNELS_UNROLL
           for (int k = 0; k < kColumnStrip; ++k) {
             if (counts[k]) total += at[k].ncc;
             if (!inside[k]) continue;
             const int row = strip * kColumnStrip + k;
             if constexpr (kFused) {
-              REG_UNROLL
+              REGKERNELS_UNROLL
               for (int f = 0; f < kFields; ++f) {
                 adjoint[(f * height + row) * stride + column] = fields[k][f];
               }
             } else if constexpr (kFields > 0) {
               T* const to = kernel.adjoint + (element * kernel.nz + z) * plane_size +
                             static_cast<Place>(first + k * kernel.nx);
-              REG_UNROLL
+              REGKERNELS_UNROLL
               for (int f = 0; f < kFields; ++f) to[f * kernel.adjoint_stride] = fields[k][f];
             }
           }
@@ -482,7 +482,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           // For a box their order does not matter.
           const int oldest = kSlots == 0 ? 0 : (z - z_first) % kSlots;
           int slots[kDepth];
-          REG_UNROLL
+          REGKERNELS_UNROLL
           for (int d = 0; d < kSlots; ++d) {
             const int at = kBox ? d : oldest + d;
             slots[d] = (at < kSlots ? at : at - kSlots) * kTile;
@@ -498,7 +498,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             const Place place = static_cast<Place>(y) * kernel.nx + x;
             bool stored[kCount];
             T value_i[kCount], value_j[kCount];
-            REG_UNROLL
+            REGKERNELS_UNROLL
             for (int k = 0; k < kCount; ++k) {
               stored[k] = target >= z_begin && x < kernel.nx && y + k < kernel.ny;
               value_i[k] = (stored[k] ? plane_i[place + k * kernel.nx] : T(0)) - pivot_i;
@@ -506,7 +506,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             }
             T newest[kFields][kCount] = {};
             if (exists(z)) {
-              REG_UNROLL
+              REGKERNELS_UNROLL
               for (int f = 0; f < kFields; ++f) {
                 const int from = (f * height + first_row) * layout.out_stride() + column;
                 sum_column<kWindow, kBox>(window, adjoint_by_row + from, layout.out_stride(),
@@ -514,30 +514,30 @@ __global__ void __launch_bounds__(kThreads, 1)
               }
             }
             T complete[kCount][kFields];
-            REG_UNROLL
+            REGKERNELS_UNROLL
             for (int f = 0; f < kFields; ++f) {
               T* const mine = ring + f * kSlots * kTile + i * kCount;
               T sum[kCount];
-              REG_UNROLL
+              REGKERNELS_UNROLL
               for (int k = 0; k < kCount; ++k) {
                 sum[k] = kBox ? newest[f][k] : window.weight[kHalf] * newest[f][k];
               }
-              REG_UNROLL
+              REGKERNELS_UNROLL
               for (int d = 0; d < kSlots; ++d) {
                 const T weight = window.weight[d < kHalf ? kHalf - d : d - kHalf];
-                REG_UNROLL
+                REGKERNELS_UNROLL
                 for (int k = 0; k < kCount; ++k) {
                   const T other = mine[slots[d] + k];
                   sum[k] += kBox ? other : weight * other;
                 }
               }
-              REG_UNROLL
+              REGKERNELS_UNROLL
               for (int k = 0; k < kCount; ++k) {
                 complete[k][f] = sum[k];
                 if (kSlots > 0) mine[oldest * kTile + k] = newest[f][k];
               }
             }
-            REG_UNROLL
+            REGKERNELS_UNROLL
             for (int k = 0; k < kCount; ++k) {
               if (!stored[k]) continue;
               const Place here = place + k * kernel.nx;
@@ -554,7 +554,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       T fresh_i[kColumns][kAhead], fresh_j[kColumns][kAhead];
       if constexpr (kWindow > 0) {
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int d = -kHalf; d < kHalf; d += kAhead) {
           load_columns(z_first + d, fresh_i, fresh_j);
           push_columns(fresh_i, fresh_j);
@@ -649,12 +649,12 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int d = low; d <= high; ++d) {
             const T* const from =
                 fields + (z + d) * plane_size + static_cast<int64_t>(y) * kernel.nx + x;
-            REG_UNROLL
+            REGKERNELS_UNROLL
             for (int f = 0; f < kFields; ++f) {
               sums[f] += window.weight[d < 0 ? -d : d] * from[f * kernel.adjoint_stride];
             }
           }
-          REG_UNROLL
+          REGKERNELS_UNROLL
           for (int f = 0; f < kFields; ++f) {
             by_depth[(f * in_height + row) * in_stride + column] = sums[f];
           }
@@ -668,7 +668,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           const int x = x0 + column, y = y0 + row;
           if (x >= kernel.nx || y >= kernel.ny) continue;
           T complete[kFields];
-          REG_UNROLL
+          REGKERNELS_UNROLL
           for (int f = 0; f < kFields; ++f) {
             T sum[1];
             const T* const from = by_row + (f * in_height + row) * stride + column;
@@ -914,4 +914,4 @@ void lncc_loss_grad_cuda(const Context& context, const Call& call) {
   with_lncc_loss_grad(call, [&](const auto& lncc) { lncc_run(Cuda(context), lncc, call); });
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -1,9 +1,9 @@
 #pragma once
 
-#include "core/compared.h"
 #include "ops/lncc_loss/maths.h"
+#include "ops/losses/compared.h"
 
-namespace reg {
+namespace regkernels {
 
 // What the inputs and attributes of a call amount to, once checked.
 struct LnccGeometry {
@@ -26,4 +26,4 @@ Window<T> lncc_window(const Call& call, const LnccGeometry& geometry);
 inline constexpr int kLnccMaxParts = 132;
 inline constexpr int kLnccMaxFused = 9;  // larger windows leave no room for their rings of planes
 
-}  // namespace reg
+}  // namespace regkernels

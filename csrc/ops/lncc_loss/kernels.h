@@ -1,12 +1,12 @@
 // What both devices need to know of a call.
 #pragma once
 
-#include "core/compared.h"
 #include "core/dispatch.h"
 #include "ops/lncc_loss/geometry.h"
 #include "ops/lncc_loss/lncc_loss.h"
+#include "ops/losses/compared.h"
 
-namespace reg {
+namespace regkernels {
 
 // A call of either op. With one gradient asked for, I is the image that it belongs to.
 template <class T>
@@ -72,4 +72,4 @@ void with_lncc_loss_grad(const Call& call, const Run& run) {
   });
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -3,11 +3,11 @@
 
 #include "core/op.h"
 
-namespace reg {
+namespace regkernels {
 
 void lncc_loss_cpu(const Context& context, const Call& call);
 void lncc_loss_cuda(const Context& context, const Call& call);
 void lncc_loss_grad_cpu(const Context& context, const Call& call);
 void lncc_loss_grad_cuda(const Context& context, const Call& call);
 
-}  // namespace reg
+}  // namespace regkernels

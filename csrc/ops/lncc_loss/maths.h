@@ -3,10 +3,10 @@
 
 #include <cstdint>
 
-#include "core/fast_math.h"
 #include "core/host_device.h"
+#include "maths/fast_math.h"
 
-namespace reg {
+namespace regkernels {
 
 inline constexpr int kMaxWindow = 31;
 inline constexpr int kMaxRadius = kMaxWindow / 2;
@@ -34,7 +34,7 @@ struct Window {
 
 // What a voxel adds to its window's sums.
 template <class T>
-REG_HD void add_products(T weight, T value_i, T value_j, T (&sums)[kWindowSums]) {
+REGKERNELS_HD void add_products(T weight, T value_i, T value_j, T (&sums)[kWindowSums]) {
   const T weighted_i = weight * value_i, weighted_j = weight * value_j;
   sums[0] += weighted_i;
   sums[1] += weighted_j;
@@ -45,7 +45,7 @@ REG_HD void add_products(T weight, T value_i, T value_j, T (&sums)[kWindowSums])
 
 // Of weight 1.
 template <class T>
-REG_HD void add_products(T value_i, T value_j, T (&sums)[kWindowSums]) {
+REGKERNELS_HD void add_products(T value_i, T value_j, T (&sums)[kWindowSums]) {
   sums[0] += value_i;
   sums[1] += value_j;
   sums[2] += value_i * value_i;
@@ -68,20 +68,20 @@ struct Correlation {
 
 // What the sums are taken about, from a typical value of an image.
 template <class T>
-REG_HD T pivot_near(T typical, const Window<T>& window) {
+REGKERNELS_HD T pivot_near(T typical, const Window<T>& window) {
   const bool usable = typical <= window.largest_pivot && typical >= -window.largest_pivot;
   return usable ? window.coverage * typical : T(0);
 }
 
 // Squares beyond the range of T count as flat too; what is not a number stays so.
 template <class T>
-REG_HD bool is_flat(T variance, T squares, const Window<T>& window) {
+REGKERNELS_HD bool is_flat(T variance, T squares, const Window<T>& window) {
   return !(variance > window.rounding * squares) & (squares == squares);
 }
 
 // All of it is computed for all voxels and then chosen from, which makes vector code on the CPU.
 template <class T>
-REG_HD Correlation<T> correlate(const T (&sums)[kWindowSums], const Window<T>& window) {
+REGKERNELS_HD Correlation<T> correlate(const T (&sums)[kWindowSums], const Window<T>& window) {
   Correlation<T> result;
   const T mean_i = sums[0] * window.inverse_mass, mean_j = sums[1] * window.inverse_mass;
   const T raw_i = sums[2] - sums[0] * mean_i, raw_j = sums[3] - sums[1] * mean_j;
@@ -112,7 +112,8 @@ REG_HD Correlation<T> correlate(const T (&sums)[kWindowSums], const Window<T>& w
 // five. The order: cross, variance_i, offset_i, variance_j, offset_j; a single gradient is that of
 // the image called I, whichever that is.
 template <class T, int kFields>
-REG_HD void adjoint_fields(const Correlation<T>& at, T mean_i, T mean_j, T (&fields)[kFields]) {
+REGKERNELS_HD void adjoint_fields(const Correlation<T>& at, T mean_i, T mean_j,
+                                  T (&fields)[kFields]) {
   fields[0] = at.cross;
   fields[1] = at.variance_i;
   fields[2] = at.cross * mean_j + 2 * at.variance_i * mean_i;
@@ -124,8 +125,8 @@ REG_HD void adjoint_fields(const Correlation<T>& at, T mean_i, T mean_j, T (&fie
 
 // The gradient at a voxel from the window sums of the adjoint fields there.
 template <class T>
-REG_HD T assemble(T own, T other, T cross, T variance, T offset) {
+REGKERNELS_HD T assemble(T own, T other, T cross, T variance, T offset) {
   return other * cross + own * (2 * variance) - offset;  // twice the value itself may overflow
 }
 
-}  // namespace reg
+}  // namespace regkernels

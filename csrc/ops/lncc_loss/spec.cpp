@@ -7,7 +7,7 @@
 #include "ops/lncc_loss/lncc_loss.h"
 #include "ops/table.h"
 
-namespace reg {
+namespace regkernels {
 
 LnccGeometry lncc_geometry(const Call& call) {
   LnccGeometry geometry;
@@ -167,7 +167,7 @@ std::vector<Op> lncc_loss_ops() {
        attributes,
        infer,
        lncc_loss_cpu,
-       REG_CUDA_LAUNCH(lncc_loss_cuda)},
+       REGKERNELS_CUDA_LAUNCH(lncc_loss_cuda)},
       {"lncc_loss_grad",
        nullptr,
        gradient_inputs,
@@ -178,8 +178,8 @@ std::vector<Op> lncc_loss_ops() {
        attributes,
        infer_grad,
        lncc_loss_grad_cpu,
-       REG_CUDA_LAUNCH(lncc_loss_grad_cuda)},
+       REGKERNELS_CUDA_LAUNCH(lncc_loss_grad_cuda)},
   };
 }
 
-}  // namespace reg
+}  // namespace regkernels

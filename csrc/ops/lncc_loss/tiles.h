@@ -5,7 +5,7 @@
 
 #include "ops/lncc_loss/geometry.h"
 
-namespace reg {
+namespace regkernels {
 
 inline constexpr int kLnccTileX = 32;       // the widest tile, and that of all small windows
 inline constexpr int kLnccStrip = 4;        // sums along a row that one thread takes at a time
@@ -17,39 +17,43 @@ struct LnccTile {
   bool small;  // the window: one whose size the compiler knows
   bool fused;  // the adjoint fields stay in the block
 
-  REG_HD constexpr int halo() const { return fused ? radius : 0; }  // of the correlations
-  REG_HD constexpr int width() const { return columns + 2 * halo(); }
-  REG_HD constexpr int height() const { return rows + 2 * halo(); }
-  REG_HD constexpr int in_width() const { return width() + 2 * radius; }
-  REG_HD constexpr int in_height() const { return height() + 2 * radius; }
+  REGKERNELS_HD constexpr int halo() const { return fused ? radius : 0; }  // of the correlations
+  REGKERNELS_HD constexpr int width() const { return columns + 2 * halo(); }
+  REGKERNELS_HD constexpr int height() const { return rows + 2 * halo(); }
+  REGKERNELS_HD constexpr int in_width() const { return width() + 2 * radius; }
+  REGKERNELS_HD constexpr int in_height() const { return height() + 2 * radius; }
   // Planes whose sums along z are taken together, since their windows share most of their values.
-  REG_HD constexpr int ahead() const { return small && radius_z > 0 ? 2 : 1; }
+  REGKERNELS_HD constexpr int ahead() const { return small && radius_z > 0 ? 2 : 1; }
 
-  REG_HD constexpr int in_stride() const { return odd_strips(in_width()); }
-  REG_HD constexpr int stride() const { return odd_strips(width()); }
-  REG_HD constexpr int out_stride() const { return odd_strips(columns); }
+  REGKERNELS_HD constexpr int in_stride() const { return odd_strips(in_width()); }
+  REGKERNELS_HD constexpr int stride() const { return odd_strips(width()); }
+  REGKERNELS_HD constexpr int out_stride() const { return odd_strips(columns); }
 
-  REG_HD constexpr int by_depth_size() const { return kWindowSums * in_height() * in_stride(); }
+  REGKERNELS_HD constexpr int by_depth_size() const {
+    return kWindowSums * in_height() * in_stride();
+  }
   // The last strips of rows and columns may reach beyond an array.
-  REG_HD constexpr int by_row() const { return ahead() * by_depth_size() + kLnccStrip; }
-  REG_HD constexpr int adjoint() const {
+  REGKERNELS_HD constexpr int by_row() const { return ahead() * by_depth_size() + kLnccStrip; }
+  REGKERNELS_HD constexpr int adjoint() const {
     return by_row() + (kWindowSums * in_height() + kLnccColumnStrip) * stride();
   }
-  REG_HD constexpr int adjoint_size() const { return fused ? fields * height() * stride() : 0; }
-  REG_HD constexpr int adjoint_by_row() const { return adjoint() + adjoint_size(); }
-  REG_HD constexpr int ring() const {
+  REGKERNELS_HD constexpr int adjoint_size() const {
+    return fused ? fields * height() * stride() : 0;
+  }
+  REGKERNELS_HD constexpr int adjoint_by_row() const { return adjoint() + adjoint_size(); }
+  REGKERNELS_HD constexpr int ring() const {
     return adjoint_by_row() + (fused ? fields * height() * out_stride() : 0);
   }
   // The plane that completes a window needs no place in the ring.
-  REG_HD constexpr int ring_planes() const { return 2 * radius_z; }
-  REG_HD constexpr int size() const {
+  REGKERNELS_HD constexpr int ring_planes() const { return 2 * radius_z; }
+  REGKERNELS_HD constexpr int size() const {
     return ring() + (fused ? fields * ring_planes() * rows * columns : 0);
   }
 
  private:
   // At least `width`, and an odd number of strips: threads that take the strips of neighbouring
   // rows then read from different banks of shared memory.
-  REG_HD static constexpr int odd_strips(int width) {
+  REGKERNELS_HD static constexpr int odd_strips(int width) {
     return ((width + kLnccStrip - 1) / kLnccStrip | 1) * kLnccStrip;
   }
 };
@@ -102,4 +106,4 @@ inline LnccTiling lncc_tiling(const LnccGeometry& geometry, const LnccTile& tile
   return tiling;
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -7,7 +7,7 @@
 #include "core/vector_code.h"
 #include "ops/mutual_information/kernels.h"
 
-namespace reg {
+namespace regkernels {
 
 namespace {
 
@@ -67,7 +67,7 @@ struct BlockWeights {
       ParzenWeights<T, kReach> one;
       parzen_weights<kKernel, kSlopes>(window, t[s], one);
       middle[s] = one.middle;
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int j = 0; j < kTaps; ++j) {
         taps[j][s] = one.weight[j];
         if constexpr (kSlopes) tap_slopes[j][s] = one.slope[j];
@@ -499,4 +499,4 @@ void joint_histogram_cpu(const Context&, const Call& call) {
                  [&](auto type) { histogram_run<typename decltype(type)::type>(call); });
 }
 
-}  // namespace reg
+}  // namespace regkernels

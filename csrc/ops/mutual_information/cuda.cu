@@ -20,7 +20,7 @@
 #include "core/reduce.h"
 #include "ops/mutual_information/kernels.h"
 
-namespace reg {
+namespace regkernels {
 
 namespace {
 
@@ -78,13 +78,13 @@ struct Extremes {
   // Of all threads; right in the first.
   __device__ void combine() {
     __shared__ T shared[kWarps][kExtremes];
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int k = 0; k < kExtremes; ++k) {
       const T highest_of_warp = -warp_least(-highest[k]);
       if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp][k] = highest_of_warp;
     }
     __syncthreads();
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int k = 0; k < kExtremes; ++k) {
       for (int warp = 0; warp < kWarps; ++warp) highest[k] = max(highest[k], shared[warp][k]);
     }
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
       const int k = threadIdx.x;
       // An unrolled choice: an index into registers would send them to memory.
       T value = found.highest[0];
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int other = 1; other < kExtremes; ++other) {
         if (k == other) value = found.highest[other];
       }
@@ -140,7 +140,7 @@ __device__ PairScale<T> read_scale(const Counting<T>& call, int64_t element) {
   __syncthreads();
   if (call.extremes != nullptr && threadIdx.x < kWarp) {
     const T* const parts = call.extremes + element * call.extreme_parts * kExtremes;
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int k = 0; k < kExtremes; ++k) {
       const T sign = k == kLowPred || k == kLowTarget ? T(1) : T(-1);
       T least = INFINITY;
@@ -189,7 +189,7 @@ __device__ __forceinline__ T sample_factor(const Parzen<T>& window, T& t, T weig
   if constexpr (kKernel == ParzenKernel::kGaussian) {
     GaussianWings<T> wings(window, f);
     sum = wings.up;
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int j = 1; j <= kReach; ++j) {
       wings.advance();
       if (bin.integer < window.num_bins - j) sum += wings.up * window.falloff[j];
@@ -197,7 +197,7 @@ __device__ __forceinline__ T sample_factor(const Parzen<T>& window, T& t, T weig
     }
     return log2_of(weight * reciprocal(sum));
   }
-  REG_UNROLL
+  REGKERNELS_UNROLL
   for (int j = -kReach; j <= kReach; ++j) {
     const bool inside = bin.integer + j >= 0 && bin.integer + j < window.num_bins;
     if (inside) sum += b_spline(f - static_cast<T>(j));
@@ -230,14 +230,14 @@ struct Product<float> {
     }
     // Each sample's one weight goes to the bin of its quotient.
     __device__ __forceinline__ void place(const float (&weight)[4], const int (&quotient)[4]) {
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int pair = 0; pair < 2; ++pair) {
         const uint2 bits = split(weight[2 * pair], weight[2 * pair + 1]);
         // A sign bit in the byte of the quotient, if it is one of the four: the permutation below
         // makes sixteen bits of it.
         const uint32_t first = sign_in_byte(quotient[2 * pair]);
         const uint32_t second = sign_in_byte(quotient[2 * pair + 1]);
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int q = 0; q < kQuotients; ++q) {
           const uint32_t select = halves_of_signs(first, second, q);
           high[q][pair] = bits.x & select;
@@ -246,7 +246,7 @@ struct Product<float> {
       }
     }
     __device__ __forceinline__ void set(int q, const float (&weight)[4]) {
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int pair = 0; pair < 2; ++pair) {
         const uint2 bits = split(weight[2 * pair], weight[2 * pair + 1]);
         high[q][pair] = bits.x;
@@ -281,9 +281,9 @@ struct Product<float> {
   }
 
   __device__ __forceinline__ void add(const Factor& pred, const Factor& target) {
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int m = 0; m < 2; ++m) {
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int n = 0; n < kQuotients; ++n) {
         multiply(recent[m][n], pred.high, m, target.high[n]);
         multiply(recent[m][n], pred.high, m, target.low[n]);
@@ -311,11 +311,11 @@ struct Product<float> {
  private:
   template <class Body>
   __device__ __forceinline__ static void each(const Body& body) {
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int m = 0; m < 2; ++m) {
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int n = 0; n < kQuotients; ++n) {
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int k = 0; k < 4; ++k) body(m, n, k);
       }
     }
@@ -340,7 +340,7 @@ struct Product<double> {
     double value[kQuotients];
 
     __device__ __forceinline__ void place(const double (&weight)[1], const int (&quotient)[1]) {
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int q = 0; q < kQuotients; ++q) value[q] = quotient[0] == q ? weight[0] : 0.0;
     }
     __device__ __forceinline__ void set(int q, const double (&weight)[1]) { value[q] = weight[0]; }
@@ -352,9 +352,9 @@ struct Product<double> {
     each([&](int m, int n, int k) { sums[m][n][k] = 0; });
   }
   __device__ __forceinline__ void add(const Factor& pred, const Factor& target) {
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int m = 0; m < kQuotients; ++m) {
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int n = 0; n < kQuotients; ++n) {
         asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
             : "+d"(sums[m][n][0]), "+d"(sums[m][n][1])
@@ -372,11 +372,11 @@ struct Product<double> {
  private:
   template <class Body>
   __device__ __forceinline__ static void each(const Body& body) {
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int m = 0; m < kQuotients; ++m) {
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int n = 0; n < kQuotients; ++n) {
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int k = 0; k < 2; ++k) body(m, n, k);
       }
     }
@@ -396,7 +396,7 @@ __device__ __forceinline__ void make_factor(const Parzen<T>& window,
   T weight[kCount];
   if constexpr (kNarrow) {
     int quotient[kCount];
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int k = 0; k < kCount; ++k) {
       const T d = t[k] - first_bin;
       const Rounded<T> nearest = round_small(d * T(1.0 / kResidues));
@@ -405,9 +405,9 @@ __device__ __forceinline__ void make_factor(const Parzen<T>& window,
     }
     out.place(weight, quotient);
   } else {
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int q = 0; q < kQuotients; ++q) {
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int k = 0; k < kCount; ++k) {
         const T d = t[k] - (first_bin + static_cast<T>(q * kResidues));
         weight[k] = weight_at<kKernel>(window, d, factor[k]);
@@ -482,10 +482,10 @@ struct TileCounter {
     __syncwarp();
     staged[lane] = own;
     __syncwarp();
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int step = 0; step < kWarp / kSamples; ++step) {
       T t_pred[kPerLane], factor_pred[kPerLane], t_target[kPerLane], factor_target[kPerLane];
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int k = 0; k < kPerLane; ++k) {
         const Staged<T> sample_k = staged[step * kSamples + k * 4 + lane % 4];
         t_pred[k] = sample_k.t_pred;
@@ -533,7 +533,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
     const int count = static_cast<int>(end - begin);
     for (int base = warp * (kAhead * kWarp); base < count; base += kAhead * kThreads) {
       T values_pred[kAhead], values_target[kAhead], weights[kAhead];
-      REG_UNROLL
+      REGKERNELS_UNROLL
       for (int k = 0; k < kAhead; ++k) {
         const int i = base + k * kWarp + threadIdx.x % kWarp;
         values_pred[k] = i < count ? pred[begin + i] : T(0);
@@ -541,7 +541,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
         weights[k] = i < count ? (mask == nullptr ? T(1) : mask[begin + i]) : T(0);
       }
       // Not unrolled, as what follows is long: the values move up instead.
-      REG_NO_UNROLL
+      REGKERNELS_NO_UNROLL
       for (int k = 0; k < kAhead; ++k) {
         const Sample<T> sample{scale.pred.position(values_pred[0], num_bins),
                                scale.target.position(values_target[0], num_bins),
@@ -552,7 +552,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
         counter.offer(weighs & near_pred.has(sample.t_pred) & near_target.has(sample.t_target) &
                           (sample.weight - sample.weight == 0),
                       sample);
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int next = 1; next < kAhead; ++next) {
           values_pred[next - 1] = values_pred[next];
           values_target[next - 1] = values_target[next];
@@ -870,10 +870,10 @@ __global__ void __launch_bounds__(kGradientThreads<T>)
         parzen_weights<kKernel, kPred>(call.window, t_pred, rows);
         parzen_weights<kKernel, kTarget>(call.window, t_target, columns);
         const T* row = table + (rows.middle * size + columns.middle) * stride;
-        REG_UNROLL
+        REGKERNELS_UNROLL
         for (int a = -kReach; a <= kReach; ++a, row += size * stride) {
           T sum = 0, slope_sum = 0;
-          REG_UNROLL
+          REGKERNELS_UNROLL
           for (int b = -kReach; b <= kReach; ++b) {
             const T entry = row[(b + kReach) * stride];
             if constexpr (kPred) sum += entry * columns.weight[kReach + b];
@@ -969,4 +969,4 @@ void joint_histogram_cuda(const Context& context, const Call& call) {
   });
 }
 
-}  // namespace reg
+}  // namespace regkernels

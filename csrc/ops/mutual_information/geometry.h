@@ -1,9 +1,9 @@
 #pragma once
 
-#include "core/compared.h"
+#include "ops/losses/compared.h"
 #include "ops/mutual_information/maths.h"
 
-namespace reg {
+namespace regkernels {
 
 // What the inputs and attributes of a call amount to, once checked.
 struct HistogramGeometry {
@@ -41,4 +41,4 @@ inline int64_t extreme_parts(int64_t samples) {
 // weight, which all of them are divided by.
 enum Scaling { kRangePred, kRangeTarget = 2, kInverseTotal = 4, kLargestWeight, kScalings };
 
-}  // namespace reg
+}  // namespace regkernels

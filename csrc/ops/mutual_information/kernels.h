@@ -5,7 +5,7 @@
 #include "ops/mutual_information/geometry.h"
 #include "ops/mutual_information/mutual_information.h"
 
-namespace reg {
+namespace regkernels {
 
 // How the values of one pair of images are read.
 template <class T>
@@ -15,9 +15,9 @@ struct PairScale {
   T largest_weight;
 
   // Of a mask without a finite weight above 0, none is scaled.
-  REG_HD T weight(T mask) const { return largest_weight > 0 ? mask / largest_weight : mask; }
+  REGKERNELS_HD T weight(T mask) const { return largest_weight > 0 ? mask / largest_weight : mask; }
 
-  REG_HD static PairScale from(const T* given, bool joint, const T* extremes, bool masked) {
+  REGKERNELS_HD static PairScale from(const T* given, bool joint, const T* extremes, bool masked) {
     T low_pred, high_pred, low_target, high_target;
     if (given != nullptr) {
       low_pred = given[0], high_pred = given[1], low_target = given[2], high_target = given[3];
@@ -42,12 +42,12 @@ struct ElementIndex {
 struct ElementSpace {
   int64_t items, channels;
 
-  REG_HD ElementIndex index(int64_t element) const {
+  REGKERNELS_HD ElementIndex index(int64_t element) const {
     const int64_t outer = element / channels;
     const int64_t group = outer / items;
     return {group, outer - group * items, element - outer * channels};
   }
-  REG_HD int64_t element(const ElementIndex& index) const {
+  REGKERNELS_HD int64_t element(const ElementIndex& index) const {
     return (index.group * items + index.item) * channels + index.channel;
   }
 };
@@ -111,25 +111,25 @@ struct GradientCall {
   }
 
   // Where gradients are shared, all items of a group and channel are one piece of work.
-  REG_HD bool items_together() const { return sum_pred || sum_target; }
+  REGKERNELS_HD bool items_together() const { return sum_pred || sum_target; }
 
-  REG_HD const T* table_of(const ElementIndex& index) const {
+  REGKERNELS_HD const T* table_of(const ElementIndex& index) const {
     return table.at(index.group, index.item) + index.channel * table_count;
   }
-  REG_HD PairScale<T> scale(const ElementIndex& index) const {
+  REGKERNELS_HD PairScale<T> scale(const ElementIndex& index) const {
     const T* const values = scaling_of(index);
     return {IntensityRange<T>(values[kRangePred], values[kRangePred + 1]),
             IntensityRange<T>(values[kRangeTarget], values[kRangeTarget + 1]),
             values[kLargestWeight]};
   }
-  REG_HD T factor(const ElementIndex& index) const {
+  REGKERNELS_HD T factor(const ElementIndex& index) const {
     const int64_t place = one_cotangent ? 0 : index.item * space.channels + index.channel;
     const T cotangent_here = cotangent.data[index.group * cotangent.stride.group + place];
     return cotangent_here * reduction * scaling_of(index)[kInverseTotal];
   }
 
  private:
-  REG_HD const T* scaling_of(const ElementIndex& index) const {
+  REGKERNELS_HD const T* scaling_of(const ElementIndex& index) const {
     return scaling.at(index.group, index.item) + index.channel * kScalings;
   }
 };
@@ -156,4 +156,4 @@ void dispatch_window(const HistogramGeometry& geometry, const Body& body) {
   dispatch_smooth_window<T>(geometry, body);
 }
 
-}  // namespace reg
+}  // namespace regkernels

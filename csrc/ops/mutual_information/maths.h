@@ -3,10 +3,10 @@
 
 #include <cmath>
 
-#include "core/fast_math.h"
 #include "core/host_device.h"
+#include "maths/fast_math.h"
 
-namespace reg {
+namespace regkernels {
 
 enum class ParzenKernel { kGaussian, kBSpline, kDelta };
 
@@ -44,38 +44,38 @@ struct IntensityRange {
   T low, high;
   T inverse;  // 2 / (high - low), or 0
 
-  REG_HD IntensityRange(T l, T h) : low(l), high(h), inverse(0) {
+  REGKERNELS_HD IntensityRange(T l, T h) : low(l), high(h), inverse(0) {
     // By halves, since the difference may be more than the largest number.
     const T half = T(0.5) * h - T(0.5) * l;
     if (half > 0) inverse = 1 / half;
     if (inverse > largest_inverse()) inverse = 0;
     if (!(half - half == 0)) inverse = half - half;
   }
-  REG_HD T position(T value, int num_bins) const {
+  REGKERNELS_HD T position(T value, int num_bins) const {
     T inside = value > high ? high : value;
     inside = inside < low ? low : inside;
     const T x = (T(0.5) * inside - T(0.5) * low) * inverse;
     return (x > 1 ? T(1) : x) * static_cast<T>(num_bins) - T(0.5);
   }
   // dt / dvalue; at the two ends the clamp passes the derivative.
-  REG_HD T slope(T value, int num_bins) const {
+  REGKERNELS_HD T slope(T value, int num_bins) const {
     return value >= low && value <= high ? T(0.5) * inverse * static_cast<T>(num_bins) : T(0);
   }
 
  private:
   // So that the slope is finite for any number of bins.
-  static REG_HD T largest_inverse() { return sizeof(T) == 4 ? T(2.6e36) : T(1.4e306); }
+  static REGKERNELS_HD T largest_inverse() { return sizeof(T) == 4 ? T(2.6e36) : T(1.4e306); }
 };
 
 // The cubic B-spline and its derivative.
 template <class T>
-REG_HD T b_spline(T d) {
+REGKERNELS_HD T b_spline(T d) {
   const T a = d < 0 ? -d : d;
   const T outer = a < 2 ? 2 - a : T(0);
   return a < 1 ? T(2.0 / 3) - a * a * (1 - T(0.5) * a) : outer * outer * outer * T(1.0 / 6);
 }
 template <class T>
-REG_HD T b_spline_slope(T d) {
+REGKERNELS_HD T b_spline_slope(T d) {
   const T a = d < 0 ? -d : d;
   const T outer = a < 2 ? 2 - a : T(0);
   const T slope = a < 1 ? a * (T(1.5) * a - 2) : T(-0.5) * outer * outer;
@@ -84,7 +84,7 @@ REG_HD T b_spline_slope(T d) {
 
 // The bin that a sample is nearest to.
 template <ParzenKernel kKernel, class T>
-REG_HD Rounded<T> nearest_bin(T t, int num_bins) {
+REGKERNELS_HD Rounded<T> nearest_bin(T t, int num_bins) {
   Rounded<T> bin = round_small(t);
   // Bins are half open: what lies between two belongs to the upper one.
   if (kKernel == ParzenKernel::kDelta && t - bin.value == T(0.5))
@@ -110,19 +110,19 @@ struct GaussianWings {
   T up, down;
 
   // The middle is where both begin; without its factor a narrow window's wings would overflow.
-  REG_HD GaussianWings(const Parzen<T>& window, T f)
+  REGKERNELS_HD GaussianWings(const Parzen<T>& window, T f)
       : ratio(exp2_of(2 * (window.sharpness * f))),
         inverse_ratio(reciprocal(ratio)),
         up(exp2_of(-(window.sharpness * f) * f)),
         down(up) {}
-  REG_HD void advance() {
+  REGKERNELS_HD void advance() {
     up *= ratio;
     down *= inverse_ratio;
   }
 };
 
 template <ParzenKernel kKernel, bool kSlopes, class T, int kReach>
-REG_HD void parzen_weights(const Parzen<T>& window, T t, ParzenWeights<T, kReach>& out) {
+REGKERNELS_HD void parzen_weights(const Parzen<T>& window, T t, ParzenWeights<T, kReach>& out) {
   const Rounded<T> bin = nearest_bin<kKernel>(t, window.num_bins);
   const T f = t - bin.value;
   out.middle = bin.integer;
@@ -135,7 +135,7 @@ REG_HD void parzen_weights(const Parzen<T>& window, T t, ParzenWeights<T, kReach
     GaussianWings<T> wings(window, f);
     sum = out.weight[kReach] = wings.up;
     slopes = kSlopes ? out.slope[kReach] = -f * wings.up : T(0);
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int j = 1; j <= kReach; ++j) {
       wings.advance();
       // The products are not conditional: a conditional load would keep this from vector code.
@@ -153,7 +153,7 @@ REG_HD void parzen_weights(const Parzen<T>& window, T t, ParzenWeights<T, kReach
     }
   } else {
     sum = slopes = 0;
-    REG_UNROLL
+    REGKERNELS_UNROLL
     for (int j = -kReach; j <= kReach; ++j) {
       const int b = out.middle + j;
       const bool inside = b >= 0 && b < window.num_bins;
@@ -168,7 +168,7 @@ REG_HD void parzen_weights(const Parzen<T>& window, T t, ParzenWeights<T, kReach
   const T inverse_sum = reciprocal(sum);
   const T mean_slope = slopes * inverse_sum;
   const T unit = kKernel == ParzenKernel::kGaussian ? window.inverse_width : T(1);
-  REG_UNROLL
+  REGKERNELS_UNROLL
   for (int j = -kReach; j <= kReach; ++j) {
     T& weight = out.weight[kReach + j];
     if constexpr (kSlopes) {
@@ -187,7 +187,8 @@ struct InformationTerm {
   double by_q;
 };
 
-REG_HD InformationTerm information_term(double p, double q, double smooth_nr, double smooth_dr) {
+REGKERNELS_HD InformationTerm information_term(double p, double q, double smooth_nr,
+                                               double smooth_dr) {
   const double inverse = 1 / (q + smooth_dr);
   const double ratio = (p + smooth_nr) * inverse;
   const double argument = ratio + smooth_dr;
@@ -196,4 +197,4 @@ REG_HD InformationTerm information_term(double p, double q, double smooth_nr, do
   return {p * logarithm, logarithm + slope, -slope * ratio};
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -4,7 +4,7 @@
 
 #include "core/op.h"
 
-namespace reg {
+namespace regkernels {
 
 void mutual_information_loss_cpu(const Context& context, const Call& call);
 void mutual_information_loss_cuda(const Context& context, const Call& call);
@@ -13,4 +13,4 @@ void mutual_information_loss_grad_cuda(const Context& context, const Call& call)
 void joint_histogram_cpu(const Context& context, const Call& call);
 void joint_histogram_cuda(const Context& context, const Call& call);
 
-}  // namespace reg
+}  // namespace regkernels

@@ -6,7 +6,7 @@
 #include "ops/mutual_information/mutual_information.h"
 #include "ops/table.h"
 
-namespace reg {
+namespace regkernels {
 
 namespace {
 
@@ -216,7 +216,7 @@ std::vector<Op> mutual_information_ops() {
        attributes,
        infer,
        mutual_information_loss_cpu,
-       REG_CUDA_LAUNCH(mutual_information_loss_cuda)},
+       REGKERNELS_CUDA_LAUNCH(mutual_information_loss_cuda)},
       {"mutual_information_loss_grad",
        nullptr,
        gradient_inputs,
@@ -224,7 +224,7 @@ std::vector<Op> mutual_information_ops() {
        attributes,
        infer_grad,
        mutual_information_loss_grad_cpu,
-       REG_CUDA_LAUNCH(mutual_information_loss_grad_cuda)},
+       REGKERNELS_CUDA_LAUNCH(mutual_information_loss_grad_cuda)},
       {"joint_histogram",
        nullptr,
        inputs,
@@ -232,8 +232,8 @@ std::vector<Op> mutual_information_ops() {
        binning,
        infer_joint,
        joint_histogram_cpu,
-       REG_CUDA_LAUNCH(joint_histogram_cuda)},
+       REGKERNELS_CUDA_LAUNCH(joint_histogram_cuda)},
   };
 }
 
-}  // namespace reg
+}  // namespace regkernels

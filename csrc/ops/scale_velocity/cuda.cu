@@ -1,6 +1,6 @@
 #include "ops/scale_velocity/kernels.h"
 
-namespace reg {
+namespace regkernels {
 
 void scale_velocity_cuda(const Context& context, const Call& call) {
   scale_velocity(Cuda(context), call);
@@ -9,4 +9,4 @@ void scale_velocity_grad_cuda(const Context& context, const Call& call) {
   scale_velocity_grad(Cuda(context), call);
 }
 
-}  // namespace reg
+}  // namespace regkernels

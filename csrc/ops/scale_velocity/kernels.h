@@ -6,7 +6,7 @@
 #include "core/for_each.h"
 #include "ops/scale_velocity/scale_velocity.h"
 
-namespace reg {
+namespace regkernels {
 
 template <class Scalar>
 struct Scale {
@@ -18,13 +18,13 @@ struct Scale {
   struct Element {
     const Scale* self;
     int64_t start;
-    REG_HD void operator()(const Voxel& voxel) const {
+    REGKERNELS_HD void operator()(const Voxel& voxel) const {
       const int64_t i = start + static_cast<int64_t>(voxel.y) * voxel.row_size + voxel.x;
       if (voxel.active) self->output[i] = self->input[i] * self->factor;
     }
   };
   int64_t plane;
-  REG_HD Element element(int64_t group, int64_t) const { return {this, group * plane}; }
+  REGKERNELS_HD Element element(int64_t group, int64_t) const { return {this, group * plane}; }
 };
 
 template <class Device>
@@ -54,4 +54,4 @@ void scale_velocity_grad(const Device& device, const Call& call) {
   scale(device, call.input("grad_output"), call.output("grad_velocity"), call.integer("num_steps"));
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -3,11 +3,11 @@
 
 #include "core/op.h"
 
-namespace reg {
+namespace regkernels {
 
 void scale_velocity_cpu(const Context& context, const Call& call);
 void scale_velocity_cuda(const Context& context, const Call& call);
 void scale_velocity_grad_cpu(const Context& context, const Call& call);
 void scale_velocity_grad_cuda(const Context& context, const Call& call);
 
-}  // namespace reg
+}  // namespace regkernels

@@ -2,7 +2,7 @@
 #include "ops/scale_velocity/scale_velocity.h"
 #include "ops/table.h"
 
-namespace reg {
+namespace regkernels {
 
 namespace {
 
@@ -39,7 +39,7 @@ std::vector<Op> scale_velocity_ops() {
        attributes,
        infer,
        scale_velocity_cpu,
-       REG_CUDA_LAUNCH(scale_velocity_cuda)},
+       REGKERNELS_CUDA_LAUNCH(scale_velocity_cuda)},
       {"scale_velocity_grad",
        nullptr,
        {{"grad_output"}},
@@ -47,8 +47,8 @@ std::vector<Op> scale_velocity_ops() {
        attributes,
        infer_grad,
        scale_velocity_grad_cpu,
-       REG_CUDA_LAUNCH(scale_velocity_grad_cuda)},
+       REGKERNELS_CUDA_LAUNCH(scale_velocity_grad_cuda)},
   };
 }
 
-}  // namespace reg
+}  // namespace regkernels

@@ -1,0 +1,152 @@
+// Where things are: normalised coordinates, voxel positions, and the maps between grids.
+//
+// Along an axis of n voxels, voxel i sits at the normalised coordinate (i - c) / s with the centre
+// c = (n - 1) / 2 and the half extent s = (n - 1) / 2 (align_corners: -1 and 1 are the centres of
+// the first and last voxel) or s = n / 2 (they are the outer edges). With align_corners and n = 1,
+// s = 0: the only coordinate is 0.
+#pragma once
+
+#include <cstdint>
+
+#include "core/host_device.h"
+#include "maths/vec.h"
+
+namespace regkernels {
+
+REGKERNELS_HD double half_extent(int64_t n, bool align_corners) {
+  return align_corners ? 0.5 * static_cast<double>(n - 1) : 0.5 * static_cast<double>(n);
+}
+
+// The axes of a grid in x, y, z order, in the arithmetic type T.
+template <class T, int D>
+struct Frame {
+  int size[D];
+  T centre[D];
+  T half[D];     // half extent s, in voxels
+  T inverse[D];  // 1 / s, or 0 where s is 0
+};
+
+// `sizes` are in x, y, z order.
+template <class T, int D>
+Frame<T, D> make_frame(const int64_t (&sizes)[3], bool align_corners) {
+  Frame<T, D> frame;
+  for (int k = 0; k < D; ++k) {
+    const double half = half_extent(sizes[k], align_corners);
+    frame.size[k] = static_cast<int>(sizes[k]);
+    frame.centre[k] = static_cast<T>(0.5 * static_cast<double>(sizes[k] - 1));
+    frame.half[k] = static_cast<T>(half);
+    frame.inverse[k] = static_cast<T>(half > 0 ? 1 / half : 0);
+  }
+  return frame;
+}
+
+// How a vector field `u` places the samples.
+enum class Placement {
+  kAffineFirst,  // A x + u
+  kAffineLast,   // A (x + u)
+  kFull,         // u itself
+};
+
+// The map from an output voxel (and the field's vector there) to a position in the input, in input
+// voxels:  p = c_in + s_in * (A (x [+ u]) [+ u]).
+//
+// Everything is written about the centres, i' = i - c_out, which floating point holds exactly: with
+// equal sizes, no affine (or the identity) and u = 0 the position is exactly i.
+template <class T, int D, bool kAffine>
+struct PositionMap {
+  Placement placement;
+  Frame<T, D> in;
+  Frame<T, D> out;
+  T ratio[D];  // s_in / s_out; exactly 1 for equal sizes
+
+  // The affine of one batch item, turned to voxel units: p = offset + matrix i'.
+  struct Item {
+    T matrix[kAffine ? D : 1][kAffine ? D : 1];
+    T offset[D];
+  };
+
+  REGKERNELS_HD Item item(const T* affine) const {
+    Item result;
+    REGKERNELS_UNROLL
+    for (int j = 0; j < D; ++j) {
+      result.offset[j] = in.centre[j];
+      if constexpr (kAffine) {
+        result.offset[j] += in.half[j] * affine[j * (D + 1) + D];
+        REGKERNELS_UNROLL
+        for (int k = 0; k < D; ++k) {
+          // s_in,j / s_out,k, with the exact ratio on the diagonal.
+          const T scale = j == k ? ratio[j] : in.half[j] * out.inverse[k];
+          result.matrix[j][k] = affine[j * (D + 1) + k] * scale;
+        }
+      }
+    }
+    return result;
+  }
+
+  // i' = i - c_out, and for kAffineLast displaced by u in output voxels: what the matrix acts on.
+  template <bool kField = true>
+  REGKERNELS_HD Vec<T, D> source(const Vec<int, D>& voxel, const Vec<T, D>& u) const {
+    Vec<T, D> q;
+    REGKERNELS_UNROLL
+    for (int k = 0; k < D; ++k) {
+      q[k] = static_cast<T>(voxel[k]) - out.centre[k];
+      if (kField && kAffine && placement == Placement::kAffineLast && out.half[k] != 0) {
+        q[k] += u[k] * out.half[k];
+      }
+    }
+    return q;
+  }
+
+  // Without a field, terms that do not change along z come first, for the compiler to move out of
+  // loops.
+  template <bool kField = true>
+  REGKERNELS_HD Vec<T, D> position(const Item& item, const Vec<int, D>& voxel,
+                                   const Vec<T, D>& u) const {
+    Vec<T, D> p;
+    if (kField && placement == Placement::kFull) {
+      REGKERNELS_UNROLL
+      for (int j = 0; j < D; ++j) p[j] = in.centre[j] + in.half[j] * u[j];
+      return p;
+    }
+    const Vec<T, D> q = source<kField>(voxel, u);
+    const bool add = kField && (!kAffine || placement == Placement::kAffineFirst);
+    REGKERNELS_UNROLL
+    for (int j = 0; j < D; ++j) {
+      if constexpr (kAffine) {
+        T sum = item.offset[j];
+        REGKERNELS_UNROLL
+        for (int k = 0; k < D; ++k) sum += item.matrix[j][k] * q[k];
+        p[j] = sum;
+      } else {
+        p[j] = item.offset[j] + ratio[j] * q[j];
+      }
+      if (add) p[j] += in.half[j] * u[j];
+    }
+    return p;
+  }
+
+  // Chain rule: the gradient with respect to u from the one with respect to p.
+  REGKERNELS_HD Vec<T, D> pull_back(const Item& item, const Vec<T, D>& grad_p) const {
+    Vec<T, D> grad_u;
+    if (kAffine && placement == Placement::kAffineLast) {
+      REGKERNELS_UNROLL
+      for (int k = 0; k < D; ++k) {
+        T sum = 0;
+        if constexpr (kAffine) {
+          REGKERNELS_UNROLL
+          for (int j = 0; j < D; ++j) {
+            // An infinite entry places all samples outside, where their gradient is 0.
+            if (grad_p[j] != 0) sum += item.matrix[j][k] * grad_p[j];
+          }
+        }
+        grad_u[k] = sum * out.half[k];
+      }
+    } else {
+      REGKERNELS_UNROLL
+      for (int k = 0; k < D; ++k) grad_u[k] = in.half[k] * grad_p[k];
+    }
+    return grad_u;
+  }
+};
+
+}  // namespace regkernels

@@ -1,0 +1,99 @@
+// Elementary functions that are faster than the standard ones, nearly as exact, and enough here.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "core/host_device.h"
+
+namespace regkernels {
+
+// Of a normal number, to within a unit in the last place: on CUDA an exact quotient takes ten
+// instructions.
+REGKERNELS_HD float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return 1 / x;
+#endif
+}
+REGKERNELS_HD double reciprocal(double x) { return 1 / x; }
+
+// A number and the integer that it is.
+template <class T>
+struct Rounded {
+  T value;
+  int integer;
+};
+
+// To the nearest integer, half to even, for numbers below 2^21 in magnitude: a large number is
+// added that leaves no room for the fraction.
+REGKERNELS_HD Rounded<float> round_small(float x) {
+  const float shifted = x + 12582912.0f;  // 1.5 2^23
+  int32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  return {shifted - 12582912.0f, bits - 0x4b400000};
+}
+REGKERNELS_HD Rounded<double> round_small(double x) {
+  const double shifted = x + 6755399441055744.0;  // 1.5 2^52
+  int64_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  return {shifted - 6755399441055744.0, static_cast<int>(bits)};
+}
+
+REGKERNELS_HD double exp2_of(double x) {
+#ifdef __CUDA_ARCH__
+  return exp2(x);
+#else
+  return std::exp2(x);
+#endif
+}
+
+// To about a unit in the last place, and 0 for what is below the normal numbers (nearly 0 on the
+// CPU). Without a branch, so that the compiler makes vector code.
+REGKERNELS_HD float exp2_of(float x) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  x = x < -126.0f ? -126.0f : x;
+  const Rounded<float> whole = round_small(x);
+  const float y = (x - whole.value) * 0.693147181f;
+  float power = 1.0f / 5040;
+  power = power * y + 1.0f / 720;
+  power = power * y + 1.0f / 120;
+  power = power * y + 1.0f / 24;
+  power = power * y + 1.0f / 6;
+  power = power * y + 0.5f;
+  power = power * y + 1.0f;
+  power = power * y + 1.0f;
+  const int32_t scale_bits = (whole.integer + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &scale_bits, sizeof(scale));
+  return power * scale;
+#endif
+}
+
+// Likewise, -infinity for 0.
+REGKERNELS_HD float log2_of(float x) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return std::log2(x);
+#endif
+}
+REGKERNELS_HD double log2_of(double x) {
+#ifdef __CUDA_ARCH__
+  return log2(x);
+#else
+  return std::log2(x);
+#endif
+}
+
+}  // namespace regkernels

@@ -1,0 +1,417 @@
+"""Registration of two volumes in physical space, stage by stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from jaxreg import compose, jacobian_determinant
+from jaxreg.registration.progress import Callback
+from jaxreg.registration.register_images import Stage, check_stages, make_problem
+from jaxreg.registration.stages.iterative import Trace
+from jaxreg.registration.stages.presets import preset
+from jaxreg.registration.stages.problem import Alignment, overlap
+from jaxreg.registration.stages.pyramid import level_shape
+from jaxreg.registration.transforms.transform import Transform
+from regkernels import Volume
+from regkernels.grid import Grid, Matrix
+
+__all__ = ["Folds", "InverseError", "LevelRecord", "Registration", "StageRecord", "register"]
+
+_LARGEST = 1e8
+"""Of intensities: sums of squares over a volume, and what the slopes of NCC divide by, stay within
+the range of float32."""
+_NARROWEST, _NARROWEST_OF_MSE = 1e-7, 1e-2
+"""Of their range: the variances of LNCC's windows, and the slopes of squared differences, have to
+stay above what divisions by zero are avoided with."""
+_INVERSE_TOLERANCE = 0.01  # the default of `invert_displacement`, in voxels
+
+
+class LevelRecord(NamedTuple):
+    """How a level of a stage went.
+
+    Attributes
+    ----------
+    scale
+        How many times wider a voxel is than at full resolution.
+    shape
+        Shape of the fixed grid of the level, ``([Z,] Y, X)``.
+    losses
+        The loss before each iteration that ran; of `Moments`, the loss at its start and its end.
+    converged
+        Whether the level stopped before its iterations were used up.
+    """
+
+    scale: float
+    shape: tuple[int, ...]
+    losses: NDArray[np.float32]
+    converged: bool
+
+
+class StageRecord(NamedTuple):
+    """What a stage left behind.
+
+    Attributes
+    ----------
+    name
+        Its name, as `stage_from_name` takes it.
+    settings
+        The stage as it was asked for.
+    levels
+        One record for each level, in the order in which they ran.
+    seconds
+        Wall time, compilation included.
+    """
+
+    name: str
+    settings: Stage
+    levels: tuple[LevelRecord, ...]
+    seconds: float
+
+
+class Folds(NamedTuple):
+    """Summary of the Jacobian determinant of a diffeomorphism.
+
+    Attributes
+    ----------
+    share
+        Part of the voxels whose determinant is not positive, from 0 to 1.
+    minimum, maximum
+        Extremes of the determinant.
+    """
+
+    share: float
+    minimum: float
+    maximum: float
+
+
+class InverseError(NamedTuple):
+    """How far points are from where they started after the inverse and the deformation, in voxels.
+
+    Attributes
+    ----------
+    share
+        Part of the voxels for which no inverse was found to 0.01 voxels, from 0 to 1.
+    mean, maximum
+        Over the voxels of the fixed grid.
+    """
+
+    share: float
+    mean: float
+    maximum: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Registration:
+    """What `register` returns: the transform, and what follows from it.
+
+    Attributes
+    ----------
+    fixed, moving
+        The volumes.
+    transform
+        Takes points of the fixed space to the moving space.
+    stages
+        One record for each stage that ran, in their order.
+    """
+
+    fixed: Volume
+    moving: Volume
+    transform: Transform
+    stages: tuple[StageRecord, ...]
+
+    @functools.cached_property
+    def moved(self) -> Volume:
+        """The moving volume on the fixed grid, linearly interpolated; 0 outside of its own."""
+        return self.transform.apply(self.moving)
+
+    @functools.cached_property
+    def fixed_moved(self) -> Volume:
+        """The fixed volume on the moving grid, through the inverse; 0 outside of its own."""
+        return self.transform.apply_inverse(self.fixed, self.moving)
+
+    @functools.cached_property
+    def jacobian(self) -> NDArray[np.float32]:
+        """Jacobian determinant of the deformation at the fixed voxels, ``([Z,] Y, X)``.
+
+        The affine is left out: where nothing is deformed it is 1.
+        """
+        if self.transform.displacement is None:
+            return np.ones(self.fixed.shape, np.float32)
+        determinant = jacobian_determinant(self.transform.displacement)
+        array: NDArray[np.float32] = np.asarray(determinant)[0]
+        return array
+
+    @functools.cached_property
+    def folds(self) -> Folds:
+        """Where the deformation is not invertible, and how much it changes volumes."""
+        determinant = self.jacobian
+        return Folds(
+            float(np.mean(determinant <= 0)), float(determinant.min()), float(determinant.max())
+        )
+
+    @functools.cached_property
+    def inverse_error(self) -> InverseError:
+        """How well the inverse of the deformation undoes it; see `Transform.inverse_error`."""
+        error = self.transform.inverse_error()
+        # Rounding may lift a voxel that just converged above the tolerance.
+        return InverseError(
+            float(np.mean(error > 1.01 * _INVERSE_TOLERANCE)),
+            float(error.mean()),
+            float(error.max()),
+        )
+
+
+def register(
+    fixed: Volume,
+    moving: Volume,
+    stages: Sequence[Stage] | None = None,
+    *,
+    fixed_mask: Volume | None = None,
+    moving_mask: Volume | None = None,
+    initial: ArrayLike | Transform | None = None,
+    callback: Callback | None = None,
+) -> Registration:
+    """Register a moving volume to a fixed one.
+
+    The stages run on JAX's default device. Each level of a stage is one compiled program; shapes
+    and settings that were compiled before in this process are not compiled again.
+
+    Parameters
+    ----------
+    fixed, moving
+        Volumes that may differ in size, spacing, origin and direction, of the same dimension and
+        with the same channels. Outside of its grid the moving volume is 0.
+    stages
+        What to run, one after the other; each goes on from where the one before has come to. By
+        default the preset ``"default"`` for the device; see `preset`.
+    fixed_mask, moving_mask
+        Weights of at least 0 of the voxels of each volume in the metric, on its grid. That of the
+        moving volume is warped with it; where there are both, they are multiplied.
+    initial
+        Where to start: ``(D + 1, D + 1)``, physical fixed -> physical moving, millimetres, or a
+        transform, whose grid may be another one. By default the headers are trusted.
+    callback
+        Called with a `Progress` after each block of iterations.
+
+    Returns
+    -------
+    Registration
+        The transform and what the stages recorded.
+
+    Raises
+    ------
+    ValueError
+        If the volumes do not fit together; for intensities that are larger than 1e8, or vary but
+        by less than 1e-7, or 0.01 for the metric ``"mse"``, in all (of a constant image nothing
+        moves); for a mask of another grid, with several channels, with a negative weight or without
+        a positive one; for a matrix that cannot be inverted; if, after the stages, the moving image
+        covers no voxel of the fixed one that counts: then there was nothing to compare; or if a
+        metric or its gradient is not finite.
+    TypeError
+        If there is something else among the stages, if a volume or a mask is none, or if `initial`
+        is neither numbers nor a transform.
+    """
+    _check_volumes(fixed=fixed, moving=moving)
+    masks = {"fixed_mask": fixed_mask, "moving_mask": moving_mask}
+    _check_volumes(**{name: mask for name, mask in masks.items() if mask is not None})
+    if fixed.grid.ndim != moving.grid.ndim:
+        raise ValueError(
+            f"moving: expected {fixed.grid.ndim} dimensions as fixed, got {moving.grid.ndim}"
+        )
+    if stages is None:
+        platform = next(iter(jnp.zeros(()).devices())).platform
+        stages = preset(
+            "default", ndim=fixed.grid.ndim, device="cpu" if platform == "cpu" else "gpu"
+        )
+    stages = check_stages(stages)
+    _check_intensities(fixed, moving, stages)
+    # About the middle of the fixed grid float32 holds coordinates to a fraction of a micrometre.
+    centre = np.eye(fixed.grid.ndim + 1)
+    centre[:-1, -1] = fixed.grid.centre()
+    problem = make_problem(
+        fixed.batched()[0],
+        moving.batched()[0],
+        fixed_mask=_weights("fixed_mask", fixed_mask, fixed),
+        moving_mask=_weights("moving_mask", moving_mask, moving),
+        fixed_to_physical=np.linalg.solve(centre, fixed.grid.normalised_to_physical()),
+        moving_to_physical=np.linalg.solve(centre, moving.grid.normalised_to_physical()),
+        moving_ratio=_moving_ratio(fixed.grid, moving.grid),
+    )
+    matrix, *fields = _initial(initial, fixed.grid)
+    start = _float32(np.linalg.solve(centre, matrix @ centre))
+    alignment = Alignment(start, *fields)
+    records = []
+    for stage in stages:
+        began = time.perf_counter()
+        alignment, traces = stage.run(problem, alignment, callback)
+        finite = _is_finite(alignment).block_until_ready()
+        seconds = time.perf_counter() - began
+        records.append(StageRecord(stage.name, stage, _levels(stage, fixed, traces), seconds))
+        if not finite:  # though the losses are: where a sample's place is not finite, it is 0
+            raise ValueError(
+                "metric: expected finite gradients, got a transform that is not finite from the "
+                f"stage {stage.name}; choose a metric whose gradient is finite even where the "
+                "images are equal or constant: that of a square root at 0 is not"
+            )
+    # Only now: a stage may bring images together that have nothing in common at the start.
+    if stages and not overlap(problem.whole(alignment)):
+        masked = fixed_mask is not None or moving_mask is not None
+        raise ValueError(
+            f"{'moving' if initial is None else 'initial'}: expected volumes that overlap, but "
+            f"after the stages ({', '.join(stage.name for stage in stages)}) the moving volume "
+            f"covers no voxel of the fixed one{' that the masks leave in' if masked else ''}; "
+            "moments as the first stage brings their centres together"
+        )
+    # Without a stage that turns or shifts, the matrix keeps all of its digits.
+    if not np.array_equal(alignment.matrix, start):
+        matrix = centre @ np.asarray(alignment.matrix, np.float64) @ np.linalg.inv(centre)
+    transform = Transform(
+        fixed.grid, matrix, alignment.displacement, alignment.inverse_displacement
+    )
+    return Registration(fixed, moving, transform, tuple(records))
+
+
+def _check_volumes(**volumes: object) -> None:
+    for name, volume in volumes.items():
+        if not isinstance(volume, Volume):
+            raise TypeError(
+                f"{name}: expected a Volume, as of read_volume or Volume.create, got "
+                f"{type(volume).__name__}"
+            )
+
+
+def _check_intensities(fixed: Volume, moving: Volume, stages: tuple[Stage, ...]) -> None:
+    """Refuse images to which metrics are flat only for their unit: nothing would move."""
+    arrays = {"fixed": fixed.array, "moving": moving.array}
+    # All of them are asked for before one is waited for.
+    ranges = {name: (np.min(array), np.max(array)) for name, array in arrays.items()}
+    squares = any(stage.metric == "mse" for stage in stages)
+    narrowest = _NARROWEST_OF_MSE if squares else _NARROWEST
+    for name, extremes in jax.device_get(ranges).items():
+        low, high = map(float, extremes)
+        if not max(-low, high) <= _LARGEST:
+            raise ValueError(
+                f"{name}: expected intensities within ±{_LARGEST:g}, got {low:g} to {high:g}; "
+                "multiply them by a smaller number"
+            )
+        if 0 < high - low < narrowest:
+            raise ValueError(
+                f"{name}: expected intensities that differ by {narrowest:g} or more"
+                f"{' with the metric mse' if squares else ''}, got {low:g} to {high:g}; multiply "
+                "them by a larger number"
+            )
+
+
+@jax.jit
+def _is_finite(alignment: Alignment) -> jax.Array:
+    """Return whether the matrix and the fields hold neither NaN nor infinity, a scalar."""
+    return jnp.stack([jnp.isfinite(array).all() for array in jax.tree.leaves(alignment)]).all()
+
+
+def _levels(stage: Stage, fixed: Volume, traces: tuple[Trace, ...]) -> tuple[LevelRecord, ...]:
+    scales = stage.scales if hasattr(stage, "scales") else (stage.scale,)
+    levels = tuple(
+        LevelRecord(
+            scale,
+            level_shape(fixed.shape, scale),
+            np.asarray(trace.losses)[: int(trace.ran)],
+            bool(trace.converged),
+        )
+        for scale, trace in zip(scales, traces, strict=True)
+    )
+    for level in levels:
+        if not np.isfinite(level.losses).all():
+            wrong = level.losses[~np.isfinite(level.losses)][0]
+            raise ValueError(
+                f"metric: expected finite losses, got {wrong} in the stage {stage.name} at scale "
+                f"{level.scale:g}"
+            )
+    return levels
+
+
+def _weights(name: str, mask: Volume | None, image: Volume) -> NDArray[np.float32] | None:
+    if mask is None:
+        return None
+    grid, own = image.grid, mask.grid
+    if own.shape != grid.shape:
+        raise ValueError(f"{name}: expected shape {grid.shape} as the image, got {own.shape}")
+    if np.abs(own.voxel_to_physical() - grid.voxel_to_physical()).max() > 1e-3:
+        raise ValueError(f"{name}: expected the image's spacing, origin and direction")
+    if mask.channels != 1:
+        raise ValueError(f"{name}: expected 1 channel, got {mask.channels}")
+    weights: NDArray[np.float32] = np.asarray(mask.batched())[0, 0]
+    if not weights.min() >= 0:
+        raise ValueError(f"{name}: expected weights of at least 0, got {weights.min()}")
+    if not weights.max() > 0:
+        raise ValueError(f"{name}: expected a voxel above 0, got none")
+    return weights
+
+
+def _moving_ratio(fixed: Grid, moving: Grid) -> float:
+    """Return the ratio of the voxel sizes in steps of a quarter of an octave.
+
+    So headers that differ by a little have levels of the same shapes, and share their programs.
+    """
+
+    def size(grid: Grid) -> float:
+        return float(np.mean(np.log2(np.asarray(grid.spacing, np.float64))))
+
+    return float(2 ** (round(4 * (size(fixed) - size(moving))) / 4))
+
+
+def _initial(
+    initial: ArrayLike | Transform | None, grid: Grid
+) -> tuple[Matrix, jax.Array | None, jax.Array | None]:
+    """Return the matrix to start from, and the fields on a grid."""
+    if initial is None:
+        return np.eye(grid.ndim + 1), None, None
+    if not isinstance(initial, Transform):
+        return _checked(initial, grid.ndim), None, None
+    if initial.grid.ndim != grid.ndim:
+        raise ValueError(f"initial: expected {grid.ndim} dimensions, got {initial.grid.ndim}")
+    forward, inverse = (
+        None if field is None else _field_on(jnp.asarray(field, jnp.float32), initial.grid, grid)
+        for field in (initial.displacement, initial.inverse_displacement)
+    )
+    return _checked(initial.matrix, grid.ndim), forward, inverse
+
+
+def _checked(matrix: ArrayLike, ndim: int) -> Matrix:
+    try:
+        array = np.asarray(matrix, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"initial: expected numbers {(ndim + 1, ndim + 1)} or a Transform, got "
+            f"{type(matrix).__name__}"
+        ) from None
+    if array.shape != (ndim + 1, ndim + 1) or not np.isfinite(array).all():
+        raise ValueError(
+            f"initial: expected {(ndim + 1, ndim + 1)} finite numbers, got shape {array.shape}"
+        )
+    if np.linalg.det(array[:-1, :-1]) == 0:
+        raise ValueError("initial: expected a matrix that can be inverted, got a singular one")
+    return array
+
+
+def _field_on(field: jax.Array, source: Grid, target: Grid) -> jax.Array:
+    """Sample a displacement on another grid; beyond its own it keeps the value at the border."""
+    chain = np.linalg.solve(source.normalised_to_physical(), target.normalised_to_physical())
+    if source.shape == target.shape and np.allclose(chain, np.eye(len(chain)), atol=1e-6):
+        return field
+    still = jnp.zeros((1, *target.shape, target.ndim), jnp.float32)
+    sampled = compose(field, still, _float32(chain[None, :-1]), add=False)
+    back = _float32(np.linalg.inv(chain[:-1, :-1]))
+    return jnp.einsum("...i,ji->...j", sampled, back, precision=jax.lax.Precision.HIGHEST)
+
+
+def _float32(array: ArrayLike) -> jax.Array:
+    return jnp.asarray(array, jnp.float32)

@@ -1,0 +1,1 @@
+"""A registration as a picture and as a page."""

@@ -1,0 +1,177 @@
+"""A registration as something to look at: one picture, or one page with all there is to know."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxreg.registration.register import LevelRecord, Registration, StageRecord
+from jaxreg.registration.report.pictures import BACKGROUND, FAINT, TEXT, draw_losses, draw_slices
+from regkernels.files.atomic import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["write_report"]
+
+_STYLE = f"""
+body {{ background: {BACKGROUND}; color: {TEXT}; font: 14px/1.45 system-ui, sans-serif;
+       max-width: 1430px; margin: 0 auto; padding: 8px 24px 40px; }}
+img {{ width: 100%; }}
+h2 {{ font-size: 17px; margin: 28px 0 8px; }}
+table {{ border-collapse: collapse; }}
+th, td {{ text-align: left; vertical-align: top; padding: 3px 18px 3px 0; }}
+th {{ color: {FAINT}; font-weight: normal; white-space: nowrap; }}
+.number {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
+tr.rule > * {{ border-top: 1px solid #2a303a; }}
+"""
+
+
+def write_report(
+    result: Registration,
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    subtitle: str = "",
+    names: tuple[str, str] = ("", ""),
+    tables: Mapping[str, Mapping[str, str]] | None = None,
+    dpi: int = 110,
+) -> None:
+    """Write a registration as a picture, or as a page that holds everything it needs.
+
+    The picture is that of `draw_slices`. With the ending ``.html`` a page is written: the picture,
+    the loss curves of each stage and scale, the settings, the transform, and the tables.
+
+    Parameters
+    ----------
+    result
+        From `register`.
+    path
+        Where to write; the suffix chooses the format. The file appears complete or not at all.
+    title, subtitle
+        Printed above the panels. A page has a subtitle of its own where there is none.
+    names
+        What the fixed and the moving image show.
+    tables
+        What else there is to tell on the page: files, versions and the like. By their headings,
+        names and values.
+    dpi
+        Resolution; the picture is 13 inches wide.
+    """
+    page = Path(path).suffix.lower() in (".html", ".htm")
+    slices = draw_slices(result, title=title, subtitle=subtitle or _subtitle(result), names=names)
+    with atomic_path(path) as beside:
+        if page:
+            beside.write_text(_page(result, slices, title, tables or {}, dpi), encoding="utf-8")
+        else:
+            slices.savefig(beside, dpi=dpi, facecolor=BACKGROUND)
+
+
+def _subtitle(result: Registration) -> str:
+    stages = ", ".join(stage.name for stage in result.stages) or "no stages"
+    seconds = sum(stage.seconds for stage in result.stages)
+    folds = result.folds
+    return (
+        f"{stages}    |    {seconds:.1f} s    |    Jacobian determinant {folds.minimum:.2f} to "
+        f"{folds.maximum:.2f}, {100 * folds.share:.4g} % of the voxels folded"
+    )
+
+
+def _page(
+    result: Registration,
+    slices: Figure,
+    title: str,
+    tables: Mapping[str, Mapping[str, str]],
+    dpi: int,
+) -> str:
+    losses = draw_losses(result.stages)
+    parts = [
+        "<!doctype html>",
+        f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<style>{_STYLE}</style></head><body>",
+        _image(slices, "slices of the images, the deformed grid and what differs", dpi),
+    ]
+    if losses is not None:
+        parts += ["<h2>Losses</h2>", _image(losses, "loss curves", dpi)]
+    parts += ["<h2>Stages</h2>", _stages(result), "<h2>Affine</h2>", _matrix(result)]
+    if result.transform.displacement is not None:
+        tables = {"Deformation": _deformation(result), **tables}
+    for heading, facts in tables.items():
+        rows = "".join(f"<tr>{_cells([name], 'th')}{_cells([v])}</tr>" for name, v in facts.items())
+        parts += [f"<h2>{html.escape(heading)}</h2>", f"<table>{rows}</table>"]
+    return "\n".join([*parts, "</body></html>", ""])
+
+
+def _image(figure: Figure, description: str, dpi: int) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor=BACKGROUND)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+
+
+def _stages(result: Registration) -> str:
+    names = ("stage", "resolution", "grid", "iterations", "first loss", "last loss", "settings")
+    numbers = _cells(names[1:-1], "th", "number")
+    rows = [f"<tr>{_cells(names[:1], 'th')}{numbers}{_cells(names[-1:], 'th')}</tr>"]
+    for stage in result.stages:
+        settings = ", ".join(
+            f"{field.name} = {_value(getattr(stage.settings, field.name))}"
+            for field in dataclasses.fields(stage.settings)
+        )
+        span = len(stage.levels)
+        for number, level in enumerate(stage.levels):
+            values = (
+                f"1/{level.scale:g}",
+                " x ".join(map(str, level.shape[::-1])),
+                _iterations(stage, level),
+                *(f"{loss:.5g}" for loss in (*level.losses[:1], *level.losses[-1:]) or ("", "")),
+            )
+            cells = _cells(values, "td", "number")
+            if number == 0:
+                cells = (
+                    f'<td rowspan="{span}">{html.escape(stage.name)}<br>{stage.seconds:.1f} s</td>'
+                    f'{cells}<td rowspan="{span}">{html.escape(settings)}</td>'
+                )
+            rows.append(f"<tr{' class=rule' if number == 0 else ''}>{cells}</tr>")
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _iterations(stage: StageRecord, level: LevelRecord) -> str:
+    if not hasattr(stage.settings, "iterations"):
+        return ""
+    return f"{len(level.losses)}{', converged' if level.converged else ''}"
+
+
+def _value(setting: Any) -> str:
+    """Show a setting; a function by its name, which does not change from run to run."""
+    return str(getattr(setting, "__qualname__", setting))
+
+
+def _matrix(result: Registration) -> str:
+    rows = (
+        f"<tr>{_cells([f'{value:.6f}' for value in row], 'td', 'number')}</tr>"
+        for row in result.transform.matrix
+    )
+    return f"<p>Fixed to moving, millimetres, LPS.</p><table>{''.join(rows)}</table>"
+
+
+def _deformation(result: Registration) -> dict[str, str]:
+    folds, error = result.folds, result.inverse_error
+    return {
+        "Jacobian determinant": f"{folds.minimum:.3f} to {folds.maximum:.3f}",
+        "not positive": f"{100 * folds.share:.4g} % of the voxels",
+        "error of the inverse": f"mean {error.mean:.2g}, at most {error.maximum:.2g} voxels",
+        "no inverse to 0.01 voxels": f"{100 * error.share:.4g} % of the voxels",
+    }
+
+
+def _cells(texts: Sequence[str] | Iterable[str], tag: str = "td", kind: str = "") -> str:
+    start = f"<{tag} class={kind}>" if kind else f"<{tag}>"
+    return "".join(f"{start}{html.escape(text)}</{tag}>" for text in texts)

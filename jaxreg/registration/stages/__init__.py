@@ -1,0 +1,1 @@
+"""What a registration is made of: stages, and what they measure, step and smooth with."""

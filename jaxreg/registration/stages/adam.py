@@ -1,0 +1,115 @@
+"""Adam of optax, for a few parameters and for fields."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxreg.registration.stages.pyramid import resize_field
+
+__all__ = ["AdamMoments", "adam_direction", "no_moments", "resize_moments", "riemannian_adam_step"]
+
+AdamMoments: TypeAlias = optax.ScaleByAdamState
+"""Adam's memory of the gradients: running means of them, ``mu``, and of their squares, ``nu``."""
+
+
+def no_moments(like: Any) -> AdamMoments:
+    """Return the memory before the first step for gradients shaped like a pytree."""
+    moments: AdamMoments = optax.scale_by_adam().init(like)
+    return moments
+
+
+def resize_moments(moments: AdamMoments, shape: tuple[int, ...]) -> AdamMoments:
+    """Return the memory of a field on a grid of another spatial shape.
+
+    It is in normalised coordinates. There a gradient of the sum loss has the same size on every
+    level, so that nothing but the sampling changes.
+    """
+    first, second = (resize_field(field, shape) for field in (moments.mu, moments.nu))
+    return AdamMoments(moments.count, first, second)
+
+
+def adam_direction(
+    gradient: Any, moments: AdamMoments, *, beta1: float, beta2: float, epsilon: float = 1e-8
+) -> tuple[Any, AdamMoments]:
+    r"""Return :math:`\hat m / (\sqrt{\hat v} + \epsilon)` and the moments for the next step.
+
+    Parameters
+    ----------
+    gradient
+        A pytree of arrays.
+    moments
+        From the previous step; `no_moments` before the first.
+    beta1, beta2, epsilon
+        Decay of the two moments, and what keeps the quotient finite.
+
+    Returns
+    -------
+    direction
+        Shaped like the gradient; about 1 per component, without a unit.
+    moments
+        For the next step.
+
+    Notes
+    -----
+    Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, with the bias
+    corrections of its algorithm 1.
+    """
+    adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon)
+    direction, moments = adam.update(gradient, moments)
+    return direction, moments
+
+
+def riemannian_adam_step(
+    gradient: jax.Array,
+    moments: AdamMoments,
+    *,
+    learning_rate: float,
+    beta1: float = 0.9,
+    beta2: float = 0.99,
+    epsilon: float = 1e-8,
+) -> tuple[jax.Array, AdamMoments]:
+    r"""Turn a gradient into the displacement to compose with.
+
+    .. math:: \delta = -\lambda\, \min\Big(1, \frac{1/2}{\max_x \|a(x)\|}\Big)\, a, \qquad
+              a = \frac{\hat m}{\sqrt{\hat v} + \epsilon}
+
+    with Adam's bias-corrected moments :math:`\hat m, \hat v` of every component. The direction
+    :math:`a` has no unit; it is read in voxels. Per batch item, the longest step is at most half a
+    voxel times the learning rate :math:`\lambda`.
+
+    Parameters
+    ----------
+    gradient
+        Gradient of the loss summed over voxels and items with respect to the step, ``(N, [Z,] Y,
+        X, D)``, in normalised coordinates.
+    moments
+        From the previous step; ``optax.scale_by_adam().init(gradient)`` before the first.
+    learning_rate, beta1, beta2, epsilon
+        See `Greedy`.
+
+    Returns
+    -------
+    step
+        ``(N, [Z,] Y, X, D)``, normalised coordinates.
+    moments
+        For the next step.
+
+    Notes
+    -----
+    Jena, Chaudhari and Gee, "FireANTs: Adaptive Riemannian Optimization for Multi-Scale
+    Diffeomorphic Matching", arXiv:2404.01249.
+    """
+    direction, moments = adam_direction(
+        gradient, moments, beta1=beta1, beta2=beta2, epsilon=epsilon
+    )
+    # Without `convert_displacement`: XLA fuses all that is done to a voxel, but not into an op.
+    squares = jnp.sum(direction**2, axis=-1)
+    longest = jnp.sqrt(jnp.max(squares, axis=tuple(range(1, gradient.ndim - 1))))
+    length = -learning_rate * 0.5 / jnp.maximum(0.5, longest)
+    voxel = [2 / (n - 1) if n > 1 else 0 for n in reversed(gradient.shape[1:-1])]
+    length = length.reshape(-1, *(1,) * (gradient.ndim - 1))
+    return length * jnp.asarray(voxel, gradient.dtype) * direction, moments

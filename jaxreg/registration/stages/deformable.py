@@ -1,0 +1,194 @@
+"""What the deformable stages have in common: how a gradient becomes a step of a field."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg import compose, gaussian_smooth, invert_displacement
+from jaxreg.registration.stages.adam import (
+    AdamMoments,
+    no_moments,
+    resize_moments,
+    riemannian_adam_step,
+)
+from jaxreg.registration.stages.iterative import Iterative, Memory
+from jaxreg.registration.stages.metrics import Metric
+from jaxreg.registration.stages.problem import Alignment, Level
+from jaxreg.registration.stages.pyramid import resize_field
+
+__all__ = ["Deformable", "Regularisation", "confined", "step_gradient"]
+
+Regularisation = Callable[[jax.Array], jax.Array]
+"""``penalty(field)``: a scalar that is added to the loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Deformable(Iterative):
+    """Settings of the stages that deform; the others are those of `Iterative`.
+
+    Attributes
+    ----------
+    learning_rate
+        No step moves a point by more than half a voxel of the level times this.
+    gradient_sigma
+        Gaussian that smooths the gradient, in voxels of the level: the larger, the more the field
+        flows like a viscous fluid.
+    field_sigma
+        Gaussian that smooths the field after each step, in voxels of the level: the larger, the
+        more it resists like an elastic body.
+    beta1, beta2, epsilon
+        Decay of Adam's two moments, and what keeps its quotient finite.
+    regularisation
+        ``penalty(field)``, a scalar that is added to the loss: any JAX function of the stage's
+        field ``(N, [Z,] Y, X, D)``, in normalised coordinates on the grid of the level.
+
+    Raises
+    ------
+    ValueError
+        As `Iterative`.
+    """
+
+    fields: ClassVar[int] = 1
+    """How many fields the stage looks for."""
+
+    scales: tuple[float, ...] = (4, 2, 1)
+    iterations: tuple[int, ...] = (60, 40, 20)
+    learning_rate: float = 0.5
+    metric: Metric = "lncc"
+    gradient_sigma: float = 1.25
+    field_sigma: float = 0.6
+    beta1: float = 0.9
+    beta2: float = 0.99
+    epsilon: float = 1e-8
+    regularisation: Regularisation | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("gradient_sigma", "field_sigma"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon: expected a positive number, got {self.epsilon}")
+
+    def begin(self, level: Level) -> Memory:
+        """Return fields of zero, ``(fields, [Z,] Y, X, D)``."""
+        zero = jnp.zeros((self.fields, *level.shape, level.ndim), jnp.float32)
+        return Memory(zero, no_moments(zero))
+
+    def resized(self, memory: Memory, shape: tuple[int, ...]) -> Memory:
+        """Return the same on a grid of another shape."""
+        return Memory(resize_field(memory.found, shape), resize_moments(memory.moments, shape))
+
+    def smooth(self, field: jax.Array) -> jax.Array:
+        """Smooth a field after its step."""
+        return confined(_smooth(field, self.field_sigma))
+
+    def descend(self, gradient: jax.Array, moments: AdamMoments) -> tuple[jax.Array, AdamMoments]:
+        """Return the step for the gradient of a mean loss, and Adam's moments after it."""
+        # The loss is a mean: its sum has a gradient whose size does not depend on the grid.
+        gradient = gradient * math.prod(gradient.shape[1:-1])
+        gradient = _smooth(gradient, self.gradient_sigma)
+        step, moments = riemannian_adam_step(
+            gradient,
+            moments,
+            learning_rate=self.learning_rate,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            epsilon=self.epsilon,
+        )
+        return confined(step), moments
+
+    def penalty_of_composing(self, displacement: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the regularisation of a field, and its gradient with respect to a step.
+
+        As for the metric, the step is composed from the right, at the zero step.
+        """
+        zero = jnp.zeros_like(displacement)
+        if self.regularisation is None:
+            return jnp.zeros((), displacement.dtype), zero
+        penalty = self.regularisation
+        return jax.value_and_grad(lambda step: penalty(compose(displacement, step)))(zero)
+
+    @abc.abstractmethod
+    def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Return the displacement of the fields that were found, and what is known of its inverse.
+
+        All are on one grid.
+        """
+
+    def finish(self, shape: tuple[int, ...], alignment: Alignment, found: jax.Array) -> Alignment:
+        """Return the alignment with the deformation before it, and its inverse."""
+        displacement, inverse = self.transforms(resize_field(found, shape))
+        if alignment.displacement is not None:
+            displacement = compose(alignment.displacement, displacement)
+            before = alignment.inverse_displacement
+            inverse = None if inverse is None or before is None else compose(inverse, before)
+        return Alignment(alignment.matrix, displacement, invert_displacement(displacement, inverse))
+
+
+def _smooth(field: jax.Array, sigma: float) -> jax.Array:
+    """Return `gaussian_smooth` of a field.
+
+    Across a single slice there is nothing to mix with but the zeros outside, so that axis is left.
+    """
+    if sigma == 0:
+        return field
+    sigmas = [sigma if size > 1 else 0 for size in field.shape[1:-1]]
+    return gaussian_smooth(field, sigmas, channel_last=True)
+
+
+def confined(field: jax.Array) -> jax.Array:
+    """Set the component across each face of the volume to 0 there; along it points may slide.
+
+    A flow that never crosses the border takes the volume onto itself. Otherwise points would leave
+    the grid, where nothing is known of the inverse.
+    """
+    *sizes, ndim = shape = field.shape[1:]
+    across = jax.lax.broadcasted_iota(jnp.int32, shape, ndim)
+    on_face = jnp.zeros((), jnp.bool)
+    for component in range(ndim):
+        axis = ndim - 1 - component  # components are in x, y, z order
+        index = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+        ends = (index == 0) | (index == sizes[axis] - 1)
+        on_face |= ends & (across == component)
+    return jnp.where(on_face, 0, field)
+
+
+def step_gradient(moved: jax.Array, slope: jax.Array) -> jax.Array:
+    r"""Gradient of a loss with respect to a step composed from the right, at the zero step.
+
+    The formula is at the head of `jaxreg.registration.stages.greedy`:
+    :math:`\partial L/\partial I \cdot \nabla I`, summed over the channels.
+
+    Parameters
+    ----------
+    moved
+        The moved image :math:`I`, ``(N, C, [Z,] Y, X)``.
+    slope
+        The loss's gradient with respect to it, :math:`\partial L/\partial I`.
+
+    Returns
+    -------
+    Array
+        ``(N, [Z,] Y, X, D)`` per unit of normalised coordinates. Central differences, one-sided
+        at the borders; 0 along an axis of length 1.
+    """
+    components = []
+    for axis in reversed(range(2, moved.ndim)):
+        size = moved.shape[axis]
+        if size == 1:
+            components.append(jnp.zeros_like(moved[:, 0]))
+            continue
+        (derivative,) = jnp.gradient(moved, axis=(axis,))
+        components.append((slope * derivative).sum(axis=1) * ((size - 1) / 2))
+    return jnp.stack(components, axis=-1)

@@ -1,0 +1,63 @@
+r"""The greedy stage: a diffeomorphism grown by composition of small steps, from coarse to fine.
+
+The moving image :math:`M` is sampled at :math:`A(\psi(x))`, with an affine :math:`A` and
+:math:`\psi = \mathrm{id} + d`. Each iteration composes a small step from the right,
+
+.. math:: \psi \leftarrow \psi \circ (\mathrm{id} + \delta), \qquad
+          \text{that is}\quad d \leftarrow \delta + d \circ (\mathrm{id} + \delta),
+
+so :math:`\psi` stays invertible as long as every step is. The step minimises the loss to first
+order; its gradient with respect to :math:`\delta` at 0 is
+
+.. math:: \frac{\partial L}{\partial \delta(x)} = D\psi(x)^T \,\frac{\partial L}{\partial d(x)}
+          = \frac{\partial L}{\partial I(x)} \nabla I(x), \qquad I = M \circ A \circ \psi .
+
+It is *not* the gradient with respect to :math:`d`, which belongs to the additive update
+:math:`d + \delta`: the two differ by :math:`D\psi^T`. The right-hand side needs the moved image
+alone, no derivative of the warp. :math:`\nabla I` is taken by central differences. (The derivative
+of the linear interpolant of :math:`I` at a voxel is its one-sided difference: it would drag the
+image half a voxel to one side.)
+
+Adam works in the tangent space at the identity, where :math:`\delta` lives, so its moments need no
+transport from one :math:`\psi` to the next. The method is that of FireANTs: Jena, Chaudhari and
+Gee, arXiv:2404.01249.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+
+from jaxreg import compose
+from jaxreg.registration.stages.deformable import Deformable, step_gradient
+from jaxreg.registration.stages.iterative import Memory
+from jaxreg.registration.stages.problem import Level
+
+__all__ = ["Greedy"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy(Deformable):
+    """One diffeomorphism, grown step by step. The settings are those of `Deformable`.
+
+    The regularised field is its displacement.
+    """
+
+    name: ClassVar[str] = "greedy"
+
+    def step(self, level: Level, memory: Memory, progress: jax.Array) -> tuple[Memory, jax.Array]:
+        """Take one step; return the loss before it."""
+        displacement = memory.found
+        moved, mask = level.moved(level.matrix, level.after(displacement))
+        target = (level.fixed, level.fixed_mask)
+        loss, slope = jax.value_and_grad(lambda image: self.loss((image, mask), target))(moved)
+        penalty, pull = self.penalty_of_composing(displacement)
+        step, moments = self.descend(step_gradient(moved, slope) + pull, memory.moments)
+        displacement = self.smooth(compose(displacement, step))
+        return Memory(displacement, moments), loss + penalty
+
+    def transforms(self, found: jax.Array) -> tuple[jax.Array, None]:
+        """Return the displacement; nothing is known of its inverse."""
+        return found, None

@@ -1,0 +1,293 @@
+"""What the iterative stages have in common: the schedule, and the loop that runs on the device."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg.registration.progress import Callback, Progress
+from jaxreg.registration.stages.adam import AdamMoments
+from jaxreg.registration.stages.metrics import Metric, find_loss
+from jaxreg.registration.stages.problem import Alignment, Level, Problem, combined
+
+__all__ = ["Iterative", "Memory", "Trace", "block_length"]
+
+
+class Trace(NamedTuple):
+    """How the loss of a level went.
+
+    Attributes
+    ----------
+    losses
+        The loss before each iteration, ``(iterations,)``; after an early stop the last one is
+        repeated. Those of a block that was undone are there, too.
+    ran
+        Iterations until then.
+    converged
+        Whether the level stopped by itself.
+    """
+
+    losses: jax.Array
+    ran: jax.Array
+    converged: jax.Array
+
+
+class Memory(NamedTuple):
+    """What the iterations of a stage change."""
+
+    found: Any
+    """What the stage looks for: parameters or fields, a pytree."""
+    moments: AdamMoments
+
+
+_State = tuple[Memory, Trace]
+_Run = Callable[["Iterative", Level, Memory, Trace], _State]
+
+
+@dataclasses.dataclass(frozen=True)
+class Iterative(abc.ABC):
+    """Settings of every stage that iterates from coarse to fine.
+
+    A stage is a JAX pytree without leaves: its settings are static, and functions that take it
+    are compiled for them.
+
+    Attributes
+    ----------
+    scales
+        How many times wider a voxel is than at full resolution, per level.
+    iterations
+        Steps per level, at most.
+    learning_rate
+        How far a step may go, in voxels of the level; see the stage.
+    metric
+        What is minimised: ``"lncc"``, local normalised cross-correlation; ``"ncc"``, the global
+        one, which still pulls where little overlaps; ``"mi"``, mutual information, between
+        contrasts that differ; ``"mse"``, the mean squared difference; or ``loss(pred, target)``, a
+        scalar, the mean over the voxels: any JAX function of two images ``(1, C, [Z,] Y, X)``,
+        which takes ``mask=``, too, if there are masks.
+    kernel_size
+        Window of ``"lncc"``, in voxels of the level, odd.
+    num_bins
+        Bins of ``"mi"`` per image.
+    window, tolerance
+        A level ends when a line through its last ``window`` losses falls by less than ``tolerance``
+        times the largest loss of the level, in magnitude, or rises. If in the last block the loss
+        has then risen by more than a tenth of what it had fallen by before, that block is undone:
+        steps that are too long do not spoil what was found. A tolerance of 0 runs all iterations
+        and undoes none; nor is a level with fewer iterations than the window tested.
+    block
+        Iterations between two tests of convergence, and two calls of the callback. Where the
+        iterations of a level are no multiple of it, the nearest divisor that they have; where
+        convergence is tested, the nearest of at least ``window``.
+
+    Raises
+    ------
+    ValueError
+        If scales and iterations do not make a schedule, for an unknown metric, or for a number out
+        of its range.
+    """
+
+    name: ClassVar[str]
+
+    scales: tuple[float, ...]
+    iterations: tuple[int, ...]
+    learning_rate: float = 0.5
+    metric: Metric = "lncc"
+    kernel_size: int = 7
+    num_bins: int = 32
+    window: int = 10
+    tolerance: float = 1e-4
+    block: int = 10
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        jax.tree_util.register_static(cls)
+
+    def __post_init__(self) -> None:
+        for name in ("scales", "iterations"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple | list):
+                raise ValueError(f"{name}: expected a number for each level, got {value!r}")
+            object.__setattr__(self, name, tuple(value))  # a list has no hash
+        if not self.scales or any(not scale >= 1 for scale in self.scales):
+            raise ValueError(f"scales: expected numbers of at least 1, got {self.scales}")
+        counts = [n for n in self.iterations if isinstance(n, Integral) and n >= 0]
+        if len(counts) != len(self.scales) or len(counts) != len(self.iterations):
+            raise ValueError(
+                f"iterations: expected a count for each of {self.scales}, got {self.iterations}"
+            )
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        find_loss(self.metric, self.kernel_size, self.num_bins)
+        for name, least in (("window", 2), ("block", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name}: expected an integer of at least {least}, got {value}")
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance: expected at least 0, got {self.tolerance}")
+
+    def loss(
+        self, pred: tuple[jax.Array, jax.Array | None], target: tuple[jax.Array, jax.Array | None]
+    ) -> jax.Array:
+        """Return the metric of two images, each with its mask."""
+        find = find_loss(self.metric, self.kernel_size, self.num_bins)
+        return find(pred[0], target[0], combined(pred[1], target[1]))
+
+    @abc.abstractmethod
+    def begin(self, level: Level) -> Memory:
+        """Return what the iterations change, before the first of them."""
+
+    @abc.abstractmethod
+    def resized(self, memory: Memory, shape: tuple[int, ...]) -> Memory:
+        """Return the same on a grid of another shape."""
+
+    @abc.abstractmethod
+    def step(self, level: Level, memory: Memory, progress: jax.Array) -> tuple[Memory, jax.Array]:
+        """Take one step; return the loss before it. ``progress`` goes from 0 to 1 in a level."""
+
+    @abc.abstractmethod
+    def finish(self, shape: tuple[int, ...], alignment: Alignment, found: Any) -> Alignment:
+        """Return the alignment after the stage, its fields on the fixed grid of a shape."""
+
+    def _tests(self, iterations: int) -> bool:
+        """Whether convergence is tested on a level."""
+        return self.tolerance > 0 and iterations >= self.window
+
+    def _block_length(self, iterations: int) -> int:
+        # A shorter block could not be tested by itself, and what it has spoilt would stay.
+        return block_length(iterations, self.block, self.window if self._tests(iterations) else 1)
+
+    def run(
+        self, problem: Problem, alignment: Alignment, callback: Callback | None = None
+    ) -> tuple[Alignment, tuple[Trace, ...]]:
+        """Run all levels from an alignment; return the one that they find, and their traces."""
+        memory: Memory | None = None
+        traces = []
+        done, total = 0, sum(self.iterations)
+        for scale, iterations in zip(self.scales, self.iterations, strict=True):
+            level = problem.level(scale, alignment)
+            memory = self.begin(level) if memory is None else self.resized(memory, level.shape)
+            trace = _no_trace(iterations)
+            if iterations == 0:
+                pass
+            elif callback is None:
+                memory, trace = _jitted(_run_level, level)(self, level, memory, trace)
+            else:
+                for first in range(0, iterations, length := self._block_length(iterations)):
+                    memory, trace = _jitted(_run_block, level)(self, level, memory, trace)
+                    losses = trace.losses[first : first + length]
+                    callback(Progress(self.name, scale, done + first + length, total, losses))
+            done += iterations
+            traces.append(trace)
+        assert memory is not None  # there is a level
+        found = memory.found
+        del memory  # the moments need not be there while the inverse is found
+        return self.finish(problem.shape, alignment, found), tuple(traces)
+
+
+def block_length(iterations: int, block: int, least: int = 1) -> int:
+    """Return the divisor of a number of iterations that is nearest to a block, by their ratio.
+
+    With equal blocks one compiled program serves them all.
+    """
+    divisors = (n for n in range(least, iterations + 1) if iterations % n == 0)
+    return max(divisors, key=lambda n: (min(n, block) / max(n, block), n), default=1)
+
+
+def _no_trace(iterations: int) -> Trace:
+    return Trace(
+        jnp.zeros(iterations, jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.bool)
+    )
+
+
+@functools.cache
+def _jit(run: _Run, donate: bool) -> _Run:
+    jitted: _Run = jax.jit(run, donate_argnames=("memory", "trace") if donate else ())
+    return jitted
+
+
+def _jitted(run: _Run, level: Level) -> _Run:
+    """Compile a function so that it writes the fields where they are, if it may.
+
+    Within a transformation it may not: under ``vmap`` the first fields are those of all pairs.
+    """
+    return _jit(run, donate=not isinstance(level.fixed, jax.core.Tracer))
+
+
+def _advance(stage: Iterative, level: Level, memory: Memory, trace: Trace) -> _State:
+    """Run one block of iterations."""
+    start = memory.found
+    iterations = trace.losses.size
+    length = stage._block_length(iterations)
+
+    def iterate(memory: Memory, index: jax.Array) -> tuple[Memory, jax.Array]:
+        progress = index.astype(jnp.float32) / max(iterations - 1, 1)
+        return stage.step(level, memory, progress)
+
+    memory, block = jax.lax.scan(iterate, memory, trace.ran + jnp.arange(length, dtype=jnp.int32))
+    ran = trace.ran + length
+    losses = jax.lax.dynamic_update_slice(trace.losses, block.astype(jnp.float32), (trace.ran,))
+    last = jnp.arange(iterations) >= ran
+    losses = jnp.where(last, losses[ran - 1], losses)
+    if not stage._tests(iterations):
+        return memory, Trace(losses, ran, trace.converged)
+    converged = _converged(stage, losses, ran)
+    # To keep the start of a block costs one field, the best of all iterations a copy in each of
+    # them. The block before was tested, too: the losses had fallen until this one.
+    # A small rise is no reason: what looks alike on this level goes on to a finer one.
+    bearable = block[0] + 0.1 * jnp.maximum(losses[0] - block[0], 0)
+    undone = converged & ~(block[-1] <= bearable)  # also if it is NaN
+    found = jax.tree.map(functools.partial(jnp.where, undone), start, memory.found)
+    # The next level does not go on with what has led astray.
+    moments = jax.tree.map(lambda x: jnp.where(undone, jnp.zeros_like(x), x), memory.moments)
+    return memory._replace(found=found, moments=moments), Trace(losses, ran, converged)
+
+
+def _converged(stage: Iterative, losses: jax.Array, ran: jax.Array) -> jax.Array:
+    window = stage.window
+    recent = jax.lax.dynamic_slice(losses, (ran - window,), (window,))
+    time = jnp.arange(window, dtype=jnp.float32) - (window - 1) / 2
+    slope = (time * recent).sum() / (time**2).sum()
+    falls = -slope * window >= stage.tolerance * jnp.abs(losses).max()
+    return ~falls
+
+
+def _run_level(stage: Iterative, level: Level, memory: Memory, trace: Trace) -> _State:
+    """Run a level until it has converged or its iterations are used up."""
+    iterations = trace.losses.size
+    blocks = iterations // stage._block_length(iterations)
+
+    def advance(state: _State) -> _State:
+        return _advance(stage, level, *state)
+
+    def unfinished(state: _State) -> jax.Array:
+        return (state[1].ran < iterations) & ~state[1].converged
+
+    state: _State = (memory, trace)
+    if not stage._tests(iterations) or blocks < 2:
+        # The host need not wait for the outcome of a test.
+        state = jax.lax.fori_loop(0, blocks, lambda _, state: advance(state), state)
+    else:
+        state = jax.lax.while_loop(unfinished, advance, state)
+    return state
+
+
+def _run_block(stage: Iterative, level: Level, memory: Memory, trace: Trace) -> _State:
+    """Run one block of a level, unless it has converged."""
+
+    def advance(memory: Memory, trace: Trace) -> _State:
+        return _advance(stage, level, memory, trace)
+
+    def rest(memory: Memory, trace: Trace) -> _State:
+        return memory, trace
+
+    state: _State = jax.lax.cond(trace.converged, rest, advance, memory, trace)
+    return state

@@ -1,0 +1,192 @@
+r"""The linear stages: translation, rigid, similarity and affine transforms, found by Adam.
+
+A stage looks for a motion :math:`p \mapsto c + B(\theta)(p - c) + L\,s` of the fixed space, which
+is followed by the transform that it starts from. The centre :math:`c` is the fixed image's centre
+of mass; :math:`L` is half the diagonal of the fixed grid: a change of any parameter by
+:math:`\epsilon` moves no point of the grid by more than about :math:`\epsilon L`, so that one
+learning rate fits all of them.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg.registration.stages.adam import adam_direction, no_moments
+from jaxreg.registration.stages.iterative import Iterative, Memory
+from jaxreg.registration.stages.metrics import Metric
+from jaxreg.registration.stages.moments import centre_and_covariance
+from jaxreg.registration.stages.problem import Alignment, Level, matmul
+
+__all__ = ["Affine", "Linear", "Rigid", "Similarity", "Translation", "rotation_matrix"]
+
+
+class _Parameters(NamedTuple):
+    """What moves points; a part that a stage does not have is `None`. All start from 0."""
+
+    shift: jax.Array
+    """:math:`s`, ``(D,)``."""
+    rotation: jax.Array | None = None
+    """A rotation vector, ``(3,)``, or an angle, ``(1,)``, in radians."""
+    log_scale: jax.Array | None = None
+    """A scalar."""
+    matrix: jax.Array | None = None
+    """:math:`B - 1`, ``(D, D)``."""
+
+
+class _Motion(NamedTuple):
+    parameters: _Parameters
+    centre: jax.Array
+    length: jax.Array
+
+    def matrix(self, parameters: _Parameters) -> jax.Array:
+        """Return the motion of the fixed space for parameters, ``(D + 1, D + 1)``."""
+        ndim = self.centre.size
+        turn = jnp.eye(ndim, dtype=self.centre.dtype)
+        if parameters.rotation is not None:
+            turn = rotation_matrix(parameters.rotation)
+        if parameters.log_scale is not None:
+            turn = jnp.exp(parameters.log_scale) * turn
+        if parameters.matrix is not None:
+            turn = turn + parameters.matrix
+        turned = (turn * self.centre).sum(axis=1)
+        offset = self.centre + self.length * parameters.shift - turned
+        top = jnp.concatenate([turn, offset[:, None]], axis=1)
+        return jnp.concatenate([top, jnp.eye(1, ndim + 1, ndim, dtype=top.dtype)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear(Iterative):
+    """Settings of the linear stages; the others are those of `Iterative`.
+
+    Attributes
+    ----------
+    learning_rate
+        How far, in voxels of the level, a step of one parameter moves the corners of the fixed
+        grid at most. Within a level it decays to a tenth, along half a cosine.
+    """
+
+    scales: tuple[float, ...] = (4, 2)
+    iterations: tuple[int, ...] = (80, 40)
+    learning_rate: float = 0.5
+    metric: Metric = "ncc"
+
+    @abc.abstractmethod
+    def _parameters(self, ndim: int) -> _Parameters:
+        """Return the parameters of no motion."""
+
+    def begin(self, level: Level) -> Memory:
+        """Return the parameters of no motion, about the fixed image's centre of mass."""
+        parameters = self._parameters(level.ndim)
+        centre, _ = centre_and_covariance(level.fixed, level.fixed_mask, level.to_physical)
+        length = jnp.linalg.norm(level.to_physical[:-1, :-1])
+        return Memory(_Motion(parameters, centre, length), no_moments(parameters))
+
+    def resized(self, memory: Memory, shape: tuple[int, ...]) -> Memory:
+        """Return the same: the parameters do not depend on the grid."""
+        return memory
+
+    def step(self, level: Level, memory: Memory, progress: jax.Array) -> tuple[Memory, jax.Array]:
+        """Take one step; return the loss before it."""
+        motion: _Motion = memory.found
+
+        def objective(parameters: _Parameters) -> jax.Array:
+            matrix = matmul(level.matrix, motion.matrix(parameters))
+            pred = level.moved(matrix, level.displacement)
+            return self.loss(pred, (level.fixed, level.fixed_mask))
+
+        loss, gradient = jax.value_and_grad(objective)(motion.parameters)
+        direction, moments = adam_direction(gradient, memory.moments, beta1=0.9, beta2=0.99)
+        rate = self.learning_rate * level.voxel_size() / motion.length
+        rate *= 0.55 + 0.45 * jnp.cos(jnp.pi * progress)
+        parameters = jax.tree.map(lambda p, d: p - rate * d, motion.parameters, direction)
+        return Memory(motion._replace(parameters=parameters), moments), loss
+
+    def finish(self, shape: tuple[int, ...], alignment: Alignment, found: _Motion) -> Alignment:
+        """Return the alignment with the motion before its matrix."""
+        motion = found.matrix(found.parameters)
+        return alignment._replace(matrix=matmul(alignment.matrix, motion))
+
+
+@dataclasses.dataclass(frozen=True)
+class Translation(Linear):
+    """A shift. The settings are those of `Linear`."""
+
+    name: ClassVar[str] = "translation"
+
+    def _parameters(self, ndim: int) -> _Parameters:
+        return _Parameters(jnp.zeros(ndim, jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rigid(Linear):
+    """A rotation and a shift. The settings are those of `Linear`."""
+
+    name: ClassVar[str] = "rigid"
+
+    def _parameters(self, ndim: int) -> _Parameters:
+        return _Parameters(
+            jnp.zeros(ndim, jnp.float32), rotation=jnp.zeros(3 if ndim == 3 else 1, jnp.float32)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Similarity(Linear):
+    """A rotation, one scale for all directions, and a shift. The settings are those of `Linear`."""
+
+    name: ClassVar[str] = "similarity"
+
+    def _parameters(self, ndim: int) -> _Parameters:
+        return _Parameters(
+            jnp.zeros(ndim, jnp.float32),
+            rotation=jnp.zeros(3 if ndim == 3 else 1, jnp.float32),
+            log_scale=jnp.zeros((), jnp.float32),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Affine(Linear):
+    """Any matrix, and a shift. The settings are those of `Linear`."""
+
+    name: ClassVar[str] = "affine"
+
+    def _parameters(self, ndim: int) -> _Parameters:
+        return _Parameters(
+            jnp.zeros(ndim, jnp.float32), matrix=jnp.zeros((ndim, ndim), jnp.float32)
+        )
+
+
+def rotation_matrix(vector: jax.Array) -> jax.Array:
+    """Return the rotation of a rotation vector: the exponential of its cross product.
+
+    Parameters
+    ----------
+    vector
+        Axis times angle in radians, ``(3,)``, or the angle of a rotation of the plane, ``(1,)``.
+
+    Returns
+    -------
+    Array
+        ``(3, 3)`` or ``(2, 2)``; differentiable, at 0 as well.
+
+    Notes
+    -----
+    Rodrigues' formula, with the series of its coefficients near 0.
+    """
+    if vector.size == 1:
+        cos, sin = jnp.cos(vector[0]), jnp.sin(vector[0])
+        return jnp.stack([jnp.stack([cos, -sin]), jnp.stack([sin, cos])])
+    square = (vector**2).sum()
+    small = square < 1e-4
+    # The inner `where` keeps the square root's infinite slope at 0 out of the gradient.
+    angle = jnp.sqrt(jnp.where(small, 1.0, square))
+    first = jnp.where(small, 1 - square / 6, jnp.sin(angle) / angle)
+    second = jnp.where(small, 0.5 - square / 24, 2 * (jnp.sin(angle / 2) / angle) ** 2)
+    x, y, z = vector
+    zero = jnp.zeros_like(x)
+    cross = jnp.stack([zero, -z, y, z, zero, -x, -y, x, zero]).reshape(3, 3)
+    return jnp.eye(3, dtype=vector.dtype) + first * cross + second * matmul(cross, cross)

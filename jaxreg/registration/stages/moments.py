@@ -1,0 +1,147 @@
+"""The moments stage: centres of mass and principal axes, a start for the stages that iterate."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg.registration.progress import Callback, Progress
+from jaxreg.registration.stages.iterative import Trace
+from jaxreg.registration.stages.metrics import Metric, find_loss
+from jaxreg.registration.stages.problem import Alignment, Level, Problem, combined, matmul
+
+__all__ = ["Moments", "centre_and_covariance"]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Settings of the stage that aligns centres of mass and, if asked for, principal axes.
+
+    It looks at the transform that it starts from, at that one shifted so that the centres of mass
+    meet, and at the rotations that also turn the principal axes onto each other: two in the plane,
+    four in space, because an axis has no sign. The one with the lowest loss is the result. The mass
+    of a voxel is its intensity above the image's minimum, times the mask.
+
+    Attributes
+    ----------
+    rotation
+        Whether principal axes are tried.
+    scale
+        How many times wider a voxel is than at full resolution where all this is computed.
+    metric
+        What chooses among them; see `Iterative`.
+    kernel_size, num_bins
+        Window of ``"lncc"`` in voxels of the level; bins of ``"mi"``.
+
+    Raises
+    ------
+    ValueError
+        For an unknown metric, or a number out of its range.
+    """
+
+    name: ClassVar[str] = "moments"
+
+    rotation: bool = True
+    scale: float = 4
+    metric: Metric = "ncc"
+    kernel_size: int = 7
+    num_bins: int = 32
+
+    def __post_init__(self) -> None:
+        if not self.scale >= 1:
+            raise ValueError(f"scale: expected a number of at least 1, got {self.scale}")
+        find_loss(self.metric, self.kernel_size, self.num_bins)
+
+    def run(
+        self, problem: Problem, alignment: Alignment, callback: Callback | None = None
+    ) -> tuple[Alignment, tuple[Trace, ...]]:
+        """Return the best alignment; its trace has the losses at the start and at the end."""
+        matrix, losses = _best(self, problem.level(self.scale, alignment))
+        if callback is not None:
+            callback(Progress(self.name, self.scale, 1, 1, losses))
+        trace = Trace(losses, jnp.asarray(2, jnp.int32), jnp.ones((), jnp.bool))
+        return alignment._replace(matrix=matrix), (trace,)
+
+
+@jax.jit
+def _best(stage: Moments, level: Level) -> tuple[jax.Array, jax.Array]:
+    fixed = centre_and_covariance(level.fixed, level.fixed_mask, level.to_physical)
+    moving = centre_and_covariance(level.moving, level.moving_mask, jnp.linalg.inv(level.to_moving))
+    turns = [level.matrix[:-1, :-1]]
+    if stage.rotation:
+        turns += _rotations(fixed[1], moving[1])
+    candidates = jnp.stack([level.matrix, *(_about(turn, fixed[0], moving[0]) for turn in turns)])
+    loss = find_loss(stage.metric, stage.kernel_size, stage.num_bins)
+
+    def evaluate(matrix: jax.Array) -> jax.Array:
+        moved, mask = level.moved(matrix, level.displacement)
+        return loss(moved, level.fixed, combined(mask, level.fixed_mask)).astype(jnp.float32)
+
+    losses = jax.lax.map(evaluate, candidates)
+    best = jnp.argmin(losses)
+    return candidates[best], jnp.stack([losses[0], losses[best]])
+
+
+def _about(turn: jax.Array, fixed: jax.Array, moving: jax.Array) -> jax.Array:
+    """Return the transform with a linear part that takes one centre to the other."""
+    ndim = fixed.size
+    top = jnp.concatenate([turn, (moving - (turn * fixed).sum(axis=1))[:, None]], axis=1)
+    transform: jax.Array = jnp.concatenate([top, jnp.eye(1, ndim + 1, ndim, dtype=top.dtype)])
+    return transform
+
+
+def _rotations(fixed: jax.Array, moving: jax.Array) -> list[jax.Array]:
+    """Return the rotations that turn the principal axes of one covariance onto the other's."""
+
+    def axes(covariance: jax.Array) -> jax.Array:
+        vectors = jnp.linalg.eigh(covariance)[1]
+        right_handed: jax.Array = vectors.at[:, 0].multiply(jnp.sign(jnp.linalg.det(vectors)))
+        return right_handed
+
+    source, target = axes(fixed), axes(moving)
+    signs = (s for s in itertools.product((1, -1), repeat=len(fixed)) if math.prod(s) == 1)
+    return [matmul(target * jnp.asarray(s, target.dtype), source.T) for s in signs]
+
+
+@jax.jit
+def centre_and_covariance(
+    image: jax.Array, mask: jax.Array | None, to_physical: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the centre of mass of an image and the covariance of its mass, in physical space.
+
+    Parameters
+    ----------
+    image
+        ``(1, C, [Z,] Y, X)``; the channels are added up.
+    mask
+        ``(1, 1, [Z,] Y, X)``, or `None`.
+    to_physical
+        ``(D + 1, D + 1)``, normalised -> physical.
+
+    Returns
+    -------
+    centre, covariance
+        ``(D,)`` and ``(D, D)``. An image without mass has its centre in the middle.
+    """
+    spatial = tuple(range(2, image.ndim))
+    mass = image - image.min(axis=spatial, keepdims=True)
+    mass = (mass if mask is None else mass * mask).sum(axis=(0, 1))
+    mass = mass / jnp.maximum(mass.sum(), jnp.finfo(mass.dtype).tiny)
+    ndim = mass.ndim
+    coordinates = []
+    for axis in reversed(range(ndim)):  # x first
+        size = mass.shape[axis]
+        along = jnp.linspace(-1, 1, size, dtype=mass.dtype) if size > 1 else jnp.zeros(1)
+        coordinates.append(along.reshape([-1 if a == axis else 1 for a in range(ndim)]))
+    mean = jnp.stack([(mass * c).sum() for c in coordinates])
+    centred = [c - m for c, m in zip(coordinates, mean, strict=True)]
+    rows = [jnp.stack([(mass * a * b).sum() for b in centred]) for a in centred]
+    linear = to_physical[:-1, :-1]
+    covariance = matmul(linear, matmul(jnp.stack(rows), linear.T))
+    return (linear * mean).sum(axis=1) + to_physical[:-1, -1], covariance

@@ -1,0 +1,96 @@
+"""Sequences of stages that serve brain MRI, and stages by their names."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from jaxreg.registration.register_images import Stage
+from jaxreg.registration.stages.greedy import Greedy
+from jaxreg.registration.stages.linear import Affine, Rigid, Similarity, Translation
+from jaxreg.registration.stages.moments import Moments
+from jaxreg.registration.stages.svf import SVF
+from jaxreg.registration.stages.syn import SyN
+
+__all__ = ["PresetName", "preset", "stage_from_name"]
+
+PresetName = Literal["fast", "default", "accurate"]
+
+_STAGES: dict[str, type[Stage]] = {
+    stage.name: stage
+    for stage in (Moments, Translation, Rigid, Similarity, Affine, Greedy, SVF, SyN)
+}
+
+
+def stage_from_name(name: str, **settings: Any) -> Stage:
+    """Return a stage by its name.
+
+    Parameters
+    ----------
+    name
+        ``"moments"``, ``"translation"``, ``"rigid"``, ``"similarity"``, ``"affine"``,
+        ``"greedy"``, ``"svf"`` or ``"syn"``.
+    **settings
+        Those of the stage; the others have their defaults.
+
+    Returns
+    -------
+    Stage
+        With these settings.
+
+    Raises
+    ------
+    ValueError
+        If there is no such stage, or for a setting that it does not take.
+    """
+    if name not in _STAGES:
+        raise ValueError(f"stage: expected one of {', '.join(_STAGES)}, got {name!r}")
+    kind = _STAGES[name]
+    unknown = set(settings) - set(kind.__dataclass_fields__)
+    if unknown:
+        raise ValueError(
+            f"stage {name}: expected settings among {', '.join(kind.__dataclass_fields__)}, "
+            f"got {', '.join(sorted(unknown))}"
+        )
+    return kind(**settings)
+
+
+def preset(
+    name: PresetName, *, ndim: int = 3, device: Literal["cpu", "gpu"] = "cpu"
+) -> tuple[Stage, ...]:
+    """Return stages that serve brain MRI with skull stripped or not, of one contrast.
+
+    Parameters
+    ----------
+    name
+        ``"fast"``: a look, at half the resolution; ``"default"``; ``"accurate"``: more iterations
+        at full resolution.
+    ndim
+        Number of spatial dimensions, 2 or 3. In the plane all iterations are cheap, so a level
+        more than in space is run at full resolution.
+    device
+        ``"cpu"`` has fewer iterations at full resolution than ``"gpu"``, to end in a minute or two
+        on volumes with voxels of 2 mm.
+
+    Returns
+    -------
+    tuple of Stage
+        For `register`.
+
+    Raises
+    ------
+    ValueError
+        If there is no such preset, dimension or device.
+    """
+    if name not in get_args(PresetName):
+        raise ValueError(f"preset: expected one of {', '.join(get_args(PresetName))}, got {name!r}")
+    if ndim not in (2, 3):
+        raise ValueError(f"ndim: expected 2 or 3, got {ndim}")
+    if device not in ("cpu", "gpu"):
+        raise ValueError(f"device: expected 'cpu' or 'gpu', got {device!r}")
+    lighter = device == "cpu" and ndim == 3
+    start: tuple[Stage, ...] = (Moments(), Affine())
+    if name == "fast":
+        return *start, Greedy((4, 2), (60, 30))
+    if name == "default":
+        return *start, SyN((4, 2, 1), (60, 40, 20) if lighter else (100, 70, 40))
+    return *start, SyN((4, 2, 1), (100, 70, 40) if lighter else (200, 100, 80))

@@ -1,0 +1,66 @@
+r"""The SyN stage: both images are deformed and meet in the middle.
+
+Two diffeomorphisms of the fixed space, :math:`\varphi_f` and :math:`\varphi_m`, make
+:math:`F \circ \varphi_f` and :math:`M \circ A \circ \varphi_m` alike. Each grows by steps composed
+from the right, as in the greedy stage, with the gradient of the same loss with respect to its own
+image, so that neither image is preferred: exchanging the images (and inverting the affine)
+exchanges the halves. In the end
+
+.. math:: \psi = \varphi_m \circ \varphi_f^{-1}, \qquad
+          \psi^{-1} = \varphi_f \circ \varphi_m^{-1}.
+
+The halves are inverted once, when the stage ends: the iterations need no inverse. The idea of the
+symmetric halves is that of Avants et al., "Symmetric diffeomorphic image registration with
+cross-correlation", Medical Image Analysis 12, 2008.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg import compose, invert_displacement
+from jaxreg.registration.stages.deformable import Deformable, step_gradient
+from jaxreg.registration.stages.iterative import Memory
+from jaxreg.registration.stages.problem import Level
+
+__all__ = ["SyN"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SyN(Deformable):
+    """Two diffeomorphisms that meet in the middle. The settings are those of `Deformable`.
+
+    The steps are those of each half. The regularised field holds the displacements of both halves,
+    ``(2, [Z,] Y, X, D)``, the fixed one first.
+    """
+
+    name: ClassVar[str] = "syn"
+    fields: ClassVar[int] = 2
+
+    def step(self, level: Level, memory: Memory, progress: jax.Array) -> tuple[Memory, jax.Array]:
+        """Take one step of both halves; return the loss before it."""
+        halves = memory.found
+        fixed, fixed_mask = level.fixed_moved(halves[:1])
+        moved, moved_mask = level.moved(level.matrix, level.after(halves[1:]))
+
+        def objective(moved: jax.Array, fixed: jax.Array) -> jax.Array:
+            return self.loss((moved, moved_mask), (fixed, fixed_mask))
+
+        loss, slopes = jax.value_and_grad(objective, argnums=(0, 1))(moved, fixed)
+        gradient = jnp.concatenate(
+            [step_gradient(fixed, slopes[1]), step_gradient(moved, slopes[0])]
+        )
+        penalty, pull = self.penalty_of_composing(halves)
+        step, moments = self.descend(gradient + pull, memory.moments)
+        return Memory(self.smooth(compose(halves, step)), moments), loss + penalty
+
+    def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the way from the fixed image through the middle, and the way back."""
+        inverses = invert_displacement(found)
+        forward = compose(found[1:], inverses[:1])
+        backward = compose(found[:1], inverses[1:])
+        return forward, backward

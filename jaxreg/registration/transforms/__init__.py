@@ -1,0 +1,1 @@
+"""Transforms between two spaces, and what kernels do with them."""

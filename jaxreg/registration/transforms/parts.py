@@ -1,0 +1,163 @@
+"""What kernels do with the parts of a transform: sample, chain and invert them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxreg import interpolate, invert_displacement
+from regkernels import AffineMap, DisplacementField, Grid
+from regkernels.grid import Matrix, inverse_matrix
+from regkernels.maps import Part
+
+__all__ = ["affine_between", "compose_parts", "invert_part", "rotate"]
+
+Residual = NDArray[np.float32]
+
+
+@functools.singledispatch
+def invert_part(part: Part, *, tolerance: float = 0.01) -> tuple[Part, Residual]:
+    """Return the part that undoes another one.
+
+    Parameters
+    ----------
+    part
+        An affine map, or a displacement field, which `jaxreg.invert_displacement` inverts.
+    tolerance
+        In voxels of a field: how far from where it started a point may be after both.
+
+    Returns
+    -------
+    inverse : AffineMap or DisplacementField
+        A field is on the same grid. For its inverse it goes on beyond its grid as it is at the
+        border.
+    residual : float32[*S]
+        In voxels: how far off the inverse of a field is. Where the field folds it may be above the
+        tolerance. 0 for an affine map.
+
+    Raises
+    ------
+    TypeError
+        If it is neither.
+    """
+    raise _no_part(part)
+
+
+@invert_part.register
+def _(part: AffineMap, *, tolerance: float = 0.01) -> tuple[Part, Residual]:
+    return part.inverse(), np.zeros((), np.float32)
+
+
+@invert_part.register
+def _(part: DisplacementField, *, tolerance: float = 0.01) -> tuple[Part, Residual]:
+    grid = part.grid
+    size = jnp.asarray(2 / np.array(grid.shape[::-1]), jnp.float32)
+    vectors = jnp.asarray(part.vectors, jnp.float32)
+    displacement = rotate(inverse_matrix(grid.voxel_to_physical()), vectors) * size
+    found, residual = invert_displacement(
+        displacement[None], tolerance=tolerance, align_corners=False, return_residual=True
+    )
+    inverse = rotate(grid.voxel_to_physical(), found[0] / size)
+    return DisplacementField(grid, inverse), np.asarray(residual)[0]
+
+
+_Chain = tuple[Matrix, jax.Array | None]
+"""``p -> A(p + v(p))``: ``A``, and ``v`` in millimetres at the voxels of a grid or `None`."""
+
+
+def compose_parts(parts: Sequence[Part], grid: Grid) -> _Chain:
+    """Write a chain on a grid as ``p -> A(p + v(p))``.
+
+    Parameters
+    ----------
+    parts
+        In the order in which a point goes through them.
+    grid
+        Where the displacements are to be known.
+
+    Returns
+    -------
+    matrix : float64[D + 1, D + 1]
+        ``A``.
+    vectors : float32[*S, D] or None
+        ``v``, millimetres, LPS; `None` where no part deforms.
+
+    Raises
+    ------
+    TypeError
+        If a part is neither an affine map nor a displacement field.
+    """
+    chain: _Chain = np.eye(grid.ndim + 1), None
+    for part in parts:
+        chain = _followed_by(part, chain, grid)
+    return chain
+
+
+@functools.singledispatch
+def _followed_by(part: Part, chain: _Chain, grid: Grid) -> _Chain:
+    raise _no_part(part)
+
+
+@_followed_by.register
+def _(part: AffineMap, chain: _Chain, grid: Grid) -> _Chain:
+    matrix, vectors = chain
+    return np.asarray(part.matrix, dtype=np.float64) @ matrix, vectors
+
+
+@_followed_by.register
+def _(part: DisplacementField, chain: _Chain, grid: Grid) -> _Chain:
+    matrix, vectors = chain
+    to_physical = grid.normalised_to_physical(align_corners=False)
+    before = None if vectors is None else rotate(inverse_matrix(to_physical), vectors)[None]
+    affine = affine_between(part.grid, matrix @ to_physical)
+    same = part.grid.shape == grid.shape and np.allclose(affine, np.eye(*affine.shape[1:]), 0, 1e-7)
+    if same and before is None:
+        found = jnp.asarray(part.vectors, jnp.float32)  # without the memory that sampling takes
+    else:
+        found = _sample_vectors(part, affine, before, grid.shape)
+    step = rotate(inverse_matrix(matrix), found)
+    return matrix, step if vectors is None else vectors + step
+
+
+def _no_part(value: object) -> TypeError:
+    return TypeError(
+        f"parts: expected an AffineMap or a DisplacementField, got {type(value).__name__}"
+    )
+
+
+def affine_between(sampled: Grid, to_physical: Matrix) -> Matrix:
+    """Return the ``affine`` of `interpolate` from a matrix to physical space, ``(1, D, D + 1)``."""
+    to_normalised = inverse_matrix(sampled.normalised_to_physical(align_corners=False))
+    return (to_normalised @ to_physical)[None, :-1]
+
+
+def _sample_vectors(
+    field: DisplacementField, affine: Matrix, before: jax.Array | None, shape: tuple[int, ...]
+) -> jax.Array:
+    """Sample a displacement field as ITK does, at ``A(x + u(x))``: ``(*shape, D)``."""
+    where: dict[str, Any] = {
+        "affine": jnp.asarray(affine, jnp.float32),
+        "grid": before,
+        "affine_last": True,
+        "out_shape": shape,
+        "align_corners": False,
+    }
+    vectors = jnp.moveaxis(jnp.asarray(field.vectors, jnp.float32), -1, 0)[None]
+    found = interpolate(vectors, padding_mode="border", **where)
+    # The nearest voxel exists up to half a voxel beyond the outermost centres.
+    ones = jnp.ones((1, 1, *field.grid.shape), jnp.float32)
+    inside = interpolate(ones, mode="nearest", **where)
+    return jnp.moveaxis((found * inside)[0], 0, -1)
+
+
+def rotate(matrix: Matrix, vectors: jax.Array) -> jax.Array:
+    """Multiply vectors ``(..., D)`` by the linear part of a homogeneous matrix."""
+    linear = jnp.asarray(matrix[:-1, :-1], jnp.float32)
+    # By default a GPU rounds the factors of a product to fewer bits.
+    return jnp.einsum("ij,...j->...i", linear, vectors, precision=jax.lax.Precision.HIGHEST)

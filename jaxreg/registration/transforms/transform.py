@@ -1,0 +1,311 @@
+"""The transform that a registration finds, and what can be done with it.
+
+A transform maps points: to resample an image onto a grid, every voxel of the grid is sent through
+the transform and the image is read where it arrives. So the transform that brings the moving image
+to the fixed one maps the fixed space to the moving space.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from jaxreg import compose, convert_displacement, invert_displacement
+from jaxreg.registration.transforms.parts import compose_parts, rotate
+from jaxreg.registration.transforms.resampling import Interpolation, resample
+from regkernels import AffineMap, DisplacementField, Grid, Volume, move_points
+from regkernels.grid import inverse_matrix
+from regkernels.maps import Part
+
+__all__ = ["Transform"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """Maps points of the fixed space to points of the moving space; a JAX pytree.
+
+    A point goes through a diffeomorphism of the fixed space first, then through an affine:
+    with ``x`` in normalised coordinates of `grid`, the moving image is sampled at ``A(x + d(x))``.
+    Back, a point of the moving space goes through the inverse of ``A``, then through the inverse
+    diffeomorphism ``y + e(y)``, which lives on the same grid.
+
+    Attributes
+    ----------
+    grid
+        The fixed grid.
+    matrix
+        ``A`` in physical space: ``(D + 1, D + 1)``, fixed -> moving, millimetres, LPS.
+    displacement
+        ``d``: ``(1, [Z,] Y, X, D)`` on the grid, normalised coordinates; `None`: no deformation.
+    inverse_displacement
+        ``e``, likewise; `None` where there is no deformation, or its inverse is not known.
+    """
+
+    grid: Grid
+    matrix: Any
+    displacement: Any = None
+    inverse_displacement: Any = None
+
+    @classmethod
+    def from_parts(cls, grid: Grid, parts: Sequence[Part]) -> Transform:
+        """Return a chain of parts as one transform, without the inverse of its deformation.
+
+        Parameters
+        ----------
+        grid
+            The fixed grid.
+        parts
+            In the order in which a point goes through them; any number.
+
+        Returns
+        -------
+        Transform
+            With the product of the matrices. What the displacement fields do is resampled on the
+            grid; a field on this grid that comes first keeps its values.
+        """
+        matrix, vectors = compose_parts(parts, grid)
+        if vectors is None:
+            return cls(grid, matrix)
+        return cls(grid, matrix, _to_normalised(vectors, grid))
+
+    def with_inverse(self) -> Transform:
+        """Return the same transform with the inverse of its deformation.
+
+        It is computed by `jaxreg.invert_displacement`, to 0.01 voxels; `inverse_error` tells where
+        that was not reached.
+        """
+        if self.displacement is None:
+            return self
+        inverse = invert_displacement(jnp.asarray(self.displacement, jnp.float32))
+        return dataclasses.replace(self, inverse_displacement=inverse)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The deformation, if there is one, and the affine, as a point goes through them."""
+        affine = AffineMap(np.asarray(self.matrix, dtype=np.float64))
+        if self.displacement is None:
+            return (affine,)
+        return (DisplacementField(self.grid, self.displacement_field()), affine)
+
+    @property
+    def inverse_parts(self) -> tuple[Part, ...]:
+        """The inverse affine and, if there is one, the inverse deformation.
+
+        Raises
+        ------
+        ValueError
+            If the inverse of the deformation is not known.
+        """
+        affine = AffineMap(inverse_matrix(self.matrix))
+        if self.displacement is None:
+            return (affine,)
+        return (affine, DisplacementField(self.grid, self.inverse_displacement_field()))
+
+    def transform_points(self, points: ArrayLike) -> NDArray[np.float64]:
+        """Map points of the fixed space to the moving space.
+
+        Parameters
+        ----------
+        points
+            ``(..., D)``, millimetres, LPS. Outside of the fixed grid there is no deformation.
+
+        Returns
+        -------
+        ndarray
+            ``(..., D)``, millimetres, LPS.
+
+        Raises
+        ------
+        ValueError
+            If these are not finite points of D coordinates.
+        """
+        return move_points(points, self.parts)
+
+    def inverse_transform_points(self, points: ArrayLike) -> NDArray[np.float64]:
+        """Map points of the moving space back to the fixed space.
+
+        Parameters
+        ----------
+        points
+            ``(..., D)``, millimetres, LPS.
+
+        Returns
+        -------
+        ndarray
+            ``(..., D)``, millimetres, LPS.
+
+        Raises
+        ------
+        ValueError
+            If these are not finite points of D coordinates, or the inverse is not known.
+        """
+        return move_points(points, self.inverse_parts)
+
+    def displacement_field(self, *, with_affine: bool = False) -> jax.Array:
+        """Return the deformation as ITK reads it.
+
+        Parameters
+        ----------
+        with_affine
+            Return the whole transform as one field instead. Beyond the grid, where a field is
+            zero, the affine is then missing.
+
+        Returns
+        -------
+        float32[*S, D]
+            On `grid`, millimetres, LPS; zero where there is no deformation.
+        """
+        vectors = _to_physical(self.displacement, self.grid)
+        if not with_affine:
+            return vectors
+        matrix = np.asarray(self.matrix, dtype=np.float64)
+        # (A - 1)p in float64 first: the positions are large beside what is left of them.
+        shift = (matrix - np.eye(self.grid.ndim + 1)) @ self.grid.voxel_to_physical()
+        index = np.moveaxis(np.indices(self.grid.shape)[::-1], 0, -1)
+        affine_part = index @ shift[:-1, :-1].T + shift[:-1, -1]
+        return jnp.asarray(affine_part, jnp.float32) + rotate(matrix, vectors)
+
+    def inverse_displacement_field(self) -> jax.Array:
+        """Return the inverse of the deformation as ITK reads it; the affine is not part of it.
+
+        Returns
+        -------
+        float32[*S, D]
+            On `grid`, millimetres, LPS; zero where there is no deformation.
+
+        Raises
+        ------
+        ValueError
+            If the inverse is not known.
+        """
+        if self.displacement is not None and self.inverse_displacement is None:
+            raise ValueError("inverse_displacement: expected a field to invert with, got None")
+        return _to_physical(self.inverse_displacement, self.grid)
+
+    def inverse_error(self) -> NDArray[np.float32]:
+        """Return how far points are from where they started after the inverse and the deformation.
+
+        Returns
+        -------
+        float32[*S]
+            At the voxels of `grid`, in voxels: the length of ``e(y) + d(y + e(y))``. 0 where there
+            is no deformation.
+
+        Raises
+        ------
+        ValueError
+            If the inverse of the deformation is not known.
+        """
+        if self.displacement is None:
+            return np.zeros(self.grid.shape, np.float32)
+        if self.inverse_displacement is None:
+            raise ValueError("inverse_displacement: expected a field to invert with, got None")
+        forward, back = (
+            jnp.asarray(field, jnp.float32)
+            for field in (self.displacement, self.inverse_displacement)
+        )
+        voxels = convert_displacement(compose(forward, back), "normalised", "voxel")
+        lengths: NDArray[np.float32] = np.linalg.norm(np.asarray(voxels)[0], axis=-1)
+        return lengths
+
+    def inverse(self, grid: Grid) -> Transform:
+        """Return the transform from the moving to the fixed space.
+
+        Parameters
+        ----------
+        grid
+            Its own grid, usually the moving one. The deformations are resampled on it.
+
+        Returns
+        -------
+        Transform
+            With the inverse affine as its matrix.
+
+        Raises
+        ------
+        ValueError
+            If the inverse of the deformation is not known.
+        """
+        there = Transform.from_parts(grid, self.inverse_parts)
+        if self.displacement is None:
+            return there
+        back = Transform.from_parts(grid, (self.inverse_parts[0], *self.parts))
+        return dataclasses.replace(there, inverse_displacement=back.displacement)
+
+    def apply(
+        self,
+        moving: Volume,
+        reference: Volume | Grid | None = None,
+        *,
+        interpolation: Interpolation = "linear",
+    ) -> Volume:
+        """Bring a volume of the moving space to the fixed space.
+
+        Parameters
+        ----------
+        moving
+            What to sample; zero outside of its grid.
+        reference
+            Gives the grid of the result; the transform's own by default.
+        interpolation
+            See `resample`.
+
+        Returns
+        -------
+        Volume
+            On the reference's grid.
+        """
+        return resample(
+            moving, self.grid if reference is None else reference, self.parts, interpolation
+        )
+
+    def apply_inverse(
+        self,
+        fixed: Volume,
+        reference: Volume | Grid,
+        *,
+        interpolation: Interpolation = "linear",
+    ) -> Volume:
+        """Bring a volume of the fixed space to the moving space.
+
+        Parameters
+        ----------
+        fixed
+            What to sample; zero outside of its grid.
+        reference
+            Gives the grid of the result, usually the moving volume.
+        interpolation
+            See `resample`.
+
+        Returns
+        -------
+        Volume
+            On the reference's grid.
+
+        Raises
+        ------
+        ValueError
+            If the inverse of the deformation is not known.
+        """
+        return resample(fixed, reference, self.inverse_parts, interpolation)
+
+
+def _to_physical(displacement: ArrayLike | None, grid: Grid) -> jax.Array:
+    """Turn ``(1, *S, D)`` in normalised coordinates into ``(*S, D)`` in millimetres."""
+    if displacement is None:
+        return jnp.zeros((*grid.shape, grid.ndim), jnp.float32)
+    # For an axis of one voxel this is 0: displacements along it have no effect.
+    voxels = jnp.asarray((np.array(grid.shape[::-1]) - 1) / 2, jnp.float32)
+    return rotate(grid.voxel_to_physical(), jnp.asarray(displacement, jnp.float32)[0] * voxels)
+
+
+def _to_normalised(vectors: jax.Array, grid: Grid) -> jax.Array:
+    """Turn ``(*S, D)`` in millimetres into ``(1, *S, D)`` in normalised coordinates."""
+    return rotate(inverse_matrix(grid.normalised_to_physical()), vectors)[None]

@@ -1,0 +1,41 @@
+"""What `jaxreg` and `torchreg` share, and need no framework for: kernels, grids, volumes, files.
+
+>>> from regkernels import read_volume, write_volume
+>>> from regkernels.data import load_pair_paths
+>>> fixed, moving = map(read_volume, load_pair_paths())  # doctest: +SKIP
+
+Reading and writing needs SimpleITK: ``pip install 'regkernels[files]'``.
+"""
+
+from regkernels._core import __version__
+from regkernels.files import (
+    read_grid,
+    read_transform,
+    read_volume,
+    write_affine,
+    write_displacement,
+    write_transform,
+    write_volume,
+)
+from regkernels.grid import Grid
+from regkernels.maps import AffineMap, DisplacementField, move_points
+from regkernels.volume import Volume, centre_of_mass, normalised_affine, rigid_motion
+
+__all__ = [
+    "AffineMap",
+    "DisplacementField",
+    "Grid",
+    "Volume",
+    "__version__",
+    "centre_of_mass",
+    "move_points",
+    "normalised_affine",
+    "read_grid",
+    "read_transform",
+    "read_volume",
+    "rigid_motion",
+    "write_affine",
+    "write_displacement",
+    "write_transform",
+    "write_volume",
+]

@@ -1,0 +1,35 @@
+"""The extension module. Private: its functions may change at any time."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+__version__: str
+
+_Spec = tuple[str, tuple[int, ...]]
+
+class _Op(TypedDict):
+    inputs: tuple[tuple[str, bool, str], ...]
+    outputs: tuple[tuple[str, str], ...]
+    attributes: tuple[tuple[str, str, tuple[str, ...]], ...]
+    gradient: Any  # a name or None
+
+def ops() -> dict[str, _Op]: ...
+def infer(
+    op: str, inputs: Sequence[_Spec | None], attributes: Mapping[str, Any], wanted: int
+) -> list[_Spec | None]: ...
+def launch(
+    op: str,
+    inputs: Sequence[_Spec | None],
+    input_addresses: Sequence[int],
+    attributes: Mapping[str, Any],
+    wanted: int,
+    outputs: Sequence[_Spec | None],
+    output_addresses: Sequence[int],
+    cuda_device: int,
+    stream: int,
+) -> None: ...
+def xla_registrations(platform: str) -> dict[str, object]: ...
+def xla_ffi_api_version() -> tuple[int, int]: ...
+def cuda_architectures() -> list[str]: ...
+def cuda_device_count() -> int: ...
+def num_threads() -> int: ...

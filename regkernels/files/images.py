@@ -1,0 +1,272 @@
+"""Volumes as files, through SimpleITK: their values, and where their voxels lie."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from regkernels.files.atomic import atomic_path
+from regkernels.files.integrity import (
+    IMAGE_FORMATS,
+    Voxels,
+    check_hdf5,
+    check_voxels,
+    find_voxels,
+)
+from regkernels.grid import Grid
+from regkernels.volume import Volume
+
+__all__ = [
+    "WRITTEN_SUFFIXES",
+    "check_image_name",
+    "image_grid",
+    "image_values",
+    "itk_reason",
+    "read_grid",
+    "read_image",
+    "read_volume",
+    "write_image",
+    "write_volume",
+]
+
+WRITTEN_SUFFIXES = (
+    *(".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz"),
+    *(".mha", ".mhd"),
+    *(".nrrd", ".nhdr"),
+)
+"""Endings of the formats that keep all of an image: NIfTI, MetaImage and NRRD."""
+
+
+def read_volume(path: str | os.PathLike[str]) -> Volume:
+    """Read a 2-D or 3-D image through SimpleITK.
+
+    Parameters
+    ----------
+    path
+        The file: NIfTI, MetaImage, NRRD, GIPL, MINC 2, HDF5, DICOM or PNG.
+
+    Returns
+    -------
+    Volume
+        Its values and its place in the world. Several values per voxel become channels.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is not an image of real numbers in such a format, is cut short or damaged, or holds
+        values that are not finite.
+    """
+    image = read_image(path)
+    array = image_values(image)
+    if image.GetNumberOfComponentsPerPixel() > 1:
+        array = np.moveaxis(array, -1, 0)
+    grid = image_grid(image)
+    try:
+        return Volume.create(array, grid.spacing, grid.origin, grid.direction)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def write_volume(volume: Volume, path: str | os.PathLike[str]) -> None:
+    """Write a volume through SimpleITK; the file appears complete or not at all.
+
+    Parameters
+    ----------
+    volume
+        What to write, with the dtype of its array. Channels become several values per voxel.
+    path
+        The file; its ending says in which format: ``.nii``, ``.nii.gz``, ``.hdr``, ``.img``,
+        ``.hdr.gz`` or ``.img.gz`` for NIfTI, ``.mha`` or ``.mhd`` for MetaImage, ``.nrrd`` or
+        ``.nhdr`` for NRRD.
+
+    Raises
+    ------
+    OSError
+        If there is no such folder, or no writing in it.
+    ValueError
+        For another ending, or if the format cannot hold such an image.
+    """
+    array = np.asarray(volume.array)
+    if array.ndim > volume.ndim:
+        array = np.moveaxis(array, 0, -1)
+    write_image(array, volume.grid, path, vectors=array.ndim > volume.ndim)
+
+
+def read_image(path: str | os.PathLike[str]) -> Any:
+    """Read a 2-D or 3-D image.
+
+    Parameters
+    ----------
+    path
+        The file.
+
+    Returns
+    -------
+    SimpleITK.Image
+        As it is in the file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is of a format that is not read, is not 2-D or 3-D, is cut short or damaged, or has
+        voxels that are not finite where SimpleITK would hide it.
+    """
+    reader, voxels = _open(path)
+    try:
+        if voxels is not None:
+            check_voxels(path, voxels, _voxel_bytes(reader))
+        return reader.Execute()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not an image: {itk_reason(error)}") from error
+
+
+def read_grid(path: str | os.PathLike[str]) -> Grid:
+    """Read where the voxels of a 2-D or 3-D image lie, and nothing else of it.
+
+    Parameters
+    ----------
+    path
+        The file.
+
+    Returns
+    -------
+    Grid
+        That of the image.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is of a format that is not read, or is not 2-D or 3-D.
+    """
+    reader, _ = _open(path)
+    return image_grid(reader)
+
+
+def _open(path: str | os.PathLike[str]) -> tuple[Any, Voxels | None]:
+    """Return a reader that knows the header of an image, and where its voxels are."""
+    import SimpleITK as sitk  # noqa: N813
+
+    if not Path(path).is_file():
+        found = "no such file" if not Path(path).exists() else "expected a file, got a folder"
+        raise FileNotFoundError(f"{path}: {found}")
+    check_hdf5(path)
+    reader = sitk.ImageFileReader()
+    kind = reader.GetImageIOFromFileName(os.fspath(path))
+    if kind not in IMAGE_FORMATS:
+        known = ", ".join(name for name, _ in IMAGE_FORMATS.values())
+        found = f", got {kind.removesuffix('ImageIO')}" if kind else ""
+        raise ValueError(f"{path}: not an image that can be read: expected one of {known}{found}")
+    voxels = find_voxels(path, kind)
+    try:
+        reader.SetFileName(os.fspath(path))
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not an image: {itk_reason(error)}") from error
+    if reader.GetDimension() not in (2, 3):
+        raise ValueError(f"{path}: expected a 2-D or 3-D image, got {reader.GetDimension()}-D")
+    if reader.GetPixelID() in (sitk.sitkComplexFloat32, sitk.sitkComplexFloat64):
+        raise ValueError(f"{path}: expected real numbers, got complex ones")
+    return reader, voxels
+
+
+def _voxel_bytes(reader: Any) -> int:
+    import SimpleITK as sitk  # noqa: N813
+
+    size: int = sitk.Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
+    count: int = math.prod([reader.GetNumberOfComponents(), *reader.GetSize()])
+    return size * count
+
+
+def image_grid(image: Any) -> Grid:
+    """Return where the voxels of a SimpleITK image lie, or of what is to be read."""
+    ndim = image.GetDimension()
+    return Grid(
+        tuple(image.GetSize()[::-1]),
+        np.array(image.GetSpacing()),
+        np.array(image.GetOrigin()),
+        np.reshape(image.GetDirection(), (ndim, ndim)),
+    )
+
+
+def image_values(image: Any) -> NDArray[Any]:
+    """Return the values of a SimpleITK image, ``([Z,] Y, X)`` or ``([Z,] Y, X, C)``."""
+    import SimpleITK as sitk  # noqa: N813
+
+    values: NDArray[Any] = sitk.GetArrayFromImage(image)
+    return values
+
+
+def check_image_name(path: str | os.PathLike[str]) -> None:
+    """See that a file can keep all of an image, for which its name is enough.
+
+    Parameters
+    ----------
+    path
+        Where an image is to be written.
+
+    Raises
+    ------
+    ValueError
+        If its ending is none of `WRITTEN_SUFFIXES`. ITK writes other formats without an error, and
+        without the origin, the direction, or all slices but the first.
+    """
+    if not Path(path).name.endswith(WRITTEN_SUFFIXES):
+        raise ValueError(f"{path}: cannot write it: expected one of {', '.join(WRITTEN_SUFFIXES)}")
+
+
+def write_image(
+    values: ArrayLike, grid: Grid, path: str | os.PathLike[str], *, vectors: bool = False
+) -> None:
+    """Write an image, compressed; the file appears complete or not at all.
+
+    Parameters
+    ----------
+    values
+        ``([Z,] Y, X)``, or ``([Z,] Y, X, C)`` with `vectors`.
+    grid
+        Where the voxels lie.
+    path
+        The file; its ending, one of `WRITTEN_SUFFIXES`, says in which format.
+    vectors
+        Whether there are several values per voxel.
+
+    Raises
+    ------
+    OSError
+        If there is no such folder, or no writing in it.
+    ValueError
+        For another ending, or if SimpleITK cannot write such an image to such a file.
+    """
+    import SimpleITK as sitk  # noqa: N813
+
+    check_image_name(path)
+    image = sitk.GetImageFromArray(np.asarray(values), isVector=vectors)
+    image.SetSpacing(np.asarray(grid.spacing).tolist())
+    image.SetOrigin(np.asarray(grid.origin).tolist())
+    image.SetDirection(np.ravel(grid.direction).tolist())
+    with atomic_path(path) as beside:
+        try:
+            sitk.WriteImage(image, str(beside), useCompression=True)
+        except RuntimeError as error:
+            reason = itk_reason(error).replace(str(beside), os.fspath(path))
+            raise ValueError(f"{path}: cannot write it: {reason}") from error
+
+
+def itk_reason(error: RuntimeError) -> str:
+    """Return what went wrong in an exception of SimpleITK, without where in its sources."""
+    lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[-1].startswith("Reason: "):  # the last error of the system, any one
+        lines.pop()
+    return re.sub(r"^(sitk::|ITK )ERROR: (\w+\(0x[0-9a-f]+\): )?", "", lines[-1])

@@ -1,0 +1,229 @@
+"""Transforms as files that ITK, ANTs and 3D Slicer read and write.
+
+Affine transforms are ITK transform files; displacement fields are images of vectors in
+millimetres, LPS, which NIfTI marks with the intent code 1007.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from regkernels.files.atomic import atomic_path
+from regkernels.files.images import (
+    check_image_name,
+    image_grid,
+    image_values,
+    itk_reason,
+    read_image,
+    write_image,
+)
+from regkernels.files.integrity import check_transform
+from regkernels.grid import Grid
+from regkernels.maps import AffineMap, DisplacementField, Part
+from regkernels.volume import Volume
+
+__all__ = [
+    "TRANSFORM_SUFFIXES",
+    "check_transform_name",
+    "read_transform",
+    "write_affine",
+    "write_displacement",
+    "write_transform",
+]
+
+TRANSFORM_SUFFIXES = (".tfm", ".txt", ".mat", ".h5", ".hdf5", ".xfm")
+"""Endings of ITK transform files; what ends otherwise is an image of displacements."""
+
+
+def read_transform(path: str | os.PathLike[str]) -> tuple[Part, ...]:
+    """Read a transform that ITK, ANTs, 3D Slicer or `write_transform` wrote.
+
+    Parameters
+    ----------
+    path
+        An ITK transform file of linear transforms, displacement fields or both, composed in any
+        way; or an image of displacements in millimetres, LPS.
+
+    Returns
+    -------
+    tuple
+        `AffineMap` and `DisplacementField`, in the order in which a point goes
+        through them.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is not a transform, is one of another kind (a B-spline, say), is cut short or damaged,
+        cannot be inverted or holds values that are not finite.
+    """
+    import SimpleITK as sitk  # noqa: N813
+
+    if Path(path).suffix.lower() not in TRANSFORM_SUFFIXES:
+        return (_field(read_image(path), path),)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    check_transform(path)
+    try:
+        transform = sitk.ReadTransform(os.fspath(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not a transform: {itk_reason(error)}") from error
+    return _parts(transform, path)
+
+
+def check_transform_name(part: Part, path: str | os.PathLike[str]) -> None:
+    """See that an affine or a displacement field can be in a file of such a name.
+
+    Parameters
+    ----------
+    part
+        What is to be written.
+    path
+        Where to.
+
+    Raises
+    ------
+    ValueError
+        If its ending is one of another kind of file.
+    """
+    of_transform = Path(path).suffix.lower() in TRANSFORM_SUFFIXES
+    if isinstance(part, AffineMap):
+        if not of_transform:
+            raise ValueError(f"{path}: expected an ending of {', '.join(TRANSFORM_SUFFIXES)}")
+        return
+    if of_transform:
+        raise ValueError(f"{path}: expected the ending of an image, such as .nii.gz")
+    check_image_name(path)
+
+
+def write_transform(part: Part, path: str | os.PathLike[str]) -> None:
+    """Write an affine or a displacement field; see `write_affine` and `write_displacement`.
+
+    Parameters
+    ----------
+    part
+        What to write.
+    path
+        The file; its ending says in which format.
+
+    Raises
+    ------
+    OSError
+        If there is no such folder, or no writing in it.
+    ValueError
+        If such a part cannot be in such a file.
+    """
+    if isinstance(part, DisplacementField):
+        write_displacement(part.vectors, part.grid, path)
+    else:
+        write_affine(part.matrix, path)
+
+
+def write_affine(matrix: ArrayLike, path: str | os.PathLike[str]) -> None:
+    """Write an affine as an ITK transform file, about the centre 0.
+
+    Parameters
+    ----------
+    matrix
+        ``(D + 1, D + 1)``, fixed -> moving, millimetres, LPS.
+    path
+        Where to: ``.tfm`` and ``.txt`` are text, ``.mat`` is what ANTs writes, ``.h5`` and
+        ``.hdf5`` are HDF5. The file appears complete or not at all.
+
+    Raises
+    ------
+    OSError
+        If there is no such folder, or no writing in it.
+    ValueError
+        For another ending.
+    """
+    import SimpleITK as sitk  # noqa: N813
+
+    matrix = np.asarray(matrix, dtype=np.float64)
+    check_transform_name(AffineMap(matrix), path)
+    transform = sitk.AffineTransform(len(matrix) - 1)
+    transform.SetMatrix(matrix[:-1, :-1].ravel().tolist())
+    transform.SetTranslation(matrix[:-1, -1].tolist())
+    with atomic_path(path) as beside:
+        try:
+            sitk.WriteTransform(transform, str(beside))
+        except RuntimeError as error:
+            raise ValueError(f"{path}: cannot write it: {itk_reason(error)}") from error
+
+
+def write_displacement(
+    field: ArrayLike, reference: Volume | Grid, path: str | os.PathLike[str]
+) -> None:
+    """Write a displacement field as an ITK displacement image.
+
+    Parameters
+    ----------
+    field
+        ``([Z,] Y, X, D)`` in millimetres, LPS.
+    reference
+        Gives the grid.
+    path
+        Where to; the suffix chooses the format, one that `write_volume` knows. The file appears
+        complete or not at all.
+
+    Raises
+    ------
+    OSError
+        If there is no such folder, or no writing in it.
+    ValueError
+        For another ending.
+    """
+    grid = reference.grid if isinstance(reference, Volume) else reference
+    vectors = np.asarray(field, dtype=np.float32)
+    check_transform_name(DisplacementField(grid, vectors), path)
+    write_image(vectors, grid, path, vectors=True)
+
+
+def _field(image: Any, path: str | os.PathLike[str]) -> DisplacementField:
+    ndim, components = image.GetDimension(), image.GetNumberOfComponentsPerPixel()
+    if components != ndim:
+        raise ValueError(
+            f"{path}: expected displacements, {ndim} values per voxel, got {components}"
+        )
+    vectors = image_values(image).astype(np.float32)
+    if not np.isfinite(vectors).all():
+        raise ValueError(f"{path}: expected finite displacements, got NaN or infinity")
+    return DisplacementField(image_grid(image), vectors)
+
+
+def _parts(transform: Any, path: str | os.PathLike[str]) -> tuple[Part, ...]:
+    import SimpleITK as sitk  # noqa: N813
+
+    transform = transform.Downcast()
+    if isinstance(transform, sitk.CompositeTransform):
+        # ITK sends a point through the transform that was added last first.
+        numbers = reversed(range(transform.GetNumberOfTransforms()))
+        return tuple(
+            part for number in numbers for part in _parts(transform.GetNthTransform(number), path)
+        )
+    if isinstance(transform, sitk.DisplacementFieldTransform):
+        return (_field(transform.GetDisplacementField(), path),)
+    if not transform.IsLinear():
+        raise ValueError(
+            f"{path}: expected linear transforms and displacement fields, got a "
+            f"{transform.GetName()}"
+        )
+    return (_affine(transform, path),)
+
+
+def _affine(transform: Any, path: str | os.PathLike[str]) -> AffineMap:
+    """Read a linear transform of any class off the points that it maps."""
+    ndim = transform.GetDimension()
+    offset = np.array(transform.TransformPoint([0.0] * ndim))
+    columns = [transform.TransformVector(unit, [0.0] * ndim) for unit in np.eye(ndim).tolist()]
+    matrix = np.eye(ndim + 1)
+    matrix[:-1] = np.column_stack([*columns, offset])
+    if not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-9:
+        raise ValueError(f"{path}: expected a transform with an inverse, got {matrix.tolist()}")
+    return AffineMap(matrix)

@@ -1,0 +1,67 @@
+"""What there is on this machine: versions, what was compiled, devices. For bug reports."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from regkernels import _core
+
+__all__ = ["describe"]
+
+_PLATFORMS = ("cpu", "cuda")
+_LIBRARIES = ("numpy", "jax", "jaxlib", "torch", "SimpleITK")
+
+
+def describe() -> dict[str, str]:
+    """Return versions, the build and the devices of whichever frameworks are installed.
+
+    Returns
+    -------
+    dict
+        Names and short texts. A framework that is installed but does not start tells why.
+    """
+    architectures = ", ".join(_core.cuda_architectures()) or "none (CPU-only build)"
+    backends = [name for name in _PLATFORMS if _core.xla_registrations(name)]
+    return {
+        "regkernels": _core.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: _version(name) for name in _LIBRARIES},
+        "XLA FFI API": ".".join(map(str, _core.xla_ffi_api_version())),
+        "registered backends": ", ".join(backends),
+        "CUDA architectures": architectures,
+        "CUDA devices": str(_core.cuda_device_count()),
+        "CPU threads": str(_core.num_threads()),
+        "JAX devices": _devices("jax", _jax_devices),
+        "PyTorch devices": _devices("torch", _torch_devices),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _devices(framework: str, find: Any) -> str:
+    if importlib.util.find_spec(framework) is None:
+        return f"{framework} is not installed"
+    try:
+        return ", ".join(find(importlib.import_module(framework)))
+    # This is what one runs because something is broken: whatever it is, it is to be told.
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _jax_devices(jax: Any) -> list[str]:
+    return [f"{d.platform}:{d.id} ({d.device_kind})" for d in jax.devices()]
+
+
+def _torch_devices(torch: Any) -> list[str]:
+    cuda = range(torch.cuda.device_count())
+    return ["cpu", *(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in cuda)]

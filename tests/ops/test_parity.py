@@ -1,0 +1,188 @@
+"""The two packages are one library: same names, same arguments, same numbers."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from backends import BACKENDS, Backend
+from examples import ALL_OPS, OPERANDS, example
+from inputs import assert_close, assert_same, random_array, small_displacement
+from parity_digests import cases
+
+import jaxreg
+import torchreg
+
+THREADS = [1, 2, 5]
+
+Digests = dict[str, dict[str, dict[str, str]]]
+
+
+@pytest.fixture(scope="module")
+def digests() -> dict[int, Digests]:
+    """What both packages compute on the CPU with each number of threads."""
+    script = Path(__file__).parents[1] / "support" / "parity_digests.py"
+    result = {}
+    for threads in THREADS:
+        done = subprocess.run(
+            [sys.executable, str(script)],
+            env={**os.environ, "REGKERNELS_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        result[threads] = json.loads(done.stdout)
+    return result
+
+
+@pytest.mark.parametrize("title", cases())
+def test_jax_and_torch_agree_to_the_last_bit_on_the_cpu(
+    title: str, digests: dict[int, Digests]
+) -> None:
+    """Values and gradients."""
+    assert digests[1][title]["jax"] == digests[1][title]["torch"]
+
+
+@pytest.mark.parametrize("title", cases())
+def test_nothing_depends_on_the_number_of_threads(title: str, digests: dict[int, Digests]) -> None:
+    for threads in THREADS[1:]:
+        assert digests[threads][title] == digests[1][title], f"{threads} threads"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("title", cases())
+def test_jax_and_torch_agree_on_the_gpu(title: str) -> None:
+    """To the last bit, except for gradients that are sums of atomics."""
+    case = cases()[title]
+    results = []
+    for framework in ("jax", "torch"):
+        backend = BACKENDS[framework, "cuda"]
+        value = backend.call(case.name, *case.operands, **case.options)
+        cotangent = random_array(7, *value.shape, dtype=value.dtype)
+        wrt = case.differentiable
+        gradients = backend.vjp(case.name, case.operands, cotangent, wrt, **case.options)
+        results.append((value, *gradients))
+    scattered = {("interpolate", "image"), ("compose", "u"), ("scaling_and_squaring", "velocity")}
+    names = ("value", *(OPERANDS[case.name][k] for k in case.differentiable))
+    for name, of_jax, of_torch in zip(names, *results, strict=True):
+        if (case.name, name) in scattered:
+            assert_close(of_jax, of_torch, of_torch.dtype)
+        else:
+            assert_same(of_jax, of_torch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+@pytest.mark.parametrize("name", ALL_OPS)
+def test_the_gpu_agrees_with_the_cpu(name: str, framework: str) -> None:
+    case = example(name, shape=(29, 37, 43), dtype=np.float32)
+    on_cpu, on_gpu = (
+        BACKENDS[framework, device].call(name, *case.operands, **case.options)
+        for device in ("cpu", "cuda")
+    )
+    if on_cpu.dtype == np.int32:  # rounding decides between labels that weigh the same
+        assert (on_gpu != on_cpu).mean() < 1e-4
+    else:
+        assert_close(on_gpu, on_cpu, np.float32)
+
+
+def test_both_packages_offer_the_same_functions() -> None:
+    assert set(ALL_OPS) <= set(jaxreg.__all__)
+    assert set(ALL_OPS) <= set(torchreg.__all__)
+
+
+@pytest.mark.parametrize("name", ALL_OPS)
+def test_functions_take_the_same_arguments_in_both_packages(name: str) -> None:
+    """The same names, kinds and defaults."""
+    in_jax, in_torch = (
+        [
+            (parameter.name, parameter.kind, parameter.default)
+            for parameter in inspect.signature(getattr(package, name)).parameters.values()
+        ]
+        for package in (jaxreg, torchreg)
+    )
+    assert in_jax == in_torch
+
+
+def test_subnormal_numbers_are_numbers_whoever_calls() -> None:
+    """XLA's threads take them for zeros, and so may any thread of the caller's."""
+    image = np.full((1, 1, 40, 40, 40), 3e-40, np.float32)  # enough for several threads
+    grid = small_displacement(1, 1, (40, 40, 40), 1e-3, np.float32)
+    expected = reference.interpolate(image.astype(np.float64), None, grid, padding_mode="border")
+    options = {"padding_mode": "border"}
+    for package in ("jax", "torch"):
+        actual = BACKENDS[package, "cpu"].call("interpolate", image, None, grid, **options)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-44)
+    flushes = torch.set_flush_denormal(True)
+    try:
+        again = BACKENDS["torch", "cpu"].call("interpolate", image, None, grid, **options)
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushes and np.array_equal(again.view(np.int32), actual.view(np.int32))
+
+
+def test_numbers_and_shapes_may_come_from_numpy(backend: Backend) -> None:
+    """With the same results as Python's own."""
+    image, _, grid = example("interpolate", dtype=np.float32).operands
+
+    def same(name: str, array: np.ndarray, plain: dict[str, Any], other: dict[str, Any]) -> None:
+        assert_same(backend.call(name, array, **other), backend.call(name, array, **plain))
+
+    same("gaussian_smooth", image, {"sigma": 1.5}, {"sigma": np.float32(1.5)})
+    same("gaussian_smooth", image, {"sigma": (1.0, 0.5, 2.0)}, {"sigma": np.array([1.0, 0.5, 2.0])})
+    same("gaussian_smooth", image, {"sigma": (1.0, 2.0, 3.0)}, {"sigma": [1, 2, 3]})
+    same(
+        "gaussian_smooth",
+        image,
+        {"sigma": 2.0, "truncate": 3.0},
+        {"sigma": np.int64(2), "truncate": np.int32(3)},
+    )
+    same("scaling_and_squaring", grid, {"num_steps": 2}, {"num_steps": np.int64(2)})
+    same("scaling_and_squaring", grid, {"align_corners": True}, {"align_corners": np.True_})
+    same("interpolate", image, {"out_shape": (2, 3, 4)}, {"out_shape": np.array([2, 3, 4])})
+    same("interpolate", image, {"out_shape": (2, 3, 4)}, {"out_shape": [np.int32(2), 3, 4]})
+    same(
+        "lncc_loss",
+        image,
+        {"target": 2 * image, "kernel_size": 5, "window": "gaussian", "sigma": 1.5},
+        {
+            "target": 2 * image,
+            "kernel_size": np.int64(5),
+            "window": "gaussian",
+            "sigma": np.float32(1.5),
+        },
+    )
+    same(
+        "mutual_information_loss",
+        image,
+        {"target": 2 * image, "value_range": ((-1.0, 1.0), (-2.0, 2.0))},
+        {"target": 2 * image, "value_range": [(np.int64(-1), np.array(1)), (np.float32(-2), 2)]},
+    )
+    units = {"source": "voxel", "target": "mm"}
+    same(
+        "convert_displacement",
+        grid,
+        {**units, "spacing": (1.0, 2.0, 3.0)},
+        {**units, "spacing": np.array([1, 2, 3])},
+    )
+
+
+@pytest.mark.parametrize("package", [jaxreg, torchreg], ids=lambda package: package.__name__)
+@pytest.mark.parametrize("name", ALL_OPS)
+def test_every_argument_is_documented(name: str, package: object) -> None:
+    function = getattr(package, name)
+    documented = inspect.getdoc(function) or ""
+    for section in ("Parameters", "Returns", "Raises"):
+        assert f"{section}\n{'-' * len(section)}" in documented
+    for parameter in inspect.signature(function).parameters:
+        assert parameter in documented.split("Parameters\n", 1)[1]
