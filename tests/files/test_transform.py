@@ -176,6 +176,21 @@ def test_a_field_is_linear_between_its_voxels_and_ends_half_a_voxel_outside() ->
         np.testing.assert_allclose(moved - [(x, 0.4), (x, 0.6)], [expected, (0, 0)], atol=1e-5)
 
 
+def test_a_matrix_stands_for_the_affine_map_that_it_is(tmp_path: Path) -> None:
+    fixed, part = volume(2), affine(2)
+    points = physical_grid(fixed)
+    np.testing.assert_array_equal(move_points(points, [part.matrix]), part.move(points))
+    by_matrix, by_part = (resample(fixed, fixed, [p]).array for p in (part.matrix, part))
+    np.testing.assert_array_equal(by_matrix, by_part)
+    np.testing.assert_array_equal(np.asarray(part), part.matrix)
+    write_transform(part.matrix, tmp_path / "affine.tfm")
+    np.testing.assert_array_equal(read_transform(tmp_path / "affine.tfm")[0], part.matrix)
+    with pytest.raises(ValueError, match=r"parts: expected a matrix .*, got shape \(2, 3\)"):
+        move_points(points, [part.matrix[:2]])
+    with pytest.raises(TypeError, match="parts: expected affine maps, .* got str"):
+        resample(fixed, fixed, ["affine.tfm"])  # type: ignore[list-item]
+
+
 @pytest.mark.parametrize("dim", [2, 3])
 def test_any_chain_resamples_as_in_simpleitk(dim: int) -> None:
     reference, moving = volume(dim), volume(dim, turn=-35.0)

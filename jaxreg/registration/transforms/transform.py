@@ -54,7 +54,7 @@ class Transform:
     inverse_displacement: Any = None
 
     @classmethod
-    def from_parts(cls, grid: Grid, parts: Sequence[Part]) -> Transform:
+    def from_parts(cls, grid: Grid, parts: Sequence[Part | ArrayLike]) -> Transform:
         """Return a chain of parts as one transform, without the inverse of its deformation.
 
         Parameters
