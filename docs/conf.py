@@ -67,9 +67,7 @@ def _file_of(page: Path) -> str | None:
     return posixpath.normpath(f"docs/{found[1]}") if found else None
 
 
-PAGES = {
-    path: page.name for page in Path(__file__).parent.glob("*.md") if (path := _file_of(page))
-}
+PAGES = {path: page.name for page in Path(__file__).parent.glob("*.md") if (path := _file_of(page))}
 
 
 def put_file_in_place_of_page(app: Sphinx, docname: str, source: list[str]) -> None:
