@@ -65,7 +65,7 @@ def main() -> None:
         "latency",
         arguments,
         torch.cuda.get_device_name() if device == "cuda" else "",
-        shape=image.shape,
+        shape=tuple(image.shape),
         dtype="float32",
         repeats=ROUNDS * CALLS,
     )

@@ -127,18 +127,23 @@ def make_warp(rng: np.random.Generator, shape: Sequence[int]) -> Operands:
     turn = np.float32(0.1)
     affine = np.eye(ndim, ndim + 1, dtype=np.float32)
     affine[:2, :2] = [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]
-    blocks = rng.integers(0, LABELS, [*shape[:2], *(-(-n // 16) for n in size)], np.int32)
-    for axis, length in enumerate(size, start=2):
-        blocks = blocks.repeat(16, axis).take(range(length), axis)
     return {
         "image": rng.normal(size=shape).astype(np.float32),
         "u": _smooth_field(rng, batch, size, 2.0),
         "v": _smooth_field(rng, batch, size, 2.0),
         "affine": affine[None].repeat(batch, 0),
-        "labels": blocks,
+        "labels": _label_map(rng, shape),
         "g": rng.normal(size=shape).astype(np.float32),
         "gf": rng.normal(size=(batch, *size, ndim)).astype(np.float32),
     }
+
+
+def _label_map(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
+    coarse = [*shape[:2], *(-(-n // 16) for n in shape[2:])]
+    labels = rng.integers(0, LABELS, coarse, np.int32)
+    for axis, length in enumerate(shape[2:], start=2):
+        labels = labels.repeat(16, axis).take(range(length), axis)
+    return labels
 
 
 def _smooth_field(
@@ -146,11 +151,11 @@ def _smooth_field(
 ) -> np.ndarray:
     """Return a displacement with a deviation of some voxels that varies over some 16 of them."""
     coarse = [max(2, n // 16) for n in size]
-    field = rng.normal(size=(batch, *coarse, len(size))).astype(np.float32)
-    for axis, length in enumerate(size, start=1):
+    field = rng.normal(size=(batch, len(size), *coarse)).astype(np.float32)
+    for axis, length in enumerate(size, start=2):
         field = _stretched(field, length, axis)
     scale = [2 * voxels / max(n - 1, 1) for n in reversed(size)]
-    return field * np.array(scale, np.float32)
+    return np.ascontiguousarray(np.moveaxis(field, 1, -1)) * np.array(scale, np.float32)
 
 
 def _stretched(x: np.ndarray, length: int, axis: int) -> np.ndarray:
