@@ -19,7 +19,7 @@ Before anything is timed, values are compared with ours. `harness.py` says what 
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,6 +41,15 @@ from regkernels.bench.works import (
 
 TorchLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 JaxLoss = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def imports(module: str) -> bool:
+    """Whether a peer is there, and works with the other packages that are."""
+    try:
+        importlib.import_module(module)
+    except Exception:
+        return False
+    return True
 
 
 def weights(kernel_size: int, window: str) -> list[float]:
@@ -95,7 +104,7 @@ def jnp_lncc(
 def torch_losses(kernel_size: int, window: str, dim: int, device: str) -> dict[str, TorchLoss]:
     """The peers in PyTorch."""
     losses: dict[str, TorchLoss] = {}
-    if importlib.util.find_spec("monai"):
+    if imports("monai.losses"):
         from monai.losses import LocalNormalizedCrossCorrelationLoss
 
         monai = LocalNormalizedCrossCorrelationLoss(
@@ -104,7 +113,7 @@ def torch_losses(kernel_size: int, window: str, dim: int, device: str) -> dict[s
         losses["MONAI"] = monai
         losses["MONAI compiled"] = torch.compile(monai)
     suits_fused = device == "cuda" and dim == 3 and window == "rectangular"
-    if suits_fused and importlib.util.find_spec("fused_lncc"):
+    if suits_fused and imports("fused_lncc"):
         from fused_lncc import fused_lncc_loss
 
         losses["fused_lncc"] = functools.partial(fused_lncc_loss, kernel_size=kernel_size)
@@ -163,7 +172,7 @@ def jnp_mutual_information(
 def torch_information_losses(num_bins: int, kernel: str) -> dict[str, TorchLoss]:
     """The peers in PyTorch."""
     losses: dict[str, TorchLoss] = {}
-    if importlib.util.find_spec("monai"):
+    if imports("monai.losses"):
         from monai.losses import GlobalMutualInformationLoss
 
         monai = GlobalMutualInformationLoss(kernel, num_bins, sigma_ratio=0.5)
@@ -258,7 +267,7 @@ def measure(
 
 def run(bench: Bench, dim: int) -> None:
     """Measure every window and every histogram."""
-    if importlib.util.find_spec("monai") is None:
+    if not imports("monai.losses"):
         bench.record.miss("MONAI")
     for title, (kernel_size, window) in WINDOWS.items():
         measure(
