@@ -114,7 +114,7 @@ def commit() -> str:
     """Return the commit of the checkout; where it has none, what REGKERNELS_COMMIT says."""
     try:
         return subprocess.run(
-            ["git", "rev-parse", "--short=10", "HEAD"],
+            ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"],
             cwd=Path(__file__).parent,
             capture_output=True,
             text=True,

@@ -55,6 +55,17 @@ def test_a_row_is_measured_in_both_frameworks(capsys: pytest.CaptureFixture[str]
         assert row["share"] == pytest.approx(row["floor_ms"] / row["ms"])
 
 
+@pytest.mark.gpu
+def test_a_row_is_measured_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["compose + grad u, v", "--size", "32", "32", "32", "--device", "cuda", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert not result["about"]["card"].startswith("cpu") and result["about"]["driver"]
+    assert [row["who"] for row in result["rows"]] == ["torchreg", "jaxreg"]
+    for row in result["rows"]:
+        assert row["ms"] > 0
+        assert row["memory_mib"] >= 9 * 4 * 32**3 / 2**20  # the result and two gradients
+
+
 def test_half_precision_moves_fewer_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     main(["lncc 7 + grad pred", "--framework", "torch", *SMALL, "--dtype", "float16", "--json"])
     assert json.loads(capsys.readouterr().out)["rows"][0]["bytes"] == 6 * 16**3
