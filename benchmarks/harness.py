@@ -80,7 +80,7 @@ class Record:
         machine = describe_machine(gpu)
         self.about = {
             "benchmark": benchmark,
-            "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
+            "command": command(arguments),
             "commit": commit(),
             **machine,
             **about,
@@ -108,6 +108,18 @@ class Record:
         for path in self.files:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"about": self.about, "rows": self.rows}, indent=1) + "\n")
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """Return what was typed, without where the results went."""
+    files = [path for path in (arguments.json, arguments.output) if path]
+    words = [
+        word
+        for word in sys.argv[1:]
+        if word.partition("=")[0] not in ("--json", "--output") and Path(word) not in files
+    ]
+    script = Path(sys.argv[0]).name
+    return shlex.join(["python", f"benchmarks/{script}", *words])
 
 
 def commit() -> str:

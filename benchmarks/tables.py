@@ -71,12 +71,11 @@ def find_result(name: str, results: Path) -> Result | None:
 
 
 def number(value: float | None) -> str:
-    """Three digits, no more."""
+    """Return three digits, or as many as there are after the point of a millisecond."""
     if value is None:
         return NOTHING
-    if value >= 100:
-        return f"{value:.0f}"
-    return f"{value:.3g}" if value >= 1 else f"{value:.3f}"
+    decimals = next((d for d, least in enumerate((100, 10, 1)) if value >= least), 3)
+    return f"{value:.{decimals}f}"
 
 
 def line(cells: Sequence[str]) -> str:
@@ -129,7 +128,7 @@ def peers_table(columns: Mapping[str, str]) -> Callable[[Result], str]:
             cells = [cell(row, head in OURS) for row, head in zip(found, heads, strict=True)]
             memory = [number_of_mib(row) for row in found]
             lines.append([work, number(floor), *cells, ", ".join(memory)])
-        return table(["work", "floor", *heads, "memory of each (MiB)"], lines)
+        return table(["milliseconds of a call", "floor", *heads, "memory of each (MiB)"], lines)
 
     return make
 
@@ -199,7 +198,7 @@ def rewrite(text: str, results: Path = RESULTS) -> tuple[str, list[str]]:
         if result is None:
             without.append(name)
             return found[0]
-        return f"{start}{make(result)}\n\n{about(result)}\n{end}"
+        return f"{start}\n{make(result)}\n\n{about(result)}\n\n{end}"
 
     if len(MARKED.findall(text)) != text.count("<!-- table:"):
         raise ValueError("expected a <!-- /table --> behind every <!-- table: NAME -->")
