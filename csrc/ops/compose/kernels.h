@@ -2,7 +2,7 @@
 
 #include "ops/compose/compose.h"
 #include "ops/compose/geometry.h"
-#include "resample/resample.h"
+#include "resample/launch.h"
 
 namespace regkernels {
 

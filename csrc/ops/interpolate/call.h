@@ -1,7 +1,7 @@
 #pragma once
 
 #include "ops/interpolate/geometry.h"
-#include "resample/resample.h"
+#include "resample/call.h"
 
 namespace regkernels {
 

@@ -2,7 +2,7 @@
 
 #include "ops/interpolate/call.h"
 #include "ops/interpolate/interpolate.h"
-#include "resample/resample.h"
+#include "resample/launch.h"
 
 namespace regkernels {
 

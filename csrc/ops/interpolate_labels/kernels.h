@@ -4,6 +4,7 @@
 
 #include "ops/interpolate/call.h"
 #include "ops/interpolate_labels/interpolate_labels.h"
+#include "resample/with_resampling.h"
 
 namespace regkernels {
 

@@ -5,7 +5,7 @@
 
 #include "maths/matrix.h"
 #include "ops/invert_displacement/invert_displacement.h"
-#include "resample/resample.h"
+#include "resample/with_resampling.h"
 
 namespace regkernels {
 
