@@ -15,7 +15,6 @@
 #include "core/host_device.h"
 #include "core/thread_pool.h"
 #include "core/vector_code.h"
-#include "maths/vec.h"
 #ifdef __CUDACC__
 #include "core/cuda_runtime.h"
 #endif
@@ -50,45 +49,10 @@ struct Voxel {
   REGKERNELS_HD int64_t row(const int (&size)[D]) const {
     return static_cast<int64_t>(z * size[1] + y) * size[0];
   }
-
-  template <int D>
-  REGKERNELS_HD Vec<int, D> index() const {
-    Vec<int, D> result;
-    result[0] = x;
-    result[1] = y;
-    if constexpr (D == 3) result[2] = z;
-    return result;
-  }
 };
 
 inline constexpr int kWarp = 32;
 inline constexpr int kRowsPerBlock = 8;
-
-// Writes one vector per voxel to a row of packed vectors. On CUDA the warp's vectors go through
-// shared memory, so that each store instruction fills whole sectors. Every lane of the warp must
-// take part.
-template <class T, int D>
-REGKERNELS_HD void store_packed(T* row, const Voxel& voxel, const Vec<T, D>& value) {
-#ifdef __CUDA_ARCH__
-  __shared__ T stage[kRowsPerBlock][kWarp * D];
-  T* mine = stage[threadIdx.y];
-  __syncwarp();
-  REGKERNELS_UNROLL
-  for (int k = 0; k < D; ++k) mine[threadIdx.x * D + k] = value[k];
-  __syncwarp();
-  const int remaining = voxel.row_size - voxel.tile_x;
-  const int count = (remaining < kWarp ? remaining : kWarp) * D;
-  T* tile = row + static_cast<int64_t>(voxel.tile_x) * D;
-  REGKERNELS_UNROLL
-  for (int k = 0; k < D; ++k) {
-    const int element = k * kWarp + threadIdx.x;
-    if (element < count) tile[element] = mine[element];
-  }
-#else
-  T* target = row + static_cast<int64_t>(voxel.x) * D;
-  for (int k = 0; k < D; ++k) target[k] = value[k];
-#endif
-}
 
 struct Cpu {
   explicit Cpu(const Context&) {}

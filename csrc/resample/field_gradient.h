@@ -7,6 +7,7 @@
 #include "core/for_each.h"
 #include "core/half.h"
 #include "core/operand.h"
+#include "maths/voxel_vectors.h"
 #include "resample/neighbours.h"
 #include "resample/resampling.h"
 

@@ -8,6 +8,7 @@
 #include "core/for_each.h"
 #include "maths/coordinates.h"
 #include "maths/sampling.h"
+#include "maths/voxel_vectors.h"
 
 namespace regkernels {
 
@@ -62,7 +63,7 @@ struct Neighbours {
     with_known_placement(*source.self, [&](const auto& map) {
 #pragma GCC ivdep
       for (int i = 0; i < kCount; ++i) {
-        Vec<int, D> voxel = first.index<D>();
+        Vec<int, D> voxel = voxel_index<D>(first);
         voxel[0] += i;
         Vec<T, D> u{};
         if constexpr (R::kField) u = load_vec<T, D>(field + i * D);

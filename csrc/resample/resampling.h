@@ -9,6 +9,7 @@
 #include "core/operand.h"
 #include "maths/coordinates.h"
 #include "maths/sampling.h"
+#include "maths/voxel_vectors.h"
 #include "resample/layout.h"
 
 namespace regkernels {
@@ -59,7 +60,7 @@ struct Resampling {
       return load_vec<T, D>(out_pointer<D>(field, voxel));
     }
     REGKERNELS_HD Vec<T, D> position(const Voxel& voxel, const Vec<T, D>& u) const {
-      return self->map.template position<kField>(item, voxel.index<D>(), u);
+      return self->map.template position<kField>(item, voxel_index<D>(voxel), u);
     }
     // Values at the corners, each what `convert` makes of what is stored; `kChecked`: of a cell
     // that may lie partly outside, where they are `outside`.

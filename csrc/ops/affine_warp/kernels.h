@@ -5,6 +5,7 @@
 #include "core/operand.h"
 #include "core/reduce.h"
 #include "maths/coordinates.h"
+#include "maths/voxel_vectors.h"
 #include "ops/affine_warp/affine_warp.h"
 #include "ops/affine_warp/geometry.h"
 
@@ -13,7 +14,7 @@ namespace regkernels {
 // The normalised coordinate of a voxel.
 template <class T, int D>
 REGKERNELS_HD Vec<T, D> normalised(const Frame<T, D>& frame, const Voxel& voxel) {
-  const Vec<int, D> index = voxel.index<D>();
+  const Vec<int, D> index = voxel_index<D>(voxel);
   Vec<T, D> x;
   REGKERNELS_UNROLL
   for (int k = 0; k < D; ++k)

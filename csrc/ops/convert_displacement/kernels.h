@@ -2,6 +2,7 @@
 
 #include "core/dispatch.h"
 #include "core/for_each.h"
+#include "maths/voxel_vectors.h"
 #include "ops/convert_displacement/convert_displacement.h"
 #include "ops/convert_displacement/geometry.h"
 

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "maths/matrix.h"
+#include "maths/voxel_vectors.h"
 #include "ops/invert_displacement/invert_displacement.h"
 #include "resample/with_resampling.h"
 
@@ -87,7 +88,7 @@ struct DisplacementInversion {
 
     REGKERNELS_HD void operator()(const Voxel& voxel) const {
       const Frame<T, D>& frame = self->resampling.map.in;
-      const Vec<int, D> y = voxel.index<D>();
+      const Vec<int, D> y = voxel_index<D>(voxel);
       Vec<T, D> best = source.vector(voxel);
       REGKERNELS_UNROLL
       for (int k = 0; k < D; ++k) {

@@ -5,6 +5,7 @@
 #include "core/operand.h"
 #include "maths/coordinates.h"
 #include "maths/matrix.h"
+#include "maths/voxel_vectors.h"
 #include "ops/jacobian_determinant/jacobian_determinant.h"
 
 namespace regkernels {
@@ -57,7 +58,7 @@ struct JacobianForward {
     T* output;
     REGKERNELS_HD void operator()(const Voxel& voxel) const {
       const Differences<T, D>& d = self->differences;
-      const Vec<int, D> i = voxel.index<D>();
+      const Vec<int, D> i = voxel_index<D>(voxel);
       const T value = determinant(d.jacobian(displacement, i));
       if (voxel.active) output[d.offset(i)] = value;
     }
@@ -96,7 +97,7 @@ struct JacobianBackward {
 
     REGKERNELS_HD void operator()(const Voxel& voxel) const {
       const Differences<T, D>& d = self->differences;
-      const Vec<int, D> i = voxel.index<D>();
+      const Vec<int, D> i = voxel_index<D>(voxel);
       Vec<T, D> sum{};
       REGKERNELS_UNROLL
       for (int axis = 0; axis < D; ++axis) {
