@@ -11,7 +11,9 @@
 #include <type_traits>
 
 #include "core/cuda_runtime.h"
-#include "ops/gaussian_smooth/kernels.h"
+#include "core/for_each.h"
+#include "ops/gaussian_smooth/call.h"
+#include "ops/gaussian_smooth/gaussian_smooth.h"
 
 namespace regkernels {
 
@@ -301,17 +303,17 @@ void launch_general(const Cuda& device, Smoothing<S>& smoothing, int64_t volumes
 }
 
 template <class S>
-void smooth_fused(const Cuda& device, const SmoothingPlan& plan, const S* in, S* out) {
+void smooth_fused(const Cuda& device, const GaussianSmoothCall& call, const S* in, S* out) {
   using T = Arithmetic<S>;
   Smoothing<S> smoothing{};
   smoothing.in = in;
   smoothing.out = out;
-  smoothing.columns = static_cast<int>(plan.sizes.x * plan.channels);
-  smoothing.rows = static_cast<int>(plan.sizes.y);
-  smoothing.depth = static_cast<int>(plan.sizes.z);
-  smoothing.channels = static_cast<int>(plan.channels);
+  smoothing.columns = static_cast<int>(call.sizes.x * call.channels);
+  smoothing.rows = static_cast<int>(call.sizes.y);
+  smoothing.depth = static_cast<int>(call.sizes.z);
+  smoothing.channels = static_cast<int>(call.channels);
   for (T(&weight)[kLargestRadius<T> + 1] : smoothing.weight) weight[0] = 1;
-  for (const SmoothingPass& pass : plan.passes) {
+  for (const SmoothingPass& pass : call.passes) {
     smoothing.radius[pass.axis] = static_cast<int>(pass.radius);
     for (int d = 0; d <= pass.radius; ++d) {
       smoothing.weight[pass.axis][d] = gaussian_weight<T>(pass, d);
@@ -321,15 +323,15 @@ void smooth_fused(const Cuda& device, const SmoothingPlan& plan, const S* in, S*
   if constexpr (std::is_same_v<S, float>) {
     const auto launch_radius = [&](auto radius) {
       constexpr int kRadius = decltype(radius)::value;
-      return launch_exact<kRadius, 1, ExactShape>(device, smoothing, plan.volumes, limit) ||
-             launch_exact<kRadius, 3, ExactShape>(device, smoothing, plan.volumes, limit);
+      return launch_exact<kRadius, 1, ExactShape>(device, smoothing, call.volumes, limit) ||
+             launch_exact<kRadius, 3, ExactShape>(device, smoothing, call.volumes, limit);
     };
     if (launch_radius(IntTag<2>{}) || launch_radius(IntTag<3>{}) || launch_radius(IntTag<4>{}) ||
         launch_radius(IntTag<5>{}) || launch_radius(IntTag<6>{}) || launch_radius(IntTag<8>{})) {
       return;
     }
   }
-  launch_general(device, smoothing, plan.volumes, limit);
+  launch_general(device, smoothing, call.volumes, limit);
 }
 
 template <class T>
@@ -388,15 +390,15 @@ void smooth_axis(const Cuda& device, const SmoothingPass& pass, T* weights, cons
 }
 
 template <class S, class T>
-void smooth(const Cuda& device, const SmoothingPlan& plan, const S* in, S* out, T* weights,
+void smooth(const Cuda& device, const GaussianSmoothCall& call, const S* in, S* out, T* weights,
             T* scratch) {
-  const int64_t count = plan.volumes * plan.sizes.voxels() * plan.channels;
-  if (plan.passes.empty()) {
+  const int64_t count = call.volumes * call.sizes.voxels() * call.channels;
+  if (call.passes.empty()) {
     return check_cuda(
         cudaMemcpyAsync(out, in, count * sizeof(S), cudaMemcpyDeviceToDevice, device.stream));
   }
-  if (plan.fused) return smooth_fused(device, plan, in, out);
-  const size_t last = plan.passes.size() - 1;
+  if (call.fused) return smooth_fused(device, call, in, out);
+  const size_t last = call.passes.size() - 1;
   // Where pass i puts what is not yet the result: back and forth, so that the last pass ends in the
   // output.
   const auto between = [&](size_t i) {
@@ -407,7 +409,7 @@ void smooth(const Cuda& device, const SmoothingPlan& plan, const S* in, S* out, 
     }
   };
   for (size_t i = 0; i <= last; ++i) {
-    const SmoothingPass& pass = plan.passes[i];
+    const SmoothingPass& pass = call.passes[i];
     T* pass_weights = weights + pass.first_weight;
     const auto smooth_from = [&](const auto* from) {
       if (i == last) return smooth_axis(device, pass, pass_weights, from, out);

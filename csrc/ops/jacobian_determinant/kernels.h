@@ -6,6 +6,7 @@
 #include "maths/coordinates.h"
 #include "maths/matrix.h"
 #include "maths/voxel_vectors.h"
+#include "ops/jacobian_determinant/call.h"
 #include "ops/jacobian_determinant/jacobian_determinant.h"
 
 namespace regkernels {
@@ -69,7 +70,7 @@ struct JacobianForward {
   }
 };
 
-// A gather: each voxel collects from the neighbours whose differences it enters.
+// The gradient is a gather: each voxel collects from the neighbours whose differences it enters.
 template <class Scalar, int D>
 struct JacobianBackward {
   using T = Scalar;
@@ -126,17 +127,16 @@ struct JacobianBackward {
   }
 };
 
-// Calls body(differences, space) with the types for this call.
+// Calls body(differences, space, TypeTag<T>, IntTag<D>) with the types for this call.
 template <class Body>
 void with_differences(const Call& call, const Body& body) {
-  const Tensor& field = call.input("displacement");
-  const Sizes sizes = field_sizes(field);
+  const auto& checked = call.checked<JacobianDeterminantCall>();
+  const Sizes& sizes = checked.sizes;
   const int64_t extent[3] = {sizes.x, sizes.y, sizes.z};
-  const Batch batch = check_batch(call);
-  const VoxelSpace space = voxel_space(batch.groups, batch.items, sizes);
-  dispatch_dtype(field.dtype, [&](auto type) {
+  const VoxelSpace space = voxel_space(checked.batch.groups, checked.batch.items, sizes);
+  dispatch_dtype(checked.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    dispatch_dimensions(field.shape.rank() - 3, [&](auto dimensions) {
+    dispatch_dimensions(checked.dimensions, [&](auto dimensions) {
       constexpr int D = decltype(dimensions)::value;
       body(Differences<T, D>{make_frame<T, D>(extent, call.flag("align_corners"))}, space,
            TypeTag<T>{}, dimensions);

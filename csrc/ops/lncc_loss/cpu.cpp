@@ -6,7 +6,8 @@
 #include "core/reduce.h"
 #include "core/scratch.h"
 #include "core/vector_code.h"
-#include "ops/lncc_loss/kernels.h"
+#include "ops/lncc_loss/call.h"
+#include "ops/lncc_loss/lncc_loss.h"
 
 namespace regkernels {
 
@@ -223,18 +224,18 @@ T typical(const T* image, int64_t count) {
 template <class T, int kFields>
 class Slab {
  public:
-  Slab(const LnccCall<T>& call, T scale, int64_t group, int64_t channel)
-      : call_(call),
-        window_(call.window),
-        radius_(call.window.radius),
-        radius_z_(call.window.radius_z),
+  Slab(const LnccOperands<T>& lncc, T scale, int64_t group, int64_t channel)
+      : lncc_(lncc),
+        window_(lncc.window),
+        radius_(lncc.window.radius),
+        radius_z_(lncc.window.radius_z),
         scale_(scale),
         group_(group),
         channel_(channel),
-        nx_(static_cast<int>(call.geometry.sizes.x)),
-        ny_(static_cast<int>(call.geometry.sizes.y)),
-        nz_(static_cast<int>(call.geometry.sizes.z)),
-        stride_((call.geometry.sizes.x + radius_ + kBlock - 1) / kBlock * kBlock),
+        nx_(static_cast<int>(lncc.checked.sizes.x)),
+        ny_(static_cast<int>(lncc.checked.sizes.y)),
+        nz_(static_cast<int>(lncc.checked.sizes.z)),
+        stride_((lncc.checked.sizes.x + radius_ + kBlock - 1) / kBlock * kBlock),
         strip_(static_cast<int>(std::max<int64_t>(1, kStrip / stride_ / kTogether)) * kTogether),
         together_(kFields > 0 && window_.rectangular && radius_z_ > 0 ? kTogether : 1),
         images_(scratch_, 2 * radius_z_ + together_, 2, ny_ * stride_),
@@ -288,8 +289,8 @@ class Slab {
   // there; that is how they come.
   void prepare(int64_t item) {
     item_ = item;
-    image_i_ = call_.image_i.at(group_, item, channel_);
-    image_j_ = call_.image_j.at(group_, item, channel_);
+    image_i_ = lncc_.image_i.at(group_, item, channel_);
+    image_j_ = lncc_.image_j.at(group_, item, channel_);
     const int64_t voxels = static_cast<int64_t>(nx_) * ny_ * nz_;
     pivot_i_ = pivot_near(typical(image_i_, voxels), window_);
     pivot_j_ = pivot_near(typical(image_j_, voxels), window_);
@@ -415,9 +416,9 @@ class Slab {
     const auto row = [=](const auto& of) {
       return of.present() ? of.at(group_, item_, channel_) + in_volume(z, y) : nullptr;
     };
-    const T* const mask = row(call_.mask);
-    const T* const cotangent = row(call_.cotangent);
-    T* const map = row(call_.map);
+    const T* const mask = row(lncc_.mask);
+    const T* const cotangent = row(lncc_.cotangent);
+    T* const map = row(lncc_.map);
     if (mask) multiply(mask, ncc);
     for (int x = 0; map && x < nx_; ++x) map[x] = -ncc[x];
     std::fill(ncc + nx_, ncc + stride_, T(0));
@@ -474,11 +475,11 @@ class Slab {
           const T* const i = image(z + p, 0, y);
           const T* const j = image(z + p, 1, y);
           const int64_t row = in_volume(z + p, y);
-          assemble_row(i, j, sum(0), sum(1), sum(2), call_.sum_i && !first_item,
-                       call_.grad_i.at(group_, item_, channel_) + row);
+          assemble_row(i, j, sum(0), sum(1), sum(2), lncc_.sum_i && !first_item,
+                       lncc_.grad_i.at(group_, item_, channel_) + row);
           if constexpr (kFields == 5) {
-            assemble_row(j, i, sum(0), sum(3), sum(4), call_.sum_j && !first_item,
-                         call_.grad_j.at(group_, item_, channel_) + row);
+            assemble_row(j, i, sum(0), sum(3), sum(4), lncc_.sum_j && !first_item,
+                         lncc_.grad_j.at(group_, item_, channel_) + row);
           }
         }
       }
@@ -495,7 +496,7 @@ class Slab {
     }
   }
 
-  const LnccCall<T>& call_;
+  const LnccOperands<T>& lncc_;
   const Window<T>& window_;
   int radius_, radius_z_;
   T scale_;
@@ -517,34 +518,34 @@ class Slab {
 };
 
 template <class T, int kFields>
-void run_slabs(const LnccCall<T>& call, const std::vector<T>& scale, std::vector<double>& sums) {
-  const LnccGeometry& geometry = call.geometry;
-  const int64_t nz = geometry.sizes.z;
-  const int64_t items = geometry.batch.items;
+void run_slabs(const LnccOperands<T>& lncc, const std::vector<T>& scale,
+               std::vector<double>& sums) {
+  const LnccCall& checked = lncc.checked;
+  const int64_t nz = checked.sizes.z;
+  const int64_t items = checked.batch.items;
   const int64_t outer =
-      geometry.batch.groups * geometry.channels * (call.items_together() ? 1 : items);
+      checked.batch.groups * checked.channels * (lncc.items_together() ? 1 : items);
   const int64_t wanted = std::max<int64_t>(1, num_threads() / std::max<int64_t>(1, outer));
   // Planes taken together are the same ones for any number of slabs.
   const int64_t least = std::max<int64_t>(
-      {1, (nz + wanted - 1) / wanted, std::min<int64_t>(nz, 2 * call.window.radius_z)});
+      {1, (nz + wanted - 1) / wanted, std::min<int64_t>(nz, 2 * lncc.window.radius_z)});
   const int64_t slab = (least + kTogether - 1) / kTogether * kTogether;
   const int64_t slabs = (nz + slab - 1) / slab;
   parallel_for(outer * slabs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       int64_t index = task / slabs;
-      const int64_t channel = index % geometry.channels;
-      index /= geometry.channels;
-      const int64_t group = call.items_together() ? index : index / items;
-      const int64_t first = call.items_together() ? 0 : index % items;
-      const int64_t last = call.items_together() ? items : first + 1;
+      const int64_t channel = index % checked.channels;
+      index /= checked.channels;
+      const int64_t group = lncc.items_together() ? index : index / items;
+      const int64_t first = lncc.items_together() ? 0 : index % items;
+      const int64_t last = lncc.items_together() ? items : first + 1;
       const int low = static_cast<int>(task % slabs * slab);
       const int high = static_cast<int>(std::min<int64_t>(nz, low + slab));
-      Slab<T, kFields> worker(call, scale[group], group, channel);
+      Slab<T, kFields> worker(lncc, scale[group], group, channel);
       for (int64_t item = first; item < last; ++item) {
         double* plane_sums =
-            sums.empty()
-                ? nullptr
-                : sums.data() + ((group * items + item) * geometry.channels + channel) * nz;
+            sums.empty() ? nullptr
+                         : sums.data() + ((group * items + item) * checked.channels + channel) * nz;
         with_vector_code([&] { worker.run(item, low, high, item == first, plane_sums); });
       }
     }
@@ -553,15 +554,15 @@ void run_slabs(const LnccCall<T>& call, const std::vector<T>& scale, std::vector
 
 // Σ mask over the map, which it is broadcast to.
 template <class T>
-double mask_sum(const LnccCall<T>& call, int64_t group) {
-  const LnccGeometry& geometry = call.geometry;
+double mask_sum(const LnccOperands<T>& lncc, int64_t group) {
+  const LnccCall& checked = lncc.checked;
   double total = 0;
-  for (int64_t item = 0; item < geometry.batch.items; ++item) {
-    for (int64_t channel = 0; channel < geometry.channels; ++channel) {
-      const T* mask = call.mask.at(group, item, channel);
-      for (int64_t row = 0; row < geometry.sizes.rows(); ++row) {
+  for (int64_t item = 0; item < checked.batch.items; ++item) {
+    for (int64_t channel = 0; channel < checked.channels; ++channel) {
+      const T* mask = lncc.mask.at(group, item, channel);
+      for (int64_t row = 0; row < checked.sizes.rows(); ++row) {
         double sum = 0;
-        for (int64_t x = 0; x < geometry.sizes.x; ++x) sum += mask[row * geometry.sizes.x + x];
+        for (int64_t x = 0; x < checked.sizes.x; ++x) sum += mask[row * checked.sizes.x + x];
         total += sum;
       }
     }
@@ -570,12 +571,12 @@ double mask_sum(const LnccCall<T>& call, int64_t group) {
 }
 
 template <class T>
-void lncc_run(const Cpu& device, const LnccCall<T>& call, const Call& raw) {
-  const LnccGeometry& geometry = call.geometry;
-  const int64_t groups = geometry.batch.groups;
-  const bool is_map = geometry.reduction == Reduction::kNone;
+void lncc_run(const Cpu& device, const LnccOperands<T>& call, const Call& raw) {
+  const LnccCall& checked = call.checked;
+  const int64_t groups = checked.batch.groups;
+  const bool is_map = checked.reduction == Reduction::kNone;
   std::vector<T> scale(groups, T(-1));
-  if (geometry.reduction == Reduction::kMean) {
+  if (checked.reduction == Reduction::kMean) {
     const bool weighted = call.mask.present();
     for (int64_t group = 0; group < groups; ++group) {
       const double count = weighted ? mask_sum(call, group) : static_cast<double>(call.count());
@@ -584,9 +585,9 @@ void lncc_run(const Cpu& device, const LnccCall<T>& call, const Call& raw) {
     }
   }
   std::vector<double> sums;
-  const int64_t planes = geometry.batch.items * geometry.channels * geometry.sizes.z;
+  const int64_t planes = checked.batch.items * checked.channels * checked.sizes.z;
   if (!is_map) sums.resize(groups * planes);
-  if (geometry.map.count() > 0) {
+  if (checked.map.count() > 0) {
     if (call.gradients == 0) {
       run_slabs<T, 0>(call, scale, sums);
     } else if (call.gradients == 1) {

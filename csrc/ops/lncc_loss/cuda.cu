@@ -13,7 +13,8 @@
 #include "core/for_each.h"
 #include "core/reduce.h"
 #include "maths/vec.h"
-#include "ops/lncc_loss/kernels.h"
+#include "ops/lncc_loss/call.h"
+#include "ops/lncc_loss/lncc_loss.h"
 #include "ops/lncc_loss/tiles.h"
 
 namespace regkernels {
@@ -752,9 +753,9 @@ constexpr LnccTile small_tile(int radius, int radius_z, int fields, int limit) {
 }
 
 template <class T>
-LnccTile tile_of(const LnccGeometry& geometry, const Window<T>& window, int fields) {
+LnccTile tile_of(const LnccCall& checked, const Window<T>& window, int fields) {
   const int64_t bytes = shared_memory_limit();
-  if (!geometry.fused) {
+  if (!checked.fused) {
     return lncc_tile(window.radius, window.radius_z, fields, false, false,
                      (bytes - kLnccFixedBytes) / static_cast<int64_t>(sizeof(T)));
   }
@@ -809,15 +810,15 @@ void launch_small(const Cuda& device, const Kernel<float>& kernel, const dim3& g
 }
 
 template <class T>
-void lncc_run(const Cuda& device, const LnccCall<T>& call, const Call& raw) {
-  const LnccGeometry& geometry = call.geometry;
-  const bool is_map = geometry.reduction == Reduction::kNone;
-  const Sizes& sizes = geometry.sizes;
+void lncc_run(const Cuda& device, const LnccOperands<T>& call, const Call& raw) {
+  const LnccCall& checked = call.checked;
+  const bool is_map = checked.reduction == Reduction::kNone;
+  const Sizes& sizes = checked.sizes;
   const int fields = call.gradients == 0 ? 0 : 2 * call.gradients + 1;
   Kernel<T> kernel{};
   kernel.window = call.window;
-  kernel.tile = tile_of(geometry, call.window, fields);
-  const LnccTiling tiling = lncc_tiling(geometry, kernel.tile, call.items_together());
+  kernel.tile = tile_of(checked, call.window, fields);
+  const LnccTiling tiling = lncc_tiling(checked, kernel.tile, call.items_together());
   kernel.image_i = call.image_i;
   kernel.image_j = call.image_j;
   kernel.mask = call.mask;
@@ -827,9 +828,9 @@ void lncc_run(const Cuda& device, const LnccCall<T>& call, const Call& raw) {
   kernel.map = call.map;
   kernel.sum_i = call.sum_i;
   kernel.sum_j = call.sum_j;
-  kernel.groups = static_cast<int>(geometry.batch.groups);
-  kernel.items = static_cast<int>(geometry.batch.items);
-  kernel.channels = static_cast<int>(geometry.channels);
+  kernel.groups = static_cast<int>(checked.batch.groups);
+  kernel.items = static_cast<int>(checked.batch.items);
+  kernel.channels = static_cast<int>(checked.channels);
   kernel.items_together = call.items_together();
   kernel.nx = static_cast<int>(sizes.x);
   kernel.ny = static_cast<int>(sizes.y);
@@ -837,14 +838,14 @@ void lncc_run(const Cuda& device, const LnccCall<T>& call, const Call& raw) {
   kernel.tiles_x = tiling.tiles_x;
   kernel.tiles = tiling.tiles_x * tiling.tiles_y;
   kernel.planes = tiling.columns * sizes.z;
-  const bool is_mean = geometry.reduction == Reduction::kMean;
+  const bool is_mean = checked.reduction == Reduction::kMean;
   const bool divide_by_mask = is_mean && call.mask.present();
   const double scale = is_mean && !divide_by_mask && call.count() > 0
                            ? -1.0 / static_cast<double>(call.count())
                            : -1;
   kernel.scale = static_cast<T>(scale);
 
-  if (geometry.map.count() == 0) {
+  if (checked.map.count() == 0) {
     std::vector<const char*> names = {"grad_pred", "grad_target"};
     if (!is_map) names.insert(names.end(), {"output", "mask_sum"});
     for (const char* name : names) {
@@ -852,7 +853,7 @@ void lncc_run(const Cuda& device, const LnccCall<T>& call, const Call& raw) {
     }
     return;
   }
-  const int64_t elements = geometry.batch.groups * geometry.batch.items * geometry.channels;
+  const int64_t elements = checked.batch.groups * checked.batch.items * checked.channels;
   const unsigned groups = static_cast<unsigned>(kernel.groups);
   const dim3 grid(groups, static_cast<unsigned>(tiling.parts));
   if (!is_map) kernel.partial_sums = raw.output("partial_sums").as<T>();
@@ -866,24 +867,24 @@ void lncc_run(const Cuda& device, const LnccCall<T>& call, const Call& raw) {
     kernel.mask_sum = mask_sum;
   }
 
-  if (call.gradients > 0 && !geometry.fused) {
+  if (call.gradients > 0 && !checked.fused) {
     T* pivots = raw.output("pivots").as<T>();
     pivot_kernel<<<static_cast<unsigned>(std::min<int64_t>(elements, 65535)), kThreads, 0,
                    device.stream>>>(kernel, pivots);
     check_launch();
     kernel.pivots = pivots;
     kernel.adjoint = raw.output("adjoint").as<T>();
-    kernel.adjoint_stride = geometry.map.count();
+    kernel.adjoint_stride = checked.map.count();
   }
   auto launch_fields = [&](auto tag) {
     constexpr int kFields = decltype(tag)::value;
     if (fields != kFields) return;
     if constexpr (sizeof(T) == 4) {
-      dispatch_bool(geometry.dimensions == 3, [&](auto is_volume) {
+      dispatch_bool(checked.dimensions == 3, [&](auto is_volume) {
         auto launch_window = [&](auto window) {
           constexpr int kWindow = decltype(window)::value;
           constexpr int kDepth = decltype(is_volume)::value ? kWindow : 1;
-          if (geometry.fused && geometry.kernel_size == kWindow) {
+          if (checked.fused && checked.kernel_size == kWindow) {
             launch_small<kWindow, kDepth, kFields>(device, kernel, grid);
           }
         };
@@ -893,7 +894,7 @@ void lncc_run(const Cuda& device, const LnccCall<T>& call, const Call& raw) {
         launch_window(IntTag<9>{});
       });
     }
-    if (!geometry.fused) launch_any<kFields>(device, kernel, grid);
+    if (!checked.fused) launch_any<kFields>(device, kernel, grid);
   };
   launch_fields(IntTag<0>{});
   launch_fields(IntTag<3>{});

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "ops/lncc_loss/geometry.h"
+#include "ops/lncc_loss/call.h"
 
 namespace regkernels {
 
@@ -91,18 +91,17 @@ struct LnccTiling {
 };
 
 // `items_together`: one block takes all items of a group, since they share a gradient.
-inline LnccTiling lncc_tiling(const LnccGeometry& geometry, const LnccTile& tile,
-                              bool items_together) {
+inline LnccTiling lncc_tiling(const LnccCall& checked, const LnccTile& tile, bool items_together) {
   LnccTiling tiling;
-  tiling.tiles_x = static_cast<int>((geometry.sizes.x + tile.columns - 1) / tile.columns);
-  tiling.tiles_y = static_cast<int>((geometry.sizes.y + tile.rows - 1) / tile.rows);
-  tiling.columns = geometry.channels * (items_together ? 1 : geometry.batch.items) *
-                   tiling.tiles_x * tiling.tiles_y;
+  tiling.tiles_x = static_cast<int>((checked.sizes.x + tile.columns - 1) / tile.columns);
+  tiling.tiles_y = static_cast<int>((checked.sizes.y + tile.rows - 1) / tile.rows);
+  tiling.columns = checked.channels * (items_together ? 1 : checked.batch.items) * tiling.tiles_x *
+                   tiling.tiles_y;
   // One block for each multiprocessor of a large GPU, as no two fit one. The number depends on the
   // shape alone, so that the order of summation does.
-  const int64_t groups = std::max<int64_t>(1, geometry.batch.groups);
+  const int64_t groups = std::max<int64_t>(1, checked.batch.groups);
   const int64_t wanted = (kLnccMaxParts + groups - 1) / groups;
-  tiling.parts = std::max<int64_t>(1, std::min(wanted, tiling.columns * geometry.sizes.z));
+  tiling.parts = std::max<int64_t>(1, std::min(wanted, tiling.columns * checked.sizes.z));
   return tiling;
 }
 

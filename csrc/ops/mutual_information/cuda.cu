@@ -18,7 +18,8 @@
 #include "core/cuda_runtime.h"
 #include "core/for_each.h"
 #include "core/reduce.h"
-#include "ops/mutual_information/kernels.h"
+#include "ops/mutual_information/call.h"
+#include "ops/mutual_information/mutual_information.h"
 
 namespace regkernels {
 
@@ -724,8 +725,8 @@ __global__ void __launch_bounds__(kFinishThreads)
 
 template <class T>
 void launch_count(const Cuda& device, const Counting<T>& counting,
-                  const HistogramGeometry& geometry) {
-  const int tiles = (geometry.num_bins + kTile - 1) / kTile;
+                  const MutualInformationCall& checked) {
+  const int tiles = (checked.num_bins + kTile - 1) / kTile;
   const int64_t elements = std::min<int64_t>(counting.elements, 65535);
   // Two blocks on each multiprocessor of a large GPU, unless there is little for them to do.
   const int64_t wanted = std::max<int64_t>(1, 264 / (elements * tiles * tiles));
@@ -737,7 +738,7 @@ void launch_count(const Cuda& device, const Counting<T>& counting,
     function<<<grid, kThreads, 0, device.stream>>>(counting);
     check_launch();
   };
-  dispatch_window<T>(geometry, [&](auto kernel, auto reach) {
+  dispatch_window<T>(checked, [&](auto kernel, auto reach) {
     constexpr auto kKernel = static_cast<ParzenKernel>(decltype(kernel)::value);
     launch(&count_kernel<kKernel, decltype(reach)::value, T>);
   });
@@ -746,8 +747,8 @@ void launch_count(const Cuda& device, const Counting<T>& counting,
 // Counts the samples of all elements of a loss or a histogram.
 template <class T>
 Counting<T> count_samples(const Cuda& device, const Call& call) {
-  const HistogramCall<T> histogram(call);
-  const HistogramGeometry& geometry = histogram.geometry;
+  const HistogramOperands<T> histogram(call);
+  const MutualInformationCall& checked = histogram.checked;
   const Tensor& extremes = call.output("extremes");
   const Tensor& counts = call.output("counts");
   Counting<T> counting{};
@@ -757,13 +758,13 @@ Counting<T> count_samples(const Cuda& device, const Call& call) {
   counting.mask = histogram.mask;
   counting.value_range = Operand<const T>(call.input("value_range"));
   counting.space = histogram.space();
-  counting.elements = geometry.elements();
-  counting.samples = geometry.samples;
-  counting.joint_range = geometry.joint_range;
+  counting.elements = checked.elements();
+  counting.samples = checked.samples;
+  counting.joint_range = checked.joint_range;
   counting.counts = counts.as<unsigned long long>();
-  counting.reach = geometry.reach;
+  counting.reach = checked.reach;
   int bits = 0;
-  while ((int64_t{1} << bits) < geometry.samples) ++bits;
+  while ((int64_t{1} << bits) < checked.samples) ++bits;
   counting.units = static_cast<double>(int64_t{1} << (62 - bits));
   clear(device, counts);
   if (counting.elements == 0) return counting;
@@ -776,7 +777,7 @@ Counting<T> count_samples(const Cuda& device, const Call& call) {
         counting, counting.value_range.data == nullptr, extremes.as<T>());
     check_launch();
   }
-  launch_count(device, counting, geometry);
+  launch_count(device, counting, checked);
   return counting;
 }
 
@@ -825,7 +826,7 @@ inline constexpr int kGradientThreads = sizeof(T) == 4 ? 1024 : 512;
 // that number if the compiler is to know it, else negative.
 template <ParzenKernel kKernel, int kReach, int kLogCopies, bool kPred, bool kTarget, class T>
 __global__ void __launch_bounds__(kGradientThreads<T>)
-    gradient_kernel(const __grid_constant__ GradientCall<T> call, int64_t work, int64_t samples,
+    gradient_kernel(const __grid_constant__ GradientOperands<T> call, int64_t work, int64_t samples,
                     int given_log_copies) {
   extern __shared__ char shared_bytes[];
   T* const shared = reinterpret_cast<T*>(shared_bytes);
@@ -901,8 +902,8 @@ __global__ void __launch_bounds__(kGradientThreads<T>)
 }
 
 template <ParzenKernel kKernel, int kReach, bool kPred, bool kTarget, class T>
-void launch_gradient(const Cuda& device, const GradientCall<T>& gradient,
-                     const HistogramGeometry& geometry) {
+void launch_gradient(const Cuda& device, const GradientOperands<T>& gradient,
+                     const MutualInformationCall& checked) {
   const int64_t most = shared_memory_limit();
   const int64_t bytes = gradient.table_count * static_cast<int64_t>(sizeof(T));
   int log_copies = 5;
@@ -914,40 +915,40 @@ void launch_gradient(const Cuda& device, const GradientCall<T>& gradient,
   }
   const int64_t shared = log_copies < 0 ? 0 : bytes << log_copies;
   allow_shared_memory(function, shared);
-  const int64_t work = geometry.elements() / (gradient.items_together() ? gradient.space.items : 1);
+  const int64_t work = checked.elements() / (gradient.items_together() ? gradient.space.items : 1);
   const int64_t pieces = std::min<int64_t>(work, 65535);
   // As many blocks as run at a time on a large GPU: each has to fill its shared memory.
   const int64_t together = most / std::max<int64_t>(1, shared);
   const int64_t blocks = 132 * std::max<int64_t>(1, std::min<int64_t>(2, together));
   const int64_t parts = std::max<int64_t>(
-      1, std::min<int64_t>((blocks + pieces - 1) / pieces, (geometry.samples + 4095) / 4096));
+      1, std::min<int64_t>((blocks + pieces - 1) / pieces, (checked.samples + 4095) / 4096));
   const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(pieces));
-  function<<<grid, kGradientThreads<T>, shared, device.stream>>>(gradient, work, geometry.samples,
+  function<<<grid, kGradientThreads<T>, shared, device.stream>>>(gradient, work, checked.samples,
                                                                  log_copies);
   check_launch();
 }
 
 template <class T>
 void gradient_run(const Cuda& device, const Call& call) {
-  const HistogramCall<T> histogram(call);
-  const HistogramGeometry& geometry = histogram.geometry;
-  if (geometry.elements() * geometry.samples == 0) {
+  const HistogramOperands<T> histogram(call);
+  const MutualInformationCall& checked = histogram.checked;
+  if (checked.elements() * checked.samples == 0) {
     for (const char* name : {"grad_pred", "grad_target"}) {
       if (call.output(name).present) clear(device, call.output(name));
     }
     return;
   }
-  const GradientCall<T> gradient(call, histogram);
-  dispatch_smooth_window<T>(geometry, [&](auto kernel, auto reach) {
+  const GradientOperands<T> gradient(call, histogram);
+  dispatch_smooth_window<T>(checked, [&](auto kernel, auto reach) {
     constexpr auto kKernel = static_cast<ParzenKernel>(decltype(kernel)::value);
     constexpr int kReach = decltype(reach)::value;
     const bool pred = gradient.grad_pred.present(), target = gradient.grad_target.present();
     if (pred && target) {
-      launch_gradient<kKernel, kReach, true, true>(device, gradient, geometry);
+      launch_gradient<kKernel, kReach, true, true>(device, gradient, checked);
     } else if (pred) {
-      launch_gradient<kKernel, kReach, true, false>(device, gradient, geometry);
+      launch_gradient<kKernel, kReach, true, false>(device, gradient, checked);
     } else if (target) {
-      launch_gradient<kKernel, kReach, false, true>(device, gradient, geometry);
+      launch_gradient<kKernel, kReach, false, true>(device, gradient, checked);
     }
   });
 }
