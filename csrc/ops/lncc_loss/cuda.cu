@@ -23,10 +23,10 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kStrip = kLnccStrip, kColumnStrip = kLnccColumnStrip;
 
-// `settled`, without its price: that the compiler forgets which kind of memory this is.
+// `opaque_pointer`, without its price: that the compiler forgets which kind of memory this is.
 template <class T>
-__device__ __forceinline__ T* settled_global(T* pointer) {
-  pointer = settled(pointer);
+__device__ __forceinline__ T* opaque_global_pointer(T* pointer) {
+  pointer = opaque_pointer(pointer);
   __builtin_assume(__isGlobal(pointer));
   return pointer;
 }
@@ -322,8 +322,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       auto load_columns = [&](int z, T(&fresh_i)[kColumns][kAhead], T(&fresh_j)[kColumns][kAhead]) {
         REGKERNELS_UNROLL
         for (int p = 0; p < kAhead; ++p) {
-          const T* const plane_i = settled_global(image_i + (z + p) * plane_size);
-          const T* const plane_j = settled_global(image_j + (z + p) * plane_size);
+          const T* const plane_i = opaque_global_pointer(image_i + (z + p) * plane_size);
+          const T* const plane_j = opaque_global_pointer(image_j + (z + p) * plane_size);
           const bool there = exists(z + p);
           REGKERNELS_UNROLL
           for (int c = 0; c < kColumns; ++c) {
@@ -488,10 +488,10 @@ __global__ void __launch_bounds__(kThreads, 1)
             slots[d] = (at < kSlots ? at : at - kSlots) * kTile;
           }
           const int target = z - radius_z;
-          const T* const plane_i = settled_global(image_i + target * plane_size);
-          const T* const plane_j = settled_global(image_j + target * plane_size);
-          T* const to_i = settled_global(grad_i + target * plane_size);
-          T* const to_j = settled_global(kFields == 5 ? grad_j + target * plane_size : nullptr);
+          const T* const plane_i = opaque_global_pointer(image_i + target * plane_size);
+          const T* const plane_j = opaque_global_pointer(image_j + target * plane_size);
+          T* const to_i = opaque_global_pointer(grad_i + target * plane_size);
+          T* const to_j = opaque_global_pointer(kFields == 5 ? grad_j + target * plane_size : nullptr);
           for (int i = thread_number<kThreads>(); i < kTile / kCount; i += kThreads) {
             const int column = i % kLnccTileX, first_row = i / kLnccTileX * kCount;
             const int x = x0 + column, y = y0 + first_row;
