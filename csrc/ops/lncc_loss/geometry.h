@@ -1,5 +1,6 @@
 #pragma once
 
+#include "core/large_gpu.h"
 #include "ops/lncc_loss/maths.h"
 #include "ops/losses/compared.h"
 
@@ -23,7 +24,7 @@ LnccGeometry lncc_geometry(const Call& call);
 template <class T>
 Window<T> lncc_window(const Call& call, const LnccGeometry& geometry);
 
-inline constexpr int kLnccMaxParts = 132;
+inline constexpr int kLnccMaxParts = kLargeGpuMultiprocessors;
 inline constexpr int kLnccMaxFused = 9;  // larger windows leave no room for their rings of planes
 
 }  // namespace regkernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "core/large_gpu.h"
 #include "ops/losses/compared.h"
 #include "ops/mutual_information/maths.h"
 
@@ -34,7 +35,8 @@ inline int64_t table_size(const HistogramGeometry& geometry) {
 enum Extreme { kLowPred, kHighPred, kLowTarget, kHighTarget, kHighMask, kExtremes };
 
 inline int64_t extreme_parts(int64_t samples) {
-  return std::max<int64_t>(1, std::min<int64_t>(264, (samples + 8191) / 8192));
+  return std::max<int64_t>(
+      1, std::min<int64_t>(2 * kLargeGpuMultiprocessors, (samples + 8191) / 8192));
 }
 
 // What the gradient needs to know again: the ranges, 1 / (sum of the weights), and the largest
