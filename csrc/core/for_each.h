@@ -1,4 +1,4 @@
-// The loop over the voxels of a batch, one skeleton per device.
+// The loop over the voxels of a batch, written once for each device.
 //
 //   for_each_voxel(device, space, body)
 //
@@ -44,7 +44,7 @@ struct Voxel {
   int tile_x;    // x of the warp's first voxel
   int row_size;  // voxels in the row
 
-  // Offset of the row in a volume of the given sizes (x, y, z), in voxels.
+  // The offset of the row in a volume of the given sizes (x, y, z), in voxels.
   template <int D>
   REGKERNELS_HD int64_t row(const int (&size)[D]) const {
     return static_cast<int64_t>(z * size[1] + y) * size[0];
@@ -58,18 +58,18 @@ struct Cpu {
   explicit Cpu(const Context&) {}
 };
 
-// On the CPU an element may have `row(z, y, size)` besides, which takes a whole row of voxels and
-// is compiled to vector code, where it says so by `kTakesRows`.
+// On the CPU an element may also have `row(z, y, size)`, which computes a whole row of voxels and
+// is compiled to vector code. It says so by `kComputesRows`.
 template <class Element, class = void>
-struct TakesRows : std::false_type {};
+struct ComputesRows : std::false_type {};
 template <class Element>
-struct TakesRows<Element, std::void_t<decltype(Element::kTakesRows)>>
-    : std::bool_constant<Element::kTakesRows> {};
+struct ComputesRows<Element, std::void_t<decltype(Element::kComputesRows)>>
+    : std::bool_constant<Element::kComputesRows> {};
 
-// For the voxels of such a row that are taken one by one. A function of its own, of which there is
-// one for all instruction sets.
+// `row` calls this for voxels that it computes one by one. It is a function of its own, so that the
+// versions of `row` for different instruction sets share it.
 template <class Element>
-__attribute__((noinline)) void take_one(const Element& element, const Voxel& voxel) {
+__attribute__((noinline)) void compute_voxel(const Element& element, const Voxel& voxel) {
   element(voxel);
 }
 
@@ -84,16 +84,16 @@ void for_each_voxel(const Cpu&, const VoxelSpace& space, const Body& body) {
       const int64_t b = row / space.rows();
       const int64_t last = std::min(end, (b + 1) * space.rows());
       auto element = body.element(b / space.items, b % space.items);
-      const auto each_row = [&](const auto& take) {
+      const auto for_each_row = [&](const auto& compute_row) {
         for (; row < last; ++row) {
           const int in_batch = static_cast<int>(row - b * space.rows());
-          take(in_batch / space.y, in_batch % space.y);
+          compute_row(in_batch / space.y, in_batch % space.y);
         }
       };
-      if constexpr (TakesRows<decltype(element)>::value) {
-        with_vector_code([&] { each_row([&](int z, int y) { element.row(z, y, space.x); }); });
+      if constexpr (ComputesRows<decltype(element)>::value) {
+        with_vector_code([&] { for_each_row([&](int z, int y) { element.row(z, y, space.x); }); });
       } else {
-        each_row([&](int z, int y) {
+        for_each_row([&](int z, int y) {
           for (int x = 0; x < space.x; ++x) element(Voxel{z, y, x, true, x, space.x});
         });
       }
@@ -103,9 +103,9 @@ void for_each_voxel(const Cpu&, const VoxelSpace& space, const Body& body) {
 
 #ifdef __CUDACC__
 
-// The thread's number in a block of one dimension, read anew: what follows from it is cheaper to
-// compute in each phase of a long kernel than to keep in registers through all of them, as the
-// compiler would.
+// The thread's number in a block of one dimension. It is read anew each time: what follows from it
+// is cheaper to compute in each phase of a long kernel than to keep in registers through all of
+// them, as the compiler would.
 template <int kThreads>
 __device__ __forceinline__ int thread_number() {
   int number;
@@ -122,9 +122,9 @@ struct Cuda {
 };
 
 // What a body may say about how it likes to run; the defaults suit cheap ones.
-//   kDepth: voxels along z that one thread takes, to spread the cost of `element`
-//   kUnroll: how many of them at a time
-//   kMinBlocks: blocks per multiprocessor that the compiler must leave registers for
+//   kDepth: how many voxels along z one thread takes, to spread the cost of `element`
+//   kUnroll: how many of them it takes at a time
+//   kMinBlocks: for how many blocks per multiprocessor the compiler must leave registers
 template <class Body, class = void>
 struct Tuning {
   static constexpr int kDepth = 1, kUnroll = 1, kMinBlocks = 4;

@@ -10,8 +10,9 @@
 
 namespace regkernels {
 
-// The sums over voxels that the gradient of an affine is made of: for each row j of the affine,
-// grad_p[j] * q[k] and grad_p[j] itself, with q what the matrix acts on (see PositionMap::source).
+// The gradient of an affine is made of sums over voxels. For each row j of the affine they are
+// those of grad_p[j] * q[k] and of grad_p[j] itself, where q is what the matrix acts on (see
+// PositionMap::source).
 template <class R>
 struct AffineMoments {
   using S = typename R::S;
@@ -38,7 +39,7 @@ struct AffineMoments {
       for (int j = 0; j < D; ++j) {
         REGKERNELS_UNROLL
         for (int k = 0; k < D; ++k) {
-          // Where a displacement is not finite, the sample is outside and its gradient 0.
+          // Where a displacement is not finite, the sample lies outside and its gradient is 0.
           const bool counts = !R::kField || grad_p[j] != 0;
           sums[j * (D + 1) + k] += counts ? grad_p[j] * q[k] : T(0);
         }
@@ -48,10 +49,10 @@ struct AffineMoments {
   };
 
   REGKERNELS_HD Element element(int64_t group, int64_t item) const {
-    return {resampling.element(group, item), this, settled(grad_output.at(group, item))};
+    return {resampling.element(group, item), this, opaque_pointer(grad_output.at(group, item))};
   }
 
-  // From a sum to the gradient of entry (j, k), in normalised units.
+  // The factor that turns a sum into the gradient of entry (j, k), in normalised units.
   REGKERNELS_HD double scale(int entry) const {
     const int j = entry / (D + 1), k = entry % (D + 1);
     const double half = resampling.map.in.half[j];

@@ -1,4 +1,3 @@
-// A call as this folder takes it.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +9,8 @@
 
 namespace regkernels {
 
-// Everything that a call needs to know, independent of dtype and dimensions.
+// A call as the ops hand it over: everything that sampling needs to know, whatever the dtype and
+// the number of dimensions.
 struct ResampleCall {
   const Tensor* input = nullptr;
   const Tensor* affine = nullptr;
@@ -24,7 +24,7 @@ struct ResampleCall {
   bool add_field = false;
   int64_t groups = 1;
   int64_t items = 1;
-  // Gradients only.
+  // The rest is there for gradients only.
   const Tensor* grad_output = nullptr;
   const Tensor* grad_input = nullptr;
   const Tensor* grad_affine = nullptr;

@@ -13,8 +13,8 @@
 
 namespace regkernels {
 
-// The gradient with respect to the field. A field shared by all items (`shared_items` > 1) sums
-// over them here, in one thread, so that nobody else writes to it.
+// The gradient with respect to the field. If all items share the field (`shared_items` > 1), one
+// thread sums over them, so that no other thread writes to the same place.
 template <class R>
 struct FieldGradient {
   using S = typename R::S;
@@ -62,21 +62,22 @@ struct FieldGradient {
                    voxel, total);
     }
 
-    static constexpr bool kTakesRows = std::is_same_v<S, T>;
+    static constexpr bool kComputesRows = std::is_same_v<S, T>;
     void row(int z, int y, int size) const {
-      const auto one = [&](int x) { take_one(*this, Voxel{z, y, x, true, x, size}); };
+      const auto sample_alone = [&](int x) { compute_voxel(*this, Voxel{z, y, x, true, x, size}); };
       const bool few_channels = R::Layout::kLast || self->resampling.in_layout.count() == 1;
       if (few_channels && self->shared_items == 1) {
-        const auto take = [&](const Neighbours<R, false>& near, const Voxel& voxel, auto checked) {
+        const auto sample_together = [&](const Neighbours<R, false>& near, const Voxel& voxel,
+                                         auto checked) {
           store_neighbours<decltype(checked)::value>(near, voxel);
         };
-        take_row<R, false>(first, z, y, size, take, one);
+        sample_row<R, false>(first, z, y, size, sample_together, sample_alone);
       } else {
-        for (int x = 0; x < size; ++x) one(x);
+        for (int x = 0; x < size; ++x) sample_alone(x);
       }
     }
 
-    // Of one item, and of one channel or those that lie last.
+    // The gradients of one item's neighbours, from one channel or from those that lie last.
     template <bool kChecked>
     void store_neighbours(const Neighbours<R, false>& near, const Voxel& voxel) const {
       const R& r = self->resampling;
@@ -100,7 +101,7 @@ struct FieldGradient {
           const Vec<T, D> grad_u =
               map.pull_back(map_item, sample_gradient<kChecked>(near.cell(i), dot));
           for (int k = 0; k < D; ++k) {
-            T total = T(0) + grad_u[k];  // as the sum over items begins
+            T total = T(0) + grad_u[k];  // the sum over items begins like this, too
             if constexpr (R::Layout::kLast) total += add ? grad[i * kPixel + k] : T(0);
             target[i * D + k] = total;
           }

@@ -1,4 +1,4 @@
-// The samples themselves.
+// The samples themselves: what a forward op returns.
 #pragma once
 
 #include <type_traits>
@@ -23,14 +23,14 @@ struct ResampleForward {
 
   R resampling;
   Operand<S> output;
-  bool add_field;  // channels last only: output = field + sample
+  bool add_field;  // output = field + sample, where channels are last
 
   struct Element {
     typename R::Element source;
     const ResampleForward* self;
     S* output;
 
-    // Calls store(channel, value) for each channel.
+    // Samples at p, and calls store(channel, value) for each channel.
     template <class Store>
     REGKERNELS_HD void sample(const Vec<T, D>& p, const Store& store) const {
       source.sample(p, [&](const Cell<T, D>& cell, auto checked, const Vec<T, D>&) {
@@ -59,13 +59,14 @@ struct ResampleForward {
       }
     }
 
-    static constexpr bool kTakesRows = std::is_same_v<S, T>;
+    static constexpr bool kComputesRows = std::is_same_v<S, T>;
     void row(int z, int y, int size) const {
-      const auto one = [&](int x) { take_one(*this, Voxel{z, y, x, true, x, size}); };
-      const auto take = [&](const Neighbours<R, true>& near, const Voxel& first, auto checked) {
+      const auto sample_alone = [&](int x) { compute_voxel(*this, Voxel{z, y, x, true, x, size}); };
+      const auto sample_together = [&](const Neighbours<R, true>& near, const Voxel& first,
+                                       auto checked) {
         sample_neighbours<decltype(checked)::value>(near, first);
       };
-      take_row<R, true>(source, z, y, size, take, one);
+      sample_row<R, true>(source, z, y, size, sample_together, sample_alone);
     }
 
     template <bool kChecked>
@@ -96,7 +97,7 @@ struct ResampleForward {
   };
 
   REGKERNELS_HD Element element(int64_t group, int64_t item) const {
-    return {resampling.element(group, item), this, settled(output.at(group, item))};
+    return {resampling.element(group, item), this, opaque_pointer(output.at(group, item))};
   }
 };
 

@@ -63,7 +63,7 @@ void resample_backward(const Device& device, const ResampleCall& call) {
         reduce_voxels(device, space, body, *call.partial_sums, *call.grad_affine);
       }
     } else if (call.grad_affine->present) {
-      clear(device, *call.grad_affine);  // a full warp ignores the affine
+      clear(device, *call.grad_affine);  // the field is the whole warp and the affine is ignored
     }
   });
 }

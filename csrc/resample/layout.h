@@ -1,4 +1,3 @@
-// How the channels of an array of voxels lie in memory.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +7,9 @@
 
 namespace regkernels {
 
-// How an array of voxels with channels lies in memory: kPixel elements from one voxel to the next,
-// at(voxel, channel) is an element's offset, channel(c) that of a voxel's channel from its first.
+// The two layouts say how an array of voxels with channels lies in memory: from one voxel to the
+// next are kPixel elements, at(voxel, channel) is the offset of an element, and channel(c) that of
+// a voxel's channel from the voxel's first.
 struct ChannelsFirst {
   static constexpr bool kLast = false;
   static constexpr int kPixel = 1;
@@ -29,9 +29,10 @@ struct ChannelsLast {
   REGKERNELS_HD int64_t at(int64_t voxel, int c) const { return voxel * D + c; }
 };
 
-// Calls body(channel). Channels that lie last are few and known to the compiler, which unrolls.
-// Those that lie first are mostly one: it is peeled off, so that its offset costs nothing. There
-// always is one: see resample_forward.
+// Calls body(channel) for each channel. Channels that lie last are few and their number is known to
+// the compiler, which unrolls the loop. Of channels that lie first there is mostly one: the first
+// is peeled off, so that its offset costs nothing. It is always there, as launches of empty results
+// end early.
 template <class Layout, class Body>
 REGKERNELS_HD void for_each_channel(const Layout& layout, const Body& body) {
   if constexpr (Layout::kLast) {

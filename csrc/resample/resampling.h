@@ -14,8 +14,8 @@
 
 namespace regkernels {
 
-// kField is false where an affine alone places the samples: then most of a position is the same for
-// all voxels along z, and the compiler sees it.
+// What a call's kernels need to know. kField is false where an affine alone places the samples:
+// then most of a position is the same for all voxels along z, and the compiler sees it.
 //
 // The array that is sampled, the result and its cotangent are stored as S; everything else, and all
 // arithmetic, is T.
@@ -31,15 +31,15 @@ struct Resampling {
 
   Map map;
   Boundary<T, D> boundary;
-  int64_t stride[D];  // of the input, in voxels
-  int64_t step[D];    // of the input, in bytes
+  int64_t stride[D];  // from voxel to voxel of the input, in voxels
+  int64_t step[D];    // the same in bytes
   Layout in_layout;
   Layout out_layout;
   Operand<const S> input;
   Operand<const T> affine;
   Operand<const T> field;
 
-  // One batch element, ready to be asked for positions.
+  // A batch element, which is asked for positions and samples.
   struct Element {
     const Resampling* self;
     const S* input;
@@ -62,8 +62,8 @@ struct Resampling {
     REGKERNELS_HD Vec<T, D> position(const Voxel& voxel, const Vec<T, D>& u) const {
       return self->map.template position<kField>(item, voxel_index<D>(voxel), u);
     }
-    // Values at the corners, each what `convert` makes of what is stored; `kChecked`: of a cell
-    // that may lie partly outside, where they are `outside`.
+    // Loads the values at the corners of a cell; `convert` turns what is stored into a value. With
+    // `kChecked` the cell may lie partly outside of the volume, where values are `outside`.
     template <bool kChecked, class Value, class Convert>
     REGKERNELS_HD void load_corners(const Cell<T, D>& cell, int channel, Value outside,
                                     const Convert& convert, Value (&value)[1 << D]) const {
@@ -102,22 +102,23 @@ struct Resampling {
           cell, channel, T(0), [](S stored) { return to_arithmetic(stored); }, value);
     }
 
-    // Calls take(cell, IntTag<0>, unused) for a sample to which no boundary rule applies and
-    // take(cell, IntTag<1>, slope) for any other. A warp whose samples are not all inner ones takes
-    // them all as if they were not: it would have to follow both paths anyway. Either gives the
-    // same.
-    template <class Take>
-    REGKERNELS_HD auto sample(const Vec<T, D>& p, const Take& take) const {
+    // Calls body(cell, IntTag<0>, unused) for a sample to which no boundary rule applies and
+    // body(cell, IntTag<1>, slope) for any other. If some samples of a warp are not inner ones, the
+    // warp treats none as inner: it would have to follow both paths anyway. Both give the same
+    // result.
+    template <class Body>
+    REGKERNELS_HD auto sample(const Vec<T, D>& p, const Body& body) const {
       Cell<T, D> cell;
       Vec<T, D> slope{};
       if (warp_agrees(self->boundary.find_inner_cell(p, cell))) {
-        return take(cell, IntTag<0>{}, slope);
+        return body(cell, IntTag<0>{}, slope);
       }
       cell = self->boundary.find_cell(p, slope);
-      return take(cell, IntTag<1>{}, slope);
+      return body(cell, IntTag<1>{}, slope);
     }
 
-    // The weights of the corners, 0 where one lies outside; returns the voxel of corner 0.
+    // Computes the weights of the corners, which are 0 outside of the volume. Returns the voxel of
+    // corner 0.
     REGKERNELS_HD Vec<int, D> corner_weights(const Vec<T, D>& p, T (&weight)[1 << D]) const {
       Cell<T, D> cell;
       if (self->boundary.find_inner_cell(p, cell)) {
@@ -134,12 +135,12 @@ struct Resampling {
       return cell.index;
     }
 
-    // Gradient with respect to the position, of the channels weighted with their cotangents, which
-    // begin at `grad`.
+    // The gradient with respect to the position of the sum of all channels, each weighted with its
+    // cotangent. The cotangents begin at `grad`.
     REGKERNELS_HD Vec<T, D> position_gradient(const Vec<T, D>& p, const S* grad) const {
       return sample(p, [&](const Cell<T, D>& cell, auto checked, const Vec<T, D>& slope) {
         constexpr bool kChecked = decltype(checked)::value;
-        // For each corner, the sum over channels of cotangent times value.
+        // This is, for each corner, the sum over channels of cotangent times value.
         Vec<T, 1 << D> dot{};
         for_each_channel(self->in_layout, [&](auto channel) {
           const T g = to_arithmetic(grad[self->out_layout.channel(channel)]);
@@ -188,8 +189,8 @@ struct Resampling {
   REGKERNELS_HD Element element(int64_t group, int64_t n) const {
     Element result;
     result.self = this;
-    result.input = settled(input.at(group, n));
-    result.field = !kField || field.data == nullptr ? nullptr : settled(field.at(group, n));
+    result.input = opaque_pointer(input.at(group, n));
+    result.field = !kField || field.data == nullptr ? nullptr : opaque_pointer(field.at(group, n));
     result.item = map.item(kAffine ? affine.at(group, n) : nullptr);
     return result;
   }

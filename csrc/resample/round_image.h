@@ -9,7 +9,7 @@
 
 namespace regkernels {
 
-// An image gradient, added up as T, to how it is stored.
+// Converts an image gradient, which was added up as T, to the type that it is stored in.
 template <class Storage>
 struct RoundImage {
   using S = Storage;

@@ -18,7 +18,7 @@
 
 namespace regkernels {
 
-// Adds one voxel's contributions, as far as they fall on [low, high) of the slowest axis.
+// Adds the contributions of one voxel that fall on [low, high) of the slowest axis.
 template <class R>
 inline void scatter_voxel(const R& resampling, const typename R::Element& source,
                           const Voxel& voxel, int low, int high, const typename R::S* grad,

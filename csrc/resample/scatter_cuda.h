@@ -139,7 +139,8 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
         }
         __syncthreads();
 
-        // Row by row, a warp each. What was not touched is 0, and may lie outside of the array.
+        // Each warp adds one row of the tile after another. Elements that nobody touched are 0;
+        // they may lie outside of the array.
         for (int row = threadIdx.x / kWarp; row < Shape::kTileY * Shape::kTileZ;
              row += kScatterThreads / kWarp) {
           Vec<int, D> first = origin;

@@ -1,15 +1,17 @@
-// Memory that the gradient of the array that is sampled needs.
 #pragma once
 
 #include "core/check.h"
 
 namespace regkernels {
 
-// Memory for the gradient of the array that is sampled.
+// The memory that the gradient of the array that is sampled works in.
 struct ScatterWorkspace {
-  const Tensor* row_bounds = nullptr;  // CPU: the rows of the target that a row of voxels reaches
-  const Tensor* sums = nullptr;        // absent where the gradient itself can be added up in
-  const Tensor* fixed_sums = nullptr;  // these two: only where the result must not vary
+  // On the CPU these are the rows of the target that each row of voxels reaches.
+  const Tensor* row_bounds = nullptr;
+  // A half-precision gradient is added up here, any other in its own place.
+  const Tensor* sums = nullptr;
+  // These two are there only where the result must be the same every time: see fixed_point.h.
+  const Tensor* fixed_sums = nullptr;
   const Tensor* largest = nullptr;
 };
 

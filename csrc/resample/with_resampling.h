@@ -43,8 +43,8 @@ Resampling<S, T, D, kAffine, kField, Layout> make_resampling(const ResampleCall&
   return r;
 }
 
-// Calls body(resampling) with the concrete type for this call, of an array stored as S and
-// arithmetic in T.
+// Calls body(resampling) with the concrete type for this call, whose array is stored as S and whose
+// arithmetic is in T.
 template <bool kChannelsLast, class S, class T, class Body>
 void with_stored(const ResampleCall& call, const Body& body) {
   dispatch_dimensions(call.dimensions, [&](auto dimensions) {
@@ -69,7 +69,8 @@ void with_stored(const ResampleCall& call, const Body& body) {
   });
 }
 
-// The same, of floating-point numbers.
+// Calls body(resampling) likewise, with S and T from the dtype of the input, which is one of
+// floating-point numbers.
 template <bool kChannelsLast, class Body>
 void with_resampling(const ResampleCall& call, const Body& body) {
   // Fields are never stored in half precision.

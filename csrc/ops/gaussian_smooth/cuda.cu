@@ -28,7 +28,8 @@ struct SmoothingTile {
 
   REGKERNELS_HD constexpr int in_columns() const { return columns + 2 * halo_x; }
   REGKERNELS_HD constexpr int in_rows() const { return rows + 2 * halo_y; }
-  // Odd: threads that take neighbouring rows then read from different banks of shared memory.
+  // Strides are odd: threads that take neighbouring rows then read from different banks of shared
+  // memory.
   REGKERNELS_HD constexpr int in_stride() const { return in_columns() | 1; }
   REGKERNELS_HD constexpr int stride() const { return columns | 1; }
   REGKERNELS_HD constexpr int in_size() const { return in_rows() * in_stride(); }
@@ -38,11 +39,11 @@ struct SmoothingTile {
   }
 };
 
-// How an instance of the kernel is cut.
-//   kColumns, kRows: the largest tile
-//   kAlong, kDown: neighbours along x and along y that one thread sums at a time
-//   kPlanes: in shared memory, of which all but one are on their way
-//   kBlocks: per multiprocessor
+// How an instance of the kernel cuts its work.
+//   kColumns, kRows: the size of the largest tile
+//   kAlong, kDown: how many neighbours along x and along y one thread sums at a time
+//   kPlanes: how many planes are in shared memory, of which all but one are on their way
+//   kBlocks: how many blocks a multiprocessor has room for
 template <int kColumns_, int kRows_, int kAlong_, int kDown_, int kPlanes_, int kBlocks_>
 struct SmoothingShape {
   static constexpr int kColumns = kColumns_, kRows = kRows_, kAlong = kAlong_, kDown = kDown_;
@@ -53,9 +54,9 @@ struct SmoothingShape {
                 "strips of no channel may reach beyond a tile");
 };
 
-// Of one radius and number of channels, known to the compiler.
+// The shape where the compiler knows the radius and the number of channels.
 using ExactShape = SmoothingShape<96, 32, 8, 8, 3, 1>;
-// Of any. Tiles of fewer rows have room on any GPU.
+// The shape for any radius and number of channels. Tiles of fewer rows have room on any GPU.
 template <class T>
 using GeneralShape =
     std::conditional_t<std::is_same_v<T, double>, SmoothingShape<96, 8, 4, 2, 2, 1>,
@@ -68,16 +69,16 @@ struct Smoothing {
   using T = Arithmetic<S>;
   const S* in;
   S* out;
-  int columns, rows, depth;  // of a volume
+  int columns, rows, depth;  // the size of a volume
   int channels;
   int radius[3];  // along x, y, z
   T weight[3][kLargestRadius<T> + 1];
   int tiles_x, tiles;
-  int64_t planes;  // of all tiles of all volumes
+  int64_t planes;  // in all tiles of all volumes
 };
 
-// An element on its way to shared memory, or a zero. Where nothing has to be converted it does not
-// pass through registers, and arrives by the end of a wait for the pipeline.
+// Sends an element, or a zero, to shared memory. Where nothing has to be converted it does not pass
+// through registers, and arrives by the end of a wait for the pipeline.
 template <class S, class T>
 __device__ __forceinline__ void fetch(T* to, const S* from, bool inside) {
   if constexpr (std::is_same_v<S, T>) {
@@ -87,8 +88,8 @@ __device__ __forceinline__ void fetch(T* to, const S* from, bool inside) {
   }
 }
 
-// kCount neighbouring sums, from the middle outwards. value(k) is what stands in the middle of the
-// k-th; the first has neighbours at negative places.
+// Computes kCount neighbouring sums, each from the middle outwards. value(k) is the value in the
+// middle of the k-th; the neighbours before the first have negative numbers.
 template <int kUnroll, int kCount, class T, class Value>
 __device__ __forceinline__ void weigh(const T* weight, int radius, const Value& value,
                                       T (&sum)[kCount]) {
@@ -109,15 +110,15 @@ __device__ __forceinline__ void weigh(const T* weight, int radius, const Value& 
     above[kCount - 1] = value(kCount - 1 + d);
     REGKERNELS_UNROLL
     for (int k = 0; k < kCount; ++k) {
-      // One by one, as the sum of two large values may be beyond the range of T.
+      // They are added one by one, as the sum of two large values may be beyond the range of T.
       sum[k] += weight[d] * below[k];
       sum[k] += weight[d] * above[k];
     }
   }
 }
 
-// kChannels and kRadius, which is that along all axes, are known to the compiler; or kChannels is
-// 0, and kRadius is the largest there may be.
+// Either kChannels and kRadius, which is the same along all axes, tell the compiler what to expect;
+// or kChannels is 0, and kRadius is the largest radius there may be.
 template <class S, int kRadius, int kChannels, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     smooth_kernel(const __grid_constant__ Smoothing<S> smoothing) {
@@ -135,13 +136,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   T* const planes = reinterpret_cast<T*>(memory);
   T* const by_row = planes + Shape::kPlanes * tile.in_size();
 
-  // What the thread owns of the tile, through all planes.
+  // The thread owns this column and kDown rows of the tile, through all planes.
   const auto own_column = [] { return thread_number<Shape::kThreads>() % kColumns; };
   const auto own_row = [] { return thread_number<Shape::kThreads>() / kColumns * kDown; };
 
   const int64_t plane_size = static_cast<int64_t>(smoothing.rows) * smoothing.columns;
-  // Planes of all tiles, one tile after the other, are cut into parts of equal length, a block
-  // each.
+  // The planes of all tiles, one tile after the other, are cut into parts of equal length, one for
+  // each block.
   int64_t next = blockIdx.x * smoothing.planes / gridDim.x;
   const int64_t last = (blockIdx.x + 1) * smoothing.planes / gridDim.x;
 #pragma unroll 1
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       if (first_row >= apart) return;
       for (int column = thread - first_row * width; column < tile.in_columns(); column += width) {
         const int x = x0 - tile.halo_x + column, y = y0 - tile.halo_y + first_row;
-        // A negative place is a large one without a sign.
+        // As an unsigned number, a negative y is a large one.
         const unsigned rows = x >= 0 && x < smoothing.columns ? smoothing.rows : 0;
         const S* const from = in + (y * smoothing.columns + x);
         T* const to = plane + (first_row * tile.in_stride() + column);
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       }
     };
 
-    // What the planes so far contribute to the next ones to leave.
+    // What the planes so far contribute to those that leave next.
     T pending[2 * kRadius][kDown] = {};
     const auto leave = [&](int z, const T(&sum)[kDown]) {
       const int x = x0 + own_column(), y = y0 + own_row();
@@ -215,7 +216,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         REGKERNELS_UNROLL
         for (int k = 0; k < kDown; ++k) {
           sum[k] = step < 2 * kRadius ? pending[step % (2 * kRadius)][k] : T(0);
-          // Not by a weight of 0, which would spread infinities.
+          // A plane out of reach is left out: a weight of 0 would spread infinities.
           if (distance <= radius_z) sum[k] += smoothing.weight[2][distance] * value[k];
           if (step > 0) pending[step - 1][k] = sum[k];
         }
@@ -223,7 +224,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       }
     };
 
-    // Planes that count, numbered from the first. Those beyond are zero.
+    // The planes that count are numbered from the first. Those beyond are zero.
     const int z_first = max(0, z_begin - radius_z), z_last = min(smoothing.depth, z_end + radius_z);
     const auto place_of = [&](int plane) {
       return planes + static_cast<unsigned>(plane) % Shape::kPlanes * tile.in_size();
@@ -266,14 +267,15 @@ void launch_smooth(const Cuda& device, Smoothing<S>& smoothing, const SmoothingT
   smoothing.planes = volumes * smoothing.tiles * smoothing.depth;
   const auto kernel = &smooth_kernel<S, kRadius, kChannels, Shape>;
   allow_shared_memory(kernel, bytes);
-  // The result does not depend on how many blocks there are.
+  // The result does not depend on how many blocks there are, so the device may be asked.
   const int64_t blocks = std::min<int64_t>(smoothing.planes, multiprocessors() * Shape::kBlocks);
   const int threads = tile.columns * (tile.rows / Shape::kDown);
   kernel<<<static_cast<unsigned>(blocks), threads, bytes, device.stream>>>(smoothing);
   check_launch();
 }
 
-// Whether this radius is that along all axes, and the tile fits.
+// Launches the kernel for this radius and number of channels if they are those of the call, along
+// all axes, and the tile fits. Returns whether it did.
 template <int kRadius, int kChannels, class Shape, class S>
 bool launch_exact(const Cuda& device, Smoothing<S>& smoothing, int64_t volumes, int64_t limit) {
   const int* radius = smoothing.radius;

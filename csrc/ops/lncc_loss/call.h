@@ -1,6 +1,7 @@
 #pragma once
 
 #include "core/dispatch.h"
+#include "core/large_gpu.h"
 #include "ops/lncc_loss/maths.h"
 #include "ops/losses/compared.h"
 
@@ -22,7 +23,7 @@ struct LnccCall {
 template <class T>
 Window<T> lncc_window(const Call& call, const LnccCall& checked);
 
-inline constexpr int kLnccMaxParts = 132;
+inline constexpr int kLnccMaxParts = kLargeGpuMultiprocessors;
 inline constexpr int kLnccMaxFused = 9;  // larger windows leave no room for their rings of planes
 
 // The arrays of a call. With one gradient asked for, I is the image that it belongs to.

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/dispatch.h"
+#include "core/large_gpu.h"
 #include "ops/losses/compared.h"
 #include "ops/mutual_information/maths.h"
 
@@ -35,7 +36,8 @@ inline int64_t table_size(const MutualInformationCall& checked) {
 enum Extreme { kLowPred, kHighPred, kLowTarget, kHighTarget, kHighMask, kExtremes };
 
 inline int64_t extreme_parts(int64_t samples) {
-  return std::max<int64_t>(1, std::min<int64_t>(264, (samples + 8191) / 8192));
+  return std::max<int64_t>(
+      1, std::min<int64_t>(2 * kLargeGpuMultiprocessors, (samples + 8191) / 8192));
 }
 
 // What the forward pass saves for the gradient: the ranges, 1 / (sum of the weights), and the

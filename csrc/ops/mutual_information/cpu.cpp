@@ -5,6 +5,7 @@
 #include "core/for_each.h"
 #include "core/reduce.h"
 #include "core/vector_code.h"
+#include "ops/losses/finish.h"
 #include "ops/mutual_information/call.h"
 #include "ops/mutual_information/mutual_information.h"
 
@@ -27,7 +28,8 @@ struct Pair {
   PairScale<T> scale;
 };
 
-// How the samples of all elements are cut into parts that threads take: by their number alone.
+// How the samples of all elements are cut into parts that threads take. It depends on their number
+// alone.
 struct Parts {
   int64_t count, size;
 
@@ -50,8 +52,8 @@ void find_extremes(const T* values, int64_t count, T* low, T* high) {
 }
 
 // The weights of a block of samples on the bins of one image and, with kSlopes, their derivatives.
-// They are computed tap by tap, all samples at a time, and kept sample by sample, with zeros up to
-// a whole number of vectors.
+// They are computed one tap after the other for all samples together, and kept one sample after the
+// other, with zeros up to a whole number of vectors.
 template <ParzenKernel kKernel, int kReach, bool kSlopes, class T, class Kept>
 struct BlockWeights {
   static constexpr int kTaps = 2 * kReach + 1;
@@ -89,8 +91,8 @@ void load_block(const T* values, int count, T* block) {
   std::fill(block + count, block + kBlock, values[0]);
 }
 
-// Reads a block of samples: where they are in bins, and what they weigh. A sample that weighs
-// nothing is at 0; returns whether one that does is not a number.
+// Reads a block of samples: where they are in bins, and what they weigh. A sample that is not a
+// number is put at 0 and weighs nothing. Returns whether there is one whose weight is not 0.
 template <class T>
 bool read_block(const Pair<T>& pair, int num_bins, int64_t begin, int64_t end, T* pred, T* target,
                 T* weight) {
@@ -119,7 +121,8 @@ bool read_block(const Pair<T>& pair, int num_bins, int64_t begin, int64_t end, T
   return bad != 0;
 }
 
-// Adds a run of samples to a histogram with a margin for what reaches over its ends.
+// Adds a run of samples to a histogram, which has a margin for what reaches over its ends. Returns
+// whether one of them is not a number.
 template <ParzenKernel kKernel, int kReach, class T>
 bool count_samples(const Parzen<T>& window, const Pair<T>& pair, int64_t begin, int64_t end,
                    double* histogram, int64_t pitch) {
@@ -144,7 +147,7 @@ bool count_samples(const Parzen<T>& window, const Pair<T>& pair, int64_t begin, 
   return bad;
 }
 
-// The gradients of a run of samples. Each is written, or added to what is there.
+// Where the gradients of samples go. Each is written, or added to what is there.
 template <class T>
 struct GradientTarget {
   T* data;  // null: not wanted
@@ -275,15 +278,15 @@ struct CpuHistograms {
   void count() {
     const MutualInformationCall& checked = operands.checked;
     const int64_t elements = checked.elements();
-    // A part's own histogram has to be cleared and added up: little beside four samples per bin.
-    // Many elements keep all threads busy without being cut.
+    // A part's own histogram has to be cleared and added up, which is little beside four samples
+    // per bin. Many elements keep all threads busy without being cut.
     const Parts parts(checked.samples,
                       std::max<int64_t>({1 << 13, 4 * bins(), checked.samples * elements / 64}));
     const int reach = checked.reach;
     // Rows are read and written a few columns further than a window goes.
     const int64_t pitch = table_size(checked) + kOverhang;
     totals.assign(elements, 0);
-    // Of every part; in the end, of every element.
+    // First these are the counts of every part, in the end those of every element.
     counts.resize(elements * parts.count * bins());
     std::vector<char> bad(elements * parts.count);
     parallel_for(elements * parts.count, 1, [&](int64_t first, int64_t last) {
@@ -386,7 +389,7 @@ void save(const CpuHistograms<T>& histograms, int64_t element, const Information
 }
 
 template <class T>
-void loss_run(const Call& call) {
+void run_loss(const Call& call) {
   const CpuHistograms<T> histograms(call);
   const MutualInformationCall& checked = histograms.operands.checked;
   const auto reduction = call.choice<Reduction>("reduction");
@@ -420,7 +423,7 @@ void loss_run(const Call& call) {
 }
 
 template <class T>
-void histogram_run(const Call& call) {
+void run_histogram(const Call& call) {
   const CpuHistograms<T> histograms(call);
   T* const output = call.output("output").as<T>();
   for (int64_t element = 0; element < histograms.operands.checked.elements(); ++element) {
@@ -434,29 +437,24 @@ void histogram_run(const Call& call) {
 }
 
 template <class T>
-void gradient_run(const Cpu& device, const Call& call) {
+void run_gradient(const Cpu& device, const Call& call) {
   const HistogramOperands<T> histogram(call);
   const MutualInformationCall& checked = histogram.checked;
-  if (checked.elements() * checked.samples == 0) {
-    for (const char* name : {"grad_pred", "grad_target"}) {
-      if (call.output(name).present) clear(device, call.output(name));
-    }
-    return;
-  }
+  if (checked.elements() * checked.samples == 0) return clear_gradients(device, call);
   const GradientOperands<T> gradient(call, histogram);
-  const int64_t turns = gradient.items_together() ? gradient.space.items : 1;
-  const ElementSpace work{gradient.space.items / turns, gradient.space.channels};
+  const int64_t items_here = gradient.items_together() ? gradient.space.items : 1;
+  const ElementSpace outer{gradient.space.items / items_here, gradient.space.channels};
   const Parts parts(checked.samples, 1 << 14);
-  parallel_for(checked.elements() / turns * parts.count, 1, [&](int64_t first, int64_t last) {
+  parallel_for(checked.elements() / items_here * parts.count, 1, [&](int64_t first, int64_t last) {
     // Rows of the table are read a few columns further than a window goes.
     const int64_t size = table_size(checked), pitch = size + kOverhang;
     std::vector<T> table((size + 1) * pitch);
     for (int64_t task = first; task < last; ++task) {
       const int64_t begin = parts.begin(task % parts.count);
       const int64_t end = parts.end(task % parts.count, checked.samples);
-      ElementIndex index = work.index(task / parts.count);
-      for (int64_t turn = 0; turn < turns; ++turn) {
-        index.item = turns > 1 ? turn : index.item;
+      ElementIndex index = outer.index(task / parts.count);
+      for (int64_t n = 0; n < items_here; ++n) {
+        index.item = items_here > 1 ? n : index.item;
         const auto [group, item, channel] = index;
         const Pair<T> pair{
             gradient.pred.at(group, item, channel), gradient.target.at(group, item, channel),
@@ -469,7 +467,7 @@ void gradient_run(const Cpu& device, const Call& call) {
         const auto to = [&, g = group, i = item, c = channel](const Channels<T>& target,
                                                               bool shared) {
           return GradientTarget<T>{target.present() ? target.at(g, i, c) : nullptr,
-                                   shared && turn > 0};
+                                   shared && n > 0};
         };
         dispatch_smooth_window<T>(checked, [&](auto kernel, auto reach) {
           constexpr auto kKernel = static_cast<ParzenKernel>(decltype(kernel)::value);
@@ -491,16 +489,16 @@ void gradient_run(const Cpu& device, const Call& call) {
 
 void mutual_information_loss_cpu(const Context&, const Call& call) {
   dispatch_dtype(call.input("pred").dtype,
-                 [&](auto type) { loss_run<typename decltype(type)::type>(call); });
+                 [&](auto type) { run_loss<typename decltype(type)::type>(call); });
 }
 void mutual_information_loss_grad_cpu(const Context& context, const Call& call) {
   dispatch_dtype(call.input("pred").dtype, [&](auto type) {
-    gradient_run<typename decltype(type)::type>(Cpu(context), call);
+    run_gradient<typename decltype(type)::type>(Cpu(context), call);
   });
 }
 void joint_histogram_cpu(const Context&, const Call& call) {
   dispatch_dtype(call.input("pred").dtype,
-                 [&](auto type) { histogram_run<typename decltype(type)::type>(call); });
+                 [&](auto type) { run_histogram<typename decltype(type)::type>(call); });
 }
 
 }  // namespace regkernels
