@@ -11,6 +11,10 @@ namespace {
 
 template <class Specs>
 int index_of(const Specs& specs, const char* name) {
+  // Names are literals, of which the linker keeps one, so that nearly always the address tells.
+  for (size_t i = 0; i < specs.size(); ++i) {
+    if (specs[i].name == name) return static_cast<int>(i);
+  }
   for (size_t i = 0; i < specs.size(); ++i) {
     if (std::strcmp(specs[i].name, name) == 0) return static_cast<int>(i);
   }
