@@ -114,9 +114,9 @@ struct Op {
   std::vector<AttrSpec> attributes;
   // Checks the inputs and attributes, sets the outputs (present, dtype, shape) and keeps what else
   // a launch needs to know. It sees numbers, but PyTorch's compiler may leave sizes open:
-  // torchreg/_open_sizes.py then finds out, by trials with other sizes, which sizes of the outputs
-  // are which of the inputs. Therefore nothing but the workspaces may depend on the magnitude of a
-  // size.
+  // torchreg/_ops/open_sizes.py then finds out, by trials with other sizes, which sizes of the
+  // outputs are which of the inputs. Therefore nothing but the workspaces may depend on the
+  // magnitude of a size.
   void (*infer)(Call& call);
   void (*launch_cpu)(const Context& context, const Call& call);
   void (*launch_cuda)(const Context& context, const Call& call);  // null in a CPU-only build

@@ -10,8 +10,8 @@
 
 namespace regkernels {
 
-// One pass of the separable filter: along an axis of `size` elements that lie `stride` apart, in
-// each of `outer` slabs of size * stride elements.
+// One pass of the separable filter. It goes along an axis of `size` elements that lie `stride`
+// apart, in each of `outer` slabs of size * stride elements.
 struct SmoothingPass {
   int axis;  // 0: x, 1: y, 2: z
   int64_t outer;

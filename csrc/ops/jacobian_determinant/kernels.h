@@ -11,8 +11,8 @@
 
 namespace regkernels {
 
-// A displacement field of which one takes differences: central inside, one-sided at the two ends,
-// none along an axis of one voxel.
+// Takes the differences of a displacement field: they are central inside, one-sided at the two
+// ends, and none along an axis of one voxel.
 template <class T, int D>
 struct Differences {
   Frame<T, D> frame;
@@ -36,7 +36,7 @@ struct Differences {
       const T* b = u + offset(high) * D;
       REGKERNELS_UNROLL
       for (int k = 0; k < D; ++k) {
-        // Not a product with 0, which would let through a displacement that is not finite.
+        // A product with 0 would let through a displacement that is not finite.
         const bool counts = steps != 0 && frame.half[k] != 0;
         const T slope = counts ? scale * frame.half[k] * (b[k] - a[k]) : T(0);
         result.m[k][axis] = (k == axis ? T(1) : T(0)) + slope;

@@ -24,8 +24,8 @@ void infer_grad(Call& call) { infer_scaled(call, "grad_output", "grad_velocity")
 }  // namespace
 
 std::vector<Op> scale_velocity_ops() {
-  // The options of the squarings come along, so that a bad one is found before the first of them
-  // runs, and also where there are none.
+  // The options of the squarings are checked here, so that a bad one is found before the first of
+  // the squarings runs, and also where there are none.
   const std::vector<AttrSpec> attributes = {
       {"num_steps", AttrKind::kInt},
       {"padding_mode", AttrKind::kChoice, {"zeros", "border", "reflection"}},
