@@ -573,9 +573,11 @@ __global__ void __launch_bounds__(kThreads, 1)
           }
           if (more) sum_image_rows(z + 1);
           __syncthreads();
+          // Every other group of four warps takes these two phases the other way round, so that one
+          // half of the block computes while the other reads.
 #pragma unroll 1
-          for (int turn = 0; turn < 2; ++turn) {
-            if ((thread_number<kThreads>() / (4 * kWarp) + turn) % 2 == 0) {
+          for (int phase = 0; phase < 2; ++phase) {
+            if ((thread_number<kThreads>() / (4 * kWarp) + phase) % 2 == 0) {
               if constexpr (kFused) {
                 if (z >= z_first) assemble_plane(z);
               }
