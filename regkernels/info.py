@@ -10,7 +10,7 @@ from typing import Any
 
 from regkernels import _core
 
-__all__ = ["describe"]
+__all__ = ["describe", "version_of"]
 
 _PLATFORMS = ("cpu", "cuda")
 _LIBRARIES = ("numpy", "jax", "jaxlib", "torch", "SimpleITK")
@@ -30,7 +30,7 @@ def describe() -> dict[str, str]:
         "regkernels": _core.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        **{name: _version(name) for name in _LIBRARIES},
+        **{name: version_of(name) for name in _LIBRARIES},
         "XLA FFI API": ".".join(map(str, _core.xla_ffi_api_version())),
         "registered backends": ", ".join(backends),
         "CUDA architectures": architectures,
@@ -41,7 +41,8 @@ def describe() -> dict[str, str]:
     }
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Return the version of a distribution, or that it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
