@@ -19,7 +19,7 @@ from jaxreg.commands import devices
 from jaxreg.commands.devices import Device
 from jaxreg.commands.inputs import naming
 from jaxreg.commands.multimodal import compare_metrics
-from jaxreg.commands.progress import register_watched
+from jaxreg.commands.progress_bars import register_watched
 from jaxreg.commands.timing import Stopwatch, fact_table
 from jaxreg.registration import Affine, Greedy, Moments, Registration, ncc, resample
 from jaxreg.registration.report.page import write_report

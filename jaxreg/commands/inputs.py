@@ -73,7 +73,7 @@ def inverted(parts: Sequence[Part], name: str) -> tuple[Part, ...]:
         if share:
             print(
                 f"jaxreg: warning: {name}: no inverse within {_TOLERANCE} voxels found for "
-                f"{100 * share:.3g} % of the voxels; the largest error is "
+                f"{100 * share:.3g} % of the voxels; the largest residual is "
                 f"{residual.max():.3g} voxels",
                 file=sys.stderr,
             )

@@ -20,7 +20,7 @@ from jaxreg.commands import devices
 from jaxreg.commands.compilation import keep_compiled
 from jaxreg.commands.devices import Device
 from jaxreg.commands.inputs import naming, read_chain, refuse_overwriting
-from jaxreg.commands.progress import register_watched
+from jaxreg.commands.progress_bars import register_watched
 from jaxreg.commands.timing import Stopwatch, fact_table
 from jaxreg.registration import Registration, Stage, Transform, preset, stage_from_name
 from jaxreg.registration.report.page import write_report
@@ -238,7 +238,7 @@ def _record(result: Registration, inputs: dict[str, Any], facts: dict[str, str])
             "matrix": np.asarray(result.transform.matrix).tolist(),
         },
         "jacobian": result.folds._asdict(),
-        "inverse error (voxels)": result.inverse_error._asdict(),
+        "inverse residual (voxels)": result.inverse_residual._asdict(),
         "stages": [
             {
                 "name": stage.name,
@@ -265,7 +265,7 @@ def _summary(result: Registration, stopwatch: Stopwatch, target: jax.Device) -> 
     table.add_row("Voxels with Jacobian determinant ≤ 0", f"{100 * folds.share:.4g} %")
     table.add_row("Jacobian determinant", f"{folds.minimum:.3f} to {folds.maximum:.3f}")
     if result.transform.displacement is not None:
-        error = result.inverse_error
-        table.add_row("Voxels without an inverse to 0.01 voxels", f"{100 * error.share:.4g} %")
-        table.add_row("Error of the inverse", f"at most {error.maximum:.3g} voxels")
+        residual = result.inverse_residual
+        table.add_row("Voxels without an inverse to 0.01 voxels", f"{100 * residual.share:.4g} %")
+        table.add_row("Residual of the inverse", f"at most {residual.maximum:.3g} voxels")
     return table

@@ -17,7 +17,7 @@ from jaxreg.registration.evaluation import dice, target_registration_error
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.register import (
     Folds,
-    InverseError,
+    InverseResidual,
     LevelRecord,
     Registration,
     StageRecord,
@@ -50,7 +50,7 @@ __all__ = [
     "Deformable",
     "Folds",
     "Greedy",
-    "InverseError",
+    "InverseResidual",
     "Iterative",
     "LevelRecord",
     "Linear",

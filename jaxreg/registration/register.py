@@ -24,7 +24,7 @@ from jaxreg.registration.transforms.transform import Transform
 from regkernels import Volume
 from regkernels.grid import Grid, Matrix
 
-__all__ = ["Folds", "InverseError", "LevelRecord", "Registration", "StageRecord", "register"]
+__all__ = ["Folds", "InverseResidual", "LevelRecord", "Registration", "StageRecord", "register"]
 
 _LARGEST = 1e8
 """Of intensities: sums of squares over a volume, and what the slopes of NCC divide by, stay within
@@ -93,7 +93,7 @@ class Folds(NamedTuple):
     maximum: float
 
 
-class InverseError(NamedTuple):
+class InverseResidual(NamedTuple):
     """How far points are from where they started after the inverse and the deformation, in voxels.
 
     Attributes
@@ -159,14 +159,14 @@ class Registration:
         )
 
     @functools.cached_property
-    def inverse_error(self) -> InverseError:
-        """How well the inverse of the deformation undoes it; see `Transform.inverse_error`."""
-        error = self.transform.inverse_error()
+    def inverse_residual(self) -> InverseResidual:
+        """How well the inverse of the deformation undoes it; see `Transform.inverse_residual`."""
+        residual = self.transform.inverse_residual()
         # Rounding may lift a voxel that just converged above the tolerance.
-        return InverseError(
-            float(np.mean(error > 1.01 * _INVERSE_TOLERANCE)),
-            float(error.mean()),
-            float(error.max()),
+        return InverseResidual(
+            float(np.mean(residual > 1.01 * _INVERSE_TOLERANCE)),
+            float(residual.mean()),
+            float(residual.max()),
         )
 
 

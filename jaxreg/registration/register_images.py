@@ -96,7 +96,7 @@ def register_images(
         moving_to_physical=moving_to_physical,
         moving_ratio=moving_ratio,
     )
-    alignment = problem.headers()
+    alignment = problem.start()
     if initial is not None:
         alignment = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), initial)
     traces = []

@@ -41,7 +41,7 @@ from jaxreg.registration import (
 )
 from jaxreg.registration.register_images import make_problem
 from jaxreg.registration.stages.adam import no_moments
-from jaxreg.registration.stages.iterative import Iterative, Memory, block_length
+from jaxreg.registration.stages.iterative import Iterative, State, block_length
 from jaxreg.registration.stages.linear import rotation_matrix
 from jaxreg.registration.stages.problem import Alignment, Level
 from regkernels import Volume, rigid_motion
@@ -499,15 +499,15 @@ class Scripted(Iterative):
 
     losses: tuple[float, ...] = ()
 
-    def begin(self, level: Level) -> Memory:
-        return Memory(jnp.zeros(()), no_moments(jnp.zeros(())))
+    def begin(self, level: Level) -> State:
+        return State(jnp.zeros(()), no_moments(jnp.zeros(())))
 
-    def resized(self, memory: Memory, shape: tuple[int, ...]) -> Memory:
-        return memory
+    def resized(self, state: State, shape: tuple[int, ...]) -> State:
+        return state
 
-    def step(self, level: Level, memory: Memory, progress: jax.Array) -> tuple[Memory, jax.Array]:
-        loss = jnp.asarray(self.losses)[memory.found.astype(int)]
-        return memory._replace(found=memory.found + 1), loss
+    def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
+        loss = jnp.asarray(self.losses)[state.found.astype(int)]
+        return state._replace(found=state.found + 1), loss
 
     def finish(self, shape: tuple[int, ...], alignment: Alignment, found: jax.Array) -> Alignment:
         return Alignment(found * alignment.matrix)
@@ -534,7 +534,7 @@ def test_what_spoils_a_level_at_once_is_undone_however_short_the_blocks(
         ("fixed_mask", "moving_mask", "fixed_to_physical", "moving_to_physical")
     )
     problem = make_problem(image, image, moving_ratio=1, **nothing)
-    alignment, (trace,) = stage.run(problem, problem.headers(), callback)
+    alignment, (trace,) = stage.run(problem, problem.start(), callback)
     assert int(trace.ran) == 10
     assert alignment.matrix[0, 0] == 0  # iterations that are kept
 

@@ -163,12 +163,14 @@ def _matrix(result: Registration) -> str:
 
 
 def _deformation(result: Registration) -> dict[str, str]:
-    folds, error = result.folds, result.inverse_error
+    folds, residual = result.folds, result.inverse_residual
     return {
         "Jacobian determinant": f"{folds.minimum:.3f} to {folds.maximum:.3f}",
         "not positive": f"{100 * folds.share:.4g} % of the voxels",
-        "error of the inverse": f"mean {error.mean:.2g}, at most {error.maximum:.2g} voxels",
-        "no inverse to 0.01 voxels": f"{100 * error.share:.4g} % of the voxels",
+        "residual of the inverse": (
+            f"mean {residual.mean:.2g}, at most {residual.maximum:.2g} voxels"
+        ),
+        "no inverse to 0.01 voxels": f"{100 * residual.share:.4g} % of the voxels",
     }
 
 
