@@ -25,6 +25,7 @@ from jaxreg.commands.timing import Stopwatch, fact_table
 from jaxreg.registration import Registration, Stage, Transform, preset, stage_from_name
 from jaxreg.registration.report.page import write_report
 from jaxreg.registration.stages.metrics import Metric
+from jaxreg.warp import INVERSE_TOLERANCE
 from regkernels import Volume, read_volume, write_affine, write_displacement, write_volume
 from regkernels.files.atomic import atomic_folder
 from regkernels.info import describe
@@ -266,6 +267,7 @@ def _summary(result: Registration, stopwatch: Stopwatch, target: jax.Device) -> 
     table.add_row("Jacobian determinant", f"{folds.minimum:.3f} to {folds.maximum:.3f}")
     if result.transform.displacement is not None:
         residual = result.inverse_residual
-        table.add_row("Voxels without an inverse to 0.01 voxels", f"{100 * residual.share:.4g} %")
+        missed = f"Voxels without an inverse to {INVERSE_TOLERANCE:g} voxels"
+        table.add_row(missed, f"{100 * residual.share:.4g} %")
         table.add_row("Residual of the inverse", f"at most {residual.maximum:.3g} voxels")
     return table

@@ -21,6 +21,7 @@ from jaxreg.registration.stages.presets import preset
 from jaxreg.registration.stages.problem import Alignment, overlap
 from jaxreg.registration.stages.pyramid import level_shape
 from jaxreg.registration.transforms.transform import Transform
+from jaxreg.warp import INVERSE_TOLERANCE
 from regkernels import Volume
 from regkernels.grid import Grid, Matrix
 
@@ -32,7 +33,6 @@ the range of float32."""
 _NARROWEST, _NARROWEST_OF_MSE = 1e-7, 1e-2
 """Of their range: the variances of LNCC's windows, and the slopes of squared differences, have to
 stay above what divisions by zero are avoided with."""
-_INVERSE_TOLERANCE = 0.01  # the default of `invert_displacement`, in voxels
 
 
 class LevelRecord(NamedTuple):
@@ -99,7 +99,8 @@ class InverseResidual(NamedTuple):
     Attributes
     ----------
     share
-        Part of the voxels for which no inverse was found to 0.01 voxels, from 0 to 1.
+        Part of the voxels for which no inverse was found to the default tolerance of
+        `jaxreg.invert_displacement`, 0.01 voxels; from 0 to 1.
     mean, maximum
         Over the voxels of the fixed grid.
     """
@@ -164,7 +165,7 @@ class Registration:
         residual = self.transform.inverse_residual()
         # Rounding may lift a voxel that just converged above the tolerance.
         return InverseResidual(
-            float(np.mean(residual > 1.01 * _INVERSE_TOLERANCE)),
+            float(np.mean(residual > 1.01 * INVERSE_TOLERANCE)),
             float(residual.mean()),
             float(residual.max()),
         )

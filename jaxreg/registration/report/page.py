@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxreg.registration.register import LevelRecord, Registration, StageRecord
 from jaxreg.registration.report.pictures import BACKGROUND, FAINT, TEXT, draw_losses, draw_slices
+from jaxreg.warp import INVERSE_TOLERANCE
 from regkernels.files.atomic import atomic_path
 
 if TYPE_CHECKING:
@@ -164,13 +165,13 @@ def _matrix(result: Registration) -> str:
 
 def _deformation(result: Registration) -> dict[str, str]:
     folds, residual = result.folds, result.inverse_residual
+    off = f"mean {residual.mean:.2g}, at most {residual.maximum:.2g} voxels"
+    missed = f"no inverse to {INVERSE_TOLERANCE:g} voxels"
     return {
         "Jacobian determinant": f"{folds.minimum:.3f} to {folds.maximum:.3f}",
         "not positive": f"{100 * folds.share:.4g} % of the voxels",
-        "residual of the inverse": (
-            f"mean {residual.mean:.2g}, at most {residual.maximum:.2g} voxels"
-        ),
-        "no inverse to 0.01 voxels": f"{100 * residual.share:.4g} % of the voxels",
+        "residual of the inverse": off,
+        missed: f"{100 * residual.share:.4g} % of the voxels",
     }
 
 
