@@ -200,7 +200,8 @@ def _stages(
 ) -> tuple[Stage, ...]:
     """Choose the stages; those that the preset has too take its schedule."""
     kind: Literal["cpu", "gpu"] = "cpu" if target.platform == "cpu" else "gpu"
-    stages = preset(effort.value, ndim=ndim, device=kind)
+    here, on_gpu = (preset(effort.value, ndim=ndim, device=where) for where in (kind, "gpu"))
+    stages = here
     if names is not None:
         known = {stage.name: stage for stage in stages}
         with naming("--stages"):
@@ -208,9 +209,7 @@ def _stages(
                 known.get(name) or stage_from_name(name)
                 for name in map(str.strip, names.split(","))
             )
-    if kind == "cpu" and set(stages) & set(preset(effort.value, ndim=ndim)) - set(
-        preset(effort.value, ndim=ndim, device="gpu")
-    ):
+    if any(stage in here and stage not in on_gpu for stage in stages):
         console.print("On the CPU this preset has fewer iterations than on a GPU.", style="dim")
     if metric is not None:
         stages = tuple(dataclasses.replace(stage, metric=cast(Metric, metric)) for stage in stages)
