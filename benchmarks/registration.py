@@ -33,6 +33,7 @@ import numpy as np
 
 from jaxreg import convert_displacement, interpolate
 from jaxreg.registration import (
+    LNCC,
     Affine,
     Greedy,
     Iterative,
@@ -160,7 +161,7 @@ def main() -> None:
     arguments = parse_arguments()
     device = jax.devices("gpu" if arguments.device == "cuda" else "cpu")[0]
     stages = [
-        stage(SCALES, arguments.iterations, metric="lncc", kernel_size=5, tolerance=0)
+        stage(SCALES, arguments.iterations, metric=LNCC(kernel_size=5), tolerance=0)
         for stage in (Affine, Greedy)
     ]
     about = {

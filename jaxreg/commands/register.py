@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import enum
 import json
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from jaxreg.commands.progress_bars import register_watched
 from jaxreg.commands.timing import Stopwatch, fact_table
 from jaxreg.registration import Registration, Stage, Transform, preset, stage_from_name
 from jaxreg.registration.report.page import write_report
-from jaxreg.registration.stages.metrics import Metric
+from jaxreg.registration.stages.metrics import MetricName
 from jaxreg.warp import INVERSE_TOLERANCE
 from regkernels import Volume, read_volume, write_affine, write_displacement, write_volume
 from regkernels.files.atomic import atomic_folder
@@ -212,7 +211,7 @@ def _stages(
     if any(stage in here and stage not in on_gpu for stage in stages):
         console.print("On the CPU this preset has fewer iterations than on a GPU.", style="dim")
     if metric is not None:
-        stages = tuple(dataclasses.replace(stage, metric=cast(Metric, metric)) for stage in stages)
+        stages = tuple(stage.with_metric(cast(MetricName, metric)) for stage in stages)
     return stages
 
 
@@ -242,7 +241,7 @@ def _record(result: Registration, inputs: dict[str, Any], facts: dict[str, str])
         "stages": [
             {
                 "name": stage.name,
-                "settings": dataclasses.asdict(stage.settings),
+                "settings": stage.settings.record(),
                 "seconds": stage.seconds,
                 "levels": [
                     {**level._asdict(), "losses": np.asarray(level.losses).tolist()}

@@ -15,8 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import compose, jacobian_determinant
 from jaxreg.registration.progress import Callback
-from jaxreg.registration.register_images import Stage, check_stages, make_problem
-from jaxreg.registration.stages.iterative import Trace
+from jaxreg.registration.register_images import check_stages, make_problem
+from jaxreg.registration.stages.base import Stage, Trace
+from jaxreg.registration.stages.metrics import Metric
 from jaxreg.registration.stages.presets import preset
 from jaxreg.registration.stages.problem import Alignment, overlap
 from jaxreg.registration.stages.pyramid import level_shape
@@ -28,11 +29,8 @@ from regkernels.grid import Grid, Matrix
 __all__ = ["Folds", "InverseResidual", "LevelRecord", "Registration", "StageRecord", "register"]
 
 _LARGEST = 1e8
-"""Of intensities: sums of squares over a volume, and what the slopes of NCC divide by, stay within
-the range of float32."""
-_NARROWEST, _NARROWEST_OF_MSE = 1e-7, 1e-2
-"""Of their range: the variances of LNCC's windows, and the slopes of squared differences, have to
-stay above what divisions by zero are avoided with."""
+"""Intensities may not be larger: sums of squares over a volume, and what the slopes of NCC divide
+by, have to stay within the range of float32."""
 
 
 class LevelRecord(NamedTuple):
@@ -212,7 +210,7 @@ def register(
     ------
     ValueError
         If the volumes do not fit together; for intensities that are larger than 1e8, or vary but
-        by less than 1e-7, or 0.01 for the metric ``"mse"``, in all (of a constant image nothing
+        by less than a metric can tell, 1e-7 or 0.01 for `MSE`, in all (of a constant image nothing
         moves); for a mask of another grid, with several channels, with a negative weight or without
         a positive one; for a matrix that cannot be inverted; if, after the stages, the moving image
         covers no voxel of the fixed one that counts: then there was nothing to compare; or if a
@@ -295,8 +293,9 @@ def _check_intensities(fixed: Volume, moving: Volume, stages: tuple[Stage, ...])
     arrays = {"fixed": fixed.array, "moving": moving.array}
     # All of them are asked for before one is waited for.
     ranges = {name: (np.min(array), np.max(array)) for name, array in arrays.items()}
-    squares = any(stage.metric == "mse" for stage in stages)
-    narrowest = _NARROWEST_OF_MSE if squares else _NARROWEST
+    metrics = [stage.metric for stage in stages]
+    metric = max(metrics, key=lambda metric: metric.narrowest_range, default=None)
+    narrowest = Metric.narrowest_range if metric is None else metric.narrowest_range
     for name, extremes in jax.device_get(ranges).items():
         low, high = map(float, extremes)
         if not max(-low, high) <= _LARGEST:
@@ -307,8 +306,8 @@ def _check_intensities(fixed: Volume, moving: Volume, stages: tuple[Stage, ...])
         if 0 < high - low < narrowest:
             raise ValueError(
                 f"{name}: expected intensities that differ by {narrowest:g} or more"
-                f"{' with the metric mse' if squares else ''}, got {low:g} to {high:g}; multiply "
-                "them by a larger number"
+                f"{f' with the metric {metric}' if metric else ''}, got {low:g} to {high:g}; "
+                "multiply them by a larger number"
             )
 
 
@@ -319,7 +318,6 @@ def _is_finite(alignment: Alignment) -> jax.Array:
 
 
 def _levels(stage: Stage, fixed: Volume, traces: tuple[Trace, ...]) -> tuple[LevelRecord, ...]:
-    scales = stage.scales if hasattr(stage, "scales") else (stage.scale,)
     levels = tuple(
         LevelRecord(
             scale,
@@ -327,7 +325,7 @@ def _levels(stage: Stage, fixed: Volume, traces: tuple[Trace, ...]) -> tuple[Lev
             np.asarray(trace.losses)[: int(trace.ran)],
             bool(trace.converged),
         )
-        for scale, trace in zip(scales, traces, strict=True)
+        for scale, trace in zip(stage.scales, traces, strict=True)
     )
     for level in levels:
         if not np.isfinite(level.losses).all():

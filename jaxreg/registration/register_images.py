@@ -10,15 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxreg.registration.stages.iterative import Iterative, Trace
-from jaxreg.registration.stages.moments import Moments
+from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.problem import Alignment, Problem
 from regkernels.grid import normalised_to_voxel
 
-__all__ = ["ArrayRegistration", "Stage", "make_problem", "register_images"]
-
-Stage = Moments | Iterative
-"""What `register` runs."""
+__all__ = ["ArrayRegistration", "check_stages", "make_problem", "register_images"]
 
 
 class ArrayRegistration(NamedTuple):

@@ -161,7 +161,7 @@ def test_the_record_tells_settings_versions_and_losses(pair: Path, registered: P
     (part,) = read_transform(registered / "affine.tfm")
     np.testing.assert_array_equal(record["transform"]["matrix"], part.matrix)
     assert [stage["name"] for stage in record["stages"]] == ["affine", "greedy"]
-    assert record["stages"][1]["settings"]["metric"] == "lncc"
+    assert record["stages"][1]["settings"]["metric"] == "LNCC(kernel_size=7)"
     for stage in record["stages"]:
         assert stage["levels"][0]["losses"][-1] < stage["levels"][0]["losses"][0]
     assert record["jacobian"]["share"] == 0
@@ -176,7 +176,12 @@ def test_the_report_is_one_file_with_everything(pair: Path, registered: Path) ->
     assert page.count("data:image/png;base64,iVBOR") == 2  # slices and losses
     assert not re.search(r'(src|href)="(?!data:)', page)
     words = ("moving.mha registered to fixed.nii.gz", "learning_rate", "jaxlib", "greedy")
-    for word in (*words, "residual of the inverse", str(pair / "fixed.nii.gz")):
+    for word in (
+        *words,
+        "metric = LNCC(kernel_size=7)",
+        "residual of the inverse",
+        str(pair / "fixed.nii.gz"),
+    ):
         assert word in page
 
 
@@ -239,7 +244,7 @@ def test_masks_metric_and_a_start_are_used(pair: Path, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "registration.json").read_text())
     assert record["inputs"]["--moving-mask"] == str(pair / "mask.nrrd")
     (stage,) = record["stages"]
-    assert stage["settings"]["metric"] == "ncc"
+    assert stage["settings"]["metric"] == "NCC"
     matrix = read_transform(tmp_path / "affine.tfm")[0].matrix
     np.testing.assert_allclose(matrix[:2, :2], MOTION[:2, :2], atol=1e-6)
     assert np.abs(matrix[:2, 2] - MOTION[:2, 2]).max() < 1.5

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import html
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxreg.registration.register import LevelRecord, Registration, StageRecord
 from jaxreg.registration.report.pictures import BACKGROUND, FAINT, TEXT, draw_losses, draw_slices
@@ -122,10 +121,7 @@ def _stages(result: Registration) -> str:
     numbers = _cells(names[1:-1], "th", "number")
     rows = [f"<tr>{_cells(names[:1], 'th')}{numbers}{_cells(names[-1:], 'th')}</tr>"]
     for stage in result.stages:
-        settings = ", ".join(
-            f"{field.name} = {_value(getattr(stage.settings, field.name))}"
-            for field in dataclasses.fields(stage.settings)
-        )
+        settings = ", ".join(f"{name} = {value}" for name, value in stage.settings.record().items())
         span = len(stage.levels)
         for number, level in enumerate(stage.levels):
             values = (
@@ -145,14 +141,9 @@ def _stages(result: Registration) -> str:
 
 
 def _iterations(stage: StageRecord, level: LevelRecord) -> str:
-    if not hasattr(stage.settings, "iterations"):
+    if not stage.settings.iterations:
         return ""
     return f"{len(level.losses)}{', converged' if level.converged else ''}"
-
-
-def _value(setting: Any) -> str:
-    """Show a setting; a function by its name, which does not change from run to run."""
-    return str(getattr(setting, "__qualname__", setting))
 
 
 def _matrix(result: Registration) -> str:

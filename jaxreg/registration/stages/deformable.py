@@ -19,7 +19,6 @@ from jaxreg.registration.stages.adam import (
     riemannian_adam_step,
 )
 from jaxreg.registration.stages.iterative import Iterative, State
-from jaxreg.registration.stages.metrics import Metric
 from jaxreg.registration.stages.problem import Alignment, Level
 from jaxreg.registration.stages.pyramid import resize_field
 
@@ -58,10 +57,6 @@ class Deformable(Iterative):
     fields: ClassVar[int] = 1
     """How many fields the stage looks for."""
 
-    scales: tuple[float, ...] = (4, 2, 1)
-    iterations: tuple[int, ...] = (60, 40, 20)
-    learning_rate: float = 0.5
-    metric: Metric = "lncc"
     gradient_sigma: float = 1.25
     field_sigma: float = 0.6
     beta1: float = 0.9

@@ -8,36 +8,18 @@ import functools
 import math
 from collections.abc import Callable
 from numbers import Integral
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.stages.adam import AdamMoments
-from jaxreg.registration.stages.metrics import Metric, find_loss
+from jaxreg.registration.stages.base import Stage, Trace
+from jaxreg.registration.stages.metrics import LNCC, MetricField
 from jaxreg.registration.stages.problem import Alignment, Level, Problem, combined
 
-__all__ = ["Iterative", "State", "Trace", "block_length"]
-
-
-class Trace(NamedTuple):
-    """How the loss of a level went.
-
-    Attributes
-    ----------
-    losses
-        The loss before each iteration, ``(iterations,)``; after an early stop the last one is
-        repeated. Those of a block that was undone are there, too.
-    ran
-        Iterations until then.
-    converged
-        Whether the level stopped by itself.
-    """
-
-    losses: jax.Array
-    ran: jax.Array
-    converged: jax.Array
+__all__ = ["Iterative", "State", "block_length"]
 
 
 class State(NamedTuple):
@@ -55,11 +37,8 @@ _Run = Callable[["Iterative", Level, State, Trace], _Carry]
 
 
 @dataclasses.dataclass(frozen=True)
-class Iterative(abc.ABC):
+class Iterative(Stage):
     """Settings of every stage that iterates from coarse to fine.
-
-    A stage is a JAX pytree without leaves: its settings are static, and functions that take it
-    are compiled for them.
 
     Attributes
     ----------
@@ -70,15 +49,10 @@ class Iterative(abc.ABC):
     learning_rate
         How far a step may go, in voxels of the level; see the stage.
     metric
-        What is minimised: ``"lncc"``, local normalised cross-correlation; ``"ncc"``, the global
-        one, which still pulls where little overlaps; ``"mi"``, mutual information, between
-        contrasts that differ; ``"mse"``, the mean squared difference; or ``loss(pred, target)``, a
-        scalar, the mean over the voxels: any JAX function of two images ``(1, C, [Z,] Y, X)``,
-        which takes ``mask=``, too, if there are masks.
-    kernel_size
-        Window of ``"lncc"``, in voxels of the level, odd.
-    num_bins
-        Bins of ``"mi"`` per image.
+        What is minimised: a `Metric`, such as ``LNCC(kernel_size=5)``; the name ``"lncc"``,
+        ``"mi"``, ``"mse"`` or ``"ncc"`` of one with its default settings; or ``loss(pred,
+        target)``, a scalar, the mean over the voxels: any JAX function of two images ``(1, C, [Z,]
+        Y, X)``, which takes ``mask=``, too, if there are masks. The stage holds the metric.
     window, tolerance
         A level ends when a line through its last ``window`` losses falls by less than ``tolerance``
         times the largest loss of the level, in magnitude, or rises. If in the last block the loss
@@ -97,21 +71,13 @@ class Iterative(abc.ABC):
         of its range.
     """
 
-    name: ClassVar[str]
-
-    scales: tuple[float, ...]
-    iterations: tuple[int, ...]
+    scales: tuple[float, ...] = (4, 2, 1)
+    iterations: tuple[int, ...] = (60, 40, 20)
     learning_rate: float = 0.5
-    metric: Metric = "lncc"
-    kernel_size: int = 7
-    num_bins: int = 32
+    metric: MetricField = MetricField(LNCC())
     window: int = 10
     tolerance: float = 1e-4
     block: int = 10
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        jax.tree_util.register_static(cls)
 
     def __post_init__(self) -> None:
         for name in ("scales", "iterations"):
@@ -128,7 +94,6 @@ class Iterative(abc.ABC):
             )
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
-        find_loss(self.metric, self.kernel_size, self.num_bins)
         for name, least in (("window", 2), ("block", 1)):
             value = getattr(self, name)
             if not isinstance(value, Integral) or value < least:
@@ -140,8 +105,7 @@ class Iterative(abc.ABC):
         self, pred: tuple[jax.Array, jax.Array | None], target: tuple[jax.Array, jax.Array | None]
     ) -> jax.Array:
         """Return the metric of two images, each with its mask."""
-        find = find_loss(self.metric, self.kernel_size, self.num_bins)
-        return find(pred[0], target[0], combined(pred[1], target[1]))
+        return self.metric.loss(pred[0], target[0], combined(pred[1], target[1]))
 
     @abc.abstractmethod
     def begin(self, level: Level) -> State:
@@ -178,13 +142,14 @@ class Iterative(abc.ABC):
             level = problem.level(scale, alignment)
             state = self.begin(level) if state is None else self.resized(state, level.shape)
             trace = _no_trace(iterations)
+            stage = self.for_scale(scale)
             if iterations == 0:
                 pass
             elif callback is None:
-                state, trace = _jitted(_run_level, level)(self, level, state, trace)
+                state, trace = _jitted(_run_level, level)(stage, level, state, trace)
             else:
                 for first in range(0, iterations, length := self._block_length(iterations)):
-                    state, trace = _jitted(_run_block, level)(self, level, state, trace)
+                    state, trace = _jitted(_run_block, level)(stage, level, state, trace)
                     losses = trace.losses[first : first + length]
                     callback(Progress(self.name, scale, done + first + length, total, losses))
             done += iterations

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxreg.registration.stages.adam import adam_direction, no_moments
 from jaxreg.registration.stages.iterative import Iterative, State
-from jaxreg.registration.stages.metrics import Metric
+from jaxreg.registration.stages.metrics import NCC, MetricField
 from jaxreg.registration.stages.moments import centre_and_covariance
 from jaxreg.registration.stages.problem import Alignment, Level, matmul
 
@@ -72,8 +72,7 @@ class Linear(Iterative):
 
     scales: tuple[float, ...] = (4, 2)
     iterations: tuple[int, ...] = (80, 40)
-    learning_rate: float = 0.5
-    metric: Metric = "ncc"
+    metric: MetricField = MetricField(NCC())
 
     @abc.abstractmethod
     def _parameters(self, ndim: int) -> _Parameters:
