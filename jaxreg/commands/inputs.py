@@ -98,7 +98,7 @@ def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[tuple[str, Path
     """
 
     def place(path: Path) -> Path:
-        # The two files of one image: whoever writes the header writes the voxels too.
+        # An image may consist of two files: whoever writes its header writes its voxels, too.
         whole = path.resolve()
         return whole.parent / re.sub(r"\.hdr(\.gz)?$", r".img\1", whole.name)
 

@@ -255,13 +255,15 @@ def register(
         finite = _is_finite(alignment).block_until_ready()
         seconds = time.perf_counter() - began
         records.append(StageRecord(stage.name, stage, _levels(stage, fixed, traces), seconds))
-        if not finite:  # though the losses are: where a sample's place is not finite, it is 0
+        # The losses may be finite all the same: a sample whose place is not finite is 0.
+        if not finite:
             raise ValueError(
                 "metric: expected finite gradients, got a transform that is not finite from the "
                 f"stage {stage.name}; choose a metric whose gradient is finite even where the "
                 "images are equal or constant: that of a square root at 0 is not"
             )
-    # Only now: a stage may bring images together that have nothing in common at the start.
+    # Overlap is asked for after the stages only, because they may bring images together that have
+    # nothing in common at the start.
     if stages and not overlap(problem.whole(alignment)):
         masked = fixed_mask is not None or moving_mask is not None
         raise ValueError(
@@ -291,7 +293,7 @@ def _check_volumes(**volumes: object) -> None:
 def _check_intensities(fixed: Volume, moving: Volume, stages: tuple[Stage, ...]) -> None:
     """Refuse images to which metrics are flat only for their unit: nothing would move."""
     arrays = {"fixed": fixed.array, "moving": moving.array}
-    # All of them are asked for before one is waited for.
+    # Both images are asked before one is waited for, so that the device is never idle.
     ranges = {name: (np.min(array), np.max(array)) for name, array in arrays.items()}
     metrics = [stage.metric for stage in stages]
     metric = max(metrics, key=lambda metric: metric.narrowest_range, default=None)

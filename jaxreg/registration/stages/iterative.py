@@ -207,13 +207,13 @@ def _advance(stage: Iterative, level: Level, state: State, trace: Trace) -> _Car
     if not stage._tests(iterations):
         return state, Trace(losses, ran, trace.converged)
     converged = _converged(stage, losses, ran)
-    # To keep the start of a block costs one field, the best of all iterations a copy in each of
-    # them. The block before was tested, too: the losses had fallen until this one.
-    # A small rise is no reason: what looks alike on this level goes on to a finer one.
+    # Keeping the start of a block costs one field; keeping the best of all iterations would cost a
+    # copy in each of them. The block before was tested, too: the losses had fallen until this one.
+    # A small rise is no reason to undo it: what looks alike on this level goes on to a finer one.
     bearable = block[0] + 0.1 * jnp.maximum(losses[0] - block[0], 0)
-    undone = converged & ~(block[-1] <= bearable)  # also if it is NaN
+    undone = converged & ~(block[-1] <= bearable)  # a NaN is not bearable, either
     found = jax.tree.map(functools.partial(jnp.where, undone), start, state.found)
-    # The next level does not go on with what has led astray.
+    # The next level must not go on with moments that have led astray.
     moments = jax.tree.map(lambda x: jnp.where(undone, jnp.zeros_like(x), x), state.moments)
     return state._replace(found=found, moments=moments), Trace(losses, ran, converged)
 

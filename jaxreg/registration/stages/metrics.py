@@ -67,7 +67,8 @@ def ncc(pred: jax.Array, target: jax.Array, mask: jax.Array | None = None) -> ja
     # The inner `where`s keep the square root's infinite slope at 0 out of the gradient.
     pred_scale = jnp.sqrt(jnp.where(varies, pred_variance, 1))
     target_scale = jnp.sqrt(jnp.where(varies, target_variance, 1))
-    # One after the other: the square of their product, in the gradient, may overflow.
+    # The scales divide one after the other: the square of their product, which the gradient would
+    # hold, may overflow.
     return jnp.where(varies, covariance / pred_scale / target_scale, 0)
 
 

@@ -124,7 +124,8 @@ def _(part: DisplacementField, chain: _Chain, grid: Grid) -> _Chain:
     affine = affine_between(part.grid, matrix @ to_physical)
     same = part.grid.shape == grid.shape and np.allclose(affine, np.eye(*affine.shape[1:]), 0, 1e-7)
     if same and before is None:
-        found = jnp.asarray(part.vectors, jnp.float32)  # without the memory that sampling takes
+        # Sampling would give the same and take memory.
+        found = jnp.asarray(part.vectors, jnp.float32)
     else:
         found = _sample_vectors(part, affine, before, grid.shape)
     step = rotate(inverse_matrix(matrix), found)

@@ -166,7 +166,7 @@ class Transform:
         if not with_affine:
             return vectors
         matrix = np.asarray(self.matrix, dtype=np.float64)
-        # (A - 1)p in float64 first: the positions are large beside what is left of them.
+        # (A - 1)p is computed in float64: the positions are large beside what is left of them.
         shift = (matrix - np.eye(self.grid.ndim + 1)) @ self.grid.voxel_to_physical()
         index = np.moveaxis(np.indices(self.grid.shape)[::-1], 0, -1)
         affine_part = index @ shift[:-1, :-1].T + shift[:-1, -1]
