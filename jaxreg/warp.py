@@ -27,6 +27,9 @@ Unit = Literal["normalised", "voxel", "mm"]
 Channels = Literal["first", "last"]
 PaddingMode = Literal["zeros", "border", "reflection"]
 
+INVERSE_TOLERANCE = 0.01
+"""The residual, in voxels, to which `invert_displacement` solves where it is not told another."""
+
 
 def interpolate(
     image: jax.Array,
@@ -364,7 +367,7 @@ def invert_displacement(
     displacement: jax.Array,
     initial: jax.Array | None = None,
     *,
-    tolerance: float = 0.01,
+    tolerance: float = INVERSE_TOLERANCE,
     max_iterations: int = 50,
     padding_mode: PaddingMode = "border",
     align_corners: bool = True,
