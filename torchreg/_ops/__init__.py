@@ -12,10 +12,12 @@ and on top of them what is here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from regkernels.namesake import refuse_mixture
 from regkernels.options import plain_number
 from regkernels.table import OPS, Input, Op
 from torchreg._ops import registration  # noqa: F401 - which registers the ops
@@ -28,6 +30,9 @@ from torchreg._ops.autograd import (
 from torchreg._ops.calls import call, is_eager, plain_memory
 from torchreg._ops.launch import DTYPE_NAMES, DTYPES, infer, result, run, spec
 from torchreg._ops.torch_internals import transforms
+
+# Every module of this package comes here, also if the package's own `__init__` is a stranger's.
+refuse_mixture(Path(__file__).parents[1])
 
 _HALVES = (torch.float16, torch.bfloat16)
 
