@@ -187,7 +187,7 @@ def test_a_matrix_stands_for_the_affine_map_that_it_is(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_transform(tmp_path / "affine.tfm")[0], part.matrix)
     with pytest.raises(ValueError, match=r"parts: expected a matrix .*, got shape \(2, 3\)"):
         move_points(points, [part.matrix[:2]])
-    with pytest.raises(TypeError, match="parts: expected affine maps, .* got str"):
+    with pytest.raises(TypeError, match=r"parts: expected affine maps, .* got str"):
         resample(fixed, fixed, ["affine.tfm"])  # type: ignore[list-item]
 
 
