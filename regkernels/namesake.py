@@ -44,7 +44,7 @@ def trouble(folder: Path) -> str | None:
     else:
         return None
     return (
-        f"torchreg: {folder} {found}. PyPI has another package of this name, which installs into "
+        f"{folder} {found}. PyPI has another package of this name, which installs into "
         "the same folder: one environment can hold only one of them. Uninstall both (pip uninstall "
         "torchreg regkernels), delete the folder if it is still there, and install regkernels again"
     )
@@ -60,4 +60,4 @@ def refuse_mixture(folder: Path) -> None:
     """
     found = trouble(folder)
     if found is not None:
-        raise ImportError(found, name="torchreg", path=str(folder))
+        raise ImportError(f"torchreg: {found}", name="torchreg", path=str(folder))

@@ -18,6 +18,7 @@ import pytest
 from regkernels import namesake
 
 FRAMEWORKS = ("jax", "torch")
+FRONTS = ("jaxreg", "torchreg")
 PACKAGES = {"regkernels": FRAMEWORKS, "jaxreg": ("torch",), "torchreg": ("jax",)}
 
 
@@ -129,6 +130,15 @@ def test_the_extension_has_a_stub_with_its_every_public_name() -> None:
     public = {name for name in dir(module) if not name.startswith("_")}
     assert public
     assert {name for name in names_in(stub) if not name.startswith("_")} == public
+
+
+@pytest.mark.parametrize("package", FRONTS)
+def test_only_the_middle_imports_the_extension(package: str) -> None:
+    file = importlib.import_module(package).__file__
+    assert file is not None
+    sources = list(Path(file).parent.rglob("*.py"))
+    assert sources
+    assert [source for source in sources if re.search(r"\b_core\b", source.read_text())] == []
 
 
 @pytest.mark.parametrize("package", PACKAGES)
