@@ -6,6 +6,8 @@ CUDA ?= AUTO
 # CUDA architectures, such as 90 or "80;90"; empty: the default list of CMakeLists.txt, in the demo this machine's.
 CUDA_ARCHS ?=
 PYTEST_ARGS ?=
+# Where `make bench` puts its results; benchmarks/results is what the tables of the documentation are made from.
+RESULTS ?= build/results
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +24,7 @@ SOURCES := $(shell find csrc regkernels jaxreg torchreg -type f -not -path '*/__
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: PYTHON=$(PYTHON) CUDA=$(CUDA) CUDA_ARCHS=$(CUDA_ARCHS) PYTEST_ARGS=$(PYTEST_ARGS)"
+	@echo "  variables: PYTHON=$(PYTHON) CUDA=$(CUDA) CUDA_ARCHS=$(CUDA_ARCHS) PYTEST_ARGS=$(PYTEST_ARGS) RESULTS=$(RESULTS)"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -79,8 +81,8 @@ docs: $(VENV)/.installed ## the API reference in build/docs
 	  -m pdoc --docformat numpy --math -o build/docs regkernels jaxreg jaxreg.registration torchreg
 
 bench: $(VENV)/.installed ## speed and memory beside what one would otherwise use
-	$(BIN)/python benchmarks/warp.py
-	$(BIN)/python benchmarks/similarity.py
+	for benchmark in warp similarity registration latency; do \
+	  $(BIN)/python benchmarks/$$benchmark.py --output $(RESULTS) || exit 1; done
 
 wheel: ## a wheel for PYTHON in wheelhouse/, for CUDA_ARCHS if given
 	$(PYTHON) -m pip --disable-pip-version-check wheel . --no-deps --wheel-dir wheelhouse $(call build_settings,$(CUDA),$(CUDA_ARCHS))

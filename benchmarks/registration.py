@@ -17,10 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,9 +27,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from harness import Record, add_file_arguments
 
 from jaxreg import convert_displacement, interpolate
 from jaxreg.registration import (
+    LNCC,
     Affine,
     Greedy,
     Iterative,
@@ -44,9 +43,9 @@ from jaxreg.registration import (
     resize_image,
 )
 from regkernels import Volume
-from regkernels.info import describe
 
 SCALES = (4.0, 2.0, 1.0)
+PARTS = ("register", "levels", "program")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -56,7 +55,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", nargs=3, type=int, metavar=("Z", "Y", "X"))
     parser.add_argument("--iterations", nargs=3, type=int, metavar=("QUARTER", "HALF", "FULL"))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    add_file_arguments(parser)
     arguments = parser.parse_args()
     cuda = arguments.device == "cuda"
     arguments.size = tuple(arguments.size or ((192, 232, 256) if cuda else (48, 58, 64)))
@@ -104,8 +104,12 @@ def peak_mib(device: jax.Device) -> float:
 
 
 def measure_register(
-    pair: tuple[Volume, Volume], stages: Sequence[Iterative], repeats: int
-) -> tuple[dict[str, Any], Registration]:
+    record: Record,
+    pair: tuple[Volume, Volume],
+    stages: Sequence[Iterative],
+    repeats: int,
+    device: jax.Device,
+) -> Registration:
     """Time `register`, and each of its stages, in the fastest run; return the last result."""
     result = register(*pair, stages)
     runs = []
@@ -114,19 +118,22 @@ def measure_register(
         start = time.perf_counter()
         result = register(*pair, stages)  # which waits for its stages
         runs.append((time.perf_counter() - start, result.stages))
-    total, records = min(runs, key=lambda run: run[0])
-    row: dict[str, Any] = {"total_s": total, "totals_s": [run[0] for run in runs]}
-    for record in records:
-        count = sum(level.losses.size for level in record.levels)
-        row[record.name] = {"s": record.seconds, "ms_per_iteration": record.seconds / count * 1e3}
-    return row, result
+    total, parts = min(runs, key=lambda run: run[0])
+    memory = peak_mib(device)
+    record.add("register", "jaxreg", ms=total * 1e3, memory_mib=memory)
+    print(f"register           {total:8.3f} s  peak {memory:7.1f} MiB", flush=True)
+    for part in parts:
+        ms = part.seconds * 1e3
+        each = ms / sum(level.losses.size for level in part.levels)
+        record.add(f"register, {part.name} stage", "jaxreg", ms=ms, ms_per_iteration=each)
+        print(f"{part.name:<18} {part.seconds:8.3f} s  {each:8.3f} ms/iteration", flush=True)
+    return result
 
 
 def measure_levels(
-    pair: tuple[Volume, Volume], stages: Sequence[Iterative], repeats: int
-) -> list[dict[str, Any]]:
-    """Milliseconds per iteration of each level of each stage."""
-    rows = []
+    record: Record, pair: tuple[Volume, Volume], stages: Sequence[Iterative], repeats: int
+) -> None:
+    """Measure an iteration of each level of each stage."""
     for stage in stages:
         for scale, iterations in zip(stage.scales, stage.iterations, strict=True):
             with_and_without = []
@@ -137,13 +144,14 @@ def measure_levels(
                     min(register(*pair, [level]).stages[0].seconds for _ in range(repeats))
                 )
             ms = (with_and_without[0] - with_and_without[1]) / iterations * 1e3
-            rows.append({"stage": stage.name, "scale": scale, "ms_per_iteration": ms})
-    return rows
+            name = f"{stage.name} 1/{scale:g}"
+            record.add(f"iteration of {name}", "jaxreg", ms=ms)
+            print(f"{name:<18} {'':8}    {ms:8.3f} ms/iteration", flush=True)
 
 
 def measure_program(
-    pair: tuple[Volume, Volume], stages: Sequence[Iterative], repeats: int
-) -> dict[str, float]:
+    record: Record, pair: tuple[Volume, Volume], stages: Sequence[Iterative], repeats: int
+) -> None:
     """Time the registration as one compiled program."""
     images = [volume.batched()[0] for volume in pair]
     program = jax.jit(lambda fixed, moving: register_images(fixed, moving, stages).alignment)
@@ -153,60 +161,56 @@ def measure_program(
     total, _ = seconds(lambda: compiled(*images), repeats)
     plan = compiled.memory_analysis()
     planned = plan.temp_size_in_bytes + plan.output_size_in_bytes + plan.argument_size_in_bytes
-    return {"total_s": total, "compilation_s": compilation, "planned_mib": planned / 2**20}
+    planned /= 2**20
+    record.add(
+        "one program", "jaxreg", ms=total * 1e3, memory_mib=planned, compilation_s=compilation
+    )
+    print(
+        f"one program        {total:8.3f} s  planned {planned:7.1f} MiB"
+        f"  compiled in {compilation:.1f} s",
+        flush=True,
+    )
+
+
+def check(pair: tuple[Volume, Volume], result: Registration) -> dict[str, Any]:
+    """Return the correlation before and after, and the share of folds, of what was aligned."""
+    before, after = (
+        float(ncc(volume.batched(), pair[0].batched())[0, 0]) for volume in (pair[1], result.moved)
+    )
+    folded = result.folds.share
+    print(f"correlation {before:.3f} -> {after:.3f}, folded {folded:.2g}", flush=True)
+    if not after > 0.9:
+        raise SystemExit(f"expected the images to be aligned, got a correlation of {after:.3f}")
+    return {"correlation": [before, after], "folded": folded}
 
 
 def main() -> None:
     arguments = parse_arguments()
     device = jax.devices("gpu" if arguments.device == "cuda" else "cpu")[0]
     stages = [
-        stage(SCALES, arguments.iterations, metric="lncc", kernel_size=5, tolerance=0)
+        stage(SCALES, arguments.iterations, metric=LNCC(kernel_size=5), tolerance=0)
         for stage in (Affine, Greedy)
     ]
-    about = {
-        "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
-        "device": device.device_kind if arguments.device == "cuda" else f"{os.cpu_count()} cores",
-        "size": arguments.size,
-        "iterations": arguments.iterations,
-        "repeats": arguments.repeats,
-        **describe(),
-    }
-    print(about, flush=True)
+    record = Record(
+        "registration",
+        arguments,
+        device.device_kind if arguments.device == "cuda" else "",
+        shape=(1, 1, *arguments.size),
+        dtype="float32",
+        iterations=arguments.iterations,
+        repeats=arguments.repeats,
+    )
     with jax.default_device(device):
         pair = make_pair(arguments.size)
-        whole, result = measure_register(pair, stages, arguments.repeats)
-        whole["peak_mib"] = peak_mib(device)
-        before, after = (
-            float(ncc(volume.batched(), pair[0].batched())[0, 0])
-            for volume in (pair[1], result.moved)
-        )
-        whole |= {"correlation": [before, after], "folded": result.folds.share}
-        print(
-            f"register           {whole['total_s']:8.3f} s  peak {whole['peak_mib']:7.1f} MiB"
-            f"  correlation {before:.3f} -> {after:.3f}, folded {result.folds.share:.2g}",
-            flush=True,
-        )
-        if not after > 0.9:
-            raise SystemExit(f"expected the images to be aligned, got a correlation of {after:.3f}")
-        for stage in stages:
-            row = whole[stage.name]
-            print(
-                f"{stage.name:<18} {row['s']:8.3f} s  {row['ms_per_iteration']:8.3f} ms/iteration"
-            )
-        del result
-        levels = measure_levels(pair, stages, arguments.repeats)
-        for row in levels:
-            name = f"{row['stage']} 1/{row['scale']:g}"
-            print(f"{name:<18} {'':8}    {row['ms_per_iteration']:8.3f} ms/iteration", flush=True)
-        program = measure_program(pair, stages, arguments.repeats)
-    print(
-        f"one program        {program['total_s']:8.3f} s  planned {program['planned_mib']:7.1f} MiB"
-        f"  compiled in {program['compilation_s']:.1f} s"
-    )
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            record = {"about": about, "register": whole, "levels": levels, "program": program}
-            json.dump(record, file, indent=1)
+        if "register" in arguments.only:
+            result = measure_register(record, pair, stages, arguments.repeats, device)
+            record.about |= check(pair, result)
+            del result
+        if "levels" in arguments.only:
+            measure_levels(record, pair, stages, arguments.repeats)
+        if "program" in arguments.only:
+            measure_program(record, pair, stages, arguments.repeats)
+    record.write()
 
 
 if __name__ == "__main__":

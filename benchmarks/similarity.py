@@ -13,15 +13,15 @@ of a brain is: MONAI's loss as it is and compiled, of images scaled to [0, 1], a
 as matrices in jnp under `jax.jit`, multiplied a chunk of voxels at a time.
 
 Before anything is timed, values are compared with ours. `harness.py` says what the columns are.
-``--work 'LNCC box k=7 '`` and ``--work 'MI gaussian 32'`` leave out other work.
+``--work 'lncc 7' 'mi 32'`` leaves out other work.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,26 +30,26 @@ import numpy as np
 import torch
 from harness import Bench, parse_arguments
 
-import jaxreg
-import torchreg
-
-WINDOWS = [(k, "rectangular") for k in (3, 5, 7, 9, 11, 15)] + [(7, "gaussian")]
-SMOOTH = 1e-5
-HISTOGRAMS = [(num_bins, "gaussian") for num_bins in (32, 16, 64, 128)] + [(32, "b-spline")]
+from regkernels.bench.works import (
+    BACKGROUNDS,
+    HISTOGRAMS,
+    SMOOTH_DR,
+    WINDOWS,
+    WORKS,
+    make_similarity,
+)
 
 TorchLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 JaxLoss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def make_set(rng: np.random.Generator, shape: tuple[int, ...]) -> Mapping[str, np.ndarray]:
-    """Two images that correlate in part; and these with the first half of their voxels alike."""
-    pred, noise = rng.normal(size=(2, *shape)).astype(np.float32)
-    images = {"pred": pred, "target": 0.6 * pred + 0.8 * noise + np.float32(0.5)}
-    for name, image in list(images.items()):
-        masked = image.copy()
-        masked[..., : shape[-2] // 2, :] = image.min()
-        images[f"{name} with background"] = masked
-    return images
+def imports(module: str) -> bool:
+    """Whether a peer is there, and works with the other packages that are."""
+    try:
+        importlib.import_module(module)
+    except Exception:
+        return False
+    return True
 
 
 def weights(kernel_size: int, window: str) -> list[float]:
@@ -96,28 +96,24 @@ def jnp_lncc(
     ]
     i, j, ii, jj, ij = sums
     cross = ij - i * j / mass
-    pred_variance = jnp.maximum(ii - i * i / mass, SMOOTH)
-    target_variance = jnp.maximum(jj - j * j / mass, SMOOTH)
+    pred_variance = jnp.maximum(ii - i * i / mass, SMOOTH_DR)
+    target_variance = jnp.maximum(jj - j * j / mass, SMOOTH_DR)
     return -(cross * cross / (pred_variance * target_variance)).mean()
 
 
 def torch_losses(kernel_size: int, window: str, dim: int, device: str) -> dict[str, TorchLoss]:
-    """Ours and its peers in PyTorch."""
-    losses: dict[str, TorchLoss] = {
-        "torchreg": functools.partial(
-            torchreg.lncc_loss, kernel_size=kernel_size, window=window, smooth_dr=SMOOTH
-        )
-    }
-    if importlib.util.find_spec("monai"):
+    """The peers in PyTorch."""
+    losses: dict[str, TorchLoss] = {}
+    if imports("monai.losses"):
         from monai.losses import LocalNormalizedCrossCorrelationLoss
 
         monai = LocalNormalizedCrossCorrelationLoss(
-            dim, kernel_size, window, smooth_nr=0.0, smooth_dr=SMOOTH
+            dim, kernel_size, window, smooth_nr=0.0, smooth_dr=SMOOTH_DR
         ).to(device)
         losses["MONAI"] = monai
         losses["MONAI compiled"] = torch.compile(monai)
     suits_fused = device == "cuda" and dim == 3 and window == "rectangular"
-    if suits_fused and importlib.util.find_spec("fused_lncc"):
+    if suits_fused and imports("fused_lncc"):
         from fused_lncc import fused_lncc_loss
 
         losses["fused_lncc"] = functools.partial(fused_lncc_loss, kernel_size=kernel_size)
@@ -125,12 +121,9 @@ def torch_losses(kernel_size: int, window: str, dim: int, device: str) -> dict[s
 
 
 def jax_losses(kernel_size: int, window: str) -> dict[str, JaxLoss]:
-    """Ours and its peers in JAX."""
+    """The peers in JAX."""
     taps = weights(kernel_size, window)
     losses: dict[str, JaxLoss] = {
-        "jaxreg": functools.partial(
-            jaxreg.lncc_loss, kernel_size=kernel_size, window=window, smooth_dr=SMOOTH
-        ),
         "jnp slices": functools.partial(jnp_lncc, taps=taps, window_sum=sum_by_slices),
     }
     if window == "rectangular":
@@ -177,13 +170,9 @@ def jnp_mutual_information(
 
 
 def torch_information_losses(num_bins: int, kernel: str) -> dict[str, TorchLoss]:
-    """Ours and its peers in PyTorch."""
-    losses: dict[str, TorchLoss] = {
-        "torchreg": functools.partial(
-            torchreg.mutual_information_loss, num_bins=num_bins, kernel=kernel
-        )
-    }
-    if importlib.util.find_spec("monai"):
+    """The peers in PyTorch."""
+    losses: dict[str, TorchLoss] = {}
+    if imports("monai.losses"):
         from monai.losses import GlobalMutualInformationLoss
 
         monai = GlobalMutualInformationLoss(kernel, num_bins, sigma_ratio=0.5)
@@ -203,12 +192,9 @@ def torch_information_losses(num_bins: int, kernel: str) -> dict[str, TorchLoss]
 
 
 def jax_information_losses(num_bins: int, kernel: str, device: str) -> dict[str, JaxLoss]:
-    """Ours and its peer in JAX."""
+    """The peer in JAX."""
     most = 1 << (10 if device == "cpu" else 19)  # what fits the cache; what keeps a GPU busy
     return {
-        "jaxreg": functools.partial(
-            jaxreg.mutual_information_loss, num_bins=num_bins, kernel=kernel
-        ),
         "jnp matrices": functools.partial(
             jnp_mutual_information, num_bins=num_bins, kernel=kernel, most=most
         ),
@@ -217,85 +203,90 @@ def jax_information_losses(num_bins: int, kernel: str, device: str) -> dict[str,
 
 def check(
     bench: Bench,
-    in_torch: Mapping[str, TorchLoss],
-    in_jax: Mapping[str, JaxLoss],
-    names: tuple[str, str],
+    work: str,
+    peers: Mapping[str, Mapping[str, TorchLoss | JaxLoss]],
     rtol: float,
 ) -> None:
     """Refuse to time what does not compute the same number."""
+    row = WORKS[work]
     values = {}
-    for who, loss in in_torch.items():
-        values[who] = float(loss(*(bench.torch[0][name] for name in names)))
-    for who, loss in in_jax.items() if bench.jax else ():
-        values[who] = float(jax.jit(loss)(*(bench.jax[0][name] for name in names)))
-    if values and not np.allclose(list(values.values()), next(iter(values.values())), rtol=rtol):
+    for name, framework in bench.frameworks.items():
+        package = importlib.import_module(framework.package)
+        losses = {framework.package: functools.partial(row.call, package), **peers[name]}
+        for who, loss in losses.items():
+            function = jax.jit(loss) if name == "jax" else loss
+            try:
+                values[who] = float(function(*(bench.sets[name][0][n] for n in row.operands)))
+            except Exception:
+                # A peer that cannot be called is told of where it is measured.
+                if who == framework.package:
+                    raise
+    if not np.allclose(list(values.values()), next(iter(values.values())), rtol=rtol):
         raise ValueError(f"expected one value from all of them, got {values}")
 
 
 def measure(
     bench: Bench,
     title: str,
-    bytes_per_voxel: tuple[int, int, int],
-    in_torch: Callable[[], Mapping[str, TorchLoss]],
-    in_jax: Callable[[], Mapping[str, JaxLoss]],
-    names: tuple[str, str] = ("pred", "target"),
-    another_number: Collection[str] = (),
+    torch_peers: Callable[[], Mapping[str, TorchLoss]],
+    jax_peers: Callable[[], Mapping[str, JaxLoss]],
+    different: tuple[str, ...],
     rtol: float = 1e-3,
 ) -> None:
     """Measure a loss of two images: the value, and with the gradient of one or of both.
 
-    Values are to agree to within ``rtol``, but for those of ``another_number``.
+    Values are to agree to within ``rtol``, but for those of peers that compute a ``different``
+    function.
     """
-    works = [
-        (f"{title} loss", bytes_per_voxel[0], ()),
-        (f"{title} + grad pred", bytes_per_voxel[1], names[:1]),
-        (f"{title} + grad both", bytes_per_voxel[2], names),
-    ]
-    works = [work for work in works if bench.work in work[0]]
+    works = [f"{title}{ending}" for ending in ("", " + grad pred", " + grad both")]
+    works = [work for work in works if any(part in work for part in bench.arguments.work)]
     if not works:
         return
     torch.compiler.reset()
-    torch_losses = {who: loss for who, loss in in_torch().items() if bench.only in who}
-    jax_losses = {who: loss for who, loss in in_jax().items() if bench.only in f"{who} in a loop"}
-    alike = {who: loss for who, loss in torch_losses.items() if who not in another_number}
-    check(bench, alike, jax_losses, names, rtol)
-    for work, size, wrt in works:
-        for who, loss in torch_losses.items():
-            if who == "fused_lncc" and len(wrt) == 2:
-                continue
 
-            def forward(s: Mapping[str, Any], loss: TorchLoss = loss) -> torch.Tensor:
-                return loss(s[names[0]], s[names[1]])
+    def asked(losses: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            who: loss
+            for who, loss in losses.items()
+            if any(bench.wanted(works[0], name) for name in (who, f"{who} in a loop"))
+        }
 
-            bench.torch_work(work, size, who, forward, wrt, None)
-        for who, loss in jax_losses.items():
-            bench.jax_work(work, size, who, loss, names, wrt, None, loop=True)
+    peers = {"torch": asked(torch_peers()), "jax": asked(jax_peers())}
+    alike = {
+        name: {who: loss for who, loss in losses.items() if who not in different}
+        for name, losses in peers.items()
+    }
+    check(bench, works[0], alike, rtol)
+    for work in works:
+        bench.ours(work, loop=True)
+        for name, losses in peers.items():
+            for who, loss in losses.items():
+                if not (who == "fused_lncc" and work.endswith("both")):
+                    bench.measure(name, work, who, loss, loop=True)
 
 
 def run(bench: Bench, dim: int) -> None:
     """Measure every window and every histogram."""
-    for kernel_size, window in WINDOWS:
+    if not imports("monai.losses"):
+        bench.record.miss("MONAI")
+    for title, (kernel_size, window) in WINDOWS.items():
         measure(
             bench,
-            f"LNCC {'box' if window == 'rectangular' else window} k={kernel_size}",
-            (8, 12, 16),
+            title,
             functools.partial(torch_losses, kernel_size, window, dim, bench.device),
             functools.partial(jax_losses, kernel_size, window),
-            another_number=["fused_lncc"],  # it returns another function of the same correlation
+            different=("fused_lncc",),  # it returns another function of the same correlation
         )
-    for num_bins, kernel in HISTOGRAMS:
-        for background in ("", " with background"):
+    for title, (num_bins, kernel) in HISTOGRAMS.items():
+        for background in BACKGROUNDS:
             measure(
                 bench,
-                f"MI {kernel} {num_bins}{background}",
-                # Both images are read for their range, to be counted, and for the gradient.
-                (16, 28, 32),
+                f"{title}{background}",
                 functools.partial(torch_information_losses, num_bins, kernel),
                 functools.partial(jax_information_losses, num_bins, kernel, bench.device),
-                (f"pred{background}", f"target{background}"),
                 # Its outermost centres are at the ends of the range; and it counts the target in
                 # hard bins where pred is counted by B-splines.
-                another_number=["MONAI", "MONAI compiled"],
+                different=("MONAI", "MONAI compiled"),
                 # On a GPU XLA multiplies matrices of float32 in fewer bits.
                 rtol=1e-2,
             )
@@ -307,9 +298,7 @@ def main() -> None:
     if len(size) not in (2, 3, 4, 5):
         raise SystemExit(f"--size: expected Y X, Z Y X, or N C and these, got {size}")
     shape = size if len(size) > 3 else (1, 1, *size)
-    bench = Bench(arguments, math.prod(shape), lambda rng: make_set(rng, shape))
-    run(bench, len(shape) - 2)
-    bench.finish()
+    run(Bench("similarity", arguments, shape, make_similarity), len(shape) - 2)
 
 
 if __name__ == "__main__":

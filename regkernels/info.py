@@ -6,11 +6,12 @@ import importlib
 import importlib.util
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
-from regkernels import _core
+from regkernels import _core, namesake
 
-__all__ = ["describe"]
+__all__ = ["describe", "version_of"]
 
 _PLATFORMS = ("cpu", "cuda")
 _LIBRARIES = ("numpy", "jax", "jaxlib", "torch", "SimpleITK")
@@ -30,7 +31,8 @@ def describe() -> dict[str, str]:
         "regkernels": _core.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        **{name: _version(name) for name in _LIBRARIES},
+        **{name: version_of(name) for name in _LIBRARIES},
+        "torchreg": _torchreg(),
         "XLA FFI API": ".".join(map(str, _core.xla_ffi_api_version())),
         "registered backends": ", ".join(backends),
         "CUDA architectures": architectures,
@@ -41,11 +43,24 @@ def describe() -> dict[str, str]:
     }
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Return the version of a distribution, or that it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _torchreg() -> str:
+    """Whether what is imported by this name is ours: another package of PyPI has it, too."""
+    ours = Path(__file__).resolve().parents[1] / "torchreg"
+    spec = importlib.util.find_spec("torchreg")
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+    if not folders:
+        return f"not found, although {ours} should be there"
+    if folders[0].resolve() != ours:
+        return f"another package of this name, {folders[0]}, hides ours, {ours}"
+    return namesake.trouble(ours) or f"ours, {ours}"
 
 
 def _devices(framework: str, find: Any) -> str:

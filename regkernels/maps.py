@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from regkernels.grid import Grid, inverse_matrix
 
-__all__ = ["AffineMap", "DisplacementField", "Part", "affine_product", "move_points"]
+__all__ = ["AffineMap", "DisplacementField", "Part", "affine_product", "as_part", "move_points"]
 
 Points = NDArray[np.float64]
 
@@ -47,6 +47,10 @@ class AffineMap:
             If there is none.
         """
         return AffineMap(inverse_matrix(self.matrix))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """Return the matrix, for NumPy's functions."""
+        return np.array(self.matrix, dtype=dtype)
 
     def move(self, points: Points) -> Points:
         """Return where points ``(..., D)`` go, in float64."""
@@ -100,6 +104,41 @@ class DisplacementField:
 Part = AffineMap | DisplacementField
 
 
+def as_part(value: Part | ArrayLike) -> Part:
+    """Return a part as it is, and a matrix as the affine map that it stands for.
+
+    Parameters
+    ----------
+    value
+        An affine map, a displacement field or a homogeneous matrix, ``(3, 3)`` or ``(4, 4)``.
+
+    Returns
+    -------
+    AffineMap or DisplacementField
+
+    Raises
+    ------
+    TypeError
+        If it is none of them.
+    ValueError
+        If it is a matrix of another shape, or holds values that are not finite.
+    """
+    if isinstance(value, AffineMap | DisplacementField):
+        return value
+    try:
+        matrix = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(
+            "parts: expected affine maps, displacement fields or matrices, got "
+            f"{type(value).__name__}"
+        ) from None
+    if matrix.shape not in ((3, 3), (4, 4)) or not np.isfinite(matrix).all():
+        raise ValueError(
+            f"parts: expected a matrix of (3, 3) or (4, 4) finite numbers, got shape {matrix.shape}"
+        )
+    return AffineMap(matrix)
+
+
 def affine_product(parts: Sequence[Part]) -> AffineMap | None:
     """Return a chain as one affine map; `None` where it is empty or has a displacement field."""
     maps = [part for part in parts if isinstance(part, AffineMap)]
@@ -108,7 +147,7 @@ def affine_product(parts: Sequence[Part]) -> AffineMap | None:
     return functools.reduce(lambda first, then: AffineMap(then.matrix @ first.matrix), maps)
 
 
-def move_points(points: ArrayLike, parts: Sequence[Part]) -> Points:
+def move_points(points: ArrayLike, parts: Sequence[Part | ArrayLike]) -> Points:
     """Send points through a chain of transforms.
 
     Parameters
@@ -116,7 +155,8 @@ def move_points(points: ArrayLike, parts: Sequence[Part]) -> Points:
     points
         ``(..., D)``, millimetres, LPS.
     parts
-        Affine maps and displacement fields, in the order in which a point goes through them.
+        Affine maps (or their matrices) and displacement fields, in the order in which a point goes
+        through them.
 
     Returns
     -------
@@ -126,10 +166,12 @@ def move_points(points: ArrayLike, parts: Sequence[Part]) -> Points:
     Raises
     ------
     ValueError
-        If these are not finite points of D coordinates.
+        If these are not finite points of D coordinates, or a matrix has another shape.
+    TypeError
+        If a part is neither an affine map, a displacement field nor a matrix.
     """
     moved = np.array(points, dtype=np.float64)
-    for part in parts:
+    for part in map(as_part, parts):
         if moved.ndim == 0 or moved.shape[-1] != part.ndim:
             raise ValueError(f"points: expected shape (..., {part.ndim}), got {moved.shape}")
         if not np.isfinite(moved).all():

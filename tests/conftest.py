@@ -26,11 +26,6 @@ hypothesis.settings.register_profile("fuzz", max_examples=10_000, deadline=None,
 hypothesis.settings.load_profile("quick")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device; deselected where there is none")
-    config.addinivalue_line("markers", "large: needs 60 GiB of GPU memory; -m large runs it")
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
+import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from regkernels import namesake
 
 FRAMEWORKS = ("jax", "torch")
 PACKAGES = {"regkernels": FRAMEWORKS, "jaxreg": ("torch",), "torchreg": ("jax",)}
@@ -145,6 +150,75 @@ def test_info_tells_versions_and_what_was_compiled(tmp_path: Path) -> None:
     facts = ["jax ", "jaxlib", "torch", "FFI API", "CUDA architectures", "devices", "backends"]
     for fact in facts:
         assert re.search(rf"^.*{fact}.*\S", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_the_packages_have_one_version() -> None:
+    versions = {importlib.import_module(package).__version__ for package in PACKAGES}
+    assert len(versions) == 1
+    # A checkout that was built by hand is not installed.
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        assert versions == {importlib.metadata.version("regkernels")}
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder of packages, searched before all others, with a copy of `torchreg`."""
+    file = importlib.import_module("torchreg").__file__
+    assert file is not None
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(file).parent, tmp_path / "site" / "torchreg", ignore=ignored)
+    return tmp_path / "site"
+
+
+def run_with(site: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter that searches a folder of packages first."""
+    paths = [str(site), os.environ.get("PYTHONPATH", "")]
+    return run_python(code, site.parent, PYTHONPATH=os.pathsep.join(filter(None, paths)))
+
+
+def test_a_copy_of_torchreg_is_sound(site: Path) -> None:
+    done = run_with(site, "import torchreg; print(torchreg.__file__)")
+    assert done.stdout.strip() == str(site / "torchreg" / "__init__.py"), done.stderr
+
+
+@pytest.mark.parametrize("module", ["torchreg", "torchreg.loss"])
+def test_torchreg_beside_the_files_of_its_namesake_is_an_error(module: str, site: Path) -> None:
+    """Ours was installed after the other package of this name."""
+    for name in ("affine.py", "utils.py"):
+        (site / "torchreg" / name).touch()
+    done = run_with(site, f"import {module}")
+    assert done.returncode != 0
+    assert "ImportError: torchreg: " in done.stderr
+    assert "affine.py, utils.py" in done.stderr
+    assert "pip uninstall torchreg regkernels" in done.stderr
+
+
+def test_torchreg_beneath_its_namesake_is_an_error(site: Path) -> None:
+    """Ours was installed first: what imports is the other, and only our modules can tell."""
+    (site / "torchreg" / "affine.py").touch()
+    (site / "torchreg" / "__init__.py").write_text("")
+    assert run_with(site, "import torchreg").returncode == 0
+    for module in ("loss", "smooth", "warp"):
+        done = run_with(site, f"import torchreg.{module}")
+        assert "pip uninstall torchreg regkernels" in done.stderr, module
+
+
+def test_info_tells_whose_torchreg_is_imported(site: Path) -> None:
+    tell = "from regkernels.info import describe; print(describe()['torchreg'])"
+    assert run_python(tell, site.parent).stdout.startswith("ours, ")
+    hidden = run_with(site, tell).stdout
+    assert hidden.startswith("another package of this name") and str(site / "torchreg") in hidden
+
+
+def test_what_a_folder_of_torchreg_lacks_or_has_too_much_is_told(site: Path) -> None:
+    """A namesake that is uninstalled takes along the file that both had written."""
+    folder = site / "torchreg"
+    assert namesake.trouble(folder) is None
+    (folder / "__init__.py").unlink()
+    assert "has lost its __init__.py" in (namesake.trouble(folder) or "")
+    (folder / "affine.py").touch()
+    assert "affine.py" in (namesake.trouble(folder) or "")
+    assert namesake.trouble(site / "archive.zip" / "torchreg") is None
 
 
 @pytest.mark.parametrize("setting", ["0", "-2", "many"])

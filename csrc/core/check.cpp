@@ -52,7 +52,7 @@ DType check_dtypes(const Call& call) {
       }
       continue;
     }
-    // Fields as well: what a frontend converts is fine with the user.
+    // A field may be half precision here: frontends convert it, and the user need not.
     if (input.dtype != DType::kFloat32 && input.dtype != DType::kFloat64 && !is_half(input.dtype)) {
       fail_type(call, specs[i].name, "float32, float64, float16 or bfloat16",
                 dtype_name(input.dtype));
@@ -84,7 +84,7 @@ Batch check_batch(const Call& call) {
     const Tensor& input = call.inputs[i];
     if (!input.present) continue;
     const char* name = call.op->inputs[i].name;
-    // The cotangent of a sum over the items has none.
+    // The cotangent of a sum over the items has no axis of items.
     const int64_t groups = input.shape[0], items = input.shape.rank() > 1 ? input.shape[1] : 1;
     if (groups != 1) {
       // Frontends make the groups; a mismatch is a mistake of theirs.

@@ -1,4 +1,4 @@
-// Checks that every op's shape inference is made of. Each failure names the op, the argument, what
+// The checks that every op's shape inference is made of. Each failure names op and argument, what
 // was expected and what came. Shapes in messages are the user's: without the group axis.
 #pragma once
 
@@ -29,11 +29,11 @@ struct Batch {
 };
 Batch check_batch(const Call& call);
 
-// An image (G, N, C, [Z,] Y, X): returns D, the number of spatial axes.
+// Checks an image (G, N, C, [Z,] Y, X) and returns D, the number of spatial axes.
 int check_image(const Call& call, const char* argument);
-// A field (G, N, [Z,] Y, X, D), of any size when `sizes` is null: returns D.
+// Checks a field (G, N, [Z,] Y, X, D) and returns D.
 int check_field(const Call& call, const char* argument);
-// An affine (G, N, D, D+1).
+// Checks an affine (G, N, D, D+1).
 void check_affine(const Call& call, const char* argument, int dimensions);
 
 // Spatial sizes in (z, y, x) order, z = 1 in 2-D.
@@ -47,10 +47,10 @@ Sizes image_sizes(const Tensor& image);
 Sizes field_sizes(const Tensor& field);
 // Appends the sizes as D axes.
 void append_sizes(Shape& shape, const Sizes& sizes, int dimensions);
-// Rows and columns are counted in 32 bits; only products with the row length need 64.
+// Checks that rows and columns can be counted in 32 bits; their products need 64.
 void check_sizes(const Call& call, const char* argument, const Sizes& sizes);
 
-// The cotangent of an output must have exactly that output's dtype and shape.
+// Checks that the cotangent of an output has exactly that output's dtype and shape.
 void check_cotangent(const Call& call, const char* argument, DType dtype, const Shape& shape);
 
 // Shape of the gradient of an input: its own shape, but one per group.

@@ -37,7 +37,7 @@ void allow_shared_memory(Function* kernel, int64_t bytes) {
                                   static_cast<int>(bytes)));
 }
 
-// Of the current device.
+// The number of multiprocessors of the current device.
 inline int multiprocessors() {
   int device = 0, count = 0;
   check_cuda(cudaGetDevice(&device));

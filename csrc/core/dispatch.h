@@ -33,8 +33,8 @@ void dispatch_dtype(DType dtype, const Body& body) {
   }
 }
 
-// The same, and where `kHalf` is set for dtypes that are for storage only. A new one is a line
-// here.
+// Calls body(TypeTag<S>) likewise, and where `kHalf` is set also for dtypes that are for storage
+// only. A new one is a line here.
 template <bool kHalf, class Body>
 void dispatch_storage(DType dtype, const Body& body) {
   if constexpr (kHalf) {

@@ -1,4 +1,4 @@
-// The loop over the voxels of a batch, one skeleton per device.
+// The loop over the voxels of a batch, written once for each device.
 //
 //   for_each_voxel(device, space, body)
 //
@@ -15,7 +15,6 @@
 #include "core/host_device.h"
 #include "core/thread_pool.h"
 #include "core/vector_code.h"
-#include "maths/vec.h"
 #ifdef __CUDACC__
 #include "core/cuda_runtime.h"
 #endif
@@ -45,67 +44,32 @@ struct Voxel {
   int tile_x;    // x of the warp's first voxel
   int row_size;  // voxels in the row
 
-  // Offset of the row in a volume of the given sizes (x, y, z), in voxels.
+  // The offset of the row in a volume of the given sizes (x, y, z), in voxels.
   template <int D>
   REGKERNELS_HD int64_t row(const int (&size)[D]) const {
     return static_cast<int64_t>(z * size[1] + y) * size[0];
-  }
-
-  template <int D>
-  REGKERNELS_HD Vec<int, D> index() const {
-    Vec<int, D> result;
-    result[0] = x;
-    result[1] = y;
-    if constexpr (D == 3) result[2] = z;
-    return result;
   }
 };
 
 inline constexpr int kWarp = 32;
 inline constexpr int kRowsPerBlock = 8;
 
-// Writes one vector per voxel to a row of packed vectors. On CUDA the warp's vectors go through
-// shared memory, so that each store instruction fills whole sectors. Every lane of the warp must
-// take part.
-template <class T, int D>
-REGKERNELS_HD void store_packed(T* row, const Voxel& voxel, const Vec<T, D>& value) {
-#ifdef __CUDA_ARCH__
-  __shared__ T stage[kRowsPerBlock][kWarp * D];
-  T* mine = stage[threadIdx.y];
-  __syncwarp();
-  REGKERNELS_UNROLL
-  for (int k = 0; k < D; ++k) mine[threadIdx.x * D + k] = value[k];
-  __syncwarp();
-  const int remaining = voxel.row_size - voxel.tile_x;
-  const int count = (remaining < kWarp ? remaining : kWarp) * D;
-  T* tile = row + static_cast<int64_t>(voxel.tile_x) * D;
-  REGKERNELS_UNROLL
-  for (int k = 0; k < D; ++k) {
-    const int element = k * kWarp + threadIdx.x;
-    if (element < count) tile[element] = mine[element];
-  }
-#else
-  T* target = row + static_cast<int64_t>(voxel.x) * D;
-  for (int k = 0; k < D; ++k) target[k] = value[k];
-#endif
-}
-
 struct Cpu {
   explicit Cpu(const Context&) {}
 };
 
-// On the CPU an element may have `row(z, y, size)` besides, which takes a whole row of voxels and
-// is compiled to vector code, where it says so by `kTakesRows`.
+// On the CPU an element may also have `row(z, y, size)`, which computes a whole row of voxels and
+// is compiled to vector code. It says so by `kComputesRows`.
 template <class Element, class = void>
-struct TakesRows : std::false_type {};
+struct ComputesRows : std::false_type {};
 template <class Element>
-struct TakesRows<Element, std::void_t<decltype(Element::kTakesRows)>>
-    : std::bool_constant<Element::kTakesRows> {};
+struct ComputesRows<Element, std::void_t<decltype(Element::kComputesRows)>>
+    : std::bool_constant<Element::kComputesRows> {};
 
-// For the voxels of such a row that are taken one by one. A function of its own, of which there is
-// one for all instruction sets.
+// `row` calls this for voxels that it computes one by one. It is a function of its own, so that the
+// versions of `row` for different instruction sets share it.
 template <class Element>
-__attribute__((noinline)) void take_one(const Element& element, const Voxel& voxel) {
+__attribute__((noinline)) void compute_voxel(const Element& element, const Voxel& voxel) {
   element(voxel);
 }
 
@@ -120,16 +84,16 @@ void for_each_voxel(const Cpu&, const VoxelSpace& space, const Body& body) {
       const int64_t b = row / space.rows();
       const int64_t last = std::min(end, (b + 1) * space.rows());
       auto element = body.element(b / space.items, b % space.items);
-      const auto each_row = [&](const auto& take) {
+      const auto for_each_row = [&](const auto& compute_row) {
         for (; row < last; ++row) {
           const int in_batch = static_cast<int>(row - b * space.rows());
-          take(in_batch / space.y, in_batch % space.y);
+          compute_row(in_batch / space.y, in_batch % space.y);
         }
       };
-      if constexpr (TakesRows<decltype(element)>::value) {
-        with_vector_code([&] { each_row([&](int z, int y) { element.row(z, y, space.x); }); });
+      if constexpr (ComputesRows<decltype(element)>::value) {
+        with_vector_code([&] { for_each_row([&](int z, int y) { element.row(z, y, space.x); }); });
       } else {
-        each_row([&](int z, int y) {
+        for_each_row([&](int z, int y) {
           for (int x = 0; x < space.x; ++x) element(Voxel{z, y, x, true, x, space.x});
         });
       }
@@ -139,9 +103,9 @@ void for_each_voxel(const Cpu&, const VoxelSpace& space, const Body& body) {
 
 #ifdef __CUDACC__
 
-// The thread's number in a block of one dimension, read anew: what follows from it is cheaper to
-// compute in each phase of a long kernel than to keep in registers through all of them, as the
-// compiler would.
+// The thread's number in a block of one dimension. It is read anew each time: what follows from it
+// is cheaper to compute in each phase of a long kernel than to keep in registers through all of
+// them, as the compiler would.
 template <int kThreads>
 __device__ __forceinline__ int thread_number() {
   int number;
@@ -158,9 +122,9 @@ struct Cuda {
 };
 
 // What a body may say about how it likes to run; the defaults suit cheap ones.
-//   kDepth: voxels along z that one thread takes, to spread the cost of `element`
-//   kUnroll: how many of them at a time
-//   kMinBlocks: blocks per multiprocessor that the compiler must leave registers for
+//   kDepth: how many voxels along z one thread takes, to spread the cost of `element`
+//   kUnroll: how many of them it takes at a time
+//   kMinBlocks: for how many blocks per multiprocessor the compiler must leave registers
 template <class Body, class = void>
 struct Tuning {
   static constexpr int kDepth = 1, kUnroll = 1, kMinBlocks = 4;

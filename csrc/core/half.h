@@ -58,8 +58,8 @@ REGKERNELS_HD float to_arithmetic(Float16 value) {
   const uint32_t sign = (value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude < 0x400) {
-    // Subnormal. By way of an integer: a thread that takes subnormal floats for 0 (XLA's do) would
-    // lose it on any other.
+    // A subnormal number goes by way of an integer: a thread that takes subnormal floats for 0
+    // (XLA's do) would lose it on any other.
     const float size = static_cast<float>(magnitude) * 0x1p-24f;
     return float_from_bits(sign | float_bits(size));
   }
@@ -76,7 +76,8 @@ REGKERNELS_HD float to_arithmetic(BFloat16 value) {
 #endif
 }
 
-// The nearest value that can be stored, the even one of two. Too large ones become infinite.
+// Rounds to the nearest value that can be stored, to the even one of two. Values that are too large
+// become infinite.
 inline Float16 round_to_float16(float value) {
   const uint32_t bits = float_bits(value);
   const uint32_t sign = bits >> 16 & 0x8000u;
@@ -87,7 +88,7 @@ inline Float16 round_to_float16(float value) {
   } else if (magnitude >= float_bits(65536.0f)) {
     result = 0x7c00u;
   } else if (magnitude < float_bits(0x1p-14f)) {
-    // Subnormal: a multiple of 2^-24, which is also the spacing of floats from 0.5 on.
+    // A subnormal result is a multiple of 2^-24, which is also the spacing of floats from 0.5 on.
     result = float_bits(float_from_bits(magnitude) + 0.5f) - float_bits(0.5f);
   } else {
     const uint32_t odd = magnitude >> 13 & 1u;
@@ -103,7 +104,7 @@ inline BFloat16 round_to_bfloat16(float value) {
   return {static_cast<uint16_t>(result)};
 }
 
-// A value of the arithmetic type as it is stored.
+// Converts a value of the arithmetic type to the type S that it is stored in.
 template <class S>
 REGKERNELS_HD S to_storage(Arithmetic<S> value) {
   return value;

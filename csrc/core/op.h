@@ -2,9 +2,11 @@
 // one launch per device. The frontends know ops only through this.
 #pragma once
 
+#include <any>
 #include <array>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -59,7 +61,7 @@ using AttrValue = std::variant<int64_t, double, std::vector<int64_t>, std::vecto
 struct Op;
 
 // One call: every input and output of the op in the order of its declaration (absent ones
-// included), and every attribute in the order of its declaration.
+// included), and every attribute in the order of its declaration. Ops know them by name.
 struct Call {
   const Op* op = nullptr;
   std::array<Tensor, kMaxOperands> inputs;
@@ -67,9 +69,12 @@ struct Call {
   std::vector<AttrValue> attributes;
   uint32_t wanted = ~0u;  // bit i: output i is asked for
 
-  bool wants(int output) const { return (wanted >> output) & 1u; }
   const Tensor& input(const char* name) const;
   const Tensor& output(const char* name) const;
+  // Shape inference asks `wants` whether an output is asked for, and says by `set` what it will be.
+  // An output that it does not set is absent.
+  bool wants(const char* output) const;
+  void set(const char* output, const Tensor& spec);
   int64_t integer(const char* name) const;
   bool flag(const char* name) const { return integer(name) != 0; }
   double number(const char* name) const;
@@ -79,6 +84,20 @@ struct Call {
   Enum choice(const char* name) const {
     return static_cast<Enum>(integer(name));
   }
+
+  // Shape inference leaves here what it has found out about the call, as a type of the op's own
+  // (`<Op>Call` in its call.h), so that a launch has no need to check anything again.
+  template <class OpCall>
+  const OpCall& keep(OpCall found) {
+    return found_.emplace<OpCall>(std::move(found));
+  }
+  template <class OpCall>
+  const OpCall& checked() const {
+    return std::any_cast<const OpCall&>(found_);
+  }
+
+ private:
+  std::any found_;
 };
 
 // Where a call runs. On the CPU the stream is unused.
@@ -93,7 +112,11 @@ struct Op {
   std::vector<InputSpec> inputs;
   std::vector<OutputSpec> outputs;
   std::vector<AttrSpec> attributes;
-  // Checks the inputs and attributes and fills in call.outputs (present, dtype, shape).
+  // Checks the inputs and attributes, sets the outputs (present, dtype, shape) and keeps what else
+  // a launch needs to know. It sees numbers, but PyTorch's compiler may leave sizes open:
+  // torchreg/_ops/open_sizes.py then finds out, by trials with other sizes, which sizes of the
+  // outputs are which of the inputs. Therefore nothing but the workspaces may depend on the
+  // magnitude of a size.
   void (*infer)(Call& call);
   void (*launch_cpu)(const Context& context, const Call& call);
   void (*launch_cuda)(const Context& context, const Call& call);  // null in a CPU-only build
@@ -113,12 +136,13 @@ struct Op {
 const std::vector<Op>& op_table();
 const Op* find_op(const std::string& name);  // null when there is none
 
-// Launches the op of a call, with the arithmetic that IEEE 754 has by default: some threads of XLA
-// take subnormal numbers for zeros, as others of any framework may, and results must not depend on
-// who calls.
-void launch(const Context& context, const Call& call, bool cuda);
+// Hands an inferred call the memory of its outputs, after checking that it is what shape inference
+// asked for.
+void set_outputs(Call& call, const std::array<Tensor, kMaxOperands>& outputs);
 
-// Runs shape inference and checks that the outputs in hand are what it found.
-void check_outputs(const Call& call);
+// Launches the op of an inferred call, with the arithmetic that IEEE 754 has by default: some
+// threads of XLA take subnormal numbers for zeros, as others of any framework may, and results must
+// not depend on who calls.
+void launch(const Context& context, const Call& call, bool cuda);
 
 }  // namespace regkernels

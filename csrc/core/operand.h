@@ -7,7 +7,7 @@
 
 namespace regkernels {
 
-// A tensor's data with its steps from batch element to batch element.
+// The data of a tensor with its steps from batch element to batch element.
 template <class T>
 struct Operand {
   T* data = nullptr;  // null: absent

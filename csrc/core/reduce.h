@@ -13,7 +13,7 @@
 
 namespace regkernels {
 
-// Parts per batch item. Enough for a large GPU to have several blocks per multiprocessor.
+// Parts per batch item. They are enough to give each multiprocessor of a large GPU several blocks.
 inline int64_t reduction_parts(const Sizes& sizes) {
   const int64_t by_size = (sizes.voxels() + 2047) / 2048;
   return std::max<int64_t>(1, std::min<int64_t>({by_size, sizes.rows(), 2048}));
@@ -24,7 +24,7 @@ inline Tensor partial_sums_spec(DType dtype, const Batch& batch, const Sizes& si
   return tensor_spec(dtype, {batch.groups, batch.items, reduction_parts(sizes), sums});
 }
 
-// Of the dtypes that outputs have.
+// Bytes of an element, for the dtypes that outputs have.
 inline size_t dtype_size(DType dtype) {
   if (is_half(dtype)) return 2;
   return dtype == DType::kFloat64 || dtype == DType::kInt64 ? 8 : 4;
@@ -101,7 +101,8 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
-// One block per part: register, then warp, then block.
+// Each block sums one part: first in the registers of a thread, then over a warp, then over the
+// block.
 template <class Body>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock, Body::kMinBlocks)
     reduce_parts_kernel(const __grid_constant__ Body body, const __grid_constant__ VoxelSpace space,
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, Body::kMinBlocks)
   }
 }
 
-// One warp per result.
+// Each warp adds up the partial sums of one result.
 template <class Body>
 __global__ void __launch_bounds__(kWarp)
     reduce_partials_kernel(const __grid_constant__ Body body, int64_t results,

@@ -30,11 +30,12 @@ class Scratch {
     size_t size = 0;
     for (const Block& block : blocks_) size += block.size;
     if (size == 0 || size > kMostKept) return;
-    // Next time all of it is to be one block.
+    // Next time all of it will be one block.
     kept() = blocks_.size() == 1 ? std::move(blocks_[0]) : Block(size);
   }
 
-  // Uninitialised, on a cache line of its own, and there until the end of the scratch.
+  // Memory for `count` values, which is uninitialised, begins at a cache line of its own, and lasts
+  // as long as the scratch.
   template <class T>
   T* take(int64_t count) {
     const size_t size = (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
@@ -51,12 +52,12 @@ class Scratch {
  private:
   static constexpr size_t kAlignment = 64;
   static constexpr size_t kLeast = size_t{1} << 16;
-  static constexpr size_t kMostKept = size_t{1} << 22;  // by each thread
+  static constexpr size_t kMostKept = size_t{1} << 22;  // a thread keeps no more than this
 
   struct Free {
     void operator()(std::byte* data) const { std::free(data); }
   };
-  // Without data if there is no memory to be had.
+  // A block has no data if there was no memory to be had.
   struct Block {
     Block() = default;
     explicit Block(size_t bytes)
@@ -71,7 +72,7 @@ class Scratch {
   }
 
   std::vector<Block> blocks_;
-  size_t used_ = 0;  // of the last block
+  size_t used_ = 0;  // bytes of the last block
 };
 
 }  // namespace regkernels

@@ -20,7 +20,7 @@ namespace regkernels {
 
 namespace {
 
-// One parallel loop. Shared by the caller and the workers that help, each taking the next piece.
+// One parallel loop. The caller and the workers that help share it, and each takes the next piece.
 struct Loop {
   void (*body)(void*, int64_t, int64_t);
   void* state;
@@ -79,7 +79,8 @@ class ThreadPool {
   }
 
   void work() {
-    // Not that of the thread which happened to start this one; see launch.
+    // Without this the floating-point environment would be that of the thread which happened to
+    // start this one; see launch.
     std::fesetenv(FE_DFL_ENV);
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
@@ -107,7 +108,7 @@ class ThreadPool {
   int workers_ = 0;
 };
 
-// Never destroyed: detached workers may still be waiting on it when the process ends.
+// The pool is never destroyed: detached workers may still be waiting on it when the process ends.
 std::atomic<ThreadPool*> g_pool{nullptr};
 
 ThreadPool& pool() {

@@ -3,11 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "core/check.h"
 #include "core/op.h"
 #include "core/thread_pool.h"
 #include "frontends/xla.h"
@@ -189,15 +189,21 @@ void set_addresses(const Op& op, const Specs& specs, const std::vector<uintptr_t
   }
 }
 
-// The outputs of a call, in order: (dtype, shape), or None for those that it does not produce.
-py::list infer(const std::string& name, const py::sequence& inputs, const py::dict& attributes,
-               uint32_t wanted) {
+Call inferred_call(const std::string& name, const py::sequence& inputs, const py::dict& attributes,
+                   uint32_t wanted) {
   Call call;
   call.op = &op_called(name);
   call.wanted = wanted;
   set_operands(*call.op, call.op->inputs, inputs, call.inputs);
   set_attributes(call, attributes);
   call.op->infer(call);
+  return call;
+}
+
+// The outputs of a call, in order: (dtype, shape), or None for those that it does not produce.
+py::list infer(const std::string& name, const py::sequence& inputs, const py::dict& attributes,
+               uint32_t wanted) {
+  const Call call = inferred_call(name, inputs, attributes, wanted);
   py::list result;
   for (size_t i = 0; i < call.op->outputs.size(); ++i) {
     const Tensor& output = call.outputs[i];
@@ -217,15 +223,12 @@ void launch_called(const std::string& name, const py::sequence& inputs,
                    uint32_t wanted, const py::sequence& outputs,
                    const std::vector<uintptr_t>& output_addresses, int cuda_device,
                    uintptr_t stream) {
-  Call call;
-  call.op = &op_called(name);
-  call.wanted = wanted;
-  set_operands(*call.op, call.op->inputs, inputs, call.inputs);
+  Call call = inferred_call(name, inputs, attributes, wanted);
   set_addresses(*call.op, call.op->inputs, input_addresses, call.inputs);
-  set_operands(*call.op, call.op->outputs, outputs, call.outputs);
-  set_addresses(*call.op, call.op->outputs, output_addresses, call.outputs);
-  set_attributes(call, attributes);
-  check_outputs(call);
+  std::array<Tensor, kMaxOperands> given;
+  set_operands(*call.op, call.op->outputs, outputs, given);
+  set_addresses(*call.op, call.op->outputs, output_addresses, given);
+  set_outputs(call, given);
   Context context;
   context.device = cuda_device;
   context.stream = reinterpret_cast<void*>(stream);

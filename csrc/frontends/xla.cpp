@@ -2,12 +2,13 @@
 
 #include <xla/ffi/api/ffi.h>
 
-#include <cstring>
+#include <array>
 #include <exception>
+#include <memory>
+#include <stdexcept>
 #include <utility>
 
 #include "core/op.h"
-#include "ops/table.h"
 
 namespace regkernels {
 
@@ -112,18 +113,14 @@ ffi::Error run(const Op& op, bool cuda, void* stream, const ffi::RemainingArgs& 
   }
   op.infer(call);
   next = 0;
+  std::array<Tensor, kMaxOperands> outputs;
   for (size_t i = 0; i < op.outputs.size(); ++i) {
-    Tensor& output = call.outputs[i];
-    if (!output.present) continue;
+    if (!call.outputs[i].present) continue;
     auto buffer = rets.get<ffi::AnyBuffer>(next++);
     if (buffer.has_error()) return buffer.error();
-    const Tensor given = tensor_of(**buffer);
-    if (given.dtype != output.dtype || given.shape != output.shape) {
-      return ffi::Error::InvalidArgument(
-          concat(op.name, ": result ", op.outputs[i].name, " has the wrong type or shape"));
-    }
-    output = given;
+    outputs[i] = tensor_of(**buffer);
   }
+  set_outputs(call, outputs);
   Context context;
   context.stream = stream;
   launch(context, call, cuda);
@@ -136,59 +133,74 @@ ffi::Error run(const Op& op, bool cuda, void* stream, const ffi::RemainingArgs& 
   return ffi::Error::Internal(error.what());
 }
 
-// XLA calls a plain function without state, so each op has one of its own.
-template <size_t kOp>
-XLA_FFI_Error* handle_cpu(XLA_FFI_CallFrame* frame) {
-  static auto* handler =
-      ffi::Ffi::Bind()
-          .RemainingArgs()
-          .RemainingRets()
-          .Attrs()
-          .To([](ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attributes) {
-            return run(op_table()[kOp], false, nullptr, args, rets, attributes);
-          })
-          .release();
-  return handler->Call(frame);
-}
+// One handler for each op of the table. They are never freed: threads of XLA may outlive what a
+// process frees at its end.
+using Handlers = std::vector<std::unique_ptr<ffi::Ffi>>;
 
-template <size_t kOp>
-XLA_FFI_Error* handle_cuda(XLA_FFI_CallFrame* frame) {
-  static auto* handler =
-      ffi::Ffi::Bind()
-          .Ctx<ffi::PlatformStream<void*>>()
-          .RemainingArgs()
-          .RemainingRets()
-          .Attrs()
-          .To(
-              [](void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                 ffi::Dictionary attributes) {
-                return run(op_table()[kOp], true, stream, args, rets, attributes);
-              },
-              {ffi::Traits::kCmdBufferCompatible})
-          .release();
-  return handler->Call(frame);
-}
-
-template <size_t... kIndices>
-std::vector<XlaHandler> handlers(bool cuda, std::index_sequence<kIndices...>) {
-  const std::vector<Op>& table = op_table();
-  if (table.size() != sizeof...(kIndices)) {
-    throw std::logic_error("kOps in ops/table.h is not the number of ops in the table");
-  }
-  std::vector<XlaHandler> result;
-  auto add = [&](const Op& op, XLA_FFI_Handler* function) {
-    if (cuda ? op.launch_cuda != nullptr : op.launch_cpu != nullptr) {
-      result.push_back({op.name, reinterpret_cast<void*>(function)});
+const Handlers& cpu_handlers() {
+  static const auto& handlers = *new Handlers([] {
+    Handlers result;
+    for (const Op& op : op_table()) {
+      result.push_back(ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs().To(
+          [&op](ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attributes) {
+            return run(op, false, nullptr, args, rets, attributes);
+          }));
     }
-  };
-  (add(table[kIndices], cuda ? &handle_cuda<kIndices> : &handle_cpu<kIndices>), ...);
-  return result;
+    return result;
+  }());
+  return handlers;
+}
+
+const Handlers& cuda_handlers() {
+  static const auto& handlers = *new Handlers([] {
+    Handlers result;
+    for (const Op& op : op_table()) {
+      result.push_back(ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<void*>>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attrs()
+                           .To(
+                               [&op](void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                                     ffi::Dictionary attributes) {
+                                 return run(op, true, stream, args, rets, attributes);
+                               },
+                               {ffi::Traits::kCmdBufferCompatible}));
+    }
+    return result;
+  }());
+  return handlers;
+}
+
+// XLA calls a plain function without state, so each op needs one of its own, and the compiler has
+// to know how many. There are enough for a table of so many ops.
+constexpr size_t kMostOps = 64;
+
+template <const Handlers& (*kHandlers)(), size_t kOp>
+XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame) {
+  return kHandlers()[kOp]->Call(frame);
+}
+
+template <const Handlers& (*kHandlers)(), size_t... kOps>
+std::array<XLA_FFI_Handler*, kMostOps> functions(std::index_sequence<kOps...>) {
+  return {&handle<kHandlers, kOps>...};
 }
 
 }  // namespace
 
 std::vector<XlaHandler> xla_handlers(const std::string& platform) {
-  return handlers(platform == "cuda", std::make_index_sequence<kOps>());
+  const bool cuda = platform == "cuda";
+  constexpr std::make_index_sequence<kMostOps> kOps;
+  const auto handlers = cuda ? functions<cuda_handlers>(kOps) : functions<cpu_handlers>(kOps);
+  const std::vector<Op>& table = op_table();
+  if (table.size() > kMostOps) throw std::logic_error("kMostOps in frontends/xla.cpp is too small");
+  std::vector<XlaHandler> result;
+  for (size_t i = 0; i < table.size(); ++i) {
+    if (cuda ? table[i].launch_cuda != nullptr : table[i].launch_cpu != nullptr) {
+      result.push_back({table[i].name, reinterpret_cast<void*>(handlers[i])});
+    }
+  }
+  return result;
 }
 
 std::pair<int, int> xla_ffi_api_version() { return {XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR}; }

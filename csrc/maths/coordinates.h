@@ -59,7 +59,7 @@ struct PositionMap {
   Frame<T, D> out;
   T ratio[D];  // s_in / s_out; exactly 1 for equal sizes
 
-  // The affine of one batch item, turned to voxel units: p = offset + matrix i'.
+  // The affine of one batch item in voxel units: p = offset + matrix i'.
   struct Item {
     T matrix[kAffine ? D : 1][kAffine ? D : 1];
     T offset[D];
@@ -74,7 +74,7 @@ struct PositionMap {
         result.offset[j] += in.half[j] * affine[j * (D + 1) + D];
         REGKERNELS_UNROLL
         for (int k = 0; k < D; ++k) {
-          // s_in,j / s_out,k, with the exact ratio on the diagonal.
+          // This is s_in,j / s_out,k, with the exact ratio on the diagonal.
           const T scale = j == k ? ratio[j] : in.half[j] * out.inverse[k];
           result.matrix[j][k] = affine[j * (D + 1) + k] * scale;
         }
@@ -83,7 +83,8 @@ struct PositionMap {
     return result;
   }
 
-  // i' = i - c_out, and for kAffineLast displaced by u in output voxels: what the matrix acts on.
+  // What the matrix acts on: i' = i - c_out, which for kAffineLast is displaced by u in output
+  // voxels.
   template <bool kField = true>
   REGKERNELS_HD Vec<T, D> source(const Vec<int, D>& voxel, const Vec<T, D>& u) const {
     Vec<T, D> q;
@@ -97,8 +98,8 @@ struct PositionMap {
     return q;
   }
 
-  // Without a field, terms that do not change along z come first, for the compiler to move out of
-  // loops.
+  // The position that the map gives. Without a field, terms that do not change along z come first,
+  // so that the compiler can move them out of loops.
   template <bool kField = true>
   REGKERNELS_HD Vec<T, D> position(const Item& item, const Vec<int, D>& voxel,
                                    const Vec<T, D>& u) const {
@@ -125,7 +126,7 @@ struct PositionMap {
     return p;
   }
 
-  // Chain rule: the gradient with respect to u from the one with respect to p.
+  // By the chain rule, the gradient with respect to u from the one with respect to p.
   REGKERNELS_HD Vec<T, D> pull_back(const Item& item, const Vec<T, D>& grad_p) const {
     Vec<T, D> grad_u;
     if (kAffine && placement == Placement::kAffineLast) {

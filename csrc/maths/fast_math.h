@@ -1,4 +1,5 @@
-// Elementary functions that are faster than the standard ones, nearly as exact, and enough here.
+// Elementary functions that are faster than the standard ones, nearly as exact, and exact enough
+// for what they are used for here.
 #pragma once
 
 #include <cmath>
@@ -9,8 +10,8 @@
 
 namespace regkernels {
 
-// Of a normal number, to within a unit in the last place: on CUDA an exact quotient takes ten
-// instructions.
+// The reciprocal of a normal number, to within a unit in the last place: on CUDA an exact quotient
+// takes ten instructions.
 REGKERNELS_HD float reciprocal(float x) {
 #ifdef __CUDA_ARCH__
   float result;
@@ -22,14 +23,14 @@ REGKERNELS_HD float reciprocal(float x) {
 }
 REGKERNELS_HD double reciprocal(double x) { return 1 / x; }
 
-// A number and the integer that it is.
+// An integer, as a number of type T and as an int.
 template <class T>
 struct Rounded {
   T value;
   int integer;
 };
 
-// To the nearest integer, half to even, for numbers below 2^21 in magnitude: a large number is
+// Rounds a number below 2^21 in magnitude to the nearest integer, half to even: a large number is
 // added that leaves no room for the fraction.
 REGKERNELS_HD Rounded<float> round_small(float x) {
   const float shifted = x + 12582912.0f;  // 1.5 2^23
@@ -52,8 +53,8 @@ REGKERNELS_HD double exp2_of(double x) {
 #endif
 }
 
-// To about a unit in the last place, and 0 for what is below the normal numbers (nearly 0 on the
-// CPU). Without a branch, so that the compiler makes vector code.
+// 2^x, to about a unit in the last place. A result below the normal numbers is 0 (nearly 0 on the
+// CPU). There is no branch, so that the compiler makes vector code.
 REGKERNELS_HD float exp2_of(float x) {
 #ifdef __CUDA_ARCH__
   float result;
@@ -78,7 +79,7 @@ REGKERNELS_HD float exp2_of(float x) {
 #endif
 }
 
-// Likewise, -infinity for 0.
+// The logarithm to the base 2, to about a unit in the last place; that of 0 is -infinity.
 REGKERNELS_HD float log2_of(float x) {
 #ifdef __CUDA_ARCH__
   float result;

@@ -21,7 +21,7 @@ REGKERNELS_HD T determinant(const Matrix<T, 3>& a) {
          a.m[0][2] * (a.m[1][0] * a.m[2][1] - a.m[1][1] * a.m[2][0]);
 }
 
-// Derivative of the determinant with respect to entry (row, column).
+// The derivative of the determinant with respect to entry (row, column).
 template <class T>
 REGKERNELS_HD T cofactor(const Matrix<T, 2>& a, int row, int column) {
   const T value = a.m[1 - row][1 - column];

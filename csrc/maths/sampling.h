@@ -1,4 +1,5 @@
-// Per-voxel maths of linear and nearest sampling: boundary rules, corner weights, derivatives.
+// What linear and nearest sampling compute for one voxel: boundary rules, corner weights,
+// derivatives.
 #pragma once
 
 #include <cmath>
@@ -12,15 +13,15 @@ namespace regkernels {
 enum class Mode { kBilinear, kNearest };
 enum class Padding { kZeros, kBorder, kReflection };
 
-// How positions become voxels. Plain run-time values: the branches are the same for every voxel,
-// and fewer template instantiations keep builds short.
+// How positions become voxels. These are plain run-time values, since the branches are the same for
+// every voxel and fewer template instantiations keep builds short.
 struct Sampling {
   Mode mode;
   Padding padding;
   bool align_corners;
 };
 
-// Not std::floor, which without SSE4.1 is a library call on the CPU.
+// std::floor would be a library call on a CPU without SSE4.1.
 REGKERNELS_HD float fast_floor(float p) {
 #ifdef __CUDA_ARCH__
   return floorf(p);
@@ -79,7 +80,7 @@ REGKERNELS_HD AxisCell<T> locate(T p, int n, const Sampling& sampling) {
   cell.slope = pinned ? 0 : 1;
   bool mirrored = false;
   if (sampling.padding == Padding::kZeros) {
-    // Far outside is as good as just outside, and safe to turn into an integer.
+    // A position far outside samples like one just outside, which is safe to turn into an integer.
     p = p > T(-2) ? p : T(-2);
     p = p < T(n + 1) ? p : T(n + 1);
   } else {
@@ -129,12 +130,12 @@ struct Cell {
     for (int k = 1; k < D; ++k) result *= axis_weight(k, corner >> k & 1);
     return result;
   }
-  // A corner outside the volume must not be read; it counts as 0.
+  // Whether a corner lies inside the volume. One that does not must not be read and counts as 0.
   REGKERNELS_HD bool inside(int corner, const int (&size)[D]) const {
     bool result = true;
     REGKERNELS_UNROLL
     for (int k = 0; k < D; ++k) {
-      // Unsigned, -1 is large.
+      // As an unsigned number, -1 is large.
       result = result & (corner >> k & 1 ? index[k] + 1u < unsigned(size[k])
                                          : unsigned(index[k]) < unsigned(size[k]));
     }
@@ -142,10 +143,10 @@ struct Cell {
   }
 };
 
-// Floor and fraction of a position of at most 2^22 in size. Conversions between floating point and
-// integers are slow on GPUs: adding 1.5 * 2^23, rounded down, leaves the integer in the low bits.
-// Of a larger position, or one that is not a number, comes an index that is beyond 2^22 when
-// unsigned.
+// Splits a position of at most 2^22 in size into its floor and fraction. Conversions between
+// floating point and integers are slow on GPUs: adding 1.5 * 2^23, rounded down, leaves the integer
+// in the low bits. A larger position, or one that is not a number, gives an index that is beyond
+// 2^22 as an unsigned number.
 inline constexpr int kMaxSplit = 1 << 22;
 template <class T>
 REGKERNELS_HD void split(T p, int* index, T* fraction) {
@@ -162,7 +163,7 @@ REGKERNELS_HD void split(T p, int* index, T* fraction) {
   *fraction = p - below;
 }
 
-// Whether a position is strictly between 0 and `limit`; then also its split.
+// Tells whether a position is strictly between 0 and `limit`; if it is, splits it, too.
 REGKERNELS_HD bool split_inside(float p, int limit, int* index, float* fraction) {
 #ifndef __CUDA_ARCH__
   if (!(p > 0 && p < static_cast<float>(limit))) return false;
@@ -177,18 +178,18 @@ REGKERNELS_HD bool split_inside(double p, int limit, int* index, double* fractio
   return true;
 }
 
-// A volume and its boundary rules, with what follows from them.
+// The sizes of a volume and its boundary rules, with what follows from them.
 template <class T, int D>
 struct Boundary {
   Sampling sampling;
   int size[D];
-  int inner_limit[D];  // positions below are those of inner cells; 0: there are none
+  int inner_limit[D];  // inner cells are at positions below this; 0: there are none
   bool is_clamp;       // the boundary rule is no more than a clamp to [low, high]
   T low[D], high[D];
 
-  // The place of a sample whose corners all lie inside and all count, or false. Nearly every sample
-  // is one, and no boundary rule applies to it: these few lines are what the kernels spend their
-  // time in.
+  // Finds the cell of a sample whose corners all lie inside and all count; returns false for any
+  // other sample. Nearly all samples have such a cell, and no boundary rule applies to them: these
+  // few lines are what the kernels spend their time in.
   REGKERNELS_HD bool find_inner_cell(const Vec<T, D>& p, Cell<T, D>& cell) const {
     bool inside = true;
     T product = 1;
@@ -203,10 +204,11 @@ struct Boundary {
     return inside & (product != 0);
   }
 
-  // Where a sample within the volume lies, to whose value no boundary rule applies, without a
-  // branch for vector code. It may touch only some corners: kChecked, see lerp. Of any other sample
-  // it is a cell that may be read, wherever there are inner ones. `kLast`: also of those that touch
-  // the last voxels alone, at the upper end of their cells, where derivatives look at what is
+  // Finds the cell of a sample within the volume, to whose value no boundary rule applies. There is
+  // no branch, so that this becomes vector code. The sample may touch only some of the corners;
+  // lerp is then told so by kChecked. For any other sample this returns false, with a cell that may
+  // be read if the volume has inner cells. With `kLast`, samples that touch the last voxels alone
+  // count as within: they lie at the upper end of their cells, where derivatives look at what is
   // outside.
   template <bool kLast>
   bool find_cell_within(const Vec<T, D>& p, Cell<T, D>& cell) const {
@@ -223,7 +225,7 @@ struct Boundary {
     return within;
   }
 
-  // Boundary rules applied: where any sample lies, in any mode and padding. For `slope` see
+  // Applies the boundary rules: the cell of any sample, in any mode and padding. For `slope` see
   // AxisCell.
   REGKERNELS_HD Cell<T, D> find_cell(const Vec<T, D>& p, Vec<T, D>& slope) const {
     Cell<T, D> cell;
@@ -261,7 +263,8 @@ Boundary<T, D> make_boundary(const int64_t (&sizes)[3], const Sampling& sampling
     result.size[k] = static_cast<int>(n);
     result.inner_limit[k] = linear && n < kMaxSplit ? static_cast<int>(n) - 1 : 0;
     if (n + 1 >= kMaxSplit) result.is_clamp = false;
-    // Far outside is as good as just outside. The only coordinate of an axis of length 1 is 0.
+    // A position far outside samples like one just outside. The only coordinate of an axis of
+    // length 1 is 0.
     const bool pinned = n == 1 && sampling.align_corners;
     result.low[k] = static_cast<T>(zeros && !pinned ? -2 : 0);
     result.high[k] = static_cast<T>(pinned ? 0 : zeros ? n + 1 : n - 1);
@@ -269,8 +272,8 @@ Boundary<T, D> make_boundary(const int64_t (&sizes)[3], const Sampling& sampling
   return result;
 }
 
-// (1 - fraction) a + fraction b. A value that does not count is not touched where it may be
-// anything (`kChecked`): NaN times 0 is not 0.
+// Returns (1 - fraction) a + fraction b. With kChecked, a value that does not count may be anything
+// and is not touched: NaN times 0 is not 0.
 template <bool kChecked, class T>
 REGKERNELS_HD T lerp(T a, T b, T fraction) {
   if (kChecked) {
@@ -280,7 +283,8 @@ REGKERNELS_HD T lerp(T a, T b, T fraction) {
   return (1 - fraction) * a + fraction * b;
 }
 
-// The sample from the values at the corners: axis after axis, pairs become one.
+// Computes the sample from the values at the corners: along one axis after the other, each pair
+// becomes one value.
 template <bool kChecked, class T, int D>
 REGKERNELS_HD T sample_value(const Cell<T, D>& cell, const T (&corners)[1 << D]) {
   T value[1 << D];
@@ -296,7 +300,7 @@ REGKERNELS_HD T sample_value(const Cell<T, D>& cell, const T (&corners)[1 << D])
   return value[0];
 }
 
-// Its derivative with respect to the in-volume coordinate, in the same way.
+// Computes the derivative of the sample with respect to the in-volume coordinate in the same way.
 template <bool kChecked, class T, int D>
 REGKERNELS_HD Vec<T, D> sample_gradient(const Cell<T, D>& cell, const T (&corners)[1 << D]) {
   T value[1 << D];

@@ -1,3 +1,4 @@
+// Vectors of two or three components, and pointers to the voxels of an array.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +8,7 @@
 
 namespace regkernels {
 
-// D components in x, y, z order.
+// A vector of D components in x, y, z order.
 template <class T, int D>
 struct Vec {
   T v[D];
@@ -23,26 +24,26 @@ REGKERNELS_HD Vec<T, D> load_vec(const T* p) {
   return result;
 }
 
-// A pointer that the compiler takes as it is. It would otherwise carry the parts that it was
-// computed from into loops, and add them up for each voxel again.
+// The same pointer, but one whose origin the compiler does not see. Otherwise it would carry the
+// parts that the pointer was computed from into loops, and add them up for each voxel again.
 template <class T>
-REGKERNELS_HD T* settled(T* pointer) {
+REGKERNELS_HD T* opaque_pointer(T* pointer) {
 #ifdef __CUDA_ARCH__
   asm("" : "+l"(pointer));
 #endif
   return pointer;
 }
 
-// The element `bytes` further on.
+// The pointer that is `bytes` further on.
 template <class T>
 REGKERNELS_HD T* advance_bytes(T* pointer, int64_t bytes) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
   return reinterpret_cast<T*>(reinterpret_cast<Byte*>(pointer) + bytes);
 }
 
-// Voxel x of a row, in an array of kPixel elements a voxel. In bytes and in this order, CUDA needs
-// one multiply-add for the row and one for x, 64-bit as the result is. (The bytes of a row fit 32
-// bits, which check_sizes sees to.)
+// A pointer to voxel x of a row, in an array of kPixel elements a voxel. Computed in bytes and in
+// this order, it takes CUDA one multiply-add for the row and one for x, although it has 64 bits.
+// (The bytes of a row fit 32 bits, which check_sizes sees to.)
 template <int kPixel, class T>
 REGKERNELS_HD T* voxel_pointer(T* base, int row, int row_size, int x) {
   constexpr int kBytes = kPixel * static_cast<int>(sizeof(T));

@@ -1,4 +1,4 @@
-// What each op's folder offers: its declarations, the op and its gradient.
+// Each op's folder offers its entries of the table: the op and, where there is one, its gradient.
 #pragma once
 
 #include <vector>
@@ -18,8 +18,5 @@ std::vector<Op> lncc_loss_ops();
 std::vector<Op> mutual_information_ops();
 std::vector<Op> interpolate_labels_ops();
 std::vector<Op> invert_displacement_ops();
-
-// The number of ops, known to the compiler so that the XLA frontend can make one handler for each.
-inline constexpr int kOps = 21;
 
 }  // namespace regkernels

@@ -22,25 +22,27 @@
 
 namespace regkernels {
 
-using Fixed = unsigned long long;  // what 64-bit atomics take; two's complement where it is a sum
+// The type that 64-bit atomics take. Sums are in two's complement.
+using Fixed = unsigned long long;
 
-// Bits of positive doubles are in the order of their values.
+// The bits of a finite number's magnitude, which are in the order of the magnitudes; 0 for any
+// other.
 __device__ __forceinline__ Fixed magnitude_bits(double value) {
   const double magnitude = fabs(value);
   return isfinite(magnitude) ? static_cast<Fixed>(__double_as_longlong(magnitude)) : 0;
 }
 
-// The base-2 logarithm of quanta per unit. `largest` is at most 2^(exponent + 1).
+// The base-2 logarithm of the number of quanta per unit. `largest` is at most 2^(exponent + 1).
 __device__ __forceinline__ int fixed_point_bits(Fixed largest, int contributor_bits) {
   const int exponent = static_cast<int>(largest >> 52) - 1023;
   const int bits = 61 - contributor_bits - exponent;
-  return bits < 1000 ? bits : 1000;  // 2^bits is a double, of subnormal cotangents too
+  return bits < 1000 ? bits : 1000;  // 2^bits has to be a double, for subnormal cotangents too
 }
 __device__ __forceinline__ double power_of_two(int exponent) {
   return __longlong_as_double(static_cast<long long>(exponent + 1023) << 52);
 }
 
-// Elements of one batch element as rows that a loop over voxels can take.
+// A loop over voxels takes the elements of one batch element as rows of this length.
 inline constexpr int kFlatRow = 1024;
 inline VoxelSpace flat_space(int64_t groups, int64_t items, int64_t count) {
   return {groups, items, 1, static_cast<int>((count + kFlatRow - 1) / kFlatRow), kFlatRow};
@@ -50,7 +52,7 @@ template <class S>
 struct LargestMagnitude {
   Operand<const S> values;
   Operand<Fixed> largest;
-  int64_t count;  // of one batch element
+  int64_t count;  // elements of one batch element
 
   struct Element {
     const S* values;
@@ -63,7 +65,7 @@ struct LargestMagnitude {
       for (int step = kWarp / 2; step > 0; step /= 2) {
         bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, step));
       }
-      // Hardly any warp finds more than has been found.
+      // Hardly any warp finds a larger number than those before, so hardly any has to write.
       if (threadIdx.x == 0 && bits > __ldcg(largest)) atomicMax(largest, bits);
     }
   };
@@ -129,7 +131,7 @@ struct FixedPointScatter {
   }
 };
 
-// Adds what is finite to what is not, in place.
+// Adds the sums of finite contributions to `result`, where those of all others are already.
 template <class T>
 struct FromFixedPoint {
   Operand<const Fixed> largest;

@@ -1,4 +1,4 @@
-// Rows of samples on the CPU: neighbouring voxels, placed and sampled together by vector code.
+// Rows of samples on the CPU: vector code places and samples neighbouring voxels together.
 #pragma once
 
 #include <algorithm>
@@ -8,35 +8,36 @@
 #include "core/for_each.h"
 #include "maths/coordinates.h"
 #include "maths/sampling.h"
+#include "maths/voxel_vectors.h"
 
 namespace regkernels {
 
-// Calls body(map) with the map of a Resampling, of which the compiler then knows the placement:
-// in vector code there must be no branches.
+// Calls body(map) with the map of a Resampling. The compiler then knows the map's placement, since
+// vector code must not have branches.
 template <class R, class Body>
 void with_known_placement(const R& resampling, const Body& body) {
-  const auto known = [&](Placement placement) {
+  const auto call_with = [&](Placement placement) {
     typename R::Map map = resampling.map;
     map.placement = placement;
     body(map);
   };
-  // Those that make a difference: without a matrix it is all the same whether it comes last.
+  // Only two placements make a difference: without a matrix it does not matter whether it is last.
   if constexpr (R::kField) {
-    constexpr Placement kOther = R::kAffine ? Placement::kAffineLast : Placement::kFull;
-    if (resampling.map.placement == kOther) return known(kOther);
+    constexpr Placement kOtherPlacement = R::kAffine ? Placement::kAffineLast : Placement::kFull;
+    if (resampling.map.placement == kOtherPlacement) return call_with(kOtherPlacement);
   }
-  known(Placement::kAffineFirst);
+  call_with(Placement::kAffineFirst);
 }
 
-// Where the samples of some neighbours lie. What is not `within` the volume has a cell that may be
-// read, but is not its own. `kLast`: see Boundary::find_cell_within.
+// Where the samples of some neighbours lie. A sample that is not `within` the volume has a cell
+// that may be read, but is not its own. For `kLast` see Boundary::find_cell_within.
 template <class R, bool kLast>
 struct Neighbours {
   using T = typename R::T;
   static constexpr int D = R::D;
   static constexpr int kCount = 32;
 
-  int offset[kCount];  // of corner 0, in elements
+  int offset[kCount];  // to corner 0, in elements
   T fraction[D][kCount];
   int within[kCount];
   bool all_within;
@@ -62,7 +63,7 @@ struct Neighbours {
     with_known_placement(*source.self, [&](const auto& map) {
 #pragma GCC ivdep
       for (int i = 0; i < kCount; ++i) {
-        Vec<int, D> voxel = first.index<D>();
+        Vec<int, D> voxel = voxel_index<D>(first);
         voxel[0] += i;
         Vec<T, D> u{};
         if constexpr (R::kField) u = load_vec<T, D>(field + i * D);
@@ -92,31 +93,31 @@ struct Neighbours {
   }
 };
 
-// Calls take(neighbours, first voxel, checked) for some voxels at a time until a row is done, with
-// what lerp has to be told; and then one(x) for each whose sample is not within the volume; or
-// one(x) for all.
-template <class R, bool kLast, class Take, class One>
-void take_row(const typename R::Element& source, int z, int y, int size, const Take& take,
-              const One& one) {
+// Computes a row of voxels. It calls sample_together(neighbours, first voxel, checked) for kCount
+// voxels at a time, where `checked` is what lerp has to be told, and then sample_alone(x) for each
+// whose sample is not within the volume. Rows that do not suit get sample_alone(x) for every voxel.
+template <class R, bool kLast, class Together, class Alone>
+void sample_row(const typename R::Element& source, int z, int y, int size,
+                const Together& sample_together, const Alone& sample_alone) {
   using Near = Neighbours<R, kLast>;
   if (!Near::suit(source, size)) {
-    for (int x = 0; x < size; ++x) one(x);
+    for (int x = 0; x < size; ++x) sample_alone(x);
     return;
   }
   Near near;
   for (int begin = 0; begin < size; begin += Near::kCount) {
-    // The last ones may be among those before, and get the same values again.
+    // The last step may repeat some voxels of the one before, which get the same values again.
     const int x = std::min(begin, size - Near::kCount);
     const Voxel first{z, y, x, true, x, size};
     near.place(source, first);
     if (near.all_between) {
-      take(near, first, IntTag<0>{});
+      sample_together(near, first, IntTag<0>{});
     } else {
-      take(near, first, IntTag<1>{});
+      sample_together(near, first, IntTag<1>{});
     }
     if (near.all_within) continue;
     for (int i = 0; i < Near::kCount; ++i) {
-      if (!near.within[i]) one(x + i);
+      if (!near.within[i]) sample_alone(x + i);
     }
   }
 }

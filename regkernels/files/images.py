@@ -12,13 +12,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from regkernels.files.atomic import atomic_path
-from regkernels.files.integrity import (
-    IMAGE_FORMATS,
-    Voxels,
-    check_hdf5,
-    check_voxels,
-    find_voxels,
-)
+from regkernels.files.formats import IMAGE_FORMATS
+from regkernels.files.formats.hdf5 import check_hdf5
+from regkernels.files.formats.reading import Voxels
+from regkernels.files.integrity import check_voxels, find_voxels
 from regkernels.grid import Grid
 from regkernels.volume import Volume
 

@@ -24,7 +24,7 @@ from regkernels.files.images import (
 )
 from regkernels.files.integrity import check_transform
 from regkernels.grid import Grid
-from regkernels.maps import AffineMap, DisplacementField, Part
+from regkernels.maps import AffineMap, DisplacementField, Part, as_part
 from regkernels.volume import Volume
 
 __all__ = [
@@ -102,7 +102,7 @@ def check_transform_name(part: Part, path: str | os.PathLike[str]) -> None:
     check_image_name(path)
 
 
-def write_transform(part: Part, path: str | os.PathLike[str]) -> None:
+def write_transform(part: Part | ArrayLike, path: str | os.PathLike[str]) -> None:
     """Write an affine or a displacement field; see `write_affine` and `write_displacement`.
 
     Parameters
@@ -119,6 +119,7 @@ def write_transform(part: Part, path: str | os.PathLike[str]) -> None:
     ValueError
         If such a part cannot be in such a file.
     """
+    part = as_part(part)
     if isinstance(part, DisplacementField):
         write_displacement(part.vectors, part.grid, path)
     else:

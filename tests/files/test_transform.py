@@ -129,29 +129,29 @@ def test_points_come_back_through_the_inverse(dim: int) -> None:
 
 
 @pytest.mark.parametrize("dim", [2, 3])
-def test_the_error_of_an_inverse_is_where_points_come_back_to(dim: int) -> None:
+def test_the_residual_of_an_inverse_is_where_points_come_back_to(dim: int) -> None:
     transform, _, _ = deformation(dim)
-    found = transform.with_inverse().inverse_error()
+    found = transform.with_inverse().inverse_residual()
     assert found.shape == transform.grid.shape
     assert found.mean() < 0.01
 
     shift = np.zeros(dim)
     shift[0] = 2 / (transform.grid.shape[-1] - 1)  # a voxel, in normalised coordinates
     still = np.zeros((1, *transform.grid.shape, dim), np.float32)
-    for back, error in ((still, 1), (still - shift, 0), (still - 3 * shift, 2)):
+    for back, length in ((still, 1), (still - shift, 0), (still - 3 * shift, 2)):
         pushed = dataclasses.replace(
             transform, displacement=still + shift, inverse_displacement=back
         )
-        np.testing.assert_allclose(pushed.inverse_error(), error, atol=1e-5)
+        np.testing.assert_allclose(pushed.inverse_residual(), length, atol=1e-5)
     with pytest.raises(ValueError, match="inverse_displacement: expected a field"):
-        dataclasses.replace(transform, inverse_displacement=None).inverse_error()
+        dataclasses.replace(transform, inverse_displacement=None).inverse_residual()
 
 
 def test_without_a_deformation_a_transform_is_its_matrix() -> None:
     _, fixed, moving = deformation(2)
     transform = Transform(fixed.grid, affine(2).matrix)
     assert transform.with_inverse() is transform
-    np.testing.assert_array_equal(transform.inverse_error(), np.zeros(fixed.shape))
+    np.testing.assert_array_equal(transform.inverse_residual(), np.zeros(fixed.shape))
     np.testing.assert_array_equal(transform.displacement_field(), 0)
     np.testing.assert_array_equal(transform.inverse_displacement_field(), 0)
     whole = DisplacementField(fixed.grid, transform.displacement_field(with_affine=True))
@@ -163,7 +163,7 @@ def test_without_a_deformation_a_transform_is_its_matrix() -> None:
     result = Registration(fixed, moving, transform, ())
     np.testing.assert_array_equal(result.jacobian, np.ones(fixed.shape))
     assert result.folds == (0, 1, 1)
-    assert result.inverse_error == (0, 0, 0)
+    assert result.inverse_residual == (0, 0, 0)
     assert (result.moved.shape, result.fixed_moved.shape) == (fixed.shape, moving.shape)
 
 
@@ -174,6 +174,21 @@ def test_a_field_is_linear_between_its_voxels_and_ends_half_a_voxel_outside() ->
     for x, expected in at.items():
         moved = move_points([(x, 0.4), (x, 0.6)], (field,))
         np.testing.assert_allclose(moved - [(x, 0.4), (x, 0.6)], [expected, (0, 0)], atol=1e-5)
+
+
+def test_a_matrix_stands_for_the_affine_map_that_it_is(tmp_path: Path) -> None:
+    fixed, part = volume(2), affine(2)
+    points = physical_grid(fixed)
+    np.testing.assert_array_equal(move_points(points, [part.matrix]), part.move(points))
+    by_matrix, by_part = (resample(fixed, fixed, [p]).array for p in (part.matrix, part))
+    np.testing.assert_array_equal(by_matrix, by_part)
+    np.testing.assert_array_equal(np.asarray(part), part.matrix)
+    write_transform(part.matrix, tmp_path / "affine.tfm")
+    np.testing.assert_array_equal(read_transform(tmp_path / "affine.tfm")[0], part.matrix)
+    with pytest.raises(ValueError, match=r"parts: expected a matrix .*, got shape \(2, 3\)"):
+        move_points(points, [part.matrix[:2]])
+    with pytest.raises(TypeError, match="parts: expected affine maps, .* got str"):
+        resample(fixed, fixed, ["affine.tfm"])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("dim", [2, 3])

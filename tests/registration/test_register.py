@@ -17,6 +17,7 @@ from scenes import grainy, header, physical_grid, placed, scene, similarity
 from jaxreg import compose, convert_displacement, lncc_loss
 from jaxreg.commands.demo import load
 from jaxreg.registration import (
+    MSE,
     SVF,
     Affine,
     Alignment,
@@ -192,7 +193,7 @@ def test_intensities_that_single_precision_cannot_compare_are_refused(on_device:
                 register(**{**volumes, name: other}, stages=[])
     assert not register(*(v.with_array(np.zeros(v.shape)) for v in volumes.values()), []).stages
     faint = [v.with_array(0.001 * np.asarray(v.array)) for v in volumes.values()]
-    with pytest.raises(ValueError, match=r"0\.01 or more with the metric mse"):
+    with pytest.raises(ValueError, match=r"0\.01 or more with the metric MSE,"):
         register(*faint, [Translation((1,), (5,), metric="mse")])
 
 
@@ -481,7 +482,7 @@ def test_a_stage_has_a_name_and_takes_its_settings() -> None:
     names = ("moments", "translation", "rigid", "similarity", "affine", "greedy", "svf", "syn")
     for name in names:
         assert stage_from_name(name).name == name
-        assert stage_from_name(name, metric="mse").metric == "mse"
+        assert stage_from_name(name, metric="mse").metric == MSE()
     assert stage_from_name("syn", scales=(2,), iterations=(5,)) == SyN((2,), (5,))
     with pytest.raises(ValueError, match=f"stage: expected one of {', '.join(names)}, got 'sine'"):
         stage_from_name("sine")

@@ -5,15 +5,16 @@
 #include "core/operand.h"
 #include "core/reduce.h"
 #include "maths/coordinates.h"
+#include "maths/voxel_vectors.h"
 #include "ops/affine_warp/affine_warp.h"
-#include "ops/affine_warp/geometry.h"
+#include "ops/affine_warp/call.h"
 
 namespace regkernels {
 
 // The normalised coordinate of a voxel.
 template <class T, int D>
 REGKERNELS_HD Vec<T, D> normalised(const Frame<T, D>& frame, const Voxel& voxel) {
-  const Vec<int, D> index = voxel.index<D>();
+  const Vec<int, D> index = voxel_index<D>(voxel);
   Vec<T, D> x;
   REGKERNELS_UNROLL
   for (int k = 0; k < D; ++k)
@@ -138,31 +139,31 @@ Frame<T, D> affine_warp_frame(const Call& call, const Sizes& sizes) {
 
 template <class Device>
 void affine_warp(const Device& device, const Call& call) {
-  const AffineWarpGeometry geometry = affine_warp_geometry(call);
-  dispatch_dtype(geometry.dtype, [&](auto type) {
+  const auto& checked = call.checked<AffineWarpCall>();
+  dispatch_dtype(checked.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    dispatch_dimensions(geometry.dimensions, [&](auto dimensions) {
+    dispatch_dimensions(checked.dimensions, [&](auto dimensions) {
       constexpr int D = decltype(dimensions)::value;
-      for_each_voxel(
-          device, voxel_space(geometry.batch.groups, geometry.batch.items, geometry.sizes),
-          AffineWarpForward<T, D>{
-              affine_warp_frame<T, D>(call, geometry.sizes), Operand<const T>(call.input("affine")),
-              Operand<const T>(call.input("displacement")), Operand<T>(call.output("output"))});
+      for_each_voxel(device, voxel_space(checked.batch.groups, checked.batch.items, checked.sizes),
+                     AffineWarpForward<T, D>{affine_warp_frame<T, D>(call, checked.sizes),
+                                             Operand<const T>(call.input("affine")),
+                                             Operand<const T>(call.input("displacement")),
+                                             Operand<T>(call.output("output"))});
     });
   });
 }
 
 template <class Device>
 void affine_warp_grad(const Device& device, const Call& call) {
-  const AffineWarpGeometry geometry = affine_warp_geometry(call);
+  const auto& checked = call.checked<AffineWarpCall>();
   const Tensor& grad_affine = call.output("grad_affine");
   const Tensor& grad_displacement = call.output("grad_displacement");
-  const VoxelSpace space = voxel_space(geometry.batch.groups, geometry.batch.items, geometry.sizes);
-  dispatch_dtype(geometry.dtype, [&](auto type) {
+  const VoxelSpace space = voxel_space(checked.batch.groups, checked.batch.items, checked.sizes);
+  dispatch_dtype(checked.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    dispatch_dimensions(geometry.dimensions, [&](auto dimensions) {
+    dispatch_dimensions(checked.dimensions, [&](auto dimensions) {
       constexpr int D = decltype(dimensions)::value;
-      const Frame<T, D> frame = affine_warp_frame<T, D>(call, geometry.sizes);
+      const Frame<T, D> frame = affine_warp_frame<T, D>(call, checked.sizes);
       const Operand<const T> grad_output(call.input("grad_output"));
       if (grad_displacement.present) {
         const bool shared = grad_displacement.shape[1] != space.items;

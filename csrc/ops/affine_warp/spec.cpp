@@ -1,44 +1,41 @@
-#include "core/check.h"
 #include "core/reduce.h"
 #include "ops/affine_warp/affine_warp.h"
-#include "ops/affine_warp/geometry.h"
+#include "ops/affine_warp/call.h"
 #include "ops/table.h"
 
 namespace regkernels {
 
-AffineWarpGeometry affine_warp_geometry(const Call& call) {
-  AffineWarpGeometry geometry;
-  geometry.dtype = check_dtypes(call);
-  geometry.dimensions = check_field(call, "displacement");
-  check_affine(call, "affine", geometry.dimensions);
-  geometry.sizes = field_sizes(call.input("displacement"));
-  geometry.batch = check_batch(call);
-  geometry.output = {geometry.batch.groups, geometry.batch.items};
-  append_sizes(geometry.output, geometry.sizes, geometry.dimensions);
-  geometry.output.append(geometry.dimensions);
-  return geometry;
+AffineWarpCall check_affine_warp(const Call& call) {
+  AffineWarpCall checked;
+  checked.dtype = check_dtypes(call);
+  checked.dimensions = check_field(call, "displacement");
+  check_affine(call, "affine", checked.dimensions);
+  checked.sizes = field_sizes(call.input("displacement"));
+  checked.batch = check_batch(call);
+  checked.output = {checked.batch.groups, checked.batch.items};
+  append_sizes(checked.output, checked.sizes, checked.dimensions);
+  checked.output.append(checked.dimensions);
+  return checked;
 }
 
 namespace {
 
 void infer(Call& call) {
-  const AffineWarpGeometry geometry = affine_warp_geometry(call);
-  call.outputs[0] = tensor_spec(geometry.dtype, geometry.output);
+  const auto& checked = call.keep(check_affine_warp(call));
+  call.set("output", tensor_spec(checked.dtype, checked.output));
 }
 
-enum GradOutput { kGradAffine, kGradDisplacement, kPartialSums };
-
 void infer_grad(Call& call) {
-  const AffineWarpGeometry geometry = affine_warp_geometry(call);
-  check_cotangent(call, "grad_output", geometry.dtype, geometry.output);
-  const int D = geometry.dimensions;
-  if (call.wants(kGradAffine)) {
-    call.outputs[kGradAffine] = gradient_spec(call.input("affine"), geometry.batch);
-    call.outputs[kPartialSums] =
-        partial_sums_spec(geometry.dtype, geometry.batch, geometry.sizes, D * (D + 1));
+  const auto& checked = call.keep(check_affine_warp(call));
+  check_cotangent(call, "grad_output", checked.dtype, checked.output);
+  const int D = checked.dimensions;
+  if (call.wants("grad_affine")) {
+    call.set("grad_affine", gradient_spec(call.input("affine"), checked.batch));
+    call.set("partial_sums",
+             partial_sums_spec(checked.dtype, checked.batch, checked.sizes, D * (D + 1)));
   }
-  if (call.wants(kGradDisplacement)) {
-    call.outputs[kGradDisplacement] = gradient_spec(call.input("displacement"), geometry.batch);
+  if (call.wants("grad_displacement")) {
+    call.set("grad_displacement", gradient_spec(call.input("displacement"), checked.batch));
   }
 }
 

@@ -1,37 +1,38 @@
 #pragma once
 
+#include "ops/compose/call.h"
 #include "ops/compose/compose.h"
-#include "ops/compose/geometry.h"
-#include "resample/resample.h"
+#include "resample/launch.h"
 
 namespace regkernels {
 
-inline ResampleCall compose_call(const Call& call) {
-  const ComposeGeometry geometry = compose_geometry(call);
+// A checked composition as the loops of resample/ take it: u is sampled where A x + v points.
+inline ResampleCall composition(const Call& call) {
+  const auto& checked = call.checked<ComposeCall>();
   ResampleCall resample;
   resample.input = &call.input("u");
   resample.affine = &call.input("affine");
   resample.field = &call.input("v");
-  resample.in_sizes = geometry.in_sizes;
-  resample.out_sizes = geometry.out_sizes;
-  resample.dimensions = geometry.dimensions;
+  resample.in_sizes = checked.in_sizes;
+  resample.out_sizes = checked.out_sizes;
+  resample.dimensions = checked.dimensions;
   resample.placement = Placement::kAffineFirst;
   resample.sampling = {Mode::kBilinear, call.choice<Padding>("padding_mode"),
                        call.flag("align_corners")};
   resample.add_field = call.flag("add");
-  resample.groups = geometry.batch.groups;
-  resample.items = geometry.batch.items;
+  resample.groups = checked.batch.groups;
+  resample.items = checked.batch.items;
   return resample;
 }
 
 template <class Device>
 void compose(const Device& device, const Call& call) {
-  resample_forward<true>(device, compose_call(call), call.output("output"));
+  resample_forward<true>(device, composition(call), call.output("output"));
 }
 
 template <class Device>
 void compose_grad(const Device& device, const Call& call) {
-  ResampleCall resample = compose_call(call);
+  ResampleCall resample = composition(call);
   resample.grad_output = &call.input("grad_output");
   resample.grad_input = &call.output("grad_u");
   resample.grad_affine = &call.output("grad_affine");

@@ -1,62 +1,55 @@
-#include "core/check.h"
 #include "core/reduce.h"
+#include "ops/compose/call.h"
 #include "ops/compose/compose.h"
-#include "ops/compose/geometry.h"
 #include "ops/table.h"
+#include "resample/scatter_workspace.h"
 
 namespace regkernels {
 
-ComposeGeometry compose_geometry(const Call& call) {
+ComposeCall check_compose(const Call& call) {
   const Tensor& u = call.input("u");
   const Tensor& v = call.input("v");
-  ComposeGeometry geometry;
-  geometry.dtype = check_dtypes(call);
-  const int D = geometry.dimensions = check_field(call, "u");
+  ComposeCall checked;
+  checked.dtype = check_dtypes(call);
+  const int D = checked.dimensions = check_field(call, "u");
   if (check_field(call, "v") != D) {
     fail_shape(
         call, "v",
         D == 3 ? "(N, Z, Y, X, 3), as u has 3 components" : "(N, Y, X, 2), as u has 2 components");
   }
   if (call.input("affine").present) check_affine(call, "affine", D);
-  geometry.in_sizes = field_sizes(u);
-  geometry.out_sizes = field_sizes(v);
-  geometry.batch = check_batch(call);
-  geometry.output = {geometry.batch.groups, geometry.batch.items};
-  append_sizes(geometry.output, geometry.out_sizes, D);
-  geometry.output.append(D);
-  return geometry;
+  checked.in_sizes = field_sizes(u);
+  checked.out_sizes = field_sizes(v);
+  checked.batch = check_batch(call);
+  checked.output = {checked.batch.groups, checked.batch.items};
+  append_sizes(checked.output, checked.out_sizes, D);
+  checked.output.append(D);
+  return checked;
 }
 
 namespace {
 
 void infer(Call& call) {
-  const ComposeGeometry geometry = compose_geometry(call);
-  call.outputs[0] = tensor_spec(geometry.dtype, geometry.output);
+  const auto& checked = call.keep(check_compose(call));
+  call.set("output", tensor_spec(checked.dtype, checked.output));
 }
 
-enum GradOutput { kGradU, kGradV, kGradAffine, kRowBounds, kFixedSums, kLargest, kPartialSums };
-
 void infer_grad(Call& call) {
-  const ComposeGeometry geometry = compose_geometry(call);
-  check_cotangent(call, "grad_output", geometry.dtype, geometry.output);
-  const int D = geometry.dimensions;
-  if (call.wants(kGradU)) {
-    call.outputs[kGradU] = gradient_spec(call.input("u"), geometry.batch);
-    call.outputs[kRowBounds] = tensor_spec(
-        DType::kInt32, {geometry.batch.groups, geometry.batch.items, geometry.out_sizes.rows(), 2});
-    if (call.flag("deterministic")) {
-      const Shape& shape = call.outputs[kGradU].shape;
-      call.outputs[kFixedSums] = tensor_spec(DType::kInt64, shape);
-      call.outputs[kLargest] = tensor_spec(DType::kInt64, {shape[0], shape[1]});
-    }
+  const auto& checked = call.keep(check_compose(call));
+  check_cotangent(call, "grad_output", checked.dtype, checked.output);
+  const int D = checked.dimensions;
+  if (call.wants("grad_u")) {
+    const Tensor gradient = gradient_spec(call.input("u"), checked.batch);
+    call.set("grad_u", gradient);
+    set_scatter_workspaces(call, gradient.shape, checked.batch, checked.out_sizes);
   }
-  if (call.wants(kGradV)) {
-    call.outputs[kGradV] = gradient_spec(call.input("v"), geometry.batch);
+  if (call.wants("grad_v")) {
+    call.set("grad_v", gradient_spec(call.input("v"), checked.batch));
   }
-  if (call.wants(kGradAffine) && call.input("affine").present) {
-    call.outputs[kGradAffine] = gradient_spec(call.input("affine"), geometry.batch);
-    call.outputs[kPartialSums] =
-        partial_sums_spec(geometry.dtype, geometry.batch, geometry.out_sizes, D * (D + 1));
+  if (call.wants("grad_affine") && call.input("affine").present) {
+    call.set("grad_affine", gradient_spec(call.input("affine"), checked.batch));
+    call.set("partial_sums",
+             partial_sums_spec(checked.dtype, checked.batch, checked.out_sizes, D * (D + 1)));
   }
 }
 

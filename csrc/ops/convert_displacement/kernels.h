@@ -2,8 +2,9 @@
 
 #include "core/dispatch.h"
 #include "core/for_each.h"
+#include "maths/voxel_vectors.h"
+#include "ops/convert_displacement/call.h"
 #include "ops/convert_displacement/convert_displacement.h"
-#include "ops/convert_displacement/geometry.h"
 
 namespace regkernels {
 
@@ -47,36 +48,35 @@ struct Conversion {
 };
 
 template <class Device>
-void convert(const Device& device, const Call& call, const char* input, const char* output,
-             bool gradient) {
-  const DisplacementConversion conversion = displacement_conversion(call, input, gradient);
-  const Shape& shape = call.input(input).shape;
-  dispatch_dtype(conversion.dtype, [&](auto type) {
+void convert(const Device& device, const Call& call, const char* input, const char* output) {
+  const auto& checked = call.checked<ConvertDisplacementCall>();
+  const Batch& batch = checked.batch;
+  dispatch_dtype(checked.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    dispatch_dimensions(conversion.dimensions, [&](auto dimensions) {
+    dispatch_dimensions(checked.dimensions, [&](auto dimensions) {
       constexpr int D = decltype(dimensions)::value;
       Conversion<T, D> body{call.input(input).as<T>(),
                             call.output(output).template as<T>(),
-                            shape[1],
-                            conversion.sizes.voxels(),
-                            static_cast<int>(conversion.sizes.y),
-                            conversion.source_last,
-                            conversion.target_last,
+                            batch.items,
+                            checked.sizes.voxels(),
+                            static_cast<int>(checked.sizes.y),
+                            checked.source_last,
+                            checked.target_last,
                             {}};
-      for (int k = 0; k < D; ++k) body.factor[k] = static_cast<T>(conversion.factor[k]);
-      for_each_voxel(device, voxel_space(shape[0], shape[1], conversion.sizes), body);
+      for (int k = 0; k < D; ++k) body.factor[k] = static_cast<T>(checked.factor[k]);
+      for_each_voxel(device, voxel_space(batch.groups, batch.items, checked.sizes), body);
     });
   });
 }
 
 template <class Device>
 void convert_displacement(const Device& device, const Call& call) {
-  convert(device, call, "displacement", "output", false);
+  convert(device, call, "displacement", "output");
 }
 
 template <class Device>
 void convert_displacement_grad(const Device& device, const Call& call) {
-  convert(device, call, "grad_output", "grad_displacement", true);
+  convert(device, call, "grad_output", "grad_displacement");
 }
 
 }  // namespace regkernels

@@ -3,8 +3,8 @@
 #include <limits>
 
 #include "maths/coordinates.h"
+#include "ops/convert_displacement/call.h"
 #include "ops/convert_displacement/convert_displacement.h"
-#include "ops/convert_displacement/geometry.h"
 #include "ops/table.h"
 
 namespace regkernels {
@@ -22,29 +22,28 @@ double voxels_per_unit(Unit unit, int64_t size, double spacing, bool align_corne
   return half_extent(align_corners ? std::max<int64_t>(size, 2) : size, align_corners);
 }
 
-}  // namespace
-
-DisplacementConversion displacement_conversion(const Call& call, const char* input, bool gradient) {
-  DisplacementConversion conversion;
-  conversion.dtype = check_dtypes(call);
+// The adjoint has the same factors as the op itself, with source and target swapped in layout.
+ConvertDisplacementCall check(const Call& call, const char* input, bool is_adjoint) {
+  ConvertDisplacementCall checked;
+  checked.dtype = check_dtypes(call);
   const bool last_in = call.choice<Channels>("source_channels") == kLast;
   const bool last_out = call.choice<Channels>("target_channels") == kLast;
-  conversion.source_last = gradient ? last_out : last_in;
-  conversion.target_last = gradient ? last_in : last_out;
+  checked.source_last = is_adjoint ? last_out : last_in;
+  checked.target_last = is_adjoint ? last_in : last_out;
   const Shape& shape = call.input(input).shape;
-  const int D = conversion.dimensions = shape.rank() - 3;
-  const bool last = conversion.source_last;
+  const int D = checked.dimensions = shape.rank() - 3;
+  const bool last = checked.source_last;
   if ((D != 2 && D != 3) || shape[last ? shape.rank() - 1 : 2] != D) {
     fail_shape(call, input,
                last ? "(N, Y, X, 2) or (N, Z, Y, X, 3)" : "(N, 2, Y, X) or (N, 3, Z, Y, X)");
   }
-  conversion.sizes = last ? field_sizes(call.input(input)) : image_sizes(call.input(input));
-  const int64_t size[3] = {conversion.sizes.x, conversion.sizes.y, conversion.sizes.z};
+  checked.sizes = last ? field_sizes(call.input(input)) : image_sizes(call.input(input));
+  const int64_t size[3] = {checked.sizes.x, checked.sizes.y, checked.sizes.z};
   for (int k = 0; k < D; ++k) {
     if (size[k] < 1) fail_shape(call, input, "with spatial axes of at least 1");
   }
-  check_sizes(call, input, conversion.sizes);
-  conversion.batch = check_batch(call);
+  check_sizes(call, input, checked.sizes);
+  checked.batch = check_batch(call);
 
   const Unit source = call.choice<Unit>("source"), target = call.choice<Unit>("target");
   const std::vector<double>& spacing = call.numbers("spacing");
@@ -63,41 +62,32 @@ DisplacementConversion displacement_conversion(const Call& call, const char* inp
   const bool align_corners = call.flag("align_corners");
   for (int k = 0; k < D; ++k) {
     const double mm = spacing.empty() ? 1 : spacing[k];
-    conversion.factor[k] = source == target
-                               ? 1
-                               : voxels_per_unit(source, size[k], mm, align_corners) /
-                                     voxels_per_unit(target, size[k], mm, align_corners);
-    const bool wide = conversion.dtype == DType::kFloat64;
+    checked.factor[k] = source == target ? 1
+                                         : voxels_per_unit(source, size[k], mm, align_corners) /
+                                               voxels_per_unit(target, size[k], mm, align_corners);
+    const bool wide = checked.dtype == DType::kFloat64;
     const double largest =
         wide ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
-    if (!(conversion.factor[k] <= largest && conversion.factor[k] >= 1 / largest)) {
+    if (!(checked.factor[k] <= largest && checked.factor[k] >= 1 / largest)) {
       fail_value(call, "spacing",
-                 concat("numbers that keep factors in the range of ", dtype_name(conversion.dtype)),
+                 concat("numbers that keep factors in the range of ", dtype_name(checked.dtype)),
                  concat(mm));
     }
   }
-  return conversion;
+  return checked;
 }
 
-Shape converted_shape(const Call& call, const char* input,
-                      const DisplacementConversion& conversion) {
-  const Shape& from = call.input(input).shape;
-  Shape shape = {from[0], from[1]};
-  if (!conversion.target_last) shape.append(conversion.dimensions);
-  append_sizes(shape, conversion.sizes, conversion.dimensions);
-  if (conversion.target_last) shape.append(conversion.dimensions);
-  return shape;
+void infer_converted(Call& call, const char* input, const char* output, bool is_adjoint) {
+  const auto& checked = call.keep(check(call, input, is_adjoint));
+  Shape shape = {checked.batch.groups, checked.batch.items};
+  if (!checked.target_last) shape.append(checked.dimensions);
+  append_sizes(shape, checked.sizes, checked.dimensions);
+  if (checked.target_last) shape.append(checked.dimensions);
+  call.set(output, tensor_spec(checked.dtype, shape));
 }
 
-namespace {
-
-void infer_converted(Call& call, const char* input, bool gradient) {
-  const DisplacementConversion conversion = displacement_conversion(call, input, gradient);
-  call.outputs[0] = tensor_spec(conversion.dtype, converted_shape(call, input, conversion));
-}
-
-void infer(Call& call) { infer_converted(call, "displacement", false); }
-void infer_grad(Call& call) { infer_converted(call, "grad_output", true); }
+void infer(Call& call) { infer_converted(call, "displacement", "output", false); }
+void infer_grad(Call& call) { infer_converted(call, "grad_output", "grad_displacement", true); }
 
 }  // namespace
 

@@ -3,7 +3,9 @@
 #include <type_traits>
 
 #include "core/scratch.h"
-#include "ops/gaussian_smooth/kernels.h"
+#include "core/thread_pool.h"
+#include "ops/gaussian_smooth/call.h"
+#include "ops/gaussian_smooth/gaussian_smooth.h"
 
 namespace regkernels {
 
@@ -13,8 +15,8 @@ namespace {
 template <class T>
 void smooth_lines(const T* weights, int64_t radius, int64_t stride, int64_t count,
                   const T* __restrict__ in, T* __restrict__ out) {
-  // Tap by tap over a run of elements short enough to stay in the first-level cache, so that the
-  // inner loop is contiguous whichever axis is being smoothed.
+  // The taps are added one after the other over a run of elements that is short enough to stay in
+  // the first-level cache, so that the inner loop is contiguous whichever axis is being smoothed.
   constexpr int64_t kRun = 1024;
   for (int64_t first = 0; first < count; first += kRun) {
     const int64_t last = std::min(first + kRun, count);
@@ -30,8 +32,8 @@ void smooth_lines(const T* weights, int64_t radius, int64_t stride, int64_t coun
   }
 }
 
-// `in` and `out` may be the same: whole lines along the axis are taken out, some side by side, and
-// put back smooth.
+// Smooths along one axis. `in` and `out` may be the same: whole lines along the axis are taken out,
+// some side by side, and put back smooth.
 template <class T, class In, class Out>
 void smooth_axis(const SmoothingPass& pass, const T* weights, const In* in, Out* out) {
   constexpr int64_t kBuffer = 16384;  // elements, for the second-level cache
@@ -62,23 +64,23 @@ void smooth_axis(const SmoothingPass& pass, const T* weights, const In* in, Out*
   });
 }
 
-// One pass after the other, each in the place of the one before: in the output, or in the scratch
-// memory where the output's dtype would round what is still to be added up.
+// Makes one pass after the other, each in the place of the one before: in the output, or in the
+// scratch memory where the output's dtype would round what is still to be added up.
 template <class S, class T>
-void smooth(const SmoothingPlan& plan, const S* in, S* out, T* weights, T* scratch) {
-  if (plan.passes.empty()) {
-    std::memcpy(out, in, plan.volumes * plan.sizes.voxels() * plan.channels * sizeof(S));
+void smooth(const GaussianSmoothCall& call, const S* in, S* out, T* weights, T* scratch) {
+  if (call.passes.empty()) {
+    std::memcpy(out, in, call.volumes * call.sizes.voxels() * call.channels * sizeof(S));
   }
   T* between = scratch;
   if constexpr (std::is_same_v<S, T>) between = out;
-  for (const SmoothingPass& pass : plan.passes) {
+  for (const SmoothingPass& pass : call.passes) {
     T* pass_weights = weights + pass.first_weight;
     for (int64_t d = 0; d <= pass.radius; ++d) pass_weights[d] = gaussian_weight<T>(pass, d);
     const auto smooth_from = [&](const auto* from) {
-      if (&pass == &plan.passes.back()) return smooth_axis(pass, pass_weights, from, out);
+      if (&pass == &call.passes.back()) return smooth_axis(pass, pass_weights, from, out);
       smooth_axis(pass, pass_weights, from, between);
     };
-    if (&pass == &plan.passes.front()) {
+    if (&pass == &call.passes.front()) {
       smooth_from(in);
     } else {
       smooth_from(between);

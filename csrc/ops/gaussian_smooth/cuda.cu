@@ -11,7 +11,9 @@
 #include <type_traits>
 
 #include "core/cuda_runtime.h"
-#include "ops/gaussian_smooth/kernels.h"
+#include "core/for_each.h"
+#include "ops/gaussian_smooth/call.h"
+#include "ops/gaussian_smooth/gaussian_smooth.h"
 
 namespace regkernels {
 
@@ -26,7 +28,8 @@ struct SmoothingTile {
 
   REGKERNELS_HD constexpr int in_columns() const { return columns + 2 * halo_x; }
   REGKERNELS_HD constexpr int in_rows() const { return rows + 2 * halo_y; }
-  // Odd: threads that take neighbouring rows then read from different banks of shared memory.
+  // Strides are odd: threads that take neighbouring rows then read from different banks of shared
+  // memory.
   REGKERNELS_HD constexpr int in_stride() const { return in_columns() | 1; }
   REGKERNELS_HD constexpr int stride() const { return columns | 1; }
   REGKERNELS_HD constexpr int in_size() const { return in_rows() * in_stride(); }
@@ -36,11 +39,11 @@ struct SmoothingTile {
   }
 };
 
-// How an instance of the kernel is cut.
-//   kColumns, kRows: the largest tile
-//   kAlong, kDown: neighbours along x and along y that one thread sums at a time
-//   kPlanes: in shared memory, of which all but one are on their way
-//   kBlocks: per multiprocessor
+// How an instance of the kernel cuts its work.
+//   kColumns, kRows: the size of the largest tile
+//   kAlong, kDown: how many neighbours along x and along y one thread sums at a time
+//   kPlanes: how many planes are in shared memory, of which all but one are on their way
+//   kBlocks: how many blocks a multiprocessor has room for
 template <int kColumns_, int kRows_, int kAlong_, int kDown_, int kPlanes_, int kBlocks_>
 struct SmoothingShape {
   static constexpr int kColumns = kColumns_, kRows = kRows_, kAlong = kAlong_, kDown = kDown_;
@@ -51,9 +54,9 @@ struct SmoothingShape {
                 "strips of no channel may reach beyond a tile");
 };
 
-// Of one radius and number of channels, known to the compiler.
+// The shape where the compiler knows the radius and the number of channels.
 using ExactShape = SmoothingShape<96, 32, 8, 8, 3, 1>;
-// Of any. Tiles of fewer rows have room on any GPU.
+// The shape for any radius and number of channels. Tiles of fewer rows have room on any GPU.
 template <class T>
 using GeneralShape =
     std::conditional_t<std::is_same_v<T, double>, SmoothingShape<96, 8, 4, 2, 2, 1>,
@@ -66,16 +69,16 @@ struct Smoothing {
   using T = Arithmetic<S>;
   const S* in;
   S* out;
-  int columns, rows, depth;  // of a volume
+  int columns, rows, depth;  // the size of a volume
   int channels;
   int radius[3];  // along x, y, z
   T weight[3][kLargestRadius<T> + 1];
   int tiles_x, tiles;
-  int64_t planes;  // of all tiles of all volumes
+  int64_t planes;  // in all tiles of all volumes
 };
 
-// An element on its way to shared memory, or a zero. Where nothing has to be converted it does not
-// pass through registers, and arrives by the end of a wait for the pipeline.
+// Sends an element, or a zero, to shared memory. Where nothing has to be converted it does not pass
+// through registers, and arrives by the end of a wait for the pipeline.
 template <class S, class T>
 __device__ __forceinline__ void fetch(T* to, const S* from, bool inside) {
   if constexpr (std::is_same_v<S, T>) {
@@ -85,8 +88,8 @@ __device__ __forceinline__ void fetch(T* to, const S* from, bool inside) {
   }
 }
 
-// kCount neighbouring sums, from the middle outwards. value(k) is what stands in the middle of the
-// k-th; the first has neighbours at negative places.
+// Computes kCount neighbouring sums, each from the middle outwards. value(k) is the value in the
+// middle of the k-th; the neighbours before the first have negative numbers.
 template <int kUnroll, int kCount, class T, class Value>
 __device__ __forceinline__ void weigh(const T* weight, int radius, const Value& value,
                                       T (&sum)[kCount]) {
@@ -107,15 +110,15 @@ __device__ __forceinline__ void weigh(const T* weight, int radius, const Value& 
     above[kCount - 1] = value(kCount - 1 + d);
     REGKERNELS_UNROLL
     for (int k = 0; k < kCount; ++k) {
-      // One by one, as the sum of two large values may be beyond the range of T.
+      // They are added one by one, as the sum of two large values may be beyond the range of T.
       sum[k] += weight[d] * below[k];
       sum[k] += weight[d] * above[k];
     }
   }
 }
 
-// kChannels and kRadius, which is that along all axes, are known to the compiler; or kChannels is
-// 0, and kRadius is the largest there may be.
+// Either kChannels and kRadius, which is the same along all axes, tell the compiler what to expect;
+// or kChannels is 0, and kRadius is the largest radius there may be.
 template <class S, int kRadius, int kChannels, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     smooth_kernel(const __grid_constant__ Smoothing<S> smoothing) {
@@ -133,13 +136,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   T* const planes = reinterpret_cast<T*>(memory);
   T* const by_row = planes + Shape::kPlanes * tile.in_size();
 
-  // What the thread owns of the tile, through all planes.
+  // The thread owns this column and kDown rows of the tile, through all planes.
   const auto own_column = [] { return thread_number<Shape::kThreads>() % kColumns; };
   const auto own_row = [] { return thread_number<Shape::kThreads>() / kColumns * kDown; };
 
   const int64_t plane_size = static_cast<int64_t>(smoothing.rows) * smoothing.columns;
-  // Planes of all tiles, one tile after the other, are cut into parts of equal length, a block
-  // each.
+  // The planes of all tiles, one tile after the other, are cut into parts of equal length, one for
+  // each block.
   int64_t next = blockIdx.x * smoothing.planes / gridDim.x;
   const int64_t last = (blockIdx.x + 1) * smoothing.planes / gridDim.x;
 #pragma unroll 1
@@ -163,7 +166,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       if (first_row >= apart) return;
       for (int column = thread - first_row * width; column < tile.in_columns(); column += width) {
         const int x = x0 - tile.halo_x + column, y = y0 - tile.halo_y + first_row;
-        // A negative place is a large one without a sign.
+        // As an unsigned number, a negative y is a large one.
         const unsigned rows = x >= 0 && x < smoothing.columns ? smoothing.rows : 0;
         const S* const from = in + (y * smoothing.columns + x);
         T* const to = plane + (first_row * tile.in_stride() + column);
@@ -192,7 +195,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       }
     };
 
-    // What the planes so far contribute to the next ones to leave.
+    // What the planes so far contribute to those that leave next.
     T pending[2 * kRadius][kDown] = {};
     const auto leave = [&](int z, const T(&sum)[kDown]) {
       const int x = x0 + own_column(), y = y0 + own_row();
@@ -213,7 +216,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         REGKERNELS_UNROLL
         for (int k = 0; k < kDown; ++k) {
           sum[k] = step < 2 * kRadius ? pending[step % (2 * kRadius)][k] : T(0);
-          // Not by a weight of 0, which would spread infinities.
+          // A plane out of reach is left out: a weight of 0 would spread infinities.
           if (distance <= radius_z) sum[k] += smoothing.weight[2][distance] * value[k];
           if (step > 0) pending[step - 1][k] = sum[k];
         }
@@ -221,7 +224,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       }
     };
 
-    // Planes that count, numbered from the first. Those beyond are zero.
+    // The planes that count are numbered from the first. Those beyond are zero.
     const int z_first = max(0, z_begin - radius_z), z_last = min(smoothing.depth, z_end + radius_z);
     const auto place_of = [&](int plane) {
       return planes + static_cast<unsigned>(plane) % Shape::kPlanes * tile.in_size();
@@ -264,14 +267,15 @@ void launch_smooth(const Cuda& device, Smoothing<S>& smoothing, const SmoothingT
   smoothing.planes = volumes * smoothing.tiles * smoothing.depth;
   const auto kernel = &smooth_kernel<S, kRadius, kChannels, Shape>;
   allow_shared_memory(kernel, bytes);
-  // The result does not depend on how many blocks there are.
+  // The result does not depend on how many blocks there are, so the device may be asked.
   const int64_t blocks = std::min<int64_t>(smoothing.planes, multiprocessors() * Shape::kBlocks);
   const int threads = tile.columns * (tile.rows / Shape::kDown);
   kernel<<<static_cast<unsigned>(blocks), threads, bytes, device.stream>>>(smoothing);
   check_launch();
 }
 
-// Whether this radius is that along all axes, and the tile fits.
+// Launches the kernel for this radius and number of channels if they are those of the call, along
+// all axes, and the tile fits. Returns whether it did.
 template <int kRadius, int kChannels, class Shape, class S>
 bool launch_exact(const Cuda& device, Smoothing<S>& smoothing, int64_t volumes, int64_t limit) {
   const int* radius = smoothing.radius;
@@ -301,17 +305,17 @@ void launch_general(const Cuda& device, Smoothing<S>& smoothing, int64_t volumes
 }
 
 template <class S>
-void smooth_fused(const Cuda& device, const SmoothingPlan& plan, const S* in, S* out) {
+void smooth_fused(const Cuda& device, const GaussianSmoothCall& call, const S* in, S* out) {
   using T = Arithmetic<S>;
   Smoothing<S> smoothing{};
   smoothing.in = in;
   smoothing.out = out;
-  smoothing.columns = static_cast<int>(plan.sizes.x * plan.channels);
-  smoothing.rows = static_cast<int>(plan.sizes.y);
-  smoothing.depth = static_cast<int>(plan.sizes.z);
-  smoothing.channels = static_cast<int>(plan.channels);
+  smoothing.columns = static_cast<int>(call.sizes.x * call.channels);
+  smoothing.rows = static_cast<int>(call.sizes.y);
+  smoothing.depth = static_cast<int>(call.sizes.z);
+  smoothing.channels = static_cast<int>(call.channels);
   for (T(&weight)[kLargestRadius<T> + 1] : smoothing.weight) weight[0] = 1;
-  for (const SmoothingPass& pass : plan.passes) {
+  for (const SmoothingPass& pass : call.passes) {
     smoothing.radius[pass.axis] = static_cast<int>(pass.radius);
     for (int d = 0; d <= pass.radius; ++d) {
       smoothing.weight[pass.axis][d] = gaussian_weight<T>(pass, d);
@@ -321,15 +325,15 @@ void smooth_fused(const Cuda& device, const SmoothingPlan& plan, const S* in, S*
   if constexpr (std::is_same_v<S, float>) {
     const auto launch_radius = [&](auto radius) {
       constexpr int kRadius = decltype(radius)::value;
-      return launch_exact<kRadius, 1, ExactShape>(device, smoothing, plan.volumes, limit) ||
-             launch_exact<kRadius, 3, ExactShape>(device, smoothing, plan.volumes, limit);
+      return launch_exact<kRadius, 1, ExactShape>(device, smoothing, call.volumes, limit) ||
+             launch_exact<kRadius, 3, ExactShape>(device, smoothing, call.volumes, limit);
     };
     if (launch_radius(IntTag<2>{}) || launch_radius(IntTag<3>{}) || launch_radius(IntTag<4>{}) ||
         launch_radius(IntTag<5>{}) || launch_radius(IntTag<6>{}) || launch_radius(IntTag<8>{})) {
       return;
     }
   }
-  launch_general(device, smoothing, plan.volumes, limit);
+  launch_general(device, smoothing, call.volumes, limit);
 }
 
 template <class T>
@@ -388,15 +392,15 @@ void smooth_axis(const Cuda& device, const SmoothingPass& pass, T* weights, cons
 }
 
 template <class S, class T>
-void smooth(const Cuda& device, const SmoothingPlan& plan, const S* in, S* out, T* weights,
+void smooth(const Cuda& device, const GaussianSmoothCall& call, const S* in, S* out, T* weights,
             T* scratch) {
-  const int64_t count = plan.volumes * plan.sizes.voxels() * plan.channels;
-  if (plan.passes.empty()) {
+  const int64_t count = call.volumes * call.sizes.voxels() * call.channels;
+  if (call.passes.empty()) {
     return check_cuda(
         cudaMemcpyAsync(out, in, count * sizeof(S), cudaMemcpyDeviceToDevice, device.stream));
   }
-  if (plan.fused) return smooth_fused(device, plan, in, out);
-  const size_t last = plan.passes.size() - 1;
+  if (call.fused) return smooth_fused(device, call, in, out);
+  const size_t last = call.passes.size() - 1;
   // Where pass i puts what is not yet the result: back and forth, so that the last pass ends in the
   // output.
   const auto between = [&](size_t i) {
@@ -407,7 +411,7 @@ void smooth(const Cuda& device, const SmoothingPlan& plan, const S* in, S* out, 
     }
   };
   for (size_t i = 0; i <= last; ++i) {
-    const SmoothingPass& pass = plan.passes[i];
+    const SmoothingPass& pass = call.passes[i];
     T* pass_weights = weights + pass.first_weight;
     const auto smooth_from = [&](const auto* from) {
       if (i == last) return smooth_axis(device, pass, pass_weights, from, out);

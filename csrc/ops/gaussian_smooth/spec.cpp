@@ -2,17 +2,18 @@
 #include <cmath>
 #include <limits>
 
-#include "core/check.h"
+#include "ops/gaussian_smooth/call.h"
 #include "ops/gaussian_smooth/gaussian_smooth.h"
-#include "ops/gaussian_smooth/geometry.h"
 #include "ops/table.h"
 
 namespace regkernels {
 
-SmoothingPlan smoothing_plan(const Call& call, const char* input) {
-  SmoothingPlan plan;
-  plan.arithmetic = check_dtypes(call);
-  plan.storage = call.input(input).dtype;
+namespace {
+
+GaussianSmoothCall check(const Call& call, const char* input) {
+  GaussianSmoothCall checked;
+  checked.arithmetic = check_dtypes(call);
+  checked.storage = call.input(input).dtype;
   const Shape& shape = call.input(input).shape;
   const bool channel_last = call.flag("channel_last");
   const int dimensions = shape.rank() - 3;
@@ -37,18 +38,18 @@ SmoothingPlan smoothing_plan(const Call& call, const char* input) {
   }
 
   const int first_axis = channel_last ? 2 : 3;
-  plan.channels = channel_last ? shape[2 + dimensions] : 1;
-  plan.volumes = shape[0] * shape[1] * (channel_last ? 1 : shape[2]);
-  plan.sizes = {dimensions == 3 ? shape[first_axis] : 1, shape[first_axis + dimensions - 2],
-                shape[first_axis + dimensions - 1]};
-  plan.weights = 0;
+  checked.channels = channel_last ? shape[2 + dimensions] : 1;
+  checked.volumes = shape[0] * shape[1] * (channel_last ? 1 : shape[2]);
+  checked.sizes = {dimensions == 3 ? shape[first_axis] : 1, shape[first_axis + dimensions - 2],
+                   shape[first_axis + dimensions - 1]};
+  checked.weights = 0;
   const int64_t fused_radius =
-      plan.arithmetic == DType::kFloat64 ? kFusedRadiusDouble : kFusedRadius;
+      checked.arithmetic == DType::kFloat64 ? kFusedRadiusDouble : kFusedRadius;
   // The fused kernel counts the elements of a plane, with a margin for its tiles, in 32 bits.
   constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
-  const double columns = static_cast<double>(plan.sizes.x) * plan.channels;
-  plan.fused = plan.channels <= kFusedChannels && plan.sizes.z < kLargest / 2 &&
-               (columns + 256) * (plan.sizes.y + 256.0) < kLargest;
+  const double columns = static_cast<double>(checked.sizes.x) * checked.channels;
+  checked.fused = checked.channels <= kFusedChannels && checked.sizes.z < kLargest / 2 &&
+                  (columns + 256) * (checked.sizes.y + 256.0) < kLargest;
   for (int k = 0; k < dimensions; ++k) {
     const double width = sigma[sigma.size() == 1 ? 0 : k];
     const int64_t size = shape[first_axis + k];
@@ -70,37 +71,36 @@ SmoothingPlan smoothing_plan(const Call& call, const char* input) {
     pass.radius = std::min(full_radius, size - 1);
     pass.sigma = width;
     pass.normalisation = 1 / sum;
-    pass.first_weight = plan.weights;
-    plan.weights += pass.radius + 1;
-    plan.fused = plan.fused && pass.radius <= fused_radius;
-    plan.passes.push_back(pass);
+    pass.first_weight = checked.weights;
+    checked.weights += pass.radius + 1;
+    checked.fused = checked.fused && pass.radius <= fused_radius;
+    checked.passes.push_back(pass);
   }
-  return plan;
+  return checked;
 }
 
-namespace {
-
-// The weights, and memory for what one pass leaves to the next. Without it CUDA's fused kernel
-// does, and the CPU, which smooths in place, unless the output's dtype would round what is still to
-// be added up. Other passes on CUDA go back and forth between this memory and either the output or,
-// for the same reason, more of it.
-void infer_smoothed(Call& call, const char* input) {
-  const SmoothingPlan plan = smoothing_plan(call, input);
+// Asks for memory for the weights, and for what one pass leaves to the next. CUDA's fused kernel
+// does without the latter, and so does the CPU, which smooths in place, unless the output's dtype
+// would round what is still to be added up. Other passes on CUDA go back and forth between this
+// memory and either the output or, for the same reason, more of it.
+void infer_smoothed(Call& call, const char* input, const char* output) {
+  const auto& checked = call.keep(check(call, input));
   const Shape& shape = call.input(input).shape;
-  call.outputs[0] = tensor_spec(plan.storage, shape);
-  if (!plan.passes.empty()) {
-    call.outputs[1] = tensor_spec(plan.arithmetic, {1, plan.weights});
+  call.set(output, tensor_spec(checked.storage, shape));
+  if (!checked.passes.empty()) {
+    call.set("weights", tensor_spec(checked.arithmetic, {1, checked.weights}));
   }
-  const auto between = static_cast<int64_t>(plan.passes.size()) - 1;
-  const bool rounded = plan.storage != plan.arithmetic;
-  const int64_t volumes = plan.fused ? rounded : rounded ? 2 : 1;
+  const auto between = static_cast<int64_t>(checked.passes.size()) - 1;
+  const bool rounded = checked.storage != checked.arithmetic;
+  const int64_t volumes = checked.fused ? rounded : rounded ? 2 : 1;
   if (between > 0 && volumes > 0) {
-    call.outputs[2] = tensor_spec(plan.arithmetic, {1, std::min(between, volumes), shape.count()});
+    call.set("scratch",
+             tensor_spec(checked.arithmetic, {1, std::min(between, volumes), shape.count()}));
   }
 }
 
-void infer(Call& call) { infer_smoothed(call, "x"); }
-void infer_grad(Call& call) { infer_smoothed(call, "grad_output"); }
+void infer(Call& call) { infer_smoothed(call, "x", "output"); }
+void infer_grad(Call& call) { infer_smoothed(call, "grad_output", "grad_x"); }
 
 }  // namespace
 

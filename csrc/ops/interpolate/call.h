@@ -1,26 +1,40 @@
 #pragma once
 
-#include "ops/interpolate/geometry.h"
-#include "resample/resample.h"
+#include "core/check.h"
+#include "resample/call.h"
 
 namespace regkernels {
 
-// An interpolation of the input called `sampled`, as the loops of core take it.
-inline ResampleCall interpolate_call(const Call& call, const char* sampled, Mode mode) {
-  const InterpolateGeometry geometry = interpolate_geometry(call, sampled);
+// What a checked interpolation amounts to.
+struct InterpolateCall {
+  DType arithmetic;
+  DType storage;  // of what is sampled, the result and its cotangent
+  int dimensions;
+  Sizes in_sizes;
+  Sizes out_sizes;
+  Batch batch;
+  Shape output;
+};
+
+// `sampled` is the name of the input that is sampled.
+InterpolateCall check_interpolate(const Call& call, const char* sampled);
+
+// A checked interpolation as the loops of resample/ take it.
+inline ResampleCall interpolation(const Call& call, const char* sampled, Mode mode) {
+  const auto& checked = call.checked<InterpolateCall>();
   ResampleCall resample;
   resample.input = &call.input(sampled);
   resample.affine = &call.input("affine");
   resample.field = &call.input("grid");
-  resample.in_sizes = geometry.in_sizes;
-  resample.out_sizes = geometry.out_sizes;
-  resample.dimensions = geometry.dimensions;
+  resample.in_sizes = checked.in_sizes;
+  resample.out_sizes = checked.out_sizes;
+  resample.dimensions = checked.dimensions;
   resample.placement = !call.flag("is_displacement") ? Placement::kFull
                        : call.flag("affine_last")    ? Placement::kAffineLast
                                                      : Placement::kAffineFirst;
   resample.sampling = {mode, call.choice<Padding>("padding_mode"), call.flag("align_corners")};
-  resample.groups = geometry.batch.groups;
-  resample.items = geometry.batch.items;
+  resample.groups = checked.batch.groups;
+  resample.items = checked.batch.items;
   return resample;
 }
 

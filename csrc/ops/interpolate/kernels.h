@@ -2,22 +2,22 @@
 
 #include "ops/interpolate/call.h"
 #include "ops/interpolate/interpolate.h"
-#include "resample/resample.h"
+#include "resample/launch.h"
 
 namespace regkernels {
 
-inline ResampleCall interpolate_call(const Call& call) {
-  return interpolate_call(call, "image", call.choice<Mode>("mode"));
+inline ResampleCall interpolation_of_image(const Call& call) {
+  return interpolation(call, "image", call.choice<Mode>("mode"));
 }
 
 template <class Device>
 void interpolate(const Device& device, const Call& call) {
-  resample_forward<false>(device, interpolate_call(call), call.output("output"));
+  resample_forward<false>(device, interpolation_of_image(call), call.output("output"));
 }
 
 template <class Device>
 void interpolate_grad(const Device& device, const Call& call) {
-  ResampleCall resample = interpolate_call(call);
+  ResampleCall resample = interpolation_of_image(call);
   resample.grad_output = &call.input("grad_output");
   resample.grad_input = &call.output("grad_image");
   resample.grad_affine = &call.output("grad_affine");

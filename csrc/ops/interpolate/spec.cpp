@@ -1,21 +1,21 @@
-#include "core/check.h"
 #include "core/reduce.h"
-#include "ops/interpolate/geometry.h"
+#include "ops/interpolate/call.h"
 #include "ops/interpolate/interpolate.h"
 #include "ops/table.h"
+#include "resample/scatter_workspace.h"
 
 namespace regkernels {
 
-InterpolateGeometry interpolate_geometry(const Call& call, const char* sampled) {
+InterpolateCall check_interpolate(const Call& call, const char* sampled) {
   const Tensor& image = call.input(sampled);
   const Tensor& affine = call.input("affine");
   const Tensor& grid = call.input("grid");
-  InterpolateGeometry geometry;
-  geometry.arithmetic = check_dtypes(call);
-  geometry.storage = image.dtype;
-  geometry.dimensions = check_image(call, sampled);
-  const int D = geometry.dimensions;
-  geometry.in_sizes = geometry.out_sizes = image_sizes(image);
+  InterpolateCall checked;
+  checked.arithmetic = check_dtypes(call);
+  checked.storage = image.dtype;
+  checked.dimensions = check_image(call, sampled);
+  const int D = checked.dimensions;
+  checked.in_sizes = checked.out_sizes = image_sizes(image);
   if (affine.present) check_affine(call, "affine", D);
   if (grid.present && check_field(call, "grid") != D) {
     fail_shape(call, "grid",
@@ -27,7 +27,7 @@ InterpolateGeometry interpolate_geometry(const Call& call, const char* sampled) 
   }
 
   const std::vector<int64_t>& out_shape = call.integers("out_shape");
-  if (grid.present) geometry.out_sizes = field_sizes(grid);
+  if (grid.present) checked.out_sizes = field_sizes(grid);
   if (!out_shape.empty()) {
     const size_t count = out_shape.size();
     std::string got = "(";
@@ -44,60 +44,44 @@ InterpolateGeometry interpolate_geometry(const Call& call, const char* sampled) 
       fail_value(call, "out_shape", "spatial sizes of at least 1", got);
     }
     check_sizes(call, "out_shape", sizes);
-    if (grid.present && !(sizes == geometry.out_sizes)) {
+    if (grid.present && !(sizes == checked.out_sizes)) {
       fail_value(call, "out_shape", "the spatial sizes of grid", got);
     }
-    geometry.out_sizes = sizes;
+    checked.out_sizes = sizes;
   }
 
-  geometry.batch = check_batch(call);
-  geometry.output = {geometry.batch.groups, geometry.batch.items, image.shape[2]};
-  append_sizes(geometry.output, geometry.out_sizes, D);
-  return geometry;
+  checked.batch = check_batch(call);
+  checked.output = {checked.batch.groups, checked.batch.items, image.shape[2]};
+  append_sizes(checked.output, checked.out_sizes, D);
+  return checked;
 }
 
 namespace {
 
 void infer(Call& call) {
-  const InterpolateGeometry geometry = interpolate_geometry(call);
-  call.outputs[0] = tensor_spec(geometry.storage, geometry.output);
+  const auto& checked = call.keep(check_interpolate(call, "image"));
+  call.set("output", tensor_spec(checked.storage, checked.output));
 }
 
-enum GradOutput {
-  kGradImage,
-  kGradAffine,
-  kGradGrid,
-  kImageSums,
-  kRowBounds,
-  kFixedSums,
-  kLargest,
-  kPartialSums
-};
-
 void infer_grad(Call& call) {
-  const InterpolateGeometry geometry = interpolate_geometry(call);
-  check_cotangent(call, "grad_output", geometry.storage, geometry.output);
-  const int D = geometry.dimensions;
-  if (call.wants(kGradImage)) {
-    call.outputs[kGradImage] = gradient_spec(call.input("image"), geometry.batch);
-    if (geometry.storage != geometry.arithmetic) {
-      call.outputs[kImageSums] = tensor_spec(geometry.arithmetic, call.outputs[kGradImage].shape);
+  const auto& checked = call.keep(check_interpolate(call, "image"));
+  check_cotangent(call, "grad_output", checked.storage, checked.output);
+  const int D = checked.dimensions;
+  if (call.wants("grad_image")) {
+    const Tensor gradient = gradient_spec(call.input("image"), checked.batch);
+    call.set("grad_image", gradient);
+    if (checked.storage != checked.arithmetic) {
+      call.set("image_sums", tensor_spec(checked.arithmetic, gradient.shape));
     }
-    call.outputs[kRowBounds] = tensor_spec(
-        DType::kInt32, {geometry.batch.groups, geometry.batch.items, geometry.out_sizes.rows(), 2});
-    if (call.flag("deterministic")) {
-      const Shape& shape = call.outputs[kGradImage].shape;
-      call.outputs[kFixedSums] = tensor_spec(DType::kInt64, shape);
-      call.outputs[kLargest] = tensor_spec(DType::kInt64, {shape[0], shape[1]});
-    }
+    set_scatter_workspaces(call, gradient.shape, checked.batch, checked.out_sizes);
   }
-  if (call.wants(kGradAffine) && call.input("affine").present) {
-    call.outputs[kGradAffine] = gradient_spec(call.input("affine"), geometry.batch);
-    call.outputs[kPartialSums] =
-        partial_sums_spec(geometry.arithmetic, geometry.batch, geometry.out_sizes, D * (D + 1));
+  if (call.wants("grad_affine") && call.input("affine").present) {
+    call.set("grad_affine", gradient_spec(call.input("affine"), checked.batch));
+    call.set("partial_sums",
+             partial_sums_spec(checked.arithmetic, checked.batch, checked.out_sizes, D * (D + 1)));
   }
-  if (call.wants(kGradGrid) && call.input("grid").present) {
-    call.outputs[kGradGrid] = gradient_spec(call.input("grid"), geometry.batch);
+  if (call.wants("grad_grid") && call.input("grid").present) {
+    call.set("grad_grid", gradient_spec(call.input("grid"), checked.batch));
   }
 }
 

@@ -4,11 +4,12 @@
 
 #include "ops/interpolate/call.h"
 #include "ops/interpolate_labels/interpolate_labels.h"
+#include "resample/with_resampling.h"
 
 namespace regkernels {
 
-// Of the labels at the corners the one whose weights have the largest sum, the smallest of several.
-// The weights are none of them negative, and some are more than 0.
+// Returns the label whose corners have the largest sum of weights, and the smallest of several such
+// labels. No weight is negative, and some are more than 0.
 template <class T, class Bits, int kCorners>
 REGKERNELS_HD Bits heaviest_label(const T (&weight)[kCorners], const Bits (&label)[kCorners],
                                   T* sum) {
@@ -19,7 +20,7 @@ REGKERNELS_HD Bits heaviest_label(const T (&weight)[kCorners], const Bits (&labe
     all_alike = all_alike & (label[i] == label[0]);
     total += weight[i];
   }
-  // Nearly everywhere, and then these are the sums of what follows.
+  // Nearly everywhere all are alike, and their sum is what the general case would find.
   Bits heaviest = label[0];
   *sum = total;
   if (all_alike) return heaviest;
@@ -50,7 +51,7 @@ struct LabelInterpolation {
   R resampling;
   Operand<Bits> output;
   Operand<float> weight;  // may be absent
-  Bits flip;              // which bits make the difference to the labels as they are stored
+  Bits flip;              // the bits that are inverted on the way from and to memory
   Bits background;
 
   struct Element {
@@ -94,7 +95,7 @@ template <class Device>
 void interpolate_labels(const Device& device, const Call& call) {
   const Tensor& output = call.output("output");
   if (output.shape.count() == 0) return;
-  const ResampleCall resample = interpolate_call(call, "labels", Mode::kBilinear);
+  const ResampleCall resample = interpolation(call, "labels", Mode::kBilinear);
   const VoxelSpace space = voxel_space(resample.groups, resample.items, resample.out_sizes);
   uint64_t sign = 0;
   size_t bytes = 0;
@@ -107,7 +108,7 @@ void interpolate_labels(const Device& device, const Call& call) {
     using Bits = typename decltype(width)::type;
     const Bits flip = static_cast<Bits>(sign);
     const Bits background = static_cast<Bits>(call.integer("background")) ^ flip;
-    dispatch_dtype(interpolate_geometry(call, "labels").arithmetic, [&](auto type) {
+    dispatch_dtype(call.checked<InterpolateCall>().arithmetic, [&](auto type) {
       using T = typename decltype(type)::type;
       with_stored<false, Bits, T>(resample, [&](const auto& resampling) {
         using R = std::decay_t<decltype(resampling)>;

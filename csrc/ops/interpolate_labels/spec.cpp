@@ -1,7 +1,7 @@
 #include <limits>
 
 #include "core/dispatch.h"
-#include "ops/interpolate/geometry.h"
+#include "ops/interpolate/call.h"
 #include "ops/interpolate_labels/interpolate_labels.h"
 #include "ops/table.h"
 
@@ -9,7 +9,8 @@ namespace regkernels {
 
 namespace {
 
-// Attributes have 64 bits and a sign; that does for all of an unsigned label but the upper half.
+// An attribute has 64 bits and a sign. The upper half of what a uint64 can hold is out of its
+// reach.
 void check_background(const Call& call) {
   const DType dtype = call.input("labels").dtype;
   dispatch_integer(dtype, [&](auto type) {
@@ -25,13 +26,11 @@ void check_background(const Call& call) {
   });
 }
 
-enum Output { kLabel, kWeight };
-
 void infer(Call& call) {
-  const InterpolateGeometry geometry = interpolate_geometry(call, "labels");
+  const auto& checked = call.keep(check_interpolate(call, "labels"));
   check_background(call);
-  call.outputs[kLabel] = tensor_spec(geometry.storage, geometry.output);
-  if (call.wants(kWeight)) call.outputs[kWeight] = tensor_spec(DType::kFloat32, geometry.output);
+  call.set("output", tensor_spec(checked.storage, checked.output));
+  if (call.wants("weight")) call.set("weight", tensor_spec(DType::kFloat32, checked.output));
 }
 
 }  // namespace

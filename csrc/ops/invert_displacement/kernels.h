@@ -4,15 +4,17 @@
 #include <limits>
 
 #include "maths/matrix.h"
+#include "maths/voxel_vectors.h"
+#include "ops/invert_displacement/call.h"
 #include "ops/invert_displacement/invert_displacement.h"
-#include "resample/resample.h"
+#include "resample/with_resampling.h"
 
 namespace regkernels {
 
-// For every voxel y the root e of e + u(y + e), by Newton's method with the derivative of the
+// Finds for every voxel y the root e of e + u(y + e), by Newton's method with the derivative of the
 // interpolated field. A step that does not bring the error down is halved, and after some halvings
-// replaced by one of the fixed-point iteration e <- -u(y + e), which needs no derivative. In voxel
-// units throughout. R samples the displacement; its field is the initial guess.
+// replaced by one of the fixed-point iteration e <- -u(y + e), which needs no derivative. All
+// lengths are in voxels. R samples the displacement; its field is the initial guess.
 template <class R>
 struct DisplacementInversion {
   using T = typename R::T;
@@ -38,7 +40,7 @@ struct DisplacementInversion {
       for (int k = 0; k < D; ++k) sum += value[k] * value[k];
       return sqrt(sum);
     }
-    // Not finite where there is no such step.
+    // The step is not finite where the derivative has no inverse.
     REGKERNELS_HD Vec<T, D> newton_step() const {
       const T scale = -1 / determinant(jacobian);
       Vec<T, D> step{};
@@ -87,7 +89,7 @@ struct DisplacementInversion {
 
     REGKERNELS_HD void operator()(const Voxel& voxel) const {
       const Frame<T, D>& frame = self->resampling.map.in;
-      const Vec<int, D> y = voxel.index<D>();
+      const Vec<int, D> y = voxel_index<D>(voxel);
       Vec<T, D> best = source.vector(voxel);
       REGKERNELS_UNROLL
       for (int k = 0; k < D; ++k) {
@@ -140,20 +142,19 @@ struct DisplacementInversion {
 
 template <class Device>
 void invert_displacement(const Device& device, const Call& call) {
-  const Tensor& displacement = call.input("displacement");
+  const auto& checked = call.checked<InvertDisplacementCall>();
   const Tensor absent;
-  const Batch batch = check_batch(call);
   ResampleCall resample;
-  resample.input = &displacement;
+  resample.input = &call.input("displacement");
   resample.affine = &absent;
   resample.field = &call.input("initial");
-  resample.in_sizes = resample.out_sizes = field_sizes(displacement);
+  resample.in_sizes = resample.out_sizes = checked.sizes;
   resample.sampling = {Mode::kBilinear, call.choice<Padding>("padding_mode"),
                        call.flag("align_corners")};
-  const VoxelSpace space = voxel_space(batch.groups, batch.items, resample.in_sizes);
-  dispatch_dtype(displacement.dtype, [&](auto type) {
+  const VoxelSpace space = voxel_space(checked.batch.groups, checked.batch.items, checked.sizes);
+  dispatch_dtype(checked.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    dispatch_dimensions(displacement.shape.rank() - 3, [&](auto dimensions) {
+    dispatch_dimensions(checked.dimensions, [&](auto dimensions) {
       constexpr int D = decltype(dimensions)::value;
       const auto resampling =
           make_resampling<T, T, D, false, true>(resample, ChannelsLast<D>{}, ChannelsLast<D>{});

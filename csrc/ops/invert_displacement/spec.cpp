@@ -1,6 +1,6 @@
 #include <cmath>
 
-#include "core/check.h"
+#include "ops/invert_displacement/call.h"
 #include "ops/invert_displacement/invert_displacement.h"
 #include "ops/table.h"
 
@@ -10,14 +10,12 @@ namespace {
 
 constexpr int64_t kMostIterations = 10000;
 
-enum Output { kInverse, kResidual };
-
 void infer(Call& call) {
-  const DType dtype = check_dtypes(call);
-  const int D = check_field(call, "displacement");
-  const Tensor& displacement = call.input("displacement");
+  InvertDisplacementCall checked;
+  checked.dtype = check_dtypes(call);
+  const int D = checked.dimensions = check_field(call, "displacement");
   const Tensor& initial = call.input("initial");
-  const Sizes sizes = field_sizes(displacement);
+  const Sizes& sizes = checked.sizes = field_sizes(call.input("displacement"));
   if (initial.present && (check_field(call, "initial") != D || !(field_sizes(initial) == sizes))) {
     fail_shape(call, "initial", "with the spatial axes of displacement");
   }
@@ -30,12 +28,13 @@ void infer(Call& call) {
     fail_value(call, "max_iterations", concat("an integer from 1 to ", kMostIterations),
                std::to_string(max_iterations));
   }
-  const Batch batch = check_batch(call);
-  Shape shape = {batch.groups, batch.items};
+  checked.batch = check_batch(call);
+  Shape shape = {checked.batch.groups, checked.batch.items};
   append_sizes(shape, sizes, D);
-  if (call.wants(kResidual)) call.outputs[kResidual] = tensor_spec(DType::kFloat32, shape);
+  if (call.wants("residual")) call.set("residual", tensor_spec(DType::kFloat32, shape));
   shape.append(D);
-  call.outputs[kInverse] = tensor_spec(dtype, shape);
+  call.set("output", tensor_spec(checked.dtype, shape));
+  call.keep(checked);
 }
 
 }  // namespace

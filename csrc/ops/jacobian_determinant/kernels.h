@@ -5,12 +5,14 @@
 #include "core/operand.h"
 #include "maths/coordinates.h"
 #include "maths/matrix.h"
+#include "maths/voxel_vectors.h"
+#include "ops/jacobian_determinant/call.h"
 #include "ops/jacobian_determinant/jacobian_determinant.h"
 
 namespace regkernels {
 
-// A displacement field of which one takes differences: central inside, one-sided at the two ends,
-// none along an axis of one voxel.
+// Takes the differences of a displacement field: they are central inside, one-sided at the two
+// ends, and none along an axis of one voxel.
 template <class T, int D>
 struct Differences {
   Frame<T, D> frame;
@@ -34,7 +36,7 @@ struct Differences {
       const T* b = u + offset(high) * D;
       REGKERNELS_UNROLL
       for (int k = 0; k < D; ++k) {
-        // Not a product with 0, which would let through a displacement that is not finite.
+        // A product with 0 would let through a displacement that is not finite.
         const bool counts = steps != 0 && frame.half[k] != 0;
         const T slope = counts ? scale * frame.half[k] * (b[k] - a[k]) : T(0);
         result.m[k][axis] = (k == axis ? T(1) : T(0)) + slope;
@@ -57,7 +59,7 @@ struct JacobianForward {
     T* output;
     REGKERNELS_HD void operator()(const Voxel& voxel) const {
       const Differences<T, D>& d = self->differences;
-      const Vec<int, D> i = voxel.index<D>();
+      const Vec<int, D> i = voxel_index<D>(voxel);
       const T value = determinant(d.jacobian(displacement, i));
       if (voxel.active) output[d.offset(i)] = value;
     }
@@ -68,7 +70,7 @@ struct JacobianForward {
   }
 };
 
-// A gather: each voxel collects from the neighbours whose differences it enters.
+// The gradient is a gather: each voxel collects from the neighbours whose differences it enters.
 template <class Scalar, int D>
 struct JacobianBackward {
   using T = Scalar;
@@ -96,7 +98,7 @@ struct JacobianBackward {
 
     REGKERNELS_HD void operator()(const Voxel& voxel) const {
       const Differences<T, D>& d = self->differences;
-      const Vec<int, D> i = voxel.index<D>();
+      const Vec<int, D> i = voxel_index<D>(voxel);
       Vec<T, D> sum{};
       REGKERNELS_UNROLL
       for (int axis = 0; axis < D; ++axis) {
@@ -125,17 +127,16 @@ struct JacobianBackward {
   }
 };
 
-// Calls body(differences, space) with the types for this call.
+// Calls body(differences, space, TypeTag<T>, IntTag<D>) with the types for this call.
 template <class Body>
 void with_differences(const Call& call, const Body& body) {
-  const Tensor& field = call.input("displacement");
-  const Sizes sizes = field_sizes(field);
+  const auto& checked = call.checked<JacobianDeterminantCall>();
+  const Sizes& sizes = checked.sizes;
   const int64_t extent[3] = {sizes.x, sizes.y, sizes.z};
-  const Batch batch = check_batch(call);
-  const VoxelSpace space = voxel_space(batch.groups, batch.items, sizes);
-  dispatch_dtype(field.dtype, [&](auto type) {
+  const VoxelSpace space = voxel_space(checked.batch.groups, checked.batch.items, sizes);
+  dispatch_dtype(checked.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    dispatch_dimensions(field.shape.rank() - 3, [&](auto dimensions) {
+    dispatch_dimensions(checked.dimensions, [&](auto dimensions) {
       constexpr int D = decltype(dimensions)::value;
       body(Differences<T, D>{make_frame<T, D>(extent, call.flag("align_corners"))}, space,
            TypeTag<T>{}, dimensions);

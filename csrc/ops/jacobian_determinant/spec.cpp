@@ -1,4 +1,4 @@
-#include "core/check.h"
+#include "ops/jacobian_determinant/call.h"
 #include "ops/jacobian_determinant/jacobian_determinant.h"
 #include "ops/table.h"
 
@@ -6,27 +6,26 @@ namespace regkernels {
 
 namespace {
 
-Shape output_shape(const Call& call, DType* dtype) {
-  *dtype = check_dtypes(call);
-  const int dimensions = check_field(call, "displacement");
-  const Tensor& field = call.input("displacement");
-  const Batch batch = check_batch(call);
-  Shape shape = {batch.groups, batch.items};
-  append_sizes(shape, field_sizes(field), dimensions);
-  return shape;
+const JacobianDeterminantCall& check(Call& call) {
+  JacobianDeterminantCall checked;
+  checked.dtype = check_dtypes(call);
+  checked.dimensions = check_field(call, "displacement");
+  checked.sizes = field_sizes(call.input("displacement"));
+  checked.batch = check_batch(call);
+  checked.output = {checked.batch.groups, checked.batch.items};
+  append_sizes(checked.output, checked.sizes, checked.dimensions);
+  return call.keep(checked);
 }
 
 void infer(Call& call) {
-  DType dtype;
-  const Shape shape = output_shape(call, &dtype);
-  call.outputs[0] = tensor_spec(dtype, shape);
+  const auto& checked = check(call);
+  call.set("output", tensor_spec(checked.dtype, checked.output));
 }
 
 void infer_grad(Call& call) {
-  DType dtype;
-  const Shape shape = output_shape(call, &dtype);
-  check_cotangent(call, "grad_output", dtype, shape);
-  call.outputs[0] = gradient_spec(call.input("displacement"), check_batch(call));
+  const auto& checked = check(call);
+  check_cotangent(call, "grad_output", checked.dtype, checked.output);
+  call.set("grad_displacement", gradient_spec(call.input("displacement"), checked.batch));
 }
 
 }  // namespace

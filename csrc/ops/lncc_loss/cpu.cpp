@@ -6,23 +6,26 @@
 #include "core/reduce.h"
 #include "core/scratch.h"
 #include "core/vector_code.h"
-#include "ops/lncc_loss/kernels.h"
+#include "ops/lncc_loss/call.h"
+#include "ops/lncc_loss/lncc_loss.h"
+#include "ops/losses/finish.h"
 
 namespace regkernels {
 
 namespace {
 
-// Rows in memory are a multiple of so many values long; loops then need no special end.
+// Rows in memory are a multiple of so many values long, so that loops need no special end.
 constexpr int kBlock = 16;
 
 // About so many values go through all steps together: enough that few loops are begun, and few
-// enough that they stay in a near cache. On this depends in which order sums are taken.
+// enough that they stay in a near cache. The order in which sums are taken depends on this.
 constexpr int64_t kStrip = 2048;
 
-// Box sums of so many rows or planes are taken together.
+// The box sums of so many rows or planes are computed together.
 constexpr int kTogether = 4;
 
-// Taps on either side of a window's middle that one loop takes. A larger window takes more loops.
+// One loop takes so many taps on either side of a window's middle. A larger window takes more
+// loops.
 constexpr int kTaps = 4;
 
 // Calls body(IntTag<taps>, IntTag<first>, d) for the offsets from d to d + taps - 1, and so on up
@@ -76,8 +79,8 @@ void weigh_rows(const Row& row, const Window<T>& window, int radius, int64_t siz
   });
 }
 
-// Box sums of four rows, or planes, together, since their windows share most of what they hold:
-// row(k) for k from 0 to 2 radius + 3, the sums of four into out(0) to out(3).
+// Computes the box sums of four rows, or planes, together, since their windows share most of what
+// they hold: they are row(k) for k from 0 to 2 radius + 3, and the sums go to out(0) to out(3).
 template <class T, class Row, class Out>
 void add_four(const Row& row, int radius, int64_t size, const Out& out) {
   const int64_t count = size & -kBlock;
@@ -111,27 +114,27 @@ void add_four(const Row& row, int radius, int64_t size, const Out& out) {
   });
 }
 
-// Box sums along a row, of at least seven values each, from sums of three. There have to be kBlock
-// values before and after the row; `threes` has room for these too.
+// Computes box sums along a row, of at least seven values each, from sums of three. There have to
+// be kBlock values before and after the row; `threes` has room for these, too.
 template <class T>
 void add_in_threes(const T* row, const Window<T>& window, int64_t size, T* threes, T* out) {
   const int64_t count = (size + 2 * kBlock) & -kBlock;
   const T* const begin = row - kBlock;
 #pragma GCC ivdep
   for (int64_t x = 0; x < count; ++x) threes[x] = begin[x] + (begin[x - 1] + begin[x + 1]);
-  // In the middle one value, three, or three and one on either side, as the radius leaves.
+  // In the middle are one value, three, or three and one on either side, as the radius leaves.
   const int left = window.radius % 3;
   const T* const about = threes + kBlock;
-  const auto part = [=](int d) -> const T* {
+  const auto summand = [=](int d) -> const T* {
     const int side = d < 0 ? -1 : 1;
     if (d == 0) return left == 0 ? row : about;
     if (left == 2 && d == side) return row + 2 * side;
     return about + 3 * d - side * (left == 0 ? 1 : left == 1 ? 0 : 2);
   };
-  weigh_rows(part, window, window.radius / 3 + (left == 2), size, out);
+  weigh_rows(summand, window, window.radius / 3 + (left == 2), size, out);
 }
 
-// The same as weigh_rows for two images' values and their products.
+// Does the same as weigh_rows for the values of two images and their products.
 template <class T, class Row>
 void weigh_products(const Row& row_i, const Row& row_j, const Window<T>& window, int radius,
                     int64_t size, T* const (&out)[kWindowSums]) {
@@ -177,7 +180,7 @@ void weigh_products(const Row& row_i, const Row& row_j, const Window<T>& window,
   });
 }
 
-// The newest planes of several fields: the next takes the place of the oldest.
+// The newest planes of several fields. The next plane takes the place of the oldest.
 template <class T>
 class Ring {
  public:
@@ -213,28 +216,28 @@ T typical(const T* image, int64_t count) {
   return static_cast<T>(samples > 0 ? sum / samples : 0);
 }
 
-// The correlations and gradients of the planes [begin, end) of one image's channel. Plane by plane
-// a few rows at a time go through all steps: products are summed over z, y and x, then correlations
-// computed, then adjoint fields summed over y and x. Only the sums of these over z need more
-// planes.
+// Computes the correlations and gradients of the planes [begin, end) of one image's channel. Plane
+// by plane, a few rows at a time go through all steps: products are summed over z, y and x,
+// correlations are computed, and adjoint fields are summed over y and x. Only the sums of these
+// over z need more planes.
 //
 // In every buffer a row is followed by values from outside of the volume, as many as a window
 // reaches. They precede the next row too, so that a few rows are one long row to most loops.
 template <class T, int kFields>
 class Slab {
  public:
-  Slab(const LnccCall<T>& call, T scale, int64_t group, int64_t channel)
-      : call_(call),
-        window_(call.window),
-        radius_(call.window.radius),
-        radius_z_(call.window.radius_z),
+  Slab(const LnccOperands<T>& lncc, T scale, int64_t group, int64_t channel)
+      : lncc_(lncc),
+        window_(lncc.window),
+        radius_(lncc.window.radius),
+        radius_z_(lncc.window.radius_z),
         scale_(scale),
         group_(group),
         channel_(channel),
-        nx_(static_cast<int>(call.geometry.sizes.x)),
-        ny_(static_cast<int>(call.geometry.sizes.y)),
-        nz_(static_cast<int>(call.geometry.sizes.z)),
-        stride_((call.geometry.sizes.x + radius_ + kBlock - 1) / kBlock * kBlock),
+        nx_(static_cast<int>(lncc.checked.sizes.x)),
+        ny_(static_cast<int>(lncc.checked.sizes.y)),
+        nz_(static_cast<int>(lncc.checked.sizes.z)),
+        stride_((lncc.checked.sizes.x + radius_ + kBlock - 1) / kBlock * kBlock),
         strip_(static_cast<int>(std::max<int64_t>(1, kStrip / stride_ / kTogether)) * kTogether),
         together_(kFields > 0 && window_.rectangular && radius_z_ > 0 ? kTogether : 1),
         images_(scratch_, 2 * radius_z_ + together_, 2, ny_ * stride_),
@@ -243,11 +246,11 @@ class Slab {
         adjoint_(zeros(kFields * padded_plane())),
         columns_(zeros(strip_ * stride_ + 4 * kBlock)),
         threes_(zeros(strip_ * stride_ + 4 * kBlock)),
-        // As many as there are adjoint fields at most.
+        // There are no more adjoint fields than window sums.
         sums_(scratch_.take<T>(kWindowSums * strip_ * stride_)),
         ncc_(scratch_.take<T>(strip_ * stride_)) {}
 
-  // `plane_sums`: for each z, where to put Σ weight ncc of the plane, or null.
+  // Σ weight ncc of the plane z goes to plane_sums[z], unless that is null.
   void run(int64_t item, int begin, int end, bool first_item, double* plane_sums) {
     prepare(item);
     const int reach = kFields > 0 ? radius_z_ : 0;
@@ -285,11 +288,11 @@ class Slab {
   T* adjoint_sum(int z, int f, int y) { return adjoint_sums_.at(z, f) + y * stride_; }
 
   // Fills what is outside of the volume, where images are 0, that is -pivot. Adjoint fields are 0
-  // there; that is how they come.
+  // there, which they already are.
   void prepare(int64_t item) {
     item_ = item;
-    image_i_ = call_.image_i.at(group_, item, channel_);
-    image_j_ = call_.image_j.at(group_, item, channel_);
+    image_i_ = lncc_.image_i.at(group_, item, channel_);
+    image_j_ = lncc_.image_j.at(group_, item, channel_);
     const int64_t voxels = static_cast<int64_t>(nx_) * ny_ * nz_;
     pivot_i_ = pivot_near(typical(image_i_, voxels), window_);
     pivot_j_ = pivot_near(typical(image_j_, voxels), window_);
@@ -306,7 +309,7 @@ class Slab {
     }
   }
 
-  // The images about their pivots.
+  // Loads a plane of the images, relative to their pivots.
   void load_plane(int z) {
     const bool exists = z >= 0 && z < nz_;
     const T pivot_i = pivot_i_, pivot_j = pivot_j_;
@@ -328,7 +331,7 @@ class Slab {
   }
   int64_t in_volume(int z, int y) const { return (static_cast<int64_t>(z) * ny_ + y) * nx_; }
 
-  // Returns Σ weight ncc.
+  // Computes the correlations and adjoint fields of a plane. Returns Σ weight ncc.
   double correlate_plane(int z) {
     double total = 0;
     int summed = 0, adjoint_summed = 0;  // rows
@@ -353,7 +356,7 @@ class Slab {
     return total;
   }
 
-  // Over z.
+  // Sums products over z.
   void sum_products(int z, int begin, int end) {
     T* out[kWindowSums];
     for (int s = 0; s < kWindowSums; ++s) out[s] = product(s, begin);
@@ -363,7 +366,7 @@ class Slab {
     weigh_products(row(0), row(1), window_, radius_z_, (end - begin) * stride_, out);
   }
 
-  // Over y and x.
+  // Sums the rows of a field over y and x.
   void sum_rows(const T* field, int rows, T* out) {
     T* const columns = columns_ + 2 * kBlock;
     int y = 0;
@@ -385,7 +388,7 @@ class Slab {
     }
   }
 
-  // Correlations and adjoint fields.
+  // Computes correlations and adjoint fields, which finish_row has to weigh.
   void correlate_rows(int begin, int end) {
     const T* from[kWindowSums];
     for (int s = 0; s < kWindowSums; ++s) {
@@ -410,14 +413,15 @@ class Slab {
     }
   }
 
-  // What weighs the correlations of a row, and what is outside of it. Returns Σ weight ncc.
+  // Weighs the correlations and adjoint fields of a row, and clears what lies behind its end.
+  // Returns Σ weight ncc.
   double finish_row(int z, int y, T* ncc) {
     const auto row = [=](const auto& of) {
       return of.present() ? of.at(group_, item_, channel_) + in_volume(z, y) : nullptr;
     };
-    const T* const mask = row(call_.mask);
-    const T* const cotangent = row(call_.cotangent);
-    T* const map = row(call_.map);
+    const T* const mask = row(lncc_.mask);
+    const T* const cotangent = row(lncc_.cotangent);
+    T* const map = row(lncc_.map);
     if (mask) multiply(mask, ncc);
     for (int x = 0; map && x < nx_; ++x) map[x] = -ncc[x];
     std::fill(ncc + nx_, ncc + stride_, T(0));
@@ -427,7 +431,7 @@ class Slab {
       if (cotangent) multiply(cotangent, field);
       std::fill(field + nx_, field + stride_, T(0));
     }
-    // In lanes, since one sum after the other would wait for each addition.
+    // The row is summed in lanes, since a single sum would wait for each addition.
     T lanes[kBlock] = {};
     for (int64_t x = 0; x < stride_; x += kBlock) {
       for (int lane = 0; lane < kBlock; ++lane) lanes[lane] += ncc[x + lane];
@@ -442,16 +446,16 @@ class Slab {
     for (int x = 0; x < nx_; ++x) row[x] *= factor[x];
   }
 
-  // Over y and x.
+  // Sums adjoint fields over y and x.
   void sum_adjoint(int z, int begin, int end) {
     for (int f = 0; f < kFields; ++f) {
       sum_rows(adjoint(f, begin), end - begin, adjoint_sum(z, f, begin));
     }
   }
 
-  // The planes from z on.
+  // Completes the sums over z for the planes from z on, and stores their gradients.
   void assemble_planes(int z, int planes, bool first_item) {
-    const int strip = strip_ / kTogether;  // of each of the planes
+    const int strip = strip_ / kTogether;  // rows of each of the planes
     const int64_t size = strip * stride_;
     for (int begin = 0; begin < ny_; begin += strip) {
       const int end = std::min(begin + strip, ny_);
@@ -474,11 +478,11 @@ class Slab {
           const T* const i = image(z + p, 0, y);
           const T* const j = image(z + p, 1, y);
           const int64_t row = in_volume(z + p, y);
-          assemble_row(i, j, sum(0), sum(1), sum(2), call_.sum_i && !first_item,
-                       call_.grad_i.at(group_, item_, channel_) + row);
+          assemble_row(i, j, sum(0), sum(1), sum(2), lncc_.sum_i && !first_item,
+                       lncc_.grad_i.at(group_, item_, channel_) + row);
           if constexpr (kFields == 5) {
-            assemble_row(j, i, sum(0), sum(3), sum(4), call_.sum_j && !first_item,
-                         call_.grad_j.at(group_, item_, channel_) + row);
+            assemble_row(j, i, sum(0), sum(3), sum(4), lncc_.sum_j && !first_item,
+                         lncc_.grad_j.at(group_, item_, channel_) + row);
           }
         }
       }
@@ -495,73 +499,73 @@ class Slab {
     }
   }
 
-  const LnccCall<T>& call_;
+  const LnccOperands<T>& lncc_;
   const Window<T>& window_;
   int radius_, radius_z_;
   T scale_;
   int64_t group_, channel_;
   int nx_, ny_, nz_;
-  int64_t stride_;                 // from row to row in all that follows
+  int64_t stride_;                 // from row to row in all arrays that follow
   int strip_;                      // rows that go through all steps together
   int together_;                   // planes whose gradients are computed together
-  Scratch scratch_;                // where all that follows is
-  Ring<T> images_, adjoint_sums_;  // planes; of the images, about their pivots
+  Scratch scratch_;                // holds all arrays that follow
+  Ring<T> images_, adjoint_sums_;  // planes; those of the images are relative to their pivots
   T* products_;                    // a plane's sums over z, with `radius` rows before and after
-  T* adjoint_;                     // a plane's adjoint fields, likewise
-  T *columns_, *threes_;           // of one field and strip: sums over y, and of three of these
-  T* sums_;                        // of a strip: over the whole window
-  T* ncc_;                         // of a strip
+  T* adjoint_;                     // a plane's adjoint fields, with as many rows before and after
+  T *columns_, *threes_;           // a strip's sums of one field over y, and those of three of them
+  T* sums_;                        // a strip's sums over the whole window
+  T* ncc_;                         // a strip's correlations
   int64_t item_ = 0;
   const T *image_i_ = nullptr, *image_j_ = nullptr;
   T pivot_i_ = 0, pivot_j_ = 0;
 };
 
 template <class T, int kFields>
-void run_slabs(const LnccCall<T>& call, const std::vector<T>& scale, std::vector<double>& sums) {
-  const LnccGeometry& geometry = call.geometry;
-  const int64_t nz = geometry.sizes.z;
-  const int64_t items = geometry.batch.items;
+void run_slabs(const LnccOperands<T>& lncc, const std::vector<T>& scale,
+               std::vector<double>& sums) {
+  const LnccCall& checked = lncc.checked;
+  const int64_t nz = checked.sizes.z;
+  const int64_t items = checked.batch.items;
   const int64_t outer =
-      geometry.batch.groups * geometry.channels * (call.items_together() ? 1 : items);
+      checked.batch.groups * checked.channels * (lncc.items_together() ? 1 : items);
   const int64_t wanted = std::max<int64_t>(1, num_threads() / std::max<int64_t>(1, outer));
-  // Planes taken together are the same ones for any number of slabs.
+  // Planes that are computed together are the same ones for any number of slabs.
   const int64_t least = std::max<int64_t>(
-      {1, (nz + wanted - 1) / wanted, std::min<int64_t>(nz, 2 * call.window.radius_z)});
+      {1, (nz + wanted - 1) / wanted, std::min<int64_t>(nz, 2 * lncc.window.radius_z)});
   const int64_t slab = (least + kTogether - 1) / kTogether * kTogether;
   const int64_t slabs = (nz + slab - 1) / slab;
   parallel_for(outer * slabs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       int64_t index = task / slabs;
-      const int64_t channel = index % geometry.channels;
-      index /= geometry.channels;
-      const int64_t group = call.items_together() ? index : index / items;
-      const int64_t first = call.items_together() ? 0 : index % items;
-      const int64_t last = call.items_together() ? items : first + 1;
+      const int64_t channel = index % checked.channels;
+      index /= checked.channels;
+      const int64_t group = lncc.items_together() ? index : index / items;
+      const int64_t first = lncc.items_together() ? 0 : index % items;
+      const int64_t last = lncc.items_together() ? items : first + 1;
       const int low = static_cast<int>(task % slabs * slab);
       const int high = static_cast<int>(std::min<int64_t>(nz, low + slab));
-      Slab<T, kFields> worker(call, scale[group], group, channel);
+      Slab<T, kFields> worker(lncc, scale[group], group, channel);
       for (int64_t item = first; item < last; ++item) {
         double* plane_sums =
-            sums.empty()
-                ? nullptr
-                : sums.data() + ((group * items + item) * geometry.channels + channel) * nz;
+            sums.empty() ? nullptr
+                         : sums.data() + ((group * items + item) * checked.channels + channel) * nz;
         with_vector_code([&] { worker.run(item, low, high, item == first, plane_sums); });
       }
     }
   });
 }
 
-// Σ mask over the map, which it is broadcast to.
+// Σ mask over the map of the correlations, which the mask is broadcast to.
 template <class T>
-double mask_sum(const LnccCall<T>& call, int64_t group) {
-  const LnccGeometry& geometry = call.geometry;
+double mask_sum(const LnccOperands<T>& lncc, int64_t group) {
+  const LnccCall& checked = lncc.checked;
   double total = 0;
-  for (int64_t item = 0; item < geometry.batch.items; ++item) {
-    for (int64_t channel = 0; channel < geometry.channels; ++channel) {
-      const T* mask = call.mask.at(group, item, channel);
-      for (int64_t row = 0; row < geometry.sizes.rows(); ++row) {
+  for (int64_t item = 0; item < checked.batch.items; ++item) {
+    for (int64_t channel = 0; channel < checked.channels; ++channel) {
+      const T* mask = lncc.mask.at(group, item, channel);
+      for (int64_t row = 0; row < checked.sizes.rows(); ++row) {
         double sum = 0;
-        for (int64_t x = 0; x < geometry.sizes.x; ++x) sum += mask[row * geometry.sizes.x + x];
+        for (int64_t x = 0; x < checked.sizes.x; ++x) sum += mask[row * checked.sizes.x + x];
         total += sum;
       }
     }
@@ -570,37 +574,35 @@ double mask_sum(const LnccCall<T>& call, int64_t group) {
 }
 
 template <class T>
-void lncc_run(const Cpu& device, const LnccCall<T>& call, const Call& raw) {
-  const LnccGeometry& geometry = call.geometry;
-  const int64_t groups = geometry.batch.groups;
-  const bool is_map = geometry.reduction == Reduction::kNone;
+void run_lncc(const Cpu& device, const LnccOperands<T>& lncc, const Call& call) {
+  const LnccCall& checked = lncc.checked;
+  const int64_t groups = checked.batch.groups;
+  const bool is_map = checked.reduction == Reduction::kNone;
   std::vector<T> scale(groups, T(-1));
-  if (geometry.reduction == Reduction::kMean) {
-    const bool weighted = call.mask.present();
+  if (checked.reduction == Reduction::kMean) {
+    const bool weighted = lncc.mask.present();
     for (int64_t group = 0; group < groups; ++group) {
-      const double count = weighted ? mask_sum(call, group) : static_cast<double>(call.count());
-      if (weighted) raw.output("mask_sum").as<T>()[group] = static_cast<T>(count);
+      const double count = weighted ? mask_sum(lncc, group) : static_cast<double>(lncc.count());
+      if (weighted) call.output("mask_sum").as<T>()[group] = static_cast<T>(count);
       scale[group] = static_cast<T>(count > 0 ? -1 / count : 0);
     }
   }
   std::vector<double> sums;
-  const int64_t planes = geometry.batch.items * geometry.channels * geometry.sizes.z;
+  const int64_t planes = checked.batch.items * checked.channels * checked.sizes.z;
   if (!is_map) sums.resize(groups * planes);
-  if (geometry.map.count() > 0) {
-    if (call.gradients == 0) {
-      run_slabs<T, 0>(call, scale, sums);
-    } else if (call.gradients == 1) {
-      run_slabs<T, 3>(call, scale, sums);
+  if (checked.map.count() > 0) {
+    if (lncc.gradients == 0) {
+      run_slabs<T, 0>(lncc, scale, sums);
+    } else if (lncc.gradients == 1) {
+      run_slabs<T, 3>(lncc, scale, sums);
     } else {
-      run_slabs<T, 5>(call, scale, sums);
+      run_slabs<T, 5>(lncc, scale, sums);
     }
   } else {
-    for (const char* name : {"grad_pred", "grad_target"}) {
-      if (raw.output(name).present) clear(device, raw.output(name));
-    }
+    clear_gradients(device, call);
   }
   if (is_map) return;
-  T* loss = raw.output("output").as<T>();
+  T* loss = call.output("output").as<T>();
   for (int64_t group = 0; group < groups; ++group) {
     double total = 0;
     for (int64_t i = 0; i < planes; ++i) total += sums[group * planes + i];
@@ -611,10 +613,10 @@ void lncc_run(const Cpu& device, const LnccCall<T>& call, const Call& raw) {
 }  // namespace
 
 void lncc_loss_cpu(const Context& context, const Call& call) {
-  with_lncc_loss(call, [&](const auto& lncc) { lncc_run(Cpu(context), lncc, call); });
+  with_lncc_loss(call, [&](const auto& lncc) { run_lncc(Cpu(context), lncc, call); });
 }
 void lncc_loss_grad_cpu(const Context& context, const Call& call) {
-  with_lncc_loss_grad(call, [&](const auto& lncc) { lncc_run(Cpu(context), lncc, call); });
+  with_lncc_loss_grad(call, [&](const auto& lncc) { run_lncc(Cpu(context), lncc, call); });
 }
 
 }  // namespace regkernels

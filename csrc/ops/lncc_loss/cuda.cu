@@ -8,13 +8,14 @@
 // fields to memory, and a second one sums them up.
 #include <algorithm>
 #include <type_traits>
-#include <vector>
 
 #include "core/for_each.h"
 #include "core/reduce.h"
 #include "maths/vec.h"
-#include "ops/lncc_loss/kernels.h"
+#include "ops/lncc_loss/call.h"
+#include "ops/lncc_loss/lncc_loss.h"
 #include "ops/lncc_loss/tiles.h"
+#include "ops/losses/finish.h"
 
 namespace regkernels {
 
@@ -23,19 +24,20 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kStrip = kLnccStrip, kColumnStrip = kLnccColumnStrip;
 
-// `settled`, without its price: that the compiler forgets which kind of memory this is.
+// An opaque_pointer to global memory. Without this the compiler would forget which kind of memory
+// it points to.
 template <class T>
-__device__ __forceinline__ T* settled_global(T* pointer) {
-  pointer = settled(pointer);
+__device__ __forceinline__ T* opaque_global_pointer(T* pointer) {
+  pointer = opaque_pointer(pointer);
   __builtin_assume(__isGlobal(pointer));
   return pointer;
 }
 
-// What the kernels need to know, beside the window.
+// The arguments of the kernels.
 template <class T>
-struct Kernel {
+struct LnccArguments {
   Window<T> window;
-  LnccTile tile;  // of windows whose size is known at run time only
+  LnccTile tile;  // used where the size of the window is known at run time only
   Channels<const T> image_i, image_j, mask, cotangent;
   Channels<T> grad_i, grad_j, map;
   bool sum_i, sum_j;
@@ -43,13 +45,13 @@ struct Kernel {
   bool items_together;  // a block takes all items of its group, one after the other
   int nx, ny, nz;
   int tiles_x, tiles;
-  int64_t planes;     // of all columns of a group
-  T scale;            // of the gradient
-  const T* mask_sum;  // divides the scale, by group; or null
-  T* partial_sums;    // of the correlations; or null
-  const T* pivots;  // of each image, which the adjoint fields are relative to; null: the tile's own
-  T* adjoint;       // fields, one after the other; null: they stay in the block
-  int64_t adjoint_stride;
+  int64_t planes;     // in all columns of a group
+  T scale;            // multiplies the gradient
+  const T* mask_sum;  // (G) divides the scale; or null
+  T* partial_sums;    // (G, kLnccMaxParts) sums of the correlations; or null
+  const T* pivots;    // (G, N, C, 2) which the adjoint fields are relative to; null: the tile's own
+  T* adjoint;         // (fields, G, N, C, Z, Y, X); null: the adjoint fields stay in the block
+  int64_t adjoint_stride;  // from one adjoint field to the next
 };
 
 template <class T>
@@ -62,9 +64,9 @@ __device__ __forceinline__ void load_strip(const T* from, T* to) {
   }
 }
 
-// kCount neighbouring window sums, from the values that they span. Those of a box meet in the value
-// numbered kWindow - 1: each is a sum that ends there and one that begins behind it, shared with
-// its neighbours.
+// Computes kCount neighbouring window sums from the values that they span. The windows of boxes all
+// hold the value numbered kWindow - 1: each sum is one that ends there plus one that begins behind
+// it, both shared with its neighbours.
 template <int kWindow, bool kBox, int kCount, class T>
 __device__ __forceinline__ void sum_windows(const Window<T>& window,
                                             const T (&value)[kCount + kWindow - 1],
@@ -96,7 +98,7 @@ __device__ __forceinline__ void sum_windows(const Window<T>& window,
   }
 }
 
-// Window sums along rows, of `planes` arrays of `rows` rows: from `in` to `out`.
+// Computes window sums along the rows of `planes` arrays of `rows` rows each, from `in` to `out`.
 template <int kWindow, bool kBox, class T>
 __device__ __forceinline__ void sum_rows(const Window<T>& window, int planes, int rows, const T* in,
                                          int in_stride, T* out, int out_stride, int width) {
@@ -131,7 +133,7 @@ __device__ __forceinline__ void sum_rows(const Window<T>& window, int planes, in
   }
 }
 
-// Window sums along a column, of kCount consecutive rows from `in` on.
+// Computes window sums along a column for kCount consecutive rows from `in` on.
 template <int kWindow, bool kBox, int kCount, class T>
 __device__ __forceinline__ void sum_column(const Window<T>& window, const T* in, int stride,
                                            T (&sum)[kCount]) {
@@ -154,38 +156,26 @@ __device__ __forceinline__ void sum_column(const Window<T>& window, const T* in,
 
 // A value that is typical of an image about a tile, the same for all threads.
 template <class T>
-__device__ T typical(const Kernel<T>& kernel, const T* image, int x0, int y0, int z,
+__device__ T typical(const LnccArguments<T>& arguments, const T* image, int x0, int y0, int z,
                      const LnccTile& tile, T* shared) {
   if (threadIdx.x < kWarp) {
     const int lane = threadIdx.x;
-    // Evenly spread over the part of the tile that lies inside.
-    const int columns = min(tile.columns, kernel.nx - x0), rows = min(tile.rows, kernel.ny - y0);
+    // The values are evenly spread over the part of the tile that lies inside.
+    const int columns = min(tile.columns, arguments.nx - x0),
+              rows = min(tile.rows, arguments.ny - y0);
     const int x = x0 + (2 * (lane % 8) + 1) * columns / 16;
     const int y = y0 + (2 * (lane / 8) + 1) * rows / 8;
-    const T value = image[(static_cast<int64_t>(z) * kernel.ny + y) * kernel.nx + x];
+    const T value = image[(static_cast<int64_t>(z) * arguments.ny + y) * arguments.nx + x];
     const T sum = warp_sum(isfinite(value) ? value / kWarp : T(0));
     if (lane == 0) *shared = sum;
   }
   __syncthreads();
   const T result = *shared;
   __syncthreads();
-  return pivot_near(result, kernel.window);
+  return pivot_near(result, arguments.window);
 }
 
-template <class T>
-__device__ __forceinline__ T block_sum(T value, T* shared) {
-  value = warp_sum(value);
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  T sum = 0;
-  if (threadIdx.x == 0) {
-    for (int warp = 0; warp < kThreads / kWarp; ++warp) sum += shared[warp];
-  }
-  __syncthreads();
-  return sum;
-}
-
-// A column's values along z, about the pivots: those of the planes that the small windows of kAhead
+// The values of one column, relative to the pivots, in the planes that the small windows of kAhead
 // neighbouring planes span.
 template <class T, int kDepth, int kAhead>
 struct DepthRing {
@@ -201,16 +191,16 @@ struct DepthRing {
   }
 };
 
-// From the complete sums of the adjoint fields at a voxel.
+// Stores the gradients at a voxel, from the complete sums of the adjoint fields there.
 template <int kFields, class T>
-__device__ __forceinline__ void store_gradients(const Kernel<T>& kernel, int64_t item, T scale,
-                                                T value_i, T value_j, const T (&sums)[kFields],
-                                                T* to_i, T* to_j) {
+__device__ __forceinline__ void store_gradients(const LnccArguments<T>& arguments, int64_t item,
+                                                T scale, T value_i, T value_j,
+                                                const T (&sums)[kFields], T* to_i, T* to_j) {
   const T gradient = scale * assemble(value_i, value_j, sums[0], sums[1], sums[2]);
-  *to_i = kernel.sum_i && item > 0 ? *to_i + gradient : gradient;
+  *to_i = arguments.sum_i && item > 0 ? *to_i + gradient : gradient;
   if constexpr (kFields == 5) {
     const T other = scale * assemble(value_j, value_i, sums[0], sums[3], sums[4]);
-    *to_j = kernel.sum_j && item > 0 ? *to_j + other : other;
+    *to_j = arguments.sum_j && item > 0 ? *to_j + other : other;
   }
 }
 
@@ -226,19 +216,20 @@ __device__ __forceinline__ void store_gradients(const Kernel<T>& kernel, int64_t
 // along z, which is 1 in 2-D.
 template <class T, int kWindow, int kDepth, bool kBox, int kRows, int kFields>
 __global__ void __launch_bounds__(kThreads, 1)
-    lncc_kernel(const __grid_constant__ Kernel<T> kernel) {
+    lncc_kernel(const __grid_constant__ LnccArguments<T> arguments) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ T scratch[kThreads / kWarp];
   constexpr bool kFused = kWindow > 0 && kFields > 0;
   constexpr int kTile = kRows * kLnccTileX;
   constexpr int kHalf = kDepth / 2;
-  // In a plane: small windows are for planes of less than 2^31 voxels.
+  // An offset in a plane. Small windows are for planes of less than 2^31 voxels.
   using Place = std::conditional_t<kWindow == 0, int64_t, unsigned>;
-  const Window<T>& window = kernel.window;
+  const Window<T>& window = arguments.window;
   const int radius = kWindow == 0 ? window.radius : kWindow / 2;
   const int radius_z = kWindow == 0 ? window.radius_z : kHalf;
-  const LnccTile layout = kWindow == 0 ? kernel.tile : LnccTile{kLnccTileX, kRows, radius, radius_z,
-                                                                kFields,    true,  kFused};
+  const LnccTile layout =
+      kWindow == 0 ? arguments.tile
+                   : LnccTile{kLnccTileX, kRows, radius, radius_z, kFields, true, kFused};
   const int halo = layout.halo(), reach = kFused ? radius_z : 0;
   const int width = layout.width(), height = layout.height(), stride = layout.stride();
   const int in_width = layout.in_width(), in_height = layout.in_height();
@@ -250,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   T* const adjoint_by_row = by_depth + layout.adjoint_by_row();
   T* const ring = by_depth + layout.ring();
 
-  // Columns along z for each thread, of windows known to the compiler.
+  // Each thread keeps so many columns along z, of windows that the compiler knows.
   constexpr int kReach = (kFused ? 2 : 1) * (kWindow - 1);
   constexpr int kInArea = kWindow == 0 ? 0 : (kLnccTileX + kReach) * (kRows + kReach);
   constexpr int kColumns = kWindow == 0 ? 1 : (kInArea + kThreads - 1) / kThreads;
@@ -258,35 +249,37 @@ __global__ void __launch_bounds__(kThreads, 1)
   DepthRing<T, kWindow == 0 ? 1 : kDepth, kAhead> depth[kColumns];
 
   const int64_t group = blockIdx.x;
-  const int64_t plane_size = static_cast<int64_t>(kernel.nx) * kernel.ny;
-  const int items_here = kernel.items_together ? kernel.items : 1;
-  T scale = kernel.scale;
-  if (kernel.mask_sum != nullptr) {
-    const T sum = kernel.mask_sum[group];
+  const int64_t plane_size = static_cast<int64_t>(arguments.nx) * arguments.ny;
+  const int items_here = arguments.items_together ? arguments.items : 1;
+  T scale = arguments.scale;
+  if (arguments.mask_sum != nullptr) {
+    const T sum = arguments.mask_sum[group];
     scale = sum > 0 ? scale / sum : T(0);
   }
   T total = 0;
-  int64_t next = blockIdx.y * kernel.planes / gridDim.y;
-  const int64_t last = (blockIdx.y + 1) * kernel.planes / gridDim.y;
+  int64_t next = blockIdx.y * arguments.planes / gridDim.y;
+  const int64_t last = (blockIdx.y + 1) * arguments.planes / gridDim.y;
 #pragma unroll 1
   while (next < last) {
-    int64_t column_number = next / kernel.nz;
-    const int z_begin = static_cast<int>(next - column_number * kernel.nz);
-    const int z_end = static_cast<int>(min(static_cast<int64_t>(kernel.nz), z_begin + last - next));
+    int64_t column_number = next / arguments.nz;
+    const int z_begin = static_cast<int>(next - column_number * arguments.nz);
+    const int z_end =
+        static_cast<int>(min(static_cast<int64_t>(arguments.nz), z_begin + last - next));
     next += z_end - z_begin;
-    const int tile = static_cast<int>(column_number % kernel.tiles);
-    column_number /= kernel.tiles;
-    const int channel = static_cast<int>(column_number % kernel.channels);
-    const int64_t first_item = column_number / kernel.channels;  // 0 where they go together
-    const int tile_y = tile / kernel.tiles_x;
-    const int x0 = (tile - tile_y * kernel.tiles_x) * layout.columns, y0 = tile_y * layout.rows;
+    const int tile = static_cast<int>(column_number % arguments.tiles);
+    column_number /= arguments.tiles;
+    const int channel = static_cast<int>(column_number % arguments.channels);
+    const int64_t first_item = column_number / arguments.channels;  // 0 where they go together
+    const int tile_y = tile / arguments.tiles_x;
+    const int x0 = (tile - tile_y * arguments.tiles_x) * layout.columns, y0 = tile_y * layout.rows;
 
-    // Where in a plane the thread's columns are; -1: outside.
+    // The offset of one of the thread's columns in a plane; -1 if it is outside.
     auto place_of = [&](int index) {
       const int row = index / in_width, column = index - row * in_width;
       const int x = x0 + column - halo - radius, y = y0 + row - halo - radius;
-      const bool inside = index < in_area && x >= 0 && x < kernel.nx && y >= 0 && y < kernel.ny;
-      return inside ? y * static_cast<int64_t>(kernel.nx) + x : int64_t(-1);
+      const bool inside =
+          index < in_area && x >= 0 && x < arguments.nx && y >= 0 && y < arguments.ny;
+      return inside ? y * static_cast<int64_t>(arguments.nx) + x : int64_t(-1);
     };
     int places[kColumns];
     REGKERNELS_UNROLL
@@ -296,34 +289,35 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 #pragma unroll 1
     for (int64_t item = first_item; item < first_item + items_here; ++item) {
-      const int64_t element = (group * kernel.items + item) * kernel.channels + channel;
-      const T* const image_i = kernel.image_i.at(group, item, channel);
-      const T* const image_j = kernel.image_j.at(group, item, channel);
+      const int64_t element = (group * arguments.items + item) * arguments.channels + channel;
+      const T* const image_i = arguments.image_i.at(group, item, channel);
+      const T* const image_j = arguments.image_j.at(group, item, channel);
       const int middle = (z_begin + z_end) / 2;
-      const T pivot_i = typical(kernel, image_i, x0, y0, middle, layout, scratch);
-      const T pivot_j = typical(kernel, image_j, x0, y0, middle, layout, scratch);
+      const T pivot_i = typical(arguments, image_i, x0, y0, middle, layout, scratch);
+      const T pivot_j = typical(arguments, image_j, x0, y0, middle, layout, scratch);
       T offset_i = 0, offset_j = 0;
-      if (kernel.pivots != nullptr) {
-        offset_i = pivot_i - kernel.pivots[2 * element];
-        offset_j = pivot_j - kernel.pivots[2 * element + 1];
+      if (arguments.pivots != nullptr) {
+        offset_i = pivot_i - arguments.pivots[2 * element];
+        offset_j = pivot_j - arguments.pivots[2 * element + 1];
       }
-      const T* const mask = kernel.mask.present() ? kernel.mask.at(group, item, channel) : nullptr;
+      const T* const mask =
+          arguments.mask.present() ? arguments.mask.at(group, item, channel) : nullptr;
       const T* const cotangent =
-          kernel.cotangent.present() ? kernel.cotangent.at(group, item, channel) : nullptr;
-      T* const grad_i = kFields > 0 ? kernel.grad_i.at(group, item, channel) : nullptr;
-      T* const grad_j = kFields == 5 ? kernel.grad_j.at(group, item, channel) : nullptr;
-      T* const map = kernel.map.present() ? kernel.map.at(group, item, channel) : nullptr;
+          arguments.cotangent.present() ? arguments.cotangent.at(group, item, channel) : nullptr;
+      T* const grad_i = kFields > 0 ? arguments.grad_i.at(group, item, channel) : nullptr;
+      T* const grad_j = kFields == 5 ? arguments.grad_j.at(group, item, channel) : nullptr;
+      T* const map = arguments.map.present() ? arguments.map.at(group, item, channel) : nullptr;
       const bool is_special = mask != nullptr || cotangent != nullptr || map != nullptr;
 
       const int z_first = z_begin - reach, z_stop = z_end + reach;
 
-      auto exists = [&](int z) { return z >= 0 && z < kernel.nz; };
-      // Elsewhere images are 0.
+      auto exists = [&](int z) { return z >= 0 && z < arguments.nz; };
+      // Where there are no voxels, images are 0.
       auto load_columns = [&](int z, T(&fresh_i)[kColumns][kAhead], T(&fresh_j)[kColumns][kAhead]) {
         REGKERNELS_UNROLL
         for (int p = 0; p < kAhead; ++p) {
-          const T* const plane_i = settled_global(image_i + (z + p) * plane_size);
-          const T* const plane_j = settled_global(image_j + (z + p) * plane_size);
+          const T* const plane_i = opaque_global_pointer(image_i + (z + p) * plane_size);
+          const T* const plane_j = opaque_global_pointer(image_j + (z + p) * plane_size);
           const bool there = exists(z + p);
           REGKERNELS_UNROLL
           for (int c = 0; c < kColumns; ++c) {
@@ -345,7 +339,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         REGKERNELS_UNROLL
         for (int s = 0; s < kWindowSums; ++s) to[s * in_height * in_stride] = sums[s];
       };
-      // Of kAhead planes from z on.
+      // Sums along z, for kAhead planes from z on.
       auto sum_depth = [&](int z) {
         if constexpr (kWindow > 0) {
           const int thread = thread_number<kThreads>();
@@ -404,7 +398,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         const bool own = z >= z_begin && z < z_end;
         const int strips = (height + kColumnStrip - 1) / kColumnStrip;
         for (int i = thread_number<kThreads>(); i < strips * width; i += kThreads) {
-          // The tile's own columns first, a warp's beside each other; then the halo's.
+          // The tile's own columns come first, those of a warp beside each other; then the halo's.
           int strip = i / layout.columns, column = i - strip * layout.columns;
           if (kFused && strip >= strips) {
             const int rest = i - strips * layout.columns;
@@ -418,16 +412,16 @@ __global__ void __launch_bounds__(kThreads, 1)
             sum_column<kWindow, kBox>(window, from, stride, sums[s]);
           }
           const int x = x0 + column - halo;
-          const bool column_inside = x >= 0 && x < kernel.nx;
+          const bool column_inside = x >= 0 && x < arguments.nx;
           const bool column_own = own && column >= halo && column < halo + layout.columns;
-          // Together for all rows of the strip, which do not depend on each other.
+          // All rows of the strip are computed together, since they do not depend on each other.
           Correlation<T> at[kColumnStrip];
           T fields[kColumnStrip][kFields == 0 ? 1 : kFields];
           bool inside[kColumnStrip], counts[kColumnStrip];
           REGKERNELS_UNROLL
           for (int k = 0; k < kColumnStrip; ++k) {
             const int row = strip * kColumnStrip + k, y = y0 + row - halo;
-            inside[k] = column_inside && row < height && y >= 0 && y < kernel.ny;
+            inside[k] = column_inside && row < height && y >= 0 && y < arguments.ny;
             counts[k] = inside[k] && column_own && row >= halo && row < halo + layout.rows;
             T window_sums[kWindowSums];
             REGKERNELS_UNROLL
@@ -437,12 +431,13 @@ __global__ void __launch_bounds__(kThreads, 1)
               adjoint_fields(at[k], at[k].mean_i + offset_i, at[k].mean_j + offset_j, fields[k]);
             }
           }
-          const Place first = static_cast<Place>(y0 + strip * kColumnStrip - halo) * kernel.nx + x;
+          const Place first =
+              static_cast<Place>(y0 + strip * kColumnStrip - halo) * arguments.nx + x;
           if (is_special) {
             REGKERNELS_UNROLL
             for (int k = 0; k < kColumnStrip; ++k) {
               if (!inside[k]) continue;
-              const int64_t place = z * plane_size + static_cast<Place>(first + k * kernel.nx);
+              const int64_t place = z * plane_size + static_cast<Place>(first + k * arguments.nx);
               const T weight = mask != nullptr ? mask[place] : T(1);
               at[k].ncc *= weight;
               if (map != nullptr && counts[k]) map[place] = -at[k].ncc;
@@ -464,10 +459,10 @@ __global__ void __launch_bounds__(kThreads, 1)
                 adjoint[(f * height + row) * stride + column] = fields[k][f];
               }
             } else if constexpr (kFields > 0) {
-              T* const to = kernel.adjoint + (element * kernel.nz + z) * plane_size +
-                            static_cast<Place>(first + k * kernel.nx);
+              T* const to = arguments.adjoint + (element * arguments.nz + z) * plane_size +
+                            static_cast<Place>(first + k * arguments.nx);
               REGKERNELS_UNROLL
-              for (int f = 0; f < kFields; ++f) to[f * kernel.adjoint_stride] = fields[k][f];
+              for (int f = 0; f < kFields; ++f) to[f * arguments.adjoint_stride] = fields[k][f];
             }
           }
         }
@@ -478,8 +473,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         if constexpr (kFused) {
           constexpr int kCount = 2;  // rows that a thread takes
           constexpr int kSlots = kDepth - 1;
-          // The sums of the window's other planes, the oldest first; it makes room for the newest.
-          // For a box their order does not matter.
+          // Here are the sums of the window's other planes, the oldest first, which makes room for
+          // the newest. For a box their order does not matter.
           const int oldest = kSlots == 0 ? 0 : (z - z_first) % kSlots;
           int slots[kDepth];
           REGKERNELS_UNROLL
@@ -488,21 +483,22 @@ __global__ void __launch_bounds__(kThreads, 1)
             slots[d] = (at < kSlots ? at : at - kSlots) * kTile;
           }
           const int target = z - radius_z;
-          const T* const plane_i = settled_global(image_i + target * plane_size);
-          const T* const plane_j = settled_global(image_j + target * plane_size);
-          T* const to_i = settled_global(grad_i + target * plane_size);
-          T* const to_j = settled_global(kFields == 5 ? grad_j + target * plane_size : nullptr);
+          const T* const plane_i = opaque_global_pointer(image_i + target * plane_size);
+          const T* const plane_j = opaque_global_pointer(image_j + target * plane_size);
+          T* const to_i = opaque_global_pointer(grad_i + target * plane_size);
+          T* const to_j =
+              opaque_global_pointer(kFields == 5 ? grad_j + target * plane_size : nullptr);
           for (int i = thread_number<kThreads>(); i < kTile / kCount; i += kThreads) {
             const int column = i % kLnccTileX, first_row = i / kLnccTileX * kCount;
             const int x = x0 + column, y = y0 + first_row;
-            const Place place = static_cast<Place>(y) * kernel.nx + x;
+            const Place place = static_cast<Place>(y) * arguments.nx + x;
             bool stored[kCount];
             T value_i[kCount], value_j[kCount];
             REGKERNELS_UNROLL
             for (int k = 0; k < kCount; ++k) {
-              stored[k] = target >= z_begin && x < kernel.nx && y + k < kernel.ny;
-              value_i[k] = (stored[k] ? plane_i[place + k * kernel.nx] : T(0)) - pivot_i;
-              value_j[k] = (stored[k] ? plane_j[place + k * kernel.nx] : T(0)) - pivot_j;
+              stored[k] = target >= z_begin && x < arguments.nx && y + k < arguments.ny;
+              value_i[k] = (stored[k] ? plane_i[place + k * arguments.nx] : T(0)) - pivot_i;
+              value_j[k] = (stored[k] ? plane_j[place + k * arguments.nx] : T(0)) - pivot_j;
             }
             T newest[kFields][kCount] = {};
             if (exists(z)) {
@@ -540,9 +536,9 @@ __global__ void __launch_bounds__(kThreads, 1)
             REGKERNELS_UNROLL
             for (int k = 0; k < kCount; ++k) {
               if (!stored[k]) continue;
-              const Place here = place + k * kernel.nx;
-              store_gradients(kernel, item, scale, value_i[k], value_j[k], complete[k], to_i + here,
-                              kFields == 5 ? to_j + here : nullptr);
+              const Place here = place + k * arguments.nx;
+              store_gradients(arguments, item, scale, value_i[k], value_j[k], complete[k],
+                              to_i + here, kFields == 5 ? to_j + here : nullptr);
             }
           }
         }
@@ -577,9 +573,11 @@ __global__ void __launch_bounds__(kThreads, 1)
           }
           if (more) sum_image_rows(z + 1);
           __syncthreads();
+          // Every other group of four warps takes these two phases the other way round, so that one
+          // half of the block computes while the other reads.
 #pragma unroll 1
-          for (int turn = 0; turn < 2; ++turn) {
-            if ((thread_number<kThreads>() / (4 * kWarp) + turn) % 2 == 0) {
+          for (int phase = 0; phase < 2; ++phase) {
+            if ((thread_number<kThreads>() / (4 * kWarp) + phase) % 2 == 0) {
               if constexpr (kFused) {
                 if (z >= z_first) assemble_plane(z);
               }
@@ -598,60 +596,60 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
   }
-  if (kernel.partial_sums != nullptr) {
-    const T sum = block_sum(total, scratch);
-    if (threadIdx.x == 0) kernel.partial_sums[group * kLnccMaxParts + blockIdx.y] = sum;
+  if (arguments.partial_sums != nullptr) {
+    const T sum = block_sum<kThreads>(total, scratch);
+    if (threadIdx.x == 0) arguments.partial_sums[group * kLnccMaxParts + blockIdx.y] = sum;
   }
 }
 
-// The gradients, from adjoint fields in memory.
+// Computes the gradients from adjoint fields in memory.
 template <class T, int kFields>
 __global__ void __launch_bounds__(kThreads, 1)
-    assemble_kernel(const __grid_constant__ Kernel<T> kernel) {
+    assemble_kernel(const __grid_constant__ LnccArguments<T> arguments) {
   extern __shared__ __align__(16) unsigned char memory[];
-  const Window<T>& window = kernel.window;
-  const LnccTile& layout = kernel.tile;
+  const Window<T>& window = arguments.window;
+  const LnccTile& layout = arguments.tile;
   const int radius = layout.radius;
   const int in_width = layout.in_width(), in_height = layout.in_height();
   const int in_stride = layout.in_stride(), stride = layout.stride();
   T* const by_depth = reinterpret_cast<T*>(memory);
   T* const by_row = by_depth + layout.by_row();
 
-  const int tile_y = blockIdx.x / kernel.tiles_x;
-  const int x0 = (blockIdx.x - tile_y * kernel.tiles_x) * layout.columns;
+  const int tile_y = blockIdx.x / arguments.tiles_x;
+  const int x0 = (blockIdx.x - tile_y * arguments.tiles_x) * layout.columns;
   const int y0 = tile_y * layout.rows;
-  const int64_t plane_size = static_cast<int64_t>(kernel.nx) * kernel.ny;
-  const int items_here = kernel.items_together ? kernel.items : 1;
+  const int64_t plane_size = static_cast<int64_t>(arguments.nx) * arguments.ny;
+  const int items_here = arguments.items_together ? arguments.items : 1;
   const int64_t blocks =
-      static_cast<int64_t>(kernel.groups) * (kernel.items / items_here) * kernel.channels;
+      static_cast<int64_t>(arguments.groups) * (arguments.items / items_here) * arguments.channels;
 
   for (int64_t index = blockIdx.z; index < blocks; index += gridDim.z) {
-    const int channel = static_cast<int>(index % kernel.channels);
-    const int64_t outer = index / kernel.channels;
-    const int64_t group = kernel.items_together ? outer : outer / kernel.items;
-    const int64_t first_item = kernel.items_together ? 0 : outer - group * kernel.items;
-    T scale = kernel.scale;
-    if (kernel.mask_sum != nullptr) {
-      const T sum = kernel.mask_sum[group];
+    const int channel = static_cast<int>(index % arguments.channels);
+    const int64_t outer = index / arguments.channels;
+    const int64_t group = arguments.items_together ? outer : outer / arguments.items;
+    const int64_t first_item = arguments.items_together ? 0 : outer - group * arguments.items;
+    T scale = arguments.scale;
+    if (arguments.mask_sum != nullptr) {
+      const T sum = arguments.mask_sum[group];
       scale = sum > 0 ? scale / sum : T(0);
     }
-    for (int z = blockIdx.y; z < kernel.nz; z += gridDim.y) {
+    for (int z = blockIdx.y; z < arguments.nz; z += gridDim.y) {
       for (int64_t item = first_item; item < first_item + items_here; ++item) {
-        const int64_t element = (group * kernel.items + item) * kernel.channels + channel;
-        const T* const fields = kernel.adjoint + element * plane_size * kernel.nz;
+        const int64_t element = (group * arguments.items + item) * arguments.channels + channel;
+        const T* const fields = arguments.adjoint + element * plane_size * arguments.nz;
         for (int i = threadIdx.x; i < in_width * in_height; i += kThreads) {
           const int row = i / in_width, column = i - row * in_width;
           const int x = x0 + column - radius, y = y0 + row - radius;
-          const bool inside = x >= 0 && x < kernel.nx && y >= 0 && y < kernel.ny;
+          const bool inside = x >= 0 && x < arguments.nx && y >= 0 && y < arguments.ny;
           T sums[kFields] = {};
           const int low = max(-window.radius_z, -z);
-          const int high = inside ? min(window.radius_z, kernel.nz - 1 - z) : low - 1;
+          const int high = inside ? min(window.radius_z, arguments.nz - 1 - z) : low - 1;
           for (int d = low; d <= high; ++d) {
             const T* const from =
-                fields + (z + d) * plane_size + static_cast<int64_t>(y) * kernel.nx + x;
+                fields + (z + d) * plane_size + static_cast<int64_t>(y) * arguments.nx + x;
             REGKERNELS_UNROLL
             for (int f = 0; f < kFields; ++f) {
-              sums[f] += window.weight[d < 0 ? -d : d] * from[f * kernel.adjoint_stride];
+              sums[f] += window.weight[d < 0 ? -d : d] * from[f * arguments.adjoint_stride];
             }
           }
           REGKERNELS_UNROLL
@@ -666,7 +664,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = threadIdx.x; i < layout.rows * layout.columns; i += kThreads) {
           const int row = i / layout.columns, column = i - row * layout.columns;
           const int x = x0 + column, y = y0 + row;
-          if (x >= kernel.nx || y >= kernel.ny) continue;
+          if (x >= arguments.nx || y >= arguments.ny) continue;
           T complete[kFields];
           REGKERNELS_UNROLL
           for (int f = 0; f < kFields; ++f) {
@@ -675,13 +673,13 @@ __global__ void __launch_bounds__(kThreads, 1)
             sum_column<0, false>(window, from, stride, sum);
             complete[f] = sum[0];
           }
-          const int64_t place = z * plane_size + static_cast<int64_t>(y) * kernel.nx + x;
-          const T* const pivots = kernel.pivots + 2 * element;
-          store_gradients(kernel, item, scale,
-                          kernel.image_i.at(group, item, channel)[place] - pivots[0],
-                          kernel.image_j.at(group, item, channel)[place] - pivots[1], complete,
-                          kernel.grad_i.at(group, item, channel) + place,
-                          kFields == 5 ? kernel.grad_j.at(group, item, channel) + place : nullptr);
+          const int64_t place = z * plane_size + static_cast<int64_t>(y) * arguments.nx + x;
+          const T* const pivots = arguments.pivots + 2 * element;
+          store_gradients(
+              arguments, item, scale, arguments.image_i.at(group, item, channel)[place] - pivots[0],
+              arguments.image_j.at(group, item, channel)[place] - pivots[1], complete,
+              arguments.grad_i.at(group, item, channel) + place,
+              kFields == 5 ? arguments.grad_j.at(group, item, channel) + place : nullptr);
         }
         __syncthreads();
       }
@@ -689,61 +687,47 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// One block per image and channel: the mean of some of its voxels.
+// Each block computes the pivots of one item and channel: the means of some of their voxels.
 template <class T>
-__global__ void pivot_kernel(const __grid_constant__ Kernel<T> kernel, T* pivots) {
+__global__ void pivot_kernel(const __grid_constant__ LnccArguments<T> arguments, T* pivots) {
   __shared__ T shared[2 * kThreads / kWarp];
-  const int64_t elements = static_cast<int64_t>(kernel.groups) * kernel.items * kernel.channels;
-  const int64_t count = static_cast<int64_t>(kernel.nx) * kernel.ny * kernel.nz;
+  const int64_t elements =
+      static_cast<int64_t>(arguments.groups) * arguments.items * arguments.channels;
+  const int64_t count = static_cast<int64_t>(arguments.nx) * arguments.ny * arguments.nz;
   for (int64_t element = blockIdx.x; element < elements; element += gridDim.x) {
-    const int channel = static_cast<int>(element % kernel.channels);
-    const int64_t outer = element / kernel.channels;
-    const int64_t group = outer / kernel.items, item = outer - group * kernel.items;
-    // Evenly spread over the volume.
+    const int channel = static_cast<int>(element % arguments.channels);
+    const int64_t outer = element / arguments.channels;
+    const int64_t group = outer / arguments.items, item = outer - group * arguments.items;
+    // The voxels are evenly spread over the volume.
     const int64_t place = (2 * threadIdx.x + 1) * count / (2 * kThreads);
-    const T i = kernel.image_i.at(group, item, channel)[place];
-    const T j = kernel.image_j.at(group, item, channel)[place];
-    const T sum_i = block_sum(isfinite(i) ? i / kThreads : T(0), shared);
-    const T sum_j = block_sum(isfinite(j) ? j / kThreads : T(0), shared);
+    const T i = arguments.image_i.at(group, item, channel)[place];
+    const T j = arguments.image_j.at(group, item, channel)[place];
+    const T sum_i = block_sum<kThreads>(isfinite(i) ? i / kThreads : T(0), shared);
+    const T sum_j = block_sum<kThreads>(isfinite(j) ? j / kThreads : T(0), shared);
     if (threadIdx.x == 0) {
-      pivots[2 * element] = pivot_near(sum_i, kernel.window);
-      pivots[2 * element + 1] = pivot_near(sum_j, kernel.window);
+      pivots[2 * element] = pivot_near(sum_i, arguments.window);
+      pivots[2 * element + 1] = pivot_near(sum_j, arguments.window);
     }
   }
 }
 
-// Partial sums of the mask, broadcast to the correlations.
+// Computes partial sums of the mask, which is broadcast to the correlations.
 template <class T>
-__global__ void mask_kernel(const __grid_constant__ Kernel<T> kernel) {
+__global__ void mask_kernel(const __grid_constant__ LnccArguments<T> arguments) {
   __shared__ T shared[kThreads / kWarp];
   const int64_t group = blockIdx.x;
-  const int64_t count = static_cast<int64_t>(kernel.nx) * kernel.ny * kernel.nz;
+  const int64_t count = static_cast<int64_t>(arguments.nx) * arguments.ny * arguments.nz;
   T sum = 0;
-  for (int64_t item = 0; item < kernel.items; ++item) {
-    for (int channel = 0; channel < kernel.channels; ++channel) {
-      const T* const mask = kernel.mask.at(group, item, channel);
+  for (int64_t item = 0; item < arguments.items; ++item) {
+    for (int channel = 0; channel < arguments.channels; ++channel) {
+      const T* const mask = arguments.mask.at(group, item, channel);
       for (int64_t i = blockIdx.y * kThreads + threadIdx.x; i < count; i += gridDim.y * kThreads) {
         sum += mask[i];
       }
     }
   }
-  sum = block_sum(sum, shared);
-  if (threadIdx.x == 0) kernel.partial_sums[group * kLnccMaxParts + blockIdx.y] = sum;
-}
-
-// One block per group: out = scale * (sum of the partial sums), divided by mask_sum if there is
-// one.
-template <class T>
-__global__ void total_kernel(const T* partial_sums, int parts, double scale, const T* mask_sum,
-                             T* out) {
-  __shared__ double shared[kThreads / kWarp];
-  const int64_t group = blockIdx.x;
-  double sum = threadIdx.x < parts ? partial_sums[group * kLnccMaxParts + threadIdx.x] : 0;
-  sum = block_sum(sum, shared);
-  if (threadIdx.x == 0) {
-    if (mask_sum != nullptr) sum = mask_sum[group] > 0 ? sum / mask_sum[group] : 0;
-    out[group] = static_cast<T>(scale * sum);
-  }
+  sum = block_sum<kThreads>(sum, shared);
+  if (threadIdx.x == 0) arguments.partial_sums[group * kLnccMaxParts + blockIdx.y] = sum;
 }
 
 constexpr LnccTile small_tile(int radius, int radius_z, int fields, int limit) {
@@ -752,9 +736,9 @@ constexpr LnccTile small_tile(int radius, int radius_z, int fields, int limit) {
 }
 
 template <class T>
-LnccTile tile_of(const LnccGeometry& geometry, const Window<T>& window, int fields) {
+LnccTile tile_of(const LnccCall& checked, const Window<T>& window, int fields) {
   const int64_t bytes = shared_memory_limit();
-  if (!geometry.fused) {
+  if (!checked.fused) {
     return lncc_tile(window.radius, window.radius_z, fields, false, false,
                      (bytes - kLnccFixedBytes) / static_cast<int64_t>(sizeof(T)));
   }
@@ -765,126 +749,125 @@ LnccTile tile_of(const LnccGeometry& geometry, const Window<T>& window, int fiel
 
 template <class Function, class T>
 void launch(const Cuda& device, Function* function, const dim3& grid, const LnccTile& tile,
-            const Kernel<T>& kernel) {
+            const LnccArguments<T>& arguments) {
   const int64_t bytes = tile.size() * static_cast<int64_t>(sizeof(T));
   allow_shared_memory(function, bytes);
-  function<<<grid, kThreads, bytes, device.stream>>>(kernel);
+  function<<<grid, kThreads, bytes, device.stream>>>(arguments);
   check_launch();
 }
 
-// Windows of any size: correlations, and gradients by way of adjoint fields in memory.
+// Launches the kernels for windows of any size, whose gradients go by way of adjoint fields in
+// memory.
 template <int kFields, class T>
-void launch_any(const Cuda& device, const Kernel<T>& kernel, const dim3& grid) {
-  launch(device, &lncc_kernel<T, 0, 0, false, 0, kFields>, grid, kernel.tile, kernel);
+void launch_any(const Cuda& device, const LnccArguments<T>& arguments, const dim3& grid) {
+  launch(device, &lncc_kernel<T, 0, 0, false, 0, kFields>, grid, arguments.tile, arguments);
   if constexpr (kFields > 0) {
-    const int64_t outer = static_cast<int64_t>(kernel.groups) * kernel.channels *
-                          (kernel.items_together ? 1 : kernel.items);
-    const dim3 planes(kernel.tiles, std::min(kernel.nz, 65535),
+    const int64_t outer = static_cast<int64_t>(arguments.groups) * arguments.channels *
+                          (arguments.items_together ? 1 : arguments.items);
+    const dim3 planes(arguments.tiles, std::min(arguments.nz, 65535),
                       static_cast<unsigned>(std::min<int64_t>(outer, 65535)));
-    launch(device, &assemble_kernel<T, kFields>, planes, kernel.tile, kernel);
+    launch(device, &assemble_kernel<T, kFields>, planes, arguments.tile, arguments);
   }
 }
 
-// Small windows. The kernel for boxes is for the largest tiles alone: the other one, with weights
-// of 1, computes the same.
+// Launches the kernel for small windows. Boxes have one of their own for the largest tiles alone:
+// the other one, with weights of 1, computes the same.
 template <int kWindow, int kDepth, int kFields>
-void launch_small(const Cuda& device, const Kernel<float>& kernel, const dim3& grid) {
-  const bool box = kernel.window.rectangular;
+void launch_small(const Cuda& device, const LnccArguments<float>& arguments, const dim3& grid) {
+  const bool box = arguments.window.rectangular;
   auto launch_limit = [&](auto limit) {
     constexpr int kLimit = decltype(limit)::value;
     constexpr LnccTile kTile = small_tile(kWindow / 2, kDepth / 2, kFields, kLimit);
-    if (kernel.tile.rows != kTile.rows) return false;
+    if (arguments.tile.rows != kTile.rows) return false;
     if constexpr (kLimit == 0) {
       if (box) {
         launch(device, &lncc_kernel<float, kWindow, kDepth, true, kTile.rows, kFields>, grid, kTile,
-               kernel);
+               arguments);
         return true;
       }
     }
     launch(device, &lncc_kernel<float, kWindow, kDepth, false, kTile.rows, kFields>, grid, kTile,
-           kernel);
+           arguments);
     return true;
   };
   launch_limit(IntTag<0>{}) || launch_limit(IntTag<1>{}) || launch_limit(IntTag<2>{});
 }
 
 template <class T>
-void lncc_run(const Cuda& device, const LnccCall<T>& call, const Call& raw) {
-  const LnccGeometry& geometry = call.geometry;
-  const bool is_map = geometry.reduction == Reduction::kNone;
-  const Sizes& sizes = geometry.sizes;
-  const int fields = call.gradients == 0 ? 0 : 2 * call.gradients + 1;
-  Kernel<T> kernel{};
-  kernel.window = call.window;
-  kernel.tile = tile_of(geometry, call.window, fields);
-  const LnccTiling tiling = lncc_tiling(geometry, kernel.tile, call.items_together());
-  kernel.image_i = call.image_i;
-  kernel.image_j = call.image_j;
-  kernel.mask = call.mask;
-  kernel.cotangent = call.cotangent;
-  kernel.grad_i = call.grad_i;
-  kernel.grad_j = call.grad_j;
-  kernel.map = call.map;
-  kernel.sum_i = call.sum_i;
-  kernel.sum_j = call.sum_j;
-  kernel.groups = static_cast<int>(geometry.batch.groups);
-  kernel.items = static_cast<int>(geometry.batch.items);
-  kernel.channels = static_cast<int>(geometry.channels);
-  kernel.items_together = call.items_together();
-  kernel.nx = static_cast<int>(sizes.x);
-  kernel.ny = static_cast<int>(sizes.y);
-  kernel.nz = static_cast<int>(sizes.z);
-  kernel.tiles_x = tiling.tiles_x;
-  kernel.tiles = tiling.tiles_x * tiling.tiles_y;
-  kernel.planes = tiling.columns * sizes.z;
-  const bool is_mean = geometry.reduction == Reduction::kMean;
-  const bool divide_by_mask = is_mean && call.mask.present();
-  const double scale = is_mean && !divide_by_mask && call.count() > 0
-                           ? -1.0 / static_cast<double>(call.count())
+void run_lncc(const Cuda& device, const LnccOperands<T>& lncc, const Call& call) {
+  const LnccCall& checked = lncc.checked;
+  const bool is_map = checked.reduction == Reduction::kNone;
+  const Sizes& sizes = checked.sizes;
+  const int fields = lncc.gradients == 0 ? 0 : 2 * lncc.gradients + 1;
+  LnccArguments<T> arguments{};
+  arguments.window = lncc.window;
+  arguments.tile = tile_of(checked, lncc.window, fields);
+  const LnccTiling tiling = lncc_tiling(checked, arguments.tile, lncc.items_together());
+  arguments.image_i = lncc.image_i;
+  arguments.image_j = lncc.image_j;
+  arguments.mask = lncc.mask;
+  arguments.cotangent = lncc.cotangent;
+  arguments.grad_i = lncc.grad_i;
+  arguments.grad_j = lncc.grad_j;
+  arguments.map = lncc.map;
+  arguments.sum_i = lncc.sum_i;
+  arguments.sum_j = lncc.sum_j;
+  arguments.groups = static_cast<int>(checked.batch.groups);
+  arguments.items = static_cast<int>(checked.batch.items);
+  arguments.channels = static_cast<int>(checked.channels);
+  arguments.items_together = lncc.items_together();
+  arguments.nx = static_cast<int>(sizes.x);
+  arguments.ny = static_cast<int>(sizes.y);
+  arguments.nz = static_cast<int>(sizes.z);
+  arguments.tiles_x = tiling.tiles_x;
+  arguments.tiles = tiling.tiles_x * tiling.tiles_y;
+  arguments.planes = tiling.columns * sizes.z;
+  const bool is_mean = checked.reduction == Reduction::kMean;
+  const bool divide_by_mask = is_mean && lncc.mask.present();
+  const double scale = is_mean && !divide_by_mask && lncc.count() > 0
+                           ? -1.0 / static_cast<double>(lncc.count())
                            : -1;
-  kernel.scale = static_cast<T>(scale);
+  arguments.scale = static_cast<T>(scale);
 
-  if (geometry.map.count() == 0) {
-    std::vector<const char*> names = {"grad_pred", "grad_target"};
-    if (!is_map) names.insert(names.end(), {"output", "mask_sum"});
-    for (const char* name : names) {
-      if (raw.output(name).present) clear(device, raw.output(name));
+  if (checked.map.count() == 0) {
+    clear_gradients(device, call);
+    for (const char* name : {"output", "mask_sum"}) {
+      if (!is_map && call.output(name).present) clear(device, call.output(name));
     }
     return;
   }
-  const int64_t elements = geometry.batch.groups * geometry.batch.items * geometry.channels;
-  const unsigned groups = static_cast<unsigned>(kernel.groups);
+  const int64_t elements = checked.batch.groups * checked.batch.items * checked.channels;
+  const unsigned groups = static_cast<unsigned>(arguments.groups);
   const dim3 grid(groups, static_cast<unsigned>(tiling.parts));
-  if (!is_map) kernel.partial_sums = raw.output("partial_sums").as<T>();
+  if (!is_map) arguments.partial_sums = call.output("partial_sums").as<T>();
   if (divide_by_mask) {
-    mask_kernel<<<dim3(groups, kLnccMaxParts), kThreads, 0, device.stream>>>(kernel);
+    mask_kernel<<<dim3(groups, kLnccMaxParts), kThreads, 0, device.stream>>>(arguments);
     check_launch();
-    T* mask_sum = raw.output("mask_sum").as<T>();
-    total_kernel<T><<<groups, kThreads, 0, device.stream>>>(kernel.partial_sums, kLnccMaxParts, 1.0,
-                                                            nullptr, mask_sum);
-    check_launch();
-    kernel.mask_sum = mask_sum;
+    T* mask_sum = call.output("mask_sum").as<T>();
+    sum_groups<T, T>(device, groups, arguments.partial_sums, kLnccMaxParts, kLnccMaxParts, 1.0,
+                     nullptr, mask_sum);
+    arguments.mask_sum = mask_sum;
   }
 
-  if (call.gradients > 0 && !geometry.fused) {
-    T* pivots = raw.output("pivots").as<T>();
+  if (lncc.gradients > 0 && !checked.fused) {
+    T* pivots = call.output("pivots").as<T>();
     pivot_kernel<<<static_cast<unsigned>(std::min<int64_t>(elements, 65535)), kThreads, 0,
-                   device.stream>>>(kernel, pivots);
+                   device.stream>>>(arguments, pivots);
     check_launch();
-    kernel.pivots = pivots;
-    kernel.adjoint = raw.output("adjoint").as<T>();
-    kernel.adjoint_stride = geometry.map.count();
+    arguments.pivots = pivots;
+    arguments.adjoint = call.output("adjoint").as<T>();
+    arguments.adjoint_stride = checked.map.count();
   }
   auto launch_fields = [&](auto tag) {
     constexpr int kFields = decltype(tag)::value;
     if (fields != kFields) return;
     if constexpr (sizeof(T) == 4) {
-      dispatch_bool(geometry.dimensions == 3, [&](auto is_volume) {
+      dispatch_bool(checked.dimensions == 3, [&](auto is_volume) {
         auto launch_window = [&](auto window) {
           constexpr int kWindow = decltype(window)::value;
           constexpr int kDepth = decltype(is_volume)::value ? kWindow : 1;
-          if (geometry.fused && geometry.kernel_size == kWindow) {
-            launch_small<kWindow, kDepth, kFields>(device, kernel, grid);
+          if (checked.fused && checked.kernel_size == kWindow) {
+            launch_small<kWindow, kDepth, kFields>(device, arguments, grid);
           }
         };
         launch_window(IntTag<3>{});
@@ -893,25 +876,23 @@ void lncc_run(const Cuda& device, const LnccCall<T>& call, const Call& raw) {
         launch_window(IntTag<9>{});
       });
     }
-    if (!geometry.fused) launch_any<kFields>(device, kernel, grid);
+    if (!checked.fused) launch_any<kFields>(device, arguments, grid);
   };
   launch_fields(IntTag<0>{});
   launch_fields(IntTag<3>{});
   launch_fields(IntTag<5>{});
   if (is_map) return;
-  total_kernel<<<groups, kThreads, 0, device.stream>>>(
-      kernel.partial_sums, static_cast<int>(tiling.parts), scale, kernel.mask_sum,
-      raw.output("output").as<T>());
-  check_launch();
+  sum_groups(device, groups, arguments.partial_sums, tiling.parts, kLnccMaxParts, scale,
+             arguments.mask_sum, call.output("output").as<T>());
 }
 
 }  // namespace
 
 void lncc_loss_cuda(const Context& context, const Call& call) {
-  with_lncc_loss(call, [&](const auto& lncc) { lncc_run(Cuda(context), lncc, call); });
+  with_lncc_loss(call, [&](const auto& lncc) { run_lncc(Cuda(context), lncc, call); });
 }
 void lncc_loss_grad_cuda(const Context& context, const Call& call) {
-  with_lncc_loss_grad(call, [&](const auto& lncc) { lncc_run(Cuda(context), lncc, call); });
+  with_lncc_loss_grad(call, [&](const auto& lncc) { run_lncc(Cuda(context), lncc, call); });
 }
 
 }  // namespace regkernels

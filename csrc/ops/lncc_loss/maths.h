@@ -10,9 +10,9 @@ namespace regkernels {
 
 inline constexpr int kMaxWindow = 31;
 inline constexpr int kMaxRadius = kMaxWindow / 2;
-inline constexpr int kWindowSums = 5;  // of I, J, I², J² and I J
+inline constexpr int kWindowSums = 5;  // the sums of I, J, I², J² and I J
 
-// The window and the constants of the formula. Weights are those of the offsets 0, 1, ... along an
+// The window and the constants of the formula. The weights belong to the offsets 0, 1, ... along an
 // axis; they are the same on both sides.
 template <class T>
 struct Window {
@@ -22,17 +22,18 @@ struct Window {
   T weight[kMaxRadius + 1];
   T inverse_mass;  // 1 / (sum of the window's weights)
   T smooth_nr, smooth_dr;
-  // How much of a window the volume can fill. About this part of a typical value the sums are
-  // taken: a window that is mostly outside holds mostly zeros.
+  // How much of a window the volume can fill. The sums are taken about this part of a typical
+  // value, since a window that is mostly outside holds mostly zeros.
   T coverage;
-  // Less than half the last place of the largest number: no finite value less this overflows. Where
-  // values lie beyond, the squares of their differences do in any case.
+  // This is less than half the last place of the largest number, so that no finite value less a
+  // pivot overflows. Where values lie beyond it, the squares of their differences overflow in any
+  // case.
   T largest_pivot;
   // A variance below this share of the sum of squares is no more than the rounding of its own sums.
   T rounding;
 };
 
-// What a voxel adds to its window's sums.
+// Adds to a window's sums what a voxel with a weight contributes.
 template <class T>
 REGKERNELS_HD void add_products(T weight, T value_i, T value_j, T (&sums)[kWindowSums]) {
   const T weighted_i = weight * value_i, weighted_j = weight * value_j;
@@ -43,7 +44,7 @@ REGKERNELS_HD void add_products(T weight, T value_i, T value_j, T (&sums)[kWindo
   sums[4] += weighted_i * value_j;
 }
 
-// Of weight 1.
+// Adds to a window's sums what a voxel whose weight is 1 contributes.
 template <class T>
 REGKERNELS_HD void add_products(T value_i, T value_j, T (&sums)[kWindowSums]) {
   sums[0] += value_i;
@@ -66,20 +67,22 @@ struct Correlation {
   T variance_i, variance_j;
 };
 
-// What the sums are taken about, from a typical value of an image.
+// The pivot that the sums are taken about, from a typical value of an image.
 template <class T>
 REGKERNELS_HD T pivot_near(T typical, const Window<T>& window) {
   const bool usable = typical <= window.largest_pivot && typical >= -window.largest_pivot;
   return usable ? window.coverage * typical : T(0);
 }
 
-// Squares beyond the range of T count as flat too; what is not a number stays so.
+// Whether a window's variance is no more than rounding. A window whose squares are beyond the range
+// of T counts as flat, too; one with a value that is not a number does not, so that it stays so.
 template <class T>
 REGKERNELS_HD bool is_flat(T variance, T squares, const Window<T>& window) {
   return !(variance > window.rounding * squares) & (squares == squares);
 }
 
-// All of it is computed for all voxels and then chosen from, which makes vector code on the CPU.
+// The correlation from a window's sums. Every case is computed for every voxel and one of them
+// chosen at the end, which makes vector code on the CPU.
 template <class T>
 REGKERNELS_HD Correlation<T> correlate(const T (&sums)[kWindowSums], const Window<T>& window) {
   Correlation<T> result;

@@ -2,28 +2,29 @@
 #include <cmath>
 #include <limits>
 
-#include "core/dispatch.h"
-#include "ops/lncc_loss/geometry.h"
+#include "ops/lncc_loss/call.h"
 #include "ops/lncc_loss/lncc_loss.h"
 #include "ops/table.h"
 
 namespace regkernels {
 
-LnccGeometry lncc_geometry(const Call& call) {
-  LnccGeometry geometry;
-  geometry.dtype = check_dtypes(call);
-  geometry.dimensions = check_compared(call);
+namespace {
+
+LnccCall check(const Call& call) {
+  LnccCall checked;
+  checked.dtype = check_dtypes(call);
+  checked.dimensions = check_compared(call);
   const Tensor& pred = call.input("pred");
-  geometry.sizes = image_sizes(pred);
-  geometry.channels = pred.shape[2];
-  geometry.reduction = call.choice<Reduction>("reduction");
+  checked.sizes = image_sizes(pred);
+  checked.channels = pred.shape[2];
+  checked.reduction = call.choice<Reduction>("reduction");
 
   const int64_t kernel_size = call.integer("kernel_size");
   if (kernel_size < 3 || kernel_size > kMaxWindow || kernel_size % 2 == 0) {
     fail_value(call, "kernel_size", concat("an odd number from 3 to ", kMaxWindow),
                concat(kernel_size));
   }
-  geometry.kernel_size = static_cast<int>(kernel_size);
+  checked.kernel_size = static_cast<int>(kernel_size);
   const std::vector<double>& sigma = call.numbers("sigma");
   if (sigma.size() > 1) fail_value(call, "sigma", "one number", concat(sigma.size(), " numbers"));
   for (const double value : sigma) {
@@ -35,106 +36,103 @@ LnccGeometry lncc_geometry(const Call& call) {
   if (!std::isfinite(smooth_nr) || smooth_nr < 0) {
     fail_value(call, "smooth_nr", "a finite number of at least 0", concat(smooth_nr));
   }
-  // Its reciprocal, and that of a constant window's two variances, must be finite.
+  // The reciprocal of smooth_dr, and that of a constant window's two variances, must be finite.
   const double smooth_dr = call.number("smooth_dr");
   if (!std::isfinite(smooth_dr) || smooth_dr < 1e-18) {
     fail_value(call, "smooth_dr", "a finite number of at least 1e-18", concat(smooth_dr));
   }
 
-  geometry.batch = check_batch(call);
-  geometry.map = {geometry.batch.groups, geometry.batch.items, geometry.channels};
-  append_sizes(geometry.map, geometry.sizes, geometry.dimensions);
-  geometry.fused = geometry.dtype == DType::kFloat32 && geometry.kernel_size <= kLnccMaxFused &&
-                   geometry.sizes.x * geometry.sizes.y < int64_t{1} << 31;
-  return geometry;
+  checked.batch = check_batch(call);
+  checked.map = {checked.batch.groups, checked.batch.items, checked.channels};
+  append_sizes(checked.map, checked.sizes, checked.dimensions);
+  checked.fused = checked.dtype == DType::kFloat32 && checked.kernel_size <= kLnccMaxFused &&
+                  checked.sizes.x * checked.sizes.y < int64_t{1} << 31;
+  return checked;
 }
 
+}  // namespace
+
 template <class T>
-Window<T> lncc_window(const Call& call, const LnccGeometry& geometry) {
+Window<T> lncc_window(const Call& call, const LnccCall& checked) {
   enum class Weights { kRectangular, kGaussian };
   const bool gaussian = call.choice<Weights>("window") == Weights::kGaussian;
   const std::vector<double>& given = call.numbers("sigma");
-  const double sigma = given.empty() ? geometry.kernel_size / 3.0 : given[0];
+  const double sigma = given.empty() ? checked.kernel_size / 3.0 : given[0];
   Window<T> window{};
   window.rectangular = !gaussian;
-  window.radius = geometry.kernel_size / 2;
-  window.radius_z = geometry.dimensions == 3 ? window.radius : 0;
+  window.radius = checked.kernel_size / 2;
+  window.radius_z = checked.dimensions == 3 ? window.radius : 0;
   double sum = 0;
   for (int d = 0; d <= window.radius; ++d) {
     const double weight = gaussian ? std::exp(-0.5 * (d / sigma) * (d / sigma)) : 1.0;
-    // Never 0, which makes something that is no number of a sum beyond the range of T.
+    // A weight of 0 would make NaN of a sum beyond the range of T.
     window.weight[d] = std::max(static_cast<T>(weight), std::numeric_limits<T>::min());
     sum += (d == 0 ? 1 : 2) * static_cast<double>(window.weight[d]);
   }
-  window.inverse_mass = static_cast<T>(1 / std::pow(sum, geometry.dimensions));
+  window.inverse_mass = static_cast<T>(1 / std::pow(sum, checked.dimensions));
   const auto filled = [&](int64_t size) {
-    return std::min(1.0, static_cast<double>(size) / geometry.kernel_size);
+    return std::min(1.0, static_cast<double>(size) / checked.kernel_size);
   };
-  window.coverage = static_cast<T>(filled(geometry.sizes.x) * filled(geometry.sizes.y) *
-                                   (geometry.dimensions == 3 ? filled(geometry.sizes.z) : 1.0));
+  window.coverage = static_cast<T>(filled(checked.sizes.x) * filled(checked.sizes.y) *
+                                   (checked.dimensions == 3 ? filled(checked.sizes.z) : 1.0));
   window.largest_pivot = std::numeric_limits<T>::max() * (std::numeric_limits<T>::epsilon() / 8);
   window.smooth_nr = static_cast<T>(call.number("smooth_nr"));
   window.smooth_dr = static_cast<T>(call.number("smooth_dr"));
-  window.rounding = static_cast<T>(1.5 * geometry.kernel_size * std::numeric_limits<T>::epsilon());
+  window.rounding = static_cast<T>(1.5 * checked.kernel_size * std::numeric_limits<T>::epsilon());
   return window;
 }
 
-template Window<float> lncc_window<float>(const Call&, const LnccGeometry&);
-template Window<double> lncc_window<double>(const Call&, const LnccGeometry&);
+template Window<float> lncc_window<float>(const Call&, const LnccCall&);
+template Window<double> lncc_window<double>(const Call&, const LnccCall&);
 
 namespace {
 
-enum Output { kLoss, kUnitPred, kUnitTarget, kPartialSums, kMaskSum, kPivots, kAdjoint };
-
-// The adjoint fields, where they do not stay inside the kernel, and the values that they are
-// relative to.
-void infer_adjoint(Call& call, const LnccGeometry& geometry, int pivots, int gradients) {
-  if (gradients == 0 || geometry.fused) return;
-  const Batch& batch = geometry.batch;
-  call.outputs[pivots] =
-      tensor_spec(geometry.dtype, {batch.groups, batch.items, geometry.channels, 2});
-  Shape fields = {2 * gradients + 1};
-  for (const int64_t size : geometry.map) fields.append(size);
-  call.outputs[pivots + 1] = tensor_spec(geometry.dtype, fields);
-}
-
-int infer_gradients(Call& call, const LnccGeometry& geometry, int first) {
+int infer_gradients(Call& call, const LnccCall& checked) {
   int gradients = 0;
-  for (const char* input : {"pred", "target"}) {
-    if (call.wants(first)) {
-      call.outputs[first] = gradient_spec(call.input(input), geometry.batch);
-      ++gradients;
-    }
-    ++first;
+  if (call.wants("grad_pred")) {
+    call.set("grad_pred", gradient_spec(call.input("pred"), checked.batch));
+    ++gradients;
+  }
+  if (call.wants("grad_target")) {
+    call.set("grad_target", gradient_spec(call.input("target"), checked.batch));
+    ++gradients;
   }
   return gradients;
 }
 
-void infer(Call& call) {
-  const LnccGeometry geometry = lncc_geometry(call);
-  const Batch& batch = geometry.batch;
-  if (geometry.reduction == Reduction::kNone) {
-    call.outputs[kLoss] = tensor_spec(geometry.dtype, geometry.map);
-    return;
-  }
-  call.outputs[kLoss] = tensor_spec(geometry.dtype, {batch.groups});
-  const int gradients = infer_gradients(call, geometry, kUnitPred);
-  call.outputs[kPartialSums] = tensor_spec(geometry.dtype, {batch.groups, kLnccMaxParts});
-  if (geometry.reduction == Reduction::kMean && call.input("mask").present) {
-    call.outputs[kMaskSum] = tensor_spec(geometry.dtype, {batch.groups});
-  }
-  infer_adjoint(call, geometry, kPivots, gradients);
+// Asks for the adjoint fields, where they do not stay inside the kernel, and for the values that
+// they are relative to.
+void infer_adjoint(Call& call, const LnccCall& checked, int gradients) {
+  if (gradients == 0 || checked.fused) return;
+  const Batch& batch = checked.batch;
+  call.set("pivots", tensor_spec(checked.dtype, {batch.groups, batch.items, checked.channels, 2}));
+  Shape fields = {2 * gradients + 1};
+  for (const int64_t size : checked.map) fields.append(size);
+  call.set("adjoint", tensor_spec(checked.dtype, fields));
 }
 
-enum GradOutput { kGradPred, kGradTarget, kGradPivots, kGradAdjoint };
+void infer(Call& call) {
+  const auto& checked = call.keep(check(call));
+  const int64_t groups = checked.batch.groups;
+  if (checked.reduction == Reduction::kNone) {
+    call.set("output", tensor_spec(checked.dtype, checked.map));
+    return;
+  }
+  call.set("output", tensor_spec(checked.dtype, {groups}));
+  call.set("partial_sums", tensor_spec(checked.dtype, {groups, kLnccMaxParts}));
+  if (checked.reduction == Reduction::kMean && call.input("mask").present) {
+    call.set("mask_sum", tensor_spec(checked.dtype, {groups}));
+  }
+  infer_adjoint(call, checked, infer_gradients(call, checked));
+}
 
 void infer_grad(Call& call) {
-  const LnccGeometry geometry = lncc_geometry(call);
-  if (geometry.reduction != Reduction::kNone) {
+  const auto& checked = call.keep(check(call));
+  if (checked.reduction != Reduction::kNone) {
     fail_value(call, "reduction", "'none': a single number's gradient comes with it", "another");
   }
-  check_cotangent(call, "grad_output", geometry.dtype, geometry.map);
-  infer_adjoint(call, geometry, kGradPivots, infer_gradients(call, geometry, kGradPred));
+  check_cotangent(call, "grad_output", checked.dtype, checked.map);
+  infer_adjoint(call, checked, infer_gradients(call, checked));
 }
 
 }  // namespace

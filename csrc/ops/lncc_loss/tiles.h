@@ -3,21 +3,22 @@
 
 #include <algorithm>
 
-#include "ops/lncc_loss/geometry.h"
+#include "ops/lncc_loss/call.h"
 
 namespace regkernels {
 
-inline constexpr int kLnccTileX = 32;       // the widest tile, and that of all small windows
-inline constexpr int kLnccStrip = 4;        // sums along a row that one thread takes at a time
-inline constexpr int kLnccColumnStrip = 3;  // and along a column
+inline constexpr int kLnccTileX = 32;  // width of the widest tile, and of all for small windows
+inline constexpr int kLnccStrip = 4;   // sums along a row that one thread computes at a time
+inline constexpr int kLnccColumnStrip = 3;  // sums along a column that it computes at a time
 
 // A block's tile, and its arrays in shared memory. Counts are of elements.
 struct LnccTile {
   int columns, rows, radius, radius_z, fields;
-  bool small;  // the window: one whose size the compiler knows
+  bool small;  // the compiler knows the size of the window
   bool fused;  // the adjoint fields stay in the block
 
-  REGKERNELS_HD constexpr int halo() const { return fused ? radius : 0; }  // of the correlations
+  // The correlations are needed this far around the tile.
+  REGKERNELS_HD constexpr int halo() const { return fused ? radius : 0; }
   REGKERNELS_HD constexpr int width() const { return columns + 2 * halo(); }
   REGKERNELS_HD constexpr int height() const { return rows + 2 * halo(); }
   REGKERNELS_HD constexpr int in_width() const { return width() + 2 * radius; }
@@ -51,8 +52,8 @@ struct LnccTile {
   }
 
  private:
-  // At least `width`, and an odd number of strips: threads that take the strips of neighbouring
-  // rows then read from different banks of shared memory.
+  // A stride of at least `width` and of an odd number of strips: threads that take the strips of
+  // neighbouring rows then read from different banks of shared memory.
   REGKERNELS_HD static constexpr int odd_strips(int width) {
     return ((width + kLnccStrip - 1) / kLnccStrip | 1) * kLnccStrip;
   }
@@ -75,34 +76,34 @@ constexpr LnccTile lncc_tile(int radius, int radius_z, int fields, bool small, b
   return tile;
 }
 
-// Shared memory that a block may have on the GPUs that kernels of small windows are compiled for,
-// less a little for what has a fixed size: compute capability 9.0 and 10.0; 8.0; any other.
+// Arrays of a fixed size take this much shared memory at most.
 inline constexpr int kLnccFixedBytes = 256;
+// Kernels of small windows are compiled for GPUs that give a block this much shared memory: those
+// of compute capability 9.0 and 10.0; of 8.0; any other.
 inline constexpr int64_t kLnccSharedBytes[] = {227 * 1024, 163 * 1024, 99 * 1024};
 inline constexpr int kLnccSharedLimits = 3;
 
-// Tiles in x and y, columns of planes along z. The planes of all columns, one after the other, are
-// cut into parts of equal length, a block each; a part may be the end of one column and the
-// beginning of the next.
+// How the work is cut: into tiles in x and y, and columns of planes along z. The planes of all
+// columns, one column after the other, are cut into parts of equal length, one for each block; a
+// part may be the end of one column and the beginning of the next.
 struct LnccTiling {
   int tiles_x, tiles_y;
   int64_t columns;  // in a group
   int64_t parts;    // of a group
 };
 
-// `items_together`: one block takes all items of a group, since they share a gradient.
-inline LnccTiling lncc_tiling(const LnccGeometry& geometry, const LnccTile& tile,
-                              bool items_together) {
+// With `items_together` one block takes all items of a group, since they share a gradient.
+inline LnccTiling lncc_tiling(const LnccCall& checked, const LnccTile& tile, bool items_together) {
   LnccTiling tiling;
-  tiling.tiles_x = static_cast<int>((geometry.sizes.x + tile.columns - 1) / tile.columns);
-  tiling.tiles_y = static_cast<int>((geometry.sizes.y + tile.rows - 1) / tile.rows);
-  tiling.columns = geometry.channels * (items_together ? 1 : geometry.batch.items) *
-                   tiling.tiles_x * tiling.tiles_y;
-  // One block for each multiprocessor of a large GPU, as no two fit one. The number depends on the
+  tiling.tiles_x = static_cast<int>((checked.sizes.x + tile.columns - 1) / tile.columns);
+  tiling.tiles_y = static_cast<int>((checked.sizes.y + tile.rows - 1) / tile.rows);
+  tiling.columns = checked.channels * (items_together ? 1 : checked.batch.items) * tiling.tiles_x *
+                   tiling.tiles_y;
+  // Each multiprocessor of a large GPU gets one block, as no two fit one. The number depends on the
   // shape alone, so that the order of summation does.
-  const int64_t groups = std::max<int64_t>(1, geometry.batch.groups);
+  const int64_t groups = std::max<int64_t>(1, checked.batch.groups);
   const int64_t wanted = (kLnccMaxParts + groups - 1) / groups;
-  tiling.parts = std::max<int64_t>(1, std::min(wanted, tiling.columns * geometry.sizes.z));
+  tiling.parts = std::max<int64_t>(1, std::min(wanted, tiling.columns * checked.sizes.z));
   return tiling;
 }
 

@@ -5,7 +5,9 @@
 #include "core/for_each.h"
 #include "core/reduce.h"
 #include "core/vector_code.h"
-#include "ops/mutual_information/kernels.h"
+#include "ops/losses/finish.h"
+#include "ops/mutual_information/call.h"
+#include "ops/mutual_information/mutual_information.h"
 
 namespace regkernels {
 
@@ -26,7 +28,8 @@ struct Pair {
   PairScale<T> scale;
 };
 
-// How the samples of all elements are cut into parts that threads take: by their number alone.
+// How the samples of all elements are cut into parts that threads take. It depends on their number
+// alone.
 struct Parts {
   int64_t count, size;
 
@@ -49,8 +52,8 @@ void find_extremes(const T* values, int64_t count, T* low, T* high) {
 }
 
 // The weights of a block of samples on the bins of one image and, with kSlopes, their derivatives.
-// They are computed tap by tap, all samples at a time, and kept sample by sample, with zeros up to
-// a whole number of vectors.
+// They are computed one tap after the other for all samples together, and kept one sample after the
+// other, with zeros up to a whole number of vectors.
 template <ParzenKernel kKernel, int kReach, bool kSlopes, class T, class Kept>
 struct BlockWeights {
   static constexpr int kTaps = 2 * kReach + 1;
@@ -88,8 +91,8 @@ void load_block(const T* values, int count, T* block) {
   std::fill(block + count, block + kBlock, values[0]);
 }
 
-// Reads a block of samples: where they are in bins, and what they weigh. A sample that weighs
-// nothing is at 0; returns whether one that does is not a number.
+// Reads a block of samples: where they are in bins, and what they weigh. A sample that is not a
+// number is put at 0 and weighs nothing. Returns whether there is one whose weight is not 0.
 template <class T>
 bool read_block(const Pair<T>& pair, int num_bins, int64_t begin, int64_t end, T* pred, T* target,
                 T* weight) {
@@ -118,7 +121,8 @@ bool read_block(const Pair<T>& pair, int num_bins, int64_t begin, int64_t end, T
   return bad != 0;
 }
 
-// Adds a run of samples to a histogram with a margin for what reaches over its ends.
+// Adds a run of samples to a histogram, which has a margin for what reaches over its ends. Returns
+// whether one of them is not a number.
 template <ParzenKernel kKernel, int kReach, class T>
 bool count_samples(const Parzen<T>& window, const Pair<T>& pair, int64_t begin, int64_t end,
                    double* histogram, int64_t pitch) {
@@ -143,7 +147,7 @@ bool count_samples(const Parzen<T>& window, const Pair<T>& pair, int64_t begin, 
   return bad;
 }
 
-// The gradients of a run of samples. Each is written, or added to what is there.
+// Where the gradients of samples go. Each is written, or added to what is there.
 template <class T>
 struct GradientTarget {
   T* data;  // null: not wanted
@@ -206,33 +210,35 @@ void differentiate_samples(const Parzen<T>& window, const Pair<T>& pair, int64_t
 // The elements of a call with their ranges, and the joint histogram of each.
 template <class T>
 struct CpuHistograms {
-  HistogramCall<T> call;
+  HistogramOperands<T> operands;
   std::vector<Pair<T>> pairs;
   std::vector<double> counts;  // num_bins^2 for each element
   std::vector<double> totals;  // NaN where a sample was not a number
 
-  explicit CpuHistograms(const Call& raw) : call(raw) {
-    call.value_range = Operand<const T>(raw.input("value_range"));
+  explicit CpuHistograms(const Call& call) : operands(call) {
+    operands.value_range = Operand<const T>(call.input("value_range"));
     find_ranges();
     count();
   }
 
-  int64_t bins() const { return int64_t{1} * call.geometry.num_bins * call.geometry.num_bins; }
+  int64_t bins() const {
+    return int64_t{1} * operands.checked.num_bins * operands.checked.num_bins;
+  }
 
  private:
   void find_ranges() {
-    const HistogramGeometry& geometry = call.geometry;
-    const int64_t samples = geometry.samples;
+    const MutualInformationCall& checked = operands.checked;
+    const int64_t samples = checked.samples;
     const Parts parts(samples, 1 << 15);
-    const int64_t elements = geometry.elements();
-    const bool own = call.value_range.data == nullptr;
+    const int64_t elements = checked.elements();
+    const bool own = operands.value_range.data == nullptr;
     std::vector<T> extremes(elements * parts.count * kExtremes);
     pairs.reserve(elements);
     for (int64_t element = 0; element < elements; ++element) {
-      const auto [group, item, channel] = call.space().index(element);
-      pairs.push_back({call.pred.at(group, item, channel),
-                       call.target.at(group, item, channel),
-                       call.mask.present() ? call.mask.at(group, item, channel) : nullptr,
+      const auto [group, item, channel] = operands.space().index(element);
+      pairs.push_back({operands.pred.at(group, item, channel),
+                       operands.target.at(group, item, channel),
+                       operands.mask.present() ? operands.mask.at(group, item, channel) : nullptr,
                        {{0, 0}, {0, 0}, 1}});
     }
     parallel_for(elements * parts.count, 1, [&](int64_t first, int64_t last) {
@@ -262,46 +268,47 @@ struct CpuHistograms {
           found[high] = std::max(found[high], other[high]);
         }
       }
-      const auto [group, item, channel] = call.space().index(element);
+      const auto [group, item, channel] = operands.space().index(element);
       pairs[element].scale =
-          PairScale<T>::from(own ? nullptr : call.value_range.at(group, item),
-                             call.geometry.joint_range, found, call.mask.present());
+          PairScale<T>::from(own ? nullptr : operands.value_range.at(group, item),
+                             operands.checked.joint_range, found, operands.mask.present());
     }
   }
 
   void count() {
-    const HistogramGeometry& geometry = call.geometry;
-    const int64_t elements = geometry.elements();
-    // A part's own histogram has to be cleared and added up: little beside four samples per bin.
-    // Many elements keep all threads busy without being cut.
-    const Parts parts(geometry.samples,
-                      std::max<int64_t>({1 << 13, 4 * bins(), geometry.samples * elements / 64}));
-    const int reach = geometry.reach;
+    const MutualInformationCall& checked = operands.checked;
+    const int64_t elements = checked.elements();
+    // A part's own histogram has to be cleared and added up, which is little beside four samples
+    // per bin. Many elements keep all threads busy without being cut.
+    const Parts parts(checked.samples,
+                      std::max<int64_t>({1 << 13, 4 * bins(), checked.samples * elements / 64}));
+    const int reach = checked.reach;
     // Rows are read and written a few columns further than a window goes.
-    const int64_t pitch = table_size(geometry) + kOverhang;
+    const int64_t pitch = table_size(checked) + kOverhang;
     totals.assign(elements, 0);
-    // Of every part; in the end, of every element.
+    // First these are the counts of every part, in the end those of every element.
     counts.resize(elements * parts.count * bins());
     std::vector<char> bad(elements * parts.count);
     parallel_for(elements * parts.count, 1, [&](int64_t first, int64_t last) {
-      std::vector<double> with_margin(pitch * (table_size(geometry) + 1));
+      std::vector<double> with_margin(pitch * (table_size(checked) + 1));
       for (int64_t task = first; task < last; ++task) {
         const int64_t part = task % parts.count;
-        const int64_t begin = parts.begin(part), end = parts.end(part, geometry.samples);
+        const int64_t begin = parts.begin(part), end = parts.end(part, checked.samples);
         const Pair<T>& pair = pairs[task / parts.count];
         std::fill(with_margin.begin(), with_margin.end(), 0);
         double* const histogram = with_margin.data();
-        dispatch_window<T>(geometry, [&](auto kernel, auto known_reach) {
+        dispatch_window<T>(checked, [&](auto kernel, auto known_reach) {
           constexpr auto kKernel = static_cast<ParzenKernel>(decltype(kernel)::value);
           constexpr int kReach = decltype(known_reach)::value;
           bad[task] = with_vector_code([&] {
-            return count_samples<kKernel, kReach>(call.window, pair, begin, end, histogram, pitch);
+            return count_samples<kKernel, kReach>(operands.window, pair, begin, end, histogram,
+                                                  pitch);
           });
         });
         const double* row = histogram + reach * pitch + reach;
         double* to = counts.data() + task * bins();
-        for (int a = 0; a < geometry.num_bins; ++a, row += pitch, to += geometry.num_bins) {
-          std::copy(row, row + geometry.num_bins, to);
+        for (int a = 0; a < checked.num_bins; ++a, row += pitch, to += checked.num_bins) {
+          std::copy(row, row + checked.num_bins, to);
         }
       }
     });
@@ -360,14 +367,14 @@ struct Information {
 template <class T>
 void save(const CpuHistograms<T>& histograms, int64_t element, const Information& information,
           const Tensor& table, const Tensor& scaling) {
-  const HistogramGeometry& geometry = histograms.call.geometry;
-  const int64_t size = table_size(geometry);
+  const MutualInformationCall& checked = histograms.operands.checked;
+  const int64_t size = table_size(checked);
   T* const rows = table.as<T>() + element * size * size;
   std::fill(rows, rows + size * size, T(0));
-  for (int a = 0; a < geometry.num_bins; ++a) {
-    T* const row = rows + (a + geometry.reach) * size + geometry.reach;
-    for (int b = 0; b < geometry.num_bins; ++b) {
-      row[b] = static_cast<T>(-information.by_p[a * geometry.num_bins + b]);
+  for (int a = 0; a < checked.num_bins; ++a) {
+    T* const row = rows + (a + checked.reach) * size + checked.reach;
+    for (int b = 0; b < checked.num_bins; ++b) {
+      row[b] = static_cast<T>(-information.by_p[a * checked.num_bins + b]);
     }
   }
   const PairScale<T>& scale = histograms.pairs[element].scale;
@@ -382,18 +389,18 @@ void save(const CpuHistograms<T>& histograms, int64_t element, const Information
 }
 
 template <class T>
-void loss_run(const Call& call) {
+void run_loss(const Call& call) {
   const CpuHistograms<T> histograms(call);
-  const HistogramGeometry& geometry = histograms.call.geometry;
+  const MutualInformationCall& checked = histograms.operands.checked;
   const auto reduction = call.choice<Reduction>("reduction");
   const Tensor& table = call.output("table");
-  const int64_t elements = geometry.elements();
+  const int64_t elements = checked.elements();
   std::vector<double> losses(elements);
   parallel_for(elements, 1, [&](int64_t first, int64_t last) {
     for (int64_t element = first; element < last; ++element) {
       const Information information(
           histograms.counts.data() + element * histograms.bins(), histograms.totals[element],
-          geometry.num_bins, call.number("smooth_nr"), call.number("smooth_dr"), table.present);
+          checked.num_bins, call.number("smooth_nr"), call.number("smooth_dr"), table.present);
       losses[element] = -information.value;
       if (table.present) save(histograms, element, information, table, call.output("scaling"));
     }
@@ -406,8 +413,8 @@ void loss_run(const Call& call) {
     return;
   }
   const bool mean = reduction == Reduction::kMean;
-  const int64_t per_group = geometry.batch.items * geometry.channels;
-  for (int64_t group = 0; group < geometry.batch.groups; ++group) {
+  const int64_t per_group = checked.batch.items * checked.channels;
+  for (int64_t group = 0; group < checked.batch.groups; ++group) {
     double sum = 0;
     for (int64_t i = 0; i < per_group; ++i) sum += losses[group * per_group + i];
     if (mean && per_group > 0) sum /= static_cast<double>(per_group);
@@ -416,10 +423,10 @@ void loss_run(const Call& call) {
 }
 
 template <class T>
-void histogram_run(const Call& call) {
+void run_histogram(const Call& call) {
   const CpuHistograms<T> histograms(call);
   T* const output = call.output("output").as<T>();
-  for (int64_t element = 0; element < histograms.call.geometry.elements(); ++element) {
+  for (int64_t element = 0; element < histograms.operands.checked.elements(); ++element) {
     const double total = histograms.totals[element];
     const double scale = total == 0 ? 0 : 1 / total;
     for (int64_t bin = 0; bin < histograms.bins(); ++bin) {
@@ -430,29 +437,24 @@ void histogram_run(const Call& call) {
 }
 
 template <class T>
-void gradient_run(const Cpu& device, const Call& call) {
-  const HistogramCall<T> histogram(call);
-  const HistogramGeometry& geometry = histogram.geometry;
-  if (geometry.elements() * geometry.samples == 0) {
-    for (const char* name : {"grad_pred", "grad_target"}) {
-      if (call.output(name).present) clear(device, call.output(name));
-    }
-    return;
-  }
-  const GradientCall<T> gradient(call, histogram);
-  const int64_t turns = gradient.items_together() ? gradient.space.items : 1;
-  const ElementSpace work{gradient.space.items / turns, gradient.space.channels};
-  const Parts parts(geometry.samples, 1 << 14);
-  parallel_for(geometry.elements() / turns * parts.count, 1, [&](int64_t first, int64_t last) {
+void run_gradient(const Cpu& device, const Call& call) {
+  const HistogramOperands<T> histogram(call);
+  const MutualInformationCall& checked = histogram.checked;
+  if (checked.elements() * checked.samples == 0) return clear_gradients(device, call);
+  const GradientOperands<T> gradient(call, histogram);
+  const int64_t items_here = gradient.items_together() ? gradient.space.items : 1;
+  const ElementSpace outer{gradient.space.items / items_here, gradient.space.channels};
+  const Parts parts(checked.samples, 1 << 14);
+  parallel_for(checked.elements() / items_here * parts.count, 1, [&](int64_t first, int64_t last) {
     // Rows of the table are read a few columns further than a window goes.
-    const int64_t size = table_size(geometry), pitch = size + kOverhang;
+    const int64_t size = table_size(checked), pitch = size + kOverhang;
     std::vector<T> table((size + 1) * pitch);
     for (int64_t task = first; task < last; ++task) {
       const int64_t begin = parts.begin(task % parts.count);
-      const int64_t end = parts.end(task % parts.count, geometry.samples);
-      ElementIndex index = work.index(task / parts.count);
-      for (int64_t turn = 0; turn < turns; ++turn) {
-        index.item = turns > 1 ? turn : index.item;
+      const int64_t end = parts.end(task % parts.count, checked.samples);
+      ElementIndex index = outer.index(task / parts.count);
+      for (int64_t n = 0; n < items_here; ++n) {
+        index.item = items_here > 1 ? n : index.item;
         const auto [group, item, channel] = index;
         const Pair<T> pair{
             gradient.pred.at(group, item, channel), gradient.target.at(group, item, channel),
@@ -465,9 +467,9 @@ void gradient_run(const Cpu& device, const Call& call) {
         const auto to = [&, g = group, i = item, c = channel](const Channels<T>& target,
                                                               bool shared) {
           return GradientTarget<T>{target.present() ? target.at(g, i, c) : nullptr,
-                                   shared && turn > 0};
+                                   shared && n > 0};
         };
-        dispatch_smooth_window<T>(geometry, [&](auto kernel, auto reach) {
+        dispatch_smooth_window<T>(checked, [&](auto kernel, auto reach) {
           constexpr auto kKernel = static_cast<ParzenKernel>(decltype(kernel)::value);
           constexpr int kReach = decltype(reach)::value;
           const T factor = gradient.factor(index);
@@ -487,16 +489,16 @@ void gradient_run(const Cpu& device, const Call& call) {
 
 void mutual_information_loss_cpu(const Context&, const Call& call) {
   dispatch_dtype(call.input("pred").dtype,
-                 [&](auto type) { loss_run<typename decltype(type)::type>(call); });
+                 [&](auto type) { run_loss<typename decltype(type)::type>(call); });
 }
 void mutual_information_loss_grad_cpu(const Context& context, const Call& call) {
   dispatch_dtype(call.input("pred").dtype, [&](auto type) {
-    gradient_run<typename decltype(type)::type>(Cpu(context), call);
+    run_gradient<typename decltype(type)::type>(Cpu(context), call);
   });
 }
 void joint_histogram_cpu(const Context&, const Call& call) {
   dispatch_dtype(call.input("pred").dtype,
-                 [&](auto type) { histogram_run<typename decltype(type)::type>(call); });
+                 [&](auto type) { run_histogram<typename decltype(type)::type>(call); });
 }
 
 }  // namespace regkernels

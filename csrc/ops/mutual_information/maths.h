@@ -10,10 +10,10 @@ namespace regkernels {
 
 enum class ParzenKernel { kGaussian, kBSpline, kDelta };
 
-// How many bins to either side of the nearest one a Gaussian window covers: one of three numbers,
-// so that the compiler knows it. What is further away than kWidths widths of the Gaussian is below
-// the rounding of the sum; half a bin more, as the nearest bin may be that far away. The narrow one
-// is for a sigma_ratio of 1 (half a bin), the wide one for 4.
+// How many bins to either side of the nearest one a Gaussian window covers. It is one of three
+// numbers, so that the compiler knows it. What is further away than kWidths widths of the Gaussian
+// is below the rounding of the sum; the window is half a bin wider, as the nearest bin may be that
+// far away. The narrow number is for a sigma_ratio of 1 (half a bin), the wide one for 4.
 template <class T>
 struct GaussianReach {
   static constexpr double kWidths = sizeof(T) == 4 ? 6.5 : 8.6;
@@ -45,7 +45,7 @@ struct IntensityRange {
   T inverse;  // 2 / (high - low), or 0
 
   REGKERNELS_HD IntensityRange(T l, T h) : low(l), high(h), inverse(0) {
-    // By halves, since the difference may be more than the largest number.
+    // The difference is taken by halves, since it may be more than the largest number.
     const T half = T(0.5) * h - T(0.5) * l;
     if (half > 0) inverse = 1 / half;
     if (inverse > largest_inverse()) inverse = 0;
@@ -57,13 +57,13 @@ struct IntensityRange {
     const T x = (T(0.5) * inside - T(0.5) * low) * inverse;
     return (x > 1 ? T(1) : x) * static_cast<T>(num_bins) - T(0.5);
   }
-  // dt / dvalue; at the two ends the clamp passes the derivative.
+  // The derivative dt / dvalue. At the two ends the clamp passes it.
   REGKERNELS_HD T slope(T value, int num_bins) const {
     return value >= low && value <= high ? T(0.5) * inverse * static_cast<T>(num_bins) : T(0);
   }
 
  private:
-  // So that the slope is finite for any number of bins.
+  // The largest inverse with which the slope is finite for any number of bins.
   static REGKERNELS_HD T largest_inverse() { return sizeof(T) == 4 ? T(2.6e36) : T(1.4e306); }
 };
 
@@ -93,8 +93,8 @@ REGKERNELS_HD Rounded<T> nearest_bin(T t, int num_bins) {
   return {beyond ? static_cast<T>(num_bins - 1) : bin.value, beyond ? num_bins - 1 : bin.integer};
 }
 
-// The weights of a sample on the bins about the nearest one, of sum 1, and their derivatives with
-// respect to t.
+// The weights of a sample on the bins about the nearest one, which add up to 1, and their
+// derivatives with respect to t.
 template <class T, int kReach>
 struct ParzenWeights {
   int middle;
@@ -102,14 +102,14 @@ struct ParzenWeights {
   T slope[2 * kReach + 1];
 };
 
-// A Gaussian's values ever further from the middle, at f + j and f - j for j = 1, 2, ...:
+// The values of a Gaussian ever further from the middle, at f + j and f - j for j = 1, 2, ..., from
 // exp(-(f - j)^2 / 2s^2) = exp(-f^2 / 2s^2) exp(f / s^2)^j exp(-j^2 / 2s^2)
 template <class T>
 struct GaussianWings {
   T ratio, inverse_ratio;
   T up, down;
 
-  // The middle is where both begin; without its factor a narrow window's wings would overflow.
+  // Both wings begin in the middle. Without its factor those of a narrow window would overflow.
   REGKERNELS_HD GaussianWings(const Parzen<T>& window, T f)
       : ratio(exp2_of(2 * (window.sharpness * f))),
         inverse_ratio(reciprocal(ratio)),

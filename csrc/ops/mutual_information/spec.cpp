@@ -1,8 +1,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "core/check.h"
-#include "ops/mutual_information/geometry.h"
+#include "ops/mutual_information/call.h"
 #include "ops/mutual_information/mutual_information.h"
 #include "ops/table.h"
 
@@ -25,7 +24,7 @@ void check_value_range(const Call& call) {
   }
 }
 
-// One divides by the other: within these limits every bin's term is finite.
+// One smoothing term divides the other: within these limits every bin's term is finite.
 constexpr double kLeastDivisor = 1e-30, kMostSmoothing = 1e30;
 
 void check_smoothing(const Call& call, const char* name, double least) {
@@ -35,42 +34,42 @@ void check_smoothing(const Call& call, const char* name, double least) {
   }
 }
 
-}  // namespace
-
-HistogramGeometry histogram_geometry(const Call& call) {
-  HistogramGeometry geometry;
-  geometry.dtype = check_dtypes(call);
+MutualInformationCall check(const Call& call) {
+  MutualInformationCall checked;
+  checked.dtype = check_dtypes(call);
   check_compared(call);
   const Tensor& pred = call.input("pred");
-  geometry.channels = pred.shape[2];
-  geometry.samples = pred.shape.count(3);
+  checked.channels = pred.shape[2];
+  checked.samples = pred.shape.count(3);
   const int64_t num_bins = call.integer("num_bins");
   if (num_bins < 2 || num_bins > 256) {
     fail_value(call, "num_bins", "a number from 2 to 256", concat(num_bins));
   }
-  geometry.num_bins = static_cast<int>(num_bins);
-  geometry.kernel = call.choice<ParzenKernel>("kernel");
+  checked.num_bins = static_cast<int>(num_bins);
+  checked.kernel = call.choice<ParzenKernel>("kernel");
   const double ratio = call.number("sigma_ratio");
   if (!(ratio >= 0.25 && ratio <= 4)) {
     fail_value(call, "sigma_ratio", "a number from 0.25 to 4", concat(ratio));
   }
-  geometry.reach = 0;
-  if (geometry.kernel == ParzenKernel::kGaussian) {
+  checked.reach = 0;
+  if (checked.kernel == ParzenKernel::kGaussian) {
     const double width = width_in_bins(call);
-    geometry.reach = geometry.dtype == DType::kFloat64 ? GaussianReach<double>::of(width)
-                                                       : GaussianReach<float>::of(width);
-  } else if (geometry.kernel == ParzenKernel::kBSpline) {
-    geometry.reach = kBSplineReach;
+    checked.reach = checked.dtype == DType::kFloat64 ? GaussianReach<double>::of(width)
+                                                     : GaussianReach<float>::of(width);
+  } else if (checked.kernel == ParzenKernel::kBSpline) {
+    checked.reach = kBSplineReach;
   }
-  geometry.joint_range = call.flag("joint_range");
-  return geometry;
+  checked.joint_range = call.flag("joint_range");
+  return checked;
 }
 
+}  // namespace
+
 template <class T>
-Parzen<T> parzen_window(const Call& call, const HistogramGeometry& geometry) {
+Parzen<T> parzen_window(const Call& call, const MutualInformationCall& checked) {
   const double width = width_in_bins(call);
   Parzen<T> window{};
-  window.num_bins = geometry.num_bins;
+  window.num_bins = checked.num_bins;
   window.sharpness = static_cast<T>(1 / (2 * std::log(2.0) * width * width));
   window.inverse_width = static_cast<T>(1 / (width * width));
   for (int j = 0; j <= GaussianReach<T>::kWide; ++j) {
@@ -79,76 +78,69 @@ Parzen<T> parzen_window(const Call& call, const HistogramGeometry& geometry) {
   return window;
 }
 
-template Parzen<float> parzen_window<float>(const Call&, const HistogramGeometry&);
-template Parzen<double> parzen_window<double>(const Call&, const HistogramGeometry&);
+template Parzen<float> parzen_window<float>(const Call&, const MutualInformationCall&);
+template Parzen<double> parzen_window<double>(const Call&, const MutualInformationCall&);
 
 namespace {
 
-struct Workspaces {
-  int extremes, counts;
-};
-
 // Checks what the loss and the histogram have in common, and asks for the memory to count in.
-HistogramGeometry infer_histogram(Call& call, const Workspaces& outputs) {
-  HistogramGeometry geometry = histogram_geometry(call);
+const MutualInformationCall& infer_histogram(Call& call) {
+  MutualInformationCall found = check(call);
   check_value_range(call);
-  geometry.batch = check_batch(call);
-  const Shape elements = {geometry.batch.groups, geometry.batch.items, geometry.channels};
+  found.batch = check_batch(call);
+  const auto& checked = call.keep(found);
+  const Shape elements = {checked.batch.groups, checked.batch.items, checked.channels};
   if (!call.input("value_range").present || call.input("mask").present) {
     Shape extremes = elements;
-    extremes.append(extreme_parts(geometry.samples));
+    extremes.append(extreme_parts(checked.samples));
     extremes.append(kExtremes);
-    call.outputs[outputs.extremes] = tensor_spec(geometry.dtype, extremes);
+    call.set("extremes", tensor_spec(checked.dtype, extremes));
   }
-  // One more, to tell that a sample was not a number.
+  // One count more than there are bins tells that a sample was not a number.
   Shape counts = elements;
-  counts.append(geometry.num_bins * geometry.num_bins + 1);
-  call.outputs[outputs.counts] = tensor_spec(DType::kInt64, counts);
-  return geometry;
+  counts.append(checked.num_bins * checked.num_bins + 1);
+  call.set("counts", tensor_spec(DType::kInt64, counts));
+  return checked;
 }
 
-Tensor loss_spec(const Call& call, const HistogramGeometry& geometry) {
-  const Batch& batch = geometry.batch;
+Tensor loss_spec(const Call& call, const MutualInformationCall& checked) {
+  const Batch& batch = checked.batch;
   if (call.choice<Reduction>("reduction") != Reduction::kNone) {
-    return tensor_spec(geometry.dtype, {batch.groups});
+    return tensor_spec(checked.dtype, {batch.groups});
   }
-  return tensor_spec(geometry.dtype, {batch.groups, batch.items, geometry.channels});
+  return tensor_spec(checked.dtype, {batch.groups, batch.items, checked.channels});
 }
 
-Tensor table_spec(const HistogramGeometry& geometry) {
-  const int64_t size = table_size(geometry);
-  return tensor_spec(geometry.dtype,
-                     {geometry.batch.groups, geometry.batch.items, geometry.channels, size, size});
+Tensor table_spec(const MutualInformationCall& checked) {
+  const int64_t size = table_size(checked);
+  return tensor_spec(checked.dtype,
+                     {checked.batch.groups, checked.batch.items, checked.channels, size, size});
 }
 
-Tensor scaling_spec(const HistogramGeometry& geometry) {
-  return tensor_spec(geometry.dtype,
-                     {geometry.batch.groups, geometry.batch.items, geometry.channels, kScalings});
+Tensor scaling_spec(const MutualInformationCall& checked) {
+  return tensor_spec(checked.dtype,
+                     {checked.batch.groups, checked.batch.items, checked.channels, kScalings});
 }
 
-void check_differentiable(const Call& call, const HistogramGeometry& geometry) {
-  if (geometry.kernel == ParzenKernel::kDelta) {
+void check_differentiable(const Call& call, const MutualInformationCall& checked) {
+  if (checked.kernel == ParzenKernel::kDelta) {
     fail_value(call, "kernel", "'gaussian' or 'b-spline' where a gradient is wanted", "'delta'");
   }
 }
 
-enum Output { kLoss, kTable, kScaling, kLossExtremes, kLossCounts, kValues };
-
 void infer(Call& call) {
-  const HistogramGeometry geometry = infer_histogram(call, {kLossExtremes, kLossCounts});
+  const auto& checked = infer_histogram(call);
   check_smoothing(call, "smooth_nr", 0);
   check_smoothing(call, "smooth_dr", kLeastDivisor);
-  call.outputs[kLoss] = loss_spec(call, geometry);
-  if (call.wants(kTable) || call.wants(kScaling)) check_differentiable(call, geometry);
-  if (call.wants(kTable)) call.outputs[kTable] = table_spec(geometry);
-  if (call.wants(kScaling)) call.outputs[kScaling] = scaling_spec(geometry);
+  call.set("output", loss_spec(call, checked));
+  if (call.wants("table") || call.wants("scaling")) check_differentiable(call, checked);
+  if (call.wants("table")) call.set("table", table_spec(checked));
+  if (call.wants("scaling")) call.set("scaling", scaling_spec(checked));
   if (call.choice<Reduction>("reduction") != Reduction::kNone) {
-    call.outputs[kValues] = tensor_spec(
-        DType::kFloat64, {geometry.batch.groups, geometry.batch.items, geometry.channels});
+    call.set("values", tensor_spec(DType::kFloat64,
+                                   {checked.batch.groups, checked.batch.items, checked.channels}));
   }
 }
-
-enum GradOutput { kGradPred, kGradTarget };
 
 void check_saved(const Call& call, const char* name, Tensor expected) {
   const Tensor& saved = call.input(name);
@@ -157,28 +149,27 @@ void check_saved(const Call& call, const char* name, Tensor expected) {
 }
 
 void infer_grad(Call& call) {
-  HistogramGeometry geometry = histogram_geometry(call);
-  check_differentiable(call, geometry);
-  geometry.batch = check_batch(call);
-  check_saved(call, "table", table_spec(geometry));
-  check_saved(call, "scaling", scaling_spec(geometry));
-  const Tensor loss = loss_spec(call, geometry);
+  MutualInformationCall found = check(call);
+  check_differentiable(call, found);
+  found.batch = check_batch(call);
+  const auto& checked = call.keep(found);
+  check_saved(call, "table", table_spec(checked));
+  check_saved(call, "scaling", scaling_spec(checked));
+  const Tensor loss = loss_spec(call, checked);
   check_cotangent(call, "grad_output", loss.dtype, loss.shape);
-  if (call.wants(kGradPred)) {
-    call.outputs[kGradPred] = gradient_spec(call.input("pred"), geometry.batch);
+  if (call.wants("grad_pred")) {
+    call.set("grad_pred", gradient_spec(call.input("pred"), checked.batch));
   }
-  if (call.wants(kGradTarget)) {
-    call.outputs[kGradTarget] = gradient_spec(call.input("target"), geometry.batch);
+  if (call.wants("grad_target")) {
+    call.set("grad_target", gradient_spec(call.input("target"), checked.batch));
   }
 }
 
-enum HistogramOutput { kHistogram, kHistogramExtremes, kHistogramCounts };
-
 void infer_joint(Call& call) {
-  const HistogramGeometry geometry = infer_histogram(call, {kHistogramExtremes, kHistogramCounts});
-  call.outputs[kHistogram] =
-      tensor_spec(geometry.dtype, {geometry.batch.groups, geometry.batch.items, geometry.channels,
-                                   geometry.num_bins, geometry.num_bins});
+  const auto& checked = infer_histogram(call);
+  call.set("output",
+           tensor_spec(checked.dtype, {checked.batch.groups, checked.batch.items, checked.channels,
+                                       checked.num_bins, checked.num_bins}));
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ template <class Device>
 void scale(const Device& device, const Tensor& input, const Tensor& output, int64_t num_steps) {
   dispatch_dtype(input.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    // Any array as rows of its last spatial axis and components.
+    // The loop takes any array as rows of its last spatial axis and components.
     const int rank = input.shape.rank();
     const int64_t row = input.shape[rank - 1] * input.shape[rank - 2];
     const int64_t rows = input.shape[rank - 3];

@@ -8,24 +8,24 @@ namespace {
 
 constexpr int64_t kMaxSteps = 64;
 
-void infer_scaled(Call& call, const char* input) {
+void infer_scaled(Call& call, const char* input, const char* output) {
   const DType dtype = check_dtypes(call);
   check_field(call, input);
   const int64_t steps = call.integer("num_steps");
   if (steps < 0 || steps > kMaxSteps) {
     fail_value(call, "num_steps", concat("a number from 0 to ", kMaxSteps), std::to_string(steps));
   }
-  call.outputs[0] = tensor_spec(dtype, call.input(input).shape);
+  call.set(output, tensor_spec(dtype, call.input(input).shape));
 }
 
-void infer(Call& call) { infer_scaled(call, "velocity"); }
-void infer_grad(Call& call) { infer_scaled(call, "grad_output"); }
+void infer(Call& call) { infer_scaled(call, "velocity", "output"); }
+void infer_grad(Call& call) { infer_scaled(call, "grad_output", "grad_velocity"); }
 
 }  // namespace
 
 std::vector<Op> scale_velocity_ops() {
-  // The options of the squarings come along, so that a bad one is found before the first of them
-  // runs, and also where there are none.
+  // The options of the squarings are checked here, so that a bad one is found before the first of
+  // the squarings runs, and also where there are none.
   const std::vector<AttrSpec> attributes = {
       {"num_steps", AttrKind::kInt},
       {"padding_mode", AttrKind::kChoice, {"zeros", "border", "reflection"}},

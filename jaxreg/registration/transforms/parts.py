@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import interpolate, invert_displacement
+from jaxreg.warp import INVERSE_TOLERANCE
 from regkernels import AffineMap, DisplacementField, Grid
 from regkernels.grid import Matrix, inverse_matrix
-from regkernels.maps import Part
+from regkernels.maps import Part, as_part
 
 __all__ = ["affine_between", "compose_parts", "invert_part", "rotate"]
 
@@ -22,7 +23,7 @@ Residual = NDArray[np.float32]
 
 
 @functools.singledispatch
-def invert_part(part: Part, *, tolerance: float = 0.01) -> tuple[Part, Residual]:
+def invert_part(part: Part, *, tolerance: float = INVERSE_TOLERANCE) -> tuple[Part, Residual]:
     """Return the part that undoes another one.
 
     Parameters
@@ -46,16 +47,18 @@ def invert_part(part: Part, *, tolerance: float = 0.01) -> tuple[Part, Residual]
     TypeError
         If it is neither.
     """
-    raise _no_part(part)
+    raise TypeError(
+        f"part: expected an AffineMap or a DisplacementField, got {type(part).__name__}"
+    )
 
 
 @invert_part.register
-def _(part: AffineMap, *, tolerance: float = 0.01) -> tuple[Part, Residual]:
+def _(part: AffineMap, *, tolerance: float = INVERSE_TOLERANCE) -> tuple[Part, Residual]:
     return part.inverse(), np.zeros((), np.float32)
 
 
 @invert_part.register
-def _(part: DisplacementField, *, tolerance: float = 0.01) -> tuple[Part, Residual]:
+def _(part: DisplacementField, *, tolerance: float = INVERSE_TOLERANCE) -> tuple[Part, Residual]:
     grid = part.grid
     size = jnp.asarray(2 / np.array(grid.shape[::-1]), jnp.float32)
     vectors = jnp.asarray(part.vectors, jnp.float32)
@@ -71,13 +74,14 @@ _Chain = tuple[Matrix, jax.Array | None]
 """``p -> A(p + v(p))``: ``A``, and ``v`` in millimetres at the voxels of a grid or `None`."""
 
 
-def compose_parts(parts: Sequence[Part], grid: Grid) -> _Chain:
+def compose_parts(parts: Sequence[Part | ArrayLike], grid: Grid) -> _Chain:
     """Write a chain on a grid as ``p -> A(p + v(p))``.
 
     Parameters
     ----------
     parts
-        In the order in which a point goes through them.
+        Affine maps (or their matrices) and displacement fields, in the order in which a point goes
+        through them.
     grid
         Where the displacements are to be known.
 
@@ -91,17 +95,19 @@ def compose_parts(parts: Sequence[Part], grid: Grid) -> _Chain:
     Raises
     ------
     TypeError
-        If a part is neither an affine map nor a displacement field.
+        If a part is neither an affine map, a displacement field nor a matrix.
+    ValueError
+        If a matrix has another shape.
     """
     chain: _Chain = np.eye(grid.ndim + 1), None
-    for part in parts:
+    for part in map(as_part, parts):
         chain = _followed_by(part, chain, grid)
     return chain
 
 
 @functools.singledispatch
 def _followed_by(part: Part, chain: _Chain, grid: Grid) -> _Chain:
-    raise _no_part(part)
+    raise NotImplementedError(type(part))
 
 
 @_followed_by.register
@@ -118,17 +124,12 @@ def _(part: DisplacementField, chain: _Chain, grid: Grid) -> _Chain:
     affine = affine_between(part.grid, matrix @ to_physical)
     same = part.grid.shape == grid.shape and np.allclose(affine, np.eye(*affine.shape[1:]), 0, 1e-7)
     if same and before is None:
-        found = jnp.asarray(part.vectors, jnp.float32)  # without the memory that sampling takes
+        # Sampling would give the same and take memory.
+        found = jnp.asarray(part.vectors, jnp.float32)
     else:
         found = _sample_vectors(part, affine, before, grid.shape)
     step = rotate(inverse_matrix(matrix), found)
     return matrix, step if vectors is None else vectors + step
-
-
-def _no_part(value: object) -> TypeError:
-    return TypeError(
-        f"parts: expected an AffineMap or a DisplacementField, got {type(value).__name__}"
-    )
 
 
 def affine_between(sampled: Grid, to_physical: Matrix) -> Matrix:

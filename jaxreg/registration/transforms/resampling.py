@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import interpolate, interpolate_labels
 from jaxreg.registration.transforms.parts import affine_between, compose_parts, rotate
@@ -24,7 +24,7 @@ Interpolation = Literal["linear", "nearest", "labels"]
 def resample(
     volume: Volume,
     reference: Volume | Grid,
-    parts: Sequence[Part] = (),
+    parts: Sequence[Part | ArrayLike] = (),
     interpolation: Interpolation = "linear",
 ) -> Volume:
     """Sample a volume where a chain of transforms sends the voxels of a grid.
@@ -36,8 +36,8 @@ def resample(
     reference
         Gives the grid of the result.
     parts
-        Affine maps and displacement fields, in the order in which a point of the reference goes
-        through them.
+        Affine maps (or their matrices) and displacement fields, in the order in which a point of
+        the reference goes through them.
     interpolation
         ``"linear"``, with a result in float32; ``"nearest"``; or ``"labels"``, the label with the
         largest sum of linear weights. The latter two keep the dtype, and make up no values.
@@ -53,7 +53,7 @@ def resample(
         If the dimensions differ, a matrix cannot be inverted where it has to be, or labels are
         not integers.
     TypeError
-        If a part is neither an affine map nor a displacement field.
+        If a part is neither an affine map, a displacement field nor a matrix.
     """
     grid = reference.grid if isinstance(reference, Volume) else reference
     if grid.ndim != volume.ndim:

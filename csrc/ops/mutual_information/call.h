@@ -1,11 +1,48 @@
-// What both devices need to know of a call.
 #pragma once
 
+#include <algorithm>
+
 #include "core/dispatch.h"
-#include "ops/mutual_information/geometry.h"
-#include "ops/mutual_information/mutual_information.h"
+#include "core/large_gpu.h"
+#include "ops/losses/compared.h"
+#include "ops/mutual_information/maths.h"
 
 namespace regkernels {
+
+// What a checked call of any of the ops amounts to.
+struct MutualInformationCall {
+  DType dtype;
+  Batch batch;
+  int64_t channels;
+  int64_t samples;  // of an image and channel
+  int num_bins;
+  ParzenKernel kernel;
+  int reach;
+  bool joint_range;
+
+  int64_t elements() const { return batch.groups * batch.items * channels; }
+};
+
+template <class T>
+Parzen<T> parzen_window(const Call& call, const MutualInformationCall& checked);
+
+// The table of derivatives has a margin of zeros, as wide as a window reaches over the ends.
+inline int64_t table_size(const MutualInformationCall& checked) {
+  return checked.num_bins + 2 * checked.reach;
+}
+
+// What is found out about a pair of images before their samples are counted: the extremes of both
+// and the largest weight, for each of the parts that the samples are cut into.
+enum Extreme { kLowPred, kHighPred, kLowTarget, kHighTarget, kHighMask, kExtremes };
+
+inline int64_t extreme_parts(int64_t samples) {
+  return std::max<int64_t>(
+      1, std::min<int64_t>(2 * kLargeGpuMultiprocessors, (samples + 8191) / 8192));
+}
+
+// What the forward pass saves for the gradient: the ranges, 1 / (sum of the weights), and the
+// largest weight, by which all weights are divided.
+enum Scaling { kRangePred, kRangeTarget = 2, kInverseTotal = 4, kLargestWeight, kScalings };
 
 // How the values of one pair of images are read.
 template <class T>
@@ -14,7 +51,7 @@ struct PairScale {
   // Samples weigh mask / largest_weight, so that sums neither overflow nor vanish.
   T largest_weight;
 
-  // Of a mask without a finite weight above 0, none is scaled.
+  // The weights of a mask without a finite one above 0 are not scaled.
   REGKERNELS_HD T weight(T mask) const { return largest_weight > 0 ? mask / largest_weight : mask; }
 
   REGKERNELS_HD static PairScale from(const T* given, bool joint, const T* extremes, bool masked) {
@@ -52,27 +89,26 @@ struct ElementSpace {
   }
 };
 
+// What a joint histogram is made of.
 template <class T>
-struct HistogramCall {
-  HistogramGeometry geometry;
+struct HistogramOperands {
+  MutualInformationCall checked;
   Parzen<T> window;
   Channels<const T> pred, target, mask;
   Operand<const T> value_range;
 
-  explicit HistogramCall(const Call& call)
-      : geometry(histogram_geometry(call)),
-        window(parzen_window<T>(call, geometry)),
+  explicit HistogramOperands(const Call& call)
+      : checked(call.checked<MutualInformationCall>()),
+        window(parzen_window<T>(call, checked)),
         pred(call.input("pred")),
         target(call.input("target")),
-        mask(call.input("mask")) {
-    geometry.batch = check_batch(call);
-  }
-  ElementSpace space() const { return {geometry.batch.items, geometry.channels}; }
+        mask(call.input("mask")) {}
+  ElementSpace space() const { return {checked.batch.items, checked.channels}; }
 };
 
-// What the gradient goes by.
+// What the gradient is computed from.
 template <class T>
-struct GradientCall {
+struct GradientOperands {
   Parzen<T> window;
   Channels<const T> pred, target, mask;
   Channels<T> grad_pred, grad_target;
@@ -83,7 +119,7 @@ struct GradientCall {
   ElementSpace space;
   int64_t table_count;  // entries of one channel's table
 
-  GradientCall(const Call& call, const HistogramCall<T>& histogram)
+  GradientOperands(const Call& call, const HistogramOperands<T>& histogram)
       : window(histogram.window),
         pred(histogram.pred),
         target(histogram.target),
@@ -93,9 +129,9 @@ struct GradientCall {
         table(call.input("table")),
         scaling(call.input("scaling")),
         space(histogram.space()) {
-    const HistogramGeometry& geometry = histogram.geometry;
+    const MutualInformationCall& checked = histogram.checked;
     const auto shared = [&](const Channels<T>& gradient, const char* name) {
-      return gradient.present() && call.output(name).shape[1] != geometry.batch.items;
+      return gradient.present() && call.output(name).shape[1] != checked.batch.items;
     };
     sum_pred = shared(grad_pred, "grad_pred");
     sum_target = shared(grad_target, "grad_target");
@@ -107,7 +143,7 @@ struct GradientCall {
     if (call.choice<Reduction>("reduction") == Reduction::kMean) {
       reduction = static_cast<T>(1 / static_cast<double>(space.items * space.channels));
     }
-    table_count = table_size(geometry) * table_size(geometry);
+    table_count = table_size(checked) * table_size(checked);
   }
 
   // Where gradients are shared, all items of a group and channel are one piece of work.
@@ -136,24 +172,24 @@ struct GradientCall {
 
 // Calls body(kernel, reach) with compile-time values, for kernels with a derivative.
 template <class T, class Body>
-void dispatch_smooth_window(const HistogramGeometry& geometry, const Body& body) {
+void dispatch_smooth_window(const MutualInformationCall& checked, const Body& body) {
   using Reach = GaussianReach<T>;
-  if (geometry.kernel == ParzenKernel::kBSpline) {
+  if (checked.kernel == ParzenKernel::kBSpline) {
     return body(IntTag<static_cast<int>(ParzenKernel::kBSpline)>{}, IntTag<kBSplineReach>{});
   }
   constexpr IntTag<static_cast<int>(ParzenKernel::kGaussian)> gaussian;
-  if (geometry.reach == Reach::kNarrow) return body(gaussian, IntTag<Reach::kNarrow>{});
-  if (geometry.reach == Reach::kMiddling) return body(gaussian, IntTag<Reach::kMiddling>{});
+  if (checked.reach == Reach::kNarrow) return body(gaussian, IntTag<Reach::kNarrow>{});
+  if (checked.reach == Reach::kMiddling) return body(gaussian, IntTag<Reach::kMiddling>{});
   body(gaussian, IntTag<Reach::kWide>{});
 }
 
-// And for all of them.
+// Calls body(kernel, reach) with compile-time values, for all kernels.
 template <class T, class Body>
-void dispatch_window(const HistogramGeometry& geometry, const Body& body) {
-  if (geometry.kernel == ParzenKernel::kDelta) {
+void dispatch_window(const MutualInformationCall& checked, const Body& body) {
+  if (checked.kernel == ParzenKernel::kDelta) {
     return body(IntTag<static_cast<int>(ParzenKernel::kDelta)>{}, IntTag<0>{});
   }
-  dispatch_smooth_window<T>(geometry, body);
+  dispatch_smooth_window<T>(checked, body);
 }
 
 }  // namespace regkernels

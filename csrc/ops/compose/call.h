@@ -4,7 +4,8 @@
 
 namespace regkernels {
 
-struct ComposeGeometry {
+// What a checked composition amounts to.
+struct ComposeCall {
   DType dtype;
   int dimensions;
   Sizes in_sizes;   // of u, which is sampled
@@ -13,6 +14,6 @@ struct ComposeGeometry {
   Shape output;
 };
 
-ComposeGeometry compose_geometry(const Call& call);
+ComposeCall check_compose(const Call& call);
 
 }  // namespace regkernels

@@ -4,7 +4,8 @@
 
 namespace regkernels {
 
-struct AffineWarpGeometry {
+// What a checked call amounts to.
+struct AffineWarpCall {
   DType dtype;
   int dimensions;
   Sizes sizes;
@@ -12,6 +13,6 @@ struct AffineWarpGeometry {
   Shape output;
 };
 
-AffineWarpGeometry affine_warp_geometry(const Call& call);
+AffineWarpCall check_affine_warp(const Call& call);
 
 }  // namespace regkernels

@@ -1,0 +1,229 @@
+"""The tables of the documentation, made from the results that are kept.
+
+    python benchmarks/tables.py [--check] [PAGE ...]
+
+Writes what stands between ``<!-- table: warp-h100 -->`` and ``<!-- /table -->`` anew, from
+``benchmarks/results/<card>/warp.json``: the name is that of a benchmark, and a word of the name of
+a card or all of it. A table whose results are not kept stays as it is, and is told of. With
+``--check`` nothing is written, and a table that is not up to date is an error. Without pages, all
+of docs/ and the README are looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+NOTHING = "\N{EN DASH}"
+
+Result = Mapping[str, Any]
+
+# Columns by their headings, and how the names of those begin whose times are in them; the fastest
+# counts where several are.
+WARP = {
+    "torchreg": "torchreg",
+    "jaxreg": "jaxreg",
+    "PyTorch's own": "torch ",
+    "jnp": "jnp ",
+}
+SIMILARITY = {
+    "torchreg": "torchreg",
+    "jaxreg": "jaxreg",
+    "MONAI": "MONAI",
+    "MONAI compiled": "MONAI compiled",
+    "fused_lncc": "fused_lncc",
+    "jnp": "jnp ",
+}
+OURS = ("torchreg", "jaxreg")
+LOOP = " in a loop"
+
+
+def find_result(name: str, results: Path) -> Result | None:
+    """Return what is kept under the name of a table, None if nothing is.
+
+    Raises
+    ------
+    ValueError
+        If several cards have that word in their names.
+    """
+    benchmark, _, word = name.partition("-")
+    found = [
+        path
+        for path in sorted(results.glob(f"*/{benchmark}.json"))
+        if word == path.parent.name or f"-{word}-" in f"-{path.parent.name}-"
+    ]
+    if len(found) > 1:
+        raise ValueError(
+            f"{name}: expected the name of one card, got that of "
+            f"{' and '.join(path.parent.name for path in found)}"
+        )
+    return json.loads(found[0].read_text()) if found else None
+
+
+def number(value: float | None) -> str:
+    """Return three digits, or as many as there are after the point of a millisecond."""
+    if value is None:
+        return NOTHING
+    decimals = next((d for d, least in enumerate((100, 10, 1)) if value >= least), 3)
+    return f"{value:.{decimals}f}"
+
+
+def line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(map(line, [heads, ["---"] * len(heads), *rows]))
+
+
+def about(result: Result) -> str:
+    """Return what the numbers were measured on, and how."""
+    facts = result["about"]
+    versions = facts["versions"]
+    where = [f"One {facts['device']}" if "driver" in facts else f"On the CPU ({facts['device']})"]
+    if "driver" in facts:
+        where.append(f"driver {facts['driver']}")
+    where += [facts["dtype"], "\N{MULTIPLICATION SIGN}".join(map(str, facts["shape"]))]
+    names = {"torch": "PyTorch", "jax": "JAX", "monai": "MONAI", "regkernels": "regkernels"}
+    where += [
+        f"{title} {versions[name]}"
+        for name, title in names.items()
+        if versions.get(name, "not installed") != "not installed"
+    ]
+    where += [f"commit {facts['commit']}", facts["date"]]
+    text = f"{', '.join(where)}: `{facts['command']}`."
+    if "copy_GB_per_s" in facts:
+        text += f" Copy rate {number(facts['copy_GB_per_s'])} GB/s."
+    if facts["missing"]:
+        text += f" Not installed there: {', '.join(facts['missing'])}."
+    return text
+
+
+def peers_table(columns: Mapping[str, str]) -> Callable[[Result], str]:
+    """Return a maker of tables of milliseconds and memory, one row for each work."""
+
+    def make(result: Result) -> str:
+        rows = [row for row in result["rows"] if not row["who"].endswith(LOOP)]
+        works = list(dict.fromkeys(row["work"] for row in rows))
+        fastest = {
+            (work, head): best(rows, work, start, columns)
+            for work in works
+            for head, start in columns.items()
+        }
+        heads = [h for h in columns if any(fastest[work, h] is not None for work in works)]
+        lines = []
+        for work in works:
+            found = [fastest[work, head] for head in heads]
+            floor = next((row["floor_ms"] for row in found if row and "floor_ms" in row), None)
+            cells = [cell(row, head in OURS) for row, head in zip(found, heads, strict=True)]
+            memory = [number_of_mib(row) for row in found]
+            lines.append([work, number(floor), *cells, ", ".join(memory)])
+        return table(["milliseconds of a call", "floor", *heads, "memory of each (MiB)"], lines)
+
+    return make
+
+
+def best(
+    rows: Sequence[Result], work: str, start: str, columns: Mapping[str, str]
+) -> Result | None:
+    """Return the fastest row of a work among those of a column."""
+    if start.endswith(" "):
+        found = [row for row in rows if row["work"] == work and row["who"].startswith(start)]
+    else:
+        found = [row for row in rows if row["work"] == work and row["who"] == start]
+    return min(found, key=lambda row: row.get("ms", float("inf")), default=None)
+
+
+def cell(row: Result | None, ours: bool) -> str:
+    if row is None:
+        return NOTHING
+    if "error" in row:
+        return "failed"
+    return f"**{number(row['ms'])}**" if ours else number(row["ms"])
+
+
+def number_of_mib(row: Result | None) -> str:
+    memory = row.get("memory_mib") if row else None
+    return NOTHING if memory is None else f"{memory:.0f}"
+
+
+def registration_table(result: Result) -> str:
+    """Seconds, milliseconds an iteration and memory of a registration and its parts."""
+    lines = []
+    for row in result["rows"]:
+        once = row["work"].startswith("iteration")
+        each = row["ms"] if once else row.get("ms_per_iteration")
+        seconds = None if once else row["ms"] / 1e3
+        lines.append([row["work"], number(seconds), number(each), number_of_mib(row)])
+    return table(["what", "seconds", "milliseconds an iteration", "memory (MiB)"], lines)
+
+
+def latency_table(result: Result) -> str:
+    """Microseconds of the calling thread, one column for each step of a call."""
+    steps = list(dict.fromkeys(row["who"].removeprefix("torchreg ") for row in result["rows"]))
+    works = list(dict.fromkeys(row["work"] for row in result["rows"]))
+    times = {(row["work"], row["who"].removeprefix("torchreg ")): row for row in result["rows"]}
+    lines = [[work, *(f"{times[work, step]['ms'] * 1e3:.1f}" for step in steps)] for work in works]
+    return table(["microseconds of a call", *steps], lines)
+
+
+TABLES: Mapping[str, Callable[[Result], str]] = {
+    "warp": peers_table(WARP),
+    "similarity": peers_table(SIMILARITY),
+    "registration": registration_table,
+    "latency": latency_table,
+}
+
+
+def rewrite(text: str, results: Path = RESULTS) -> tuple[str, list[str]]:
+    """Return a page with its tables made anew, and the names of those without results."""
+    without = []
+
+    def replace(found: re.Match[str]) -> str:
+        start, name, _, end = found.groups()
+        make = TABLES.get(name.partition("-")[0])
+        if make is None:
+            raise ValueError(f"{name}: expected a table of {', '.join(TABLES)}")
+        result = find_result(name, results)
+        if result is None:
+            without.append(name)
+            return found[0]
+        return f"{start}\n{make(result)}\n\n{about(result)}\n\n{end}"
+
+    if len(MARKED.findall(text)) != text.count("<!-- table:"):
+        raise ValueError("expected a <!-- /table --> behind every <!-- table: NAME -->")
+    return MARKED.sub(replace, text), without
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pages", nargs="*", type=Path, default=PAGES, metavar="PAGE")
+    parser.add_argument("--check", action="store_true", help="see that they are up to date")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    options = parser.parse_args(arguments)
+    stale = []
+    for page in options.pages:
+        text = page.read_text()
+        new, without = rewrite(text, options.results)
+        for name in without:
+            print(f"{page}: no results for {name}: left as it is", file=sys.stderr)
+        if new != text:
+            stale.append(page)
+            if not options.check:
+                page.write_text(new)
+    if options.check and stale:
+        raise SystemExit(f"run python benchmarks/tables.py: not up to date: {[*map(str, stale)]}")
+
+
+if __name__ == "__main__":
+    main()

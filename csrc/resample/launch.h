@@ -1,0 +1,71 @@
+// `interpolate` (images, channels first) and `compose` (fields, channels last) are both this:
+// samples and all gradients that a call asks for.
+#pragma once
+
+#include <type_traits>
+
+#include "core/for_each.h"
+#include "core/operand.h"
+#include "core/reduce.h"
+#include "resample/affine_gradient.h"
+#include "resample/call.h"
+#include "resample/field_gradient.h"
+#include "resample/forward.h"
+#include "resample/round_image.h"
+#include "resample/scatter_cpu.h"
+#include "resample/scatter_cuda.h"
+#include "resample/with_resampling.h"
+
+namespace regkernels {
+
+template <bool kChannelsLast, class Device>
+void resample_forward(const Device& device, const ResampleCall& call, const Tensor& output) {
+  if (output.shape.count() == 0) return;
+  const VoxelSpace space = voxel_space(call.groups, call.items, call.out_sizes);
+  with_resampling<kChannelsLast>(call, [&](const auto& resampling) {
+    using R = std::decay_t<decltype(resampling)>;
+    ResampleForward<R> body{resampling, Operand<typename R::S>(output), call.add_field};
+    for_each_voxel(device, space, body);
+  });
+}
+
+template <bool kChannelsLast, class Device>
+void resample_backward(const Device& device, const ResampleCall& call) {
+  if (call.grad_output->shape.count() == 0) {
+    for (const Tensor* gradient : {call.grad_input, call.grad_affine, call.grad_field}) {
+      if (gradient->present) clear(device, *gradient);
+    }
+    return;
+  }
+  const VoxelSpace space = voxel_space(call.groups, call.items, call.out_sizes);
+  with_resampling<kChannelsLast>(call, [&](const auto& resampling) {
+    using R = std::decay_t<decltype(resampling)>;
+    using S = typename R::S;
+    using T = typename R::T;
+    const Operand<const S> grad_output(*call.grad_output);
+    if (call.grad_field->present) {
+      const bool shared = call.grad_field->shape[1] != call.items;
+      VoxelSpace outer = space;
+      if (shared) outer.items = 1;
+      for_each_voxel(device, outer,
+                     FieldGradient<R>{resampling, grad_output, Operand<T>(*call.grad_field),
+                                      call.add_field, shared ? space.items : 1});
+    }
+    if (call.grad_input->present) {
+      constexpr bool kRounds = !std::is_same_v<S, T>;
+      const Tensor& sums = kRounds ? *call.scatter.sums : *call.grad_input;
+      scatter(device, space, resampling, *call.grad_output, sums, call.scatter);
+      if constexpr (kRounds) round_image<S>(device, sums, *call.grad_input);
+    }
+    if constexpr (R::kAffine) {
+      if (call.grad_affine->present) {
+        const AffineMoments<R> body{resampling, grad_output};
+        reduce_voxels(device, space, body, *call.partial_sums, *call.grad_affine);
+      }
+    } else if (call.grad_affine->present) {
+      clear(device, *call.grad_affine);  // the field is the whole warp and the affine is ignored
+    }
+  });
+}
+
+}  // namespace regkernels

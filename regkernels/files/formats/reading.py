@@ -1,0 +1,131 @@
+"""What the formats have in common: where voxels are, and reading what may be cut short."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
+
+import numpy as np
+
+__all__ = [
+    "Voxels",
+    "blocks",
+    "check_sizes",
+    "existing_file",
+    "integer_field",
+    "is_gzip",
+    "packing_of",
+    "read_exactly",
+    "telling_of_damage",
+]
+
+_BLOCK = 1 << 22
+
+
+class Voxels(NamedTuple):
+    """Where the voxels of an image are.
+
+    Attributes
+    ----------
+    file
+        That of the image, or one beside it.
+    offset
+        Where in the file they begin, or what they are compressed to.
+    skipped
+        Bytes before them, counted when it is unpacked.
+    packing
+        How they are compressed.
+    size
+        How many bytes they are if not as many as in memory.
+    dtype
+        What they are if ITK would hide that one is not finite.
+    """
+
+    file: Path
+    offset: int
+    skipped: int
+    packing: Literal["none", "gzip", "zlib"]
+    size: int | None = None
+    dtype: np.dtype[Any] | None = None
+
+
+@contextmanager
+def telling_of_damage(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say of which file it is that something is missing."""
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: cut short or damaged: {error}") from error
+
+
+def check_sizes(path: Path, name: str, text: str, count: int) -> None:
+    """Look at how many voxels there are along each axis: ITK's readers trust what is there."""
+    sizes = text.split()
+    if len(sizes) != count or not all(re.fullmatch(r"\+?0*[1-9][0-9]{0,9}", s) for s in sizes):
+        raise ValueError(f"{path}: {name}: expected {count} positive integers, got {text[:40]!r}")
+
+
+def integer_field(name: str, fields: dict[str, str]) -> int:
+    """Return a field of a header, 0 where it is missing."""
+    try:
+        return int(fields.get(name, "0"))
+    except ValueError:
+        raise EOFError(f"{name}: expected an integer, got {fields[name]!r}") from None
+
+
+def existing_file(path: Path, data: Path) -> Path:
+    """Return the file of the voxels of an image if there is one."""
+    if not os.path.isfile(data):  # names that are too long, too
+        raise FileNotFoundError(f"{path}: no such file of its voxels: {data}")
+    return data
+
+
+def blocks(voxels: Voxels) -> Iterator[bytes]:
+    """Read all from the voxels to the end of a file, which verifies its checksum if it has one."""
+    with voxels.file.open("rb") as raw:
+        raw.seek(min(voxels.offset, voxels.file.stat().st_size))
+        if voxels.packing == "zlib":
+            yield from _inflated(raw)
+            return
+        file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if voxels.packing == "gzip" else raw
+        skipped = voxels.skipped
+        while skipped > 0 and (block := file.read(min(skipped, _BLOCK))):
+            skipped -= len(block)
+        while block := file.read(_BLOCK):
+            yield block
+
+
+def _inflated(file: BinaryIO) -> Iterator[bytes]:
+    inflate = zlib.decompressobj()
+    while not inflate.eof:
+        packed = inflate.unconsumed_tail or file.read(_BLOCK)
+        block = inflate.decompress(packed, _BLOCK)
+        if not packed and not block:
+            raise EOFError("its compressed voxels have no end")
+        yield block
+
+
+def packing_of(path: Path) -> Literal["none", "gzip"]:
+    """Tell whether a file is compressed; as for ITK, its name does not say."""
+    return "gzip" if is_gzip(path) else "none"
+
+
+def is_gzip(path: Path) -> bool:
+    """Tell whether a file begins as gzip compresses."""
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def read_exactly(file: BinaryIO, count: int) -> bytes:
+    """Read so many bytes, or fail if a file has fewer left."""
+    # The count is what a file says: it may be more than there is, in the file and in memory.
+    data = file.read(min(count, max(os.fstat(file.fileno()).st_size, _BLOCK)))
+    if len(data) < count:
+        raise EOFError(f"expected {count} bytes more, got {len(data)}")
+    return data

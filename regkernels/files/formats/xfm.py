@@ -1,0 +1,20 @@
+"""Text files of MINC transforms."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+__all__ = ["check_xfm"]
+
+_XFM = b"MNI Transform File"
+
+
+def check_xfm(path: Path) -> None:
+    """Look at a text file of MINC, statements with a semicolon behind each."""
+    text = path.read_bytes()
+    if not text.startswith(_XFM):
+        raise ValueError(f"{path}: not a transform: expected {_XFM.decode()} at its start")
+    *statements, rest = re.sub(rb"(?m)^%.*", b"", text).split(b";")
+    if rest.strip() or not statements or b"Transform_Type" in statements[-1]:
+        raise EOFError("expected a statement with a semicolon at the end")
