@@ -149,7 +149,7 @@ class JaxBackend(Backend):
             pulled_back = self.pullback(name, tuple(wrt), structure, settings)
             return tuple(map(np.asarray, pulled_back(self.array(cotangent), arrays)))
 
-    @functools.cache  # noqa: B019
+    @functools.lru_cache(32)  # noqa: B019
     def pullback(self, name: str, wrt: tuple[int, ...], structure: Any, settings: Settings) -> Any:
         """Both passes as one program, of a cotangent and the arrays among the arguments."""
         import jax
