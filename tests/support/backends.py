@@ -75,6 +75,13 @@ class Backend:
         """Gradients of ``sum(cotangent * function(*args))`` to the arguments numbered ``wrt``."""
         raise NotImplementedError
 
+    def value_and_vjp(
+        self, name: str, args: Sequence[Any], cotangent: Array, wrt: Sequence[int], **options: Any
+    ) -> tuple[Any, tuple[Array, ...]]:
+        """What ``call`` and ``vjp`` return, in one program if need be."""
+        value = self.call(name, *args, **options)
+        return value, self.vjp(name, args, cotangent, wrt, **options)
+
 
 Settings = tuple[tuple[int, Any], ...]
 
@@ -138,24 +145,50 @@ class JaxBackend(Backend):
     def vjp(
         self, name: str, args: Sequence[Any], cotangent: Array, wrt: Sequence[int], **options: Any
     ) -> tuple[Array, ...]:
-        import jax
-
         if not wrt:
             return ()
+        return self.run_differentiated(name, args, cotangent, wrt, options, with_value=False)[1]
+
+    def value_and_vjp(
+        self, name: str, args: Sequence[Any], cotangent: Array, wrt: Sequence[int], **options: Any
+    ) -> tuple[Any, tuple[Array, ...]]:
+        return self.run_differentiated(name, args, cotangent, wrt, options, with_value=True)
+
+    def run_differentiated(
+        self,
+        name: str,
+        args: Sequence[Any],
+        cotangent: Array,
+        wrt: Sequence[int],
+        options: dict[str, Any],
+        with_value: bool,
+    ) -> tuple[Any, tuple[Array, ...]]:
+        import jax
+
         with self.scope((*args, *options.values())):
             call = [self.array(a) for a in args], self.arrays(options)
             leaves, structure = jax.tree.flatten(call)
             arrays, settings = arrays_and_settings(leaves)
-            pulled_back = self.pullback(name, tuple(wrt), structure, settings)
-            return tuple(map(np.asarray, pulled_back(self.array(cotangent), arrays)))
+            program = self.differentiated(name, tuple(wrt), structure, settings, with_value)
+            return jax.tree.map(np.asarray, program(self.array(cotangent), arrays))
 
     @functools.lru_cache(32)  # noqa: B019
-    def pullback(self, name: str, wrt: tuple[int, ...], structure: Any, settings: Settings) -> Any:
-        """Both passes as one program, of a cotangent and the arrays among the arguments."""
+    def differentiated(
+        self,
+        name: str,
+        wrt: tuple[int, ...],
+        structure: Any,
+        settings: Settings,
+        with_value: bool,
+    ) -> Any:
+        """Both passes, and a call that is not differentiated, as one program.
+
+        It takes a cotangent and the arrays among the arguments.
+        """
         import jax
 
         @jax.jit
-        def pulled_back(cotangent: Any, arrays: dict[int, Any]) -> Any:
+        def program(cotangent: Any, arrays: dict[int, Any]) -> tuple[Any, Any]:
             operands, options = jax.tree.unflatten(structure, merged(arrays, settings))
 
             def function(*chosen: Any) -> Any:
@@ -163,9 +196,11 @@ class JaxBackend(Backend):
                 given = [replaced.get(k, operand) for k, operand in enumerate(operands)]
                 return self.function(name)(*given, **options)
 
-            return jax.vjp(function, *[operands[k] for k in wrt])[1](cotangent)
+            chosen = [operands[k] for k in wrt]
+            value = function(*chosen) if with_value else None
+            return value, jax.vjp(function, *chosen)[1](cotangent) if wrt else ()
 
-        return pulled_back
+        return program
 
 
 class TorchBackend(Backend):
