@@ -55,7 +55,7 @@ demo: $(VENV)/.installed-demo ## register two brains; pictures and volumes in ./
 	$(BIN)/jaxreg demo
 
 test: lint ## the tests that this machine can run
-	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.installed ## thousands of random calls, other ones each time
 	$(BIN)/pytest tests/ops/test_random_calls.py --hypothesis-profile=fuzz $(PYTEST_ARGS)

@@ -11,7 +11,6 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy.typing import ArrayLike
 from scenes import grainy, header, physical_grid, placed, scene, similarity
 
 from jaxreg import compose, convert_displacement, lncc_loss
@@ -26,13 +25,11 @@ from jaxreg.registration import (
     Progress,
     SyN,
     Translation,
-    dice,
     ncc,
     preset,
     register,
     register_images,
     stage_from_name,
-    target_registration_error,
 )
 from jaxreg.registration.transforms.transform import Transform
 from regkernels import Volume, rigid_motion
@@ -432,47 +429,6 @@ def test_the_default_preset_finds_the_shipped_brains_wherever_they_start() -> No
     (ncc_turned, lncc_turned), (ncc_aligned, lncc_aligned) = scores
     assert ncc_turned > 0.99 * ncc_aligned > 0.97
     assert lncc_turned > 0.99 * lncc_aligned > 0.8
-
-
-# --- evaluation ---------------------------------------------------------------------------------
-
-
-def test_dice_is_twice_the_overlap_over_the_sizes() -> None:
-    a = np.array([[1, 1, 2, 0], [1, 0, 2, 0]])
-    b = np.array([[1, 1, 0, 0], [0, 5, 2, 0]])
-    assert dice(a, b) == {1: pytest.approx(2 * 2 / 5), 2: pytest.approx(2 * 1 / 3), 5: 0.0}
-    assert dice(0 * a, 0 * b) == {}
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "message"),
-    [
-        (np.zeros((2, 2)), np.zeros((2, 3)), r"labels_b: expected shape \(2, 2\)"),
-        (np.full((2, 2), 0.5), np.zeros((2, 2)), "labels_a: expected integers"),
-        (np.zeros((2, 2)), np.full((2, 2), -1), "labels_b: expected integers"),
-    ],
-)
-def test_what_are_no_labels_is_refused(a: np.ndarray, b: np.ndarray, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        dice(a, b)
-
-
-class _Shift(Transform):
-    def transform_points(self, points: ArrayLike) -> np.ndarray:
-        return np.asarray(points) + np.array([3, 4, 0])
-
-
-def test_the_target_registration_error_is_a_distance_in_millimetres() -> None:
-    transform = _Shift(header((4, 5, 6), (2, 2, 2)).grid, np.eye(4))
-    points = np.arange(12.0).reshape(4, 3)
-    np.testing.assert_allclose(target_registration_error(transform, points, points), 5)
-    np.testing.assert_allclose(
-        target_registration_error(transform, points, points + np.array([3, 4, 0])), np.zeros(4)
-    )
-    with pytest.raises(ValueError, match=r"points_fixed: expected shape \(K, 3\)"):
-        target_registration_error(transform, points[:, :2], points[:, :2])
-    with pytest.raises(ValueError, match=r"points_moving: expected shape \(4, 3\)"):
-        target_registration_error(transform, points, points[:2])
 
 
 # --- presets and names --------------------------------------------------------------------------

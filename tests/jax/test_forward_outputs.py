@@ -127,7 +127,7 @@ def operands(dtype: object = np.float64) -> tuple[Array, Array, Array]:
 
 def weighted_sum(value: Any) -> Any:
     """A scalar that tells the elements of the result apart."""
-    weight = 1 + jnp.arange(value.size, dtype=value.dtype).reshape(value.shape)
+    weight = 1 + np.arange(value.size, dtype=value.dtype).reshape(value.shape)
     return jnp.sum(jnp.sin(weight * value))
 
 
