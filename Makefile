@@ -76,9 +76,9 @@ sanitize: $(VENV)/.installed ## the extension under AddressSanitizer and Undefin
 	  PYTHONPATH="$(CURDIR)/$(SANITIZED):$(CURDIR)" $(BIN)/pytest -m "not gpu" \
 	  tests/ops/test_random_calls.py tests/ops/test_bad_input.py tests/ops/test_non_finite.py tests/ops/test_threads.py $(PYTEST_ARGS)
 
-docs: $(VENV)/.installed ## the API reference in build/docs
-	$(BIN)/python -W error::UserWarning -W "ignore:Error parsing type annotation ForwardRef:UserWarning" \
-	  -m pdoc --docformat numpy --math -o build/docs regkernels jaxreg jaxreg.registration torchreg
+docs: $(VENV)/.installed ## these pages and the reference as a site: build/docs/index.html
+	$(BIN)/sphinx-build -W --keep-going -q -b html -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
 
 bench: $(VENV)/.installed ## speed and memory beside what one would otherwise use
 	for benchmark in warp similarity registration latency; do \

@@ -43,7 +43,7 @@ def lncc_loss(
     """Local normalized cross-correlation of two images, as a loss, with its exact gradient.
 
     About every voxel a window of ``kernel_size`` voxels a side, zero outside the image, with
-    weights of sum m. From the weighted sums over it,
+    weights of sum m. From the weighted sums over it::
 
         cross = sum(I J) - sum(I) sum(J) / m
         v_I   = max(sum(I I) - sum(I)^2 / m, smooth_dr)         v_J likewise
@@ -135,7 +135,7 @@ def mutual_information_loss(
     Intensities are mapped to x in [0, 1] by ``value_range`` and clamped. A Parzen window spreads
     each over bins with the centres ``c_b = (b + 1/2) / num_bins``, with weights of sum 1. p_ab is
     the mean over the voxels of the product of the two images' weights, p_a and p_b are its sums
-    over b and over a, and
+    over b and over a, and::
 
         MI = sum over a, b of p_ab log((p_ab + smooth_nr) / (p_a p_b + smooth_dr) + smooth_dr)
 

@@ -1,4 +1,4 @@
-"""The documentation: every public name has a whole docstring, and the examples in docs/ run."""
+"""The documentation: public names have whole docstrings and are listed; what pages show runs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import importlib
 import inspect
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command import run
 from scenes import header, physical_grid, scene
 
@@ -61,6 +63,20 @@ def test_every_public_name_is_documented(module: str, name: str) -> None:
     assert set(found) <= {"Parameters", "Returns", "Raises", "Notes", "References", "Examples"}
 
 
+@pytest.mark.parametrize("module", ["regkernels", "jaxreg", "torchreg", "jaxreg.registration"])
+def test_every_public_name_is_in_the_reference(module: str) -> None:
+    told: set[str] = set()
+    current = ""
+    page = DOCS / "api" / f"{module.split('.')[-1]}.rst"
+    for directive, name in re.findall(r"^\.\. (\w+):: (\S+)$", page.read_text(), re.MULTILINE):
+        if directive == "currentmodule":
+            current = name
+        elif directive in ("autofunction", "autoclass", "autodata"):
+            told.add(name if "." in name else f"{current}.{name}")
+    names = set(importlib.import_module(module).__all__) - {"__version__"}
+    assert told == {f"{module}.{name}" for name in names}
+
+
 @pytest.mark.parametrize("module", ["jaxreg", "torchreg"])
 def test_every_op_tells_its_errors(module: str) -> None:
     package = importlib.import_module(module)
@@ -72,8 +88,9 @@ def test_every_op_tells_its_errors(module: str) -> None:
         assert "ValueError" in raises and "TypeError" in raises, name
 
 
-DOCS = Path(__file__).parent.parent / "docs"
-PAGES = sorted(DOCS.rglob("*.md"))
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 STAGES = ("moments", "translation", "rigid", "similarity", "affine", "greedy", "svf", "syn")
 
 
@@ -112,10 +129,19 @@ def test_a_setting_is_explained_alike_on_every_page() -> None:
     assert len(told) == len({setting for setting, *_ in told})
 
 
+def without_code(text: str) -> str:
+    """A page without its blocks of code, in which brackets are no links."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
 def test_every_link_of_a_page_leads_somewhere() -> None:
-    for page in (*PAGES, DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"):
-        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", page.read_text()):
+    files = [ROOT / name for name in ("CONTRIBUTING.md", "csrc/README.md", "benchmarks/NOTES.md")]
+    for page in (*PAGES, *files):
+        text = without_code(page.read_text())
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", text):
             linked = (page.parent / target) if target else page
+            if target == "api/index":  # of Sphinx: not Markdown
+                linked = linked.with_suffix(".rst")
             assert linked.exists(), f"{page}: {target}"
             if anchor:
                 headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
@@ -134,21 +160,64 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_volume(moving, folder / "moving.nii.gz")
     write_volume(fixed.with_array(np.asarray(fixed.array) > 0.1), folder / "mask.nii.gz")
     write_volume(moving.with_array(np.asarray(moving.array) > 0.5), folder / "labels.nii.gz")
-    arguments = ["fixed.nii.gz", "moving.nii.gz", "-o", "out", "--preset", "fast"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert run("register", *arguments) == 0
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+@pytest.fixture(scope="module")
+def images_and_out(images: Path) -> Path:
+    """With `out`, what `jaxreg register` makes of them."""
+    arguments = ["fixed.nii.gz", "moving.nii.gz", "-o", "out", "--preset", "fast"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(images)
+        assert run("register", *arguments) == 0
+    return images
+
+
+@pytest.fixture
+def few_threads() -> Iterator[None]:
+    """For tiny tensors: PyTorch's threads would wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def blocks_of(page: Path) -> list[tuple[str, str]]:
+    """What a page shows in fences, with the language of each."""
+    text = page.read_text()
+    found = re.findall(r"^```([^\n]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert 2 * len(found) == len(re.findall(r"^ *```", text, re.MULTILINE)), "a fence is not closed"
+    return found
+
+
+def is_run(language: str) -> bool:
+    return language in ("python", "sh")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_shows_is_run_or_said_to_be_something_else(page: Path) -> None:
+    """Commands of other programs are `console` and sessions with them `pycon`."""
+    others = {"", "console", "pycon", "cpp", "{toctree}"}
+    assert {language for language, _ in blocks_of(page)} <= {"python", "sh"} | others
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if any(is_run(language) for language, _ in blocks_of(page))],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_the_examples_of_a_page_run_in_its_order(
-    page: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path,
+    images: Path,
+    few_threads: None,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Python, with what it shows where there are prompts, and commands of ours."""
     monkeypatch.chdir(images)
-    blocks = re.findall(r"^```(python|sh)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
-    assert blocks
+    blocks = [(language, text) for language, text in blocks_of(page) if is_run(language)]
+    if any("out/" in text for _, text in blocks):
+        request.getfixturevalue("images_and_out")
     names: dict[str, object] = {}
     for language, text in blocks:
         if language == "sh":

@@ -74,7 +74,7 @@ def riemannian_adam_step(
 ) -> tuple[jax.Array, AdamMoments]:
     r"""Turn a gradient into the displacement to compose with.
 
-    .. math:: \delta = -\lambda\, \min\Big(1, \frac{1/2}{\max_x \|a(x)\|}\Big)\, a, \qquad
+    .. math:: \delta = -\lambda\, \min\left(1, \frac{1/2}{\max_x \|a(x)\|}\right)\, a, \qquad
               a = \frac{\hat m}{\sqrt{\hat v} + \epsilon}
 
     with Adam's bias-corrected moments :math:`\hat m, \hat v` of every component. The direction
