@@ -71,9 +71,11 @@ sanitize: $(VENV)/.installed ## the extension under AddressSanitizer and Undefin
 	  -DXLA_FFI_INCLUDE_DIR="$(CURDIR)/build/headers/jaxlib/include" -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
 	$(BIN)/cmake --build $(SANITIZED)
+	rm -rf $(SANITIZED)/site && mkdir $(SANITIZED)/site && cp -r regkernels jaxreg torchreg $(SANITIZED)/site
+	$(BIN)/cmake --install $(SANITIZED) --prefix $(SANITIZED)/site
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  PYTHONPATH="$(CURDIR)/$(SANITIZED):$(CURDIR)" $(BIN)/pytest -m "not gpu" \
+	  PYTHONPATH="$(CURDIR)/$(SANITIZED)/site" $(BIN)/pytest -m "not gpu" \
 	  tests/ops/test_random_calls.py tests/ops/test_bad_input.py tests/ops/test_non_finite.py tests/ops/test_threads.py $(PYTEST_ARGS)
 
 docs: $(VENV)/.installed ## these pages and the reference as a site: build/docs/index.html
