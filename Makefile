@@ -3,7 +3,7 @@
 PYTHON ?= python3
 # CUDA kernels: AUTO (when a CUDA compiler is found), ON or OFF.
 CUDA ?= AUTO
-# CUDA architectures, such as 90 or "80;90"; empty: the default list of CMakeLists.txt.
+# CUDA architectures, such as 90 or "80;90"; empty: the default list of CMakeLists.txt, in the demo this machine's.
 CUDA_ARCHS ?=
 PYTEST_ARGS ?=
 # Where `make bench` puts its results; benchmarks/results is what the tables of the documentation are made from.
@@ -11,9 +11,11 @@ RESULTS ?= build/results
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-BUILD_SETTINGS := --config-settings=cmake.define.REGKERNELS_CUDA=$(CUDA) \
-  $(if $(CUDA_ARCHS),"--config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHS)")
+comma := ,
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# $(call build_settings,CUDA kernels,CUDA architectures)
+build_settings = --config-settings=cmake.define.REGKERNELS_CUDA=$1 \
+  $(if $2,"--config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$2")
 SOURCES := $(shell find csrc regkernels jaxreg torchreg -type f -not -path '*/__pycache__/*' -not -name '*.md') \
   CMakeLists.txt pyproject.toml constraints.txt
 
@@ -29,17 +31,31 @@ $(BIN)/python:
 
 # torch first and pinned: a range would take the newest build with all its CUDA packages.
 $(VENV)/.installed: $(BIN)/python $(SOURCES)
-	$(PIP) install -c constraints.txt torch==2.13.0
-	$(PIP) install -c constraints.txt $(BUILD_SETTINGS) ".[jax,torch,cli,test,dev,docs]"
+	@echo "Installing both packages with all that they can use, and compiling the kernels: this takes some minutes"
+	$(PIP) install --quiet -c constraints.txt torch==2.13.0
+	$(PIP) install --quiet -c constraints.txt $(call build_settings,$(CUDA),$(CUDA_ARCHS)) ".[jax,torch,cli,test,dev,docs]"
+	@touch $@ $(VENV)/.installed-demo
+
+# The demo takes kernels for the CUDA devices of this machine alone, and for none without a device or a CUDA compiler.
+# When `nvidia-smi` fails it says so in words; only numbers from 8.0 on count.
+gpu_archs = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+  | sed -n 's/^\([89]\|1[0-9]\)\.\([0-9]\)$$/\1\2-real/p' | sort -u | paste -sd ';' -)
+demo_archs = $(or $(CUDA_ARCHS),$(gpu_archs))
+demo_cuda = $(if $(filter AUTO,$(CUDA)),$(if $(and $(demo_archs),$(or $(CUDACXX),$(shell command -v nvcc))),ON,OFF),$(CUDA))
+demo_extras = jax,$(if $(and $(filter ON,$(demo_cuda)),$(gpu_archs)),cuda13$(comma))cli
+$(VENV)/.installed-demo: $(BIN)/python $(SOURCES)
+	@echo "Installing JAX and what the command line needs, and compiling the kernels for the CPU" \
+	  "$(if $(filter ON,$(demo_cuda)),and CUDA ($(or $(demo_archs),default architectures)))": this takes some minutes
+	$(PIP) install -c constraints.txt $(call build_settings,$(demo_cuda),$(demo_archs)) ".[$(demo_extras)]"
 	@touch $@
 
 install: $(VENV)/.installed ## both packages with everything they can use, in .venv
 
-demo: $(VENV)/.installed ## register two brains; pictures and volumes in ./jaxreg-demo
+demo: $(VENV)/.installed-demo ## register two brains; pictures and volumes in ./jaxreg-demo
 	$(BIN)/jaxreg demo
 
 test: lint ## the tests that this machine can run
-	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.installed ## thousands of random calls, other ones each time
 	$(BIN)/pytest tests/ops/test_random_calls.py --hypothesis-profile=fuzz $(PYTEST_ARGS)
@@ -48,16 +64,18 @@ fuzz: $(VENV)/.installed ## thousands of random calls, other ones each time
 # the C++ library, whose exceptions it watches, have to be there first.
 SANITIZED := build/sanitize
 sanitize: $(VENV)/.installed ## the extension under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(PIP) install -c constraints.txt pybind11 cmake ninja
-	$(PIP) install --no-deps --target build/headers jaxlib==0.6.2
+	$(PIP) install --quiet -c constraints.txt pybind11 cmake ninja
+	$(PIP) install --quiet --no-deps --target build/headers jaxlib==0.8.2
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja \
 	  -DREGKERNELS_CUDA=OFF -DREGKERNELS_SANITIZE=address,undefined \
 	  -DXLA_FFI_INCLUDE_DIR="$(CURDIR)/build/headers/jaxlib/include" -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
 	$(BIN)/cmake --build $(SANITIZED)
+	rm -rf $(SANITIZED)/site && mkdir $(SANITIZED)/site && cp -r regkernels jaxreg torchreg $(SANITIZED)/site
+	$(BIN)/cmake --install $(SANITIZED) --prefix $(SANITIZED)/site
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  PYTHONPATH="$(CURDIR)/$(SANITIZED):$(CURDIR)" $(BIN)/pytest -m "not gpu" \
+	  PYTHONPATH="$(CURDIR)/$(SANITIZED)/site" $(BIN)/pytest -m "not gpu" \
 	  tests/ops/test_random_calls.py tests/ops/test_bad_input.py tests/ops/test_non_finite.py tests/ops/test_threads.py $(PYTEST_ARGS)
 
 docs: $(VENV)/.installed ## these pages and the reference as a site: build/docs/index.html
@@ -69,7 +87,7 @@ bench: $(VENV)/.installed ## speed and memory beside what one would otherwise us
 	  $(BIN)/python benchmarks/$$benchmark.py --output $(RESULTS) || exit 1; done
 
 wheel: ## a wheel for PYTHON in wheelhouse/, for CUDA_ARCHS if given
-	$(PYTHON) -m pip --disable-pip-version-check wheel . --no-deps --wheel-dir wheelhouse $(BUILD_SETTINGS)
+	$(PYTHON) -m pip --disable-pip-version-check wheel . --no-deps --wheel-dir wheelhouse $(call build_settings,$(CUDA),$(CUDA_ARCHS))
 
 format: $(VENV)/.installed ## ruff and clang-format
 	$(BIN)/ruff check --fix .

@@ -31,6 +31,7 @@ from harness import Record, add_file_arguments
 
 from jaxreg import convert_displacement, interpolate
 from jaxreg.registration import (
+    LNCC,
     Affine,
     Greedy,
     Iterative,
@@ -187,7 +188,7 @@ def main() -> None:
     arguments = parse_arguments()
     device = jax.devices("gpu" if arguments.device == "cuda" else "cpu")[0]
     stages = [
-        stage(SCALES, arguments.iterations, metric="lncc", kernel_size=5, tolerance=0)
+        stage(SCALES, arguments.iterations, metric=LNCC(kernel_size=5), tolerance=0)
         for stage in (Affine, Greedy)
     ]
     record = Record(

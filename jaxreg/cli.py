@@ -57,7 +57,7 @@ def _run(arguments: Sequence[str] | None) -> NoReturn:
             raise KeyboardInterrupt from None
     except KeyboardInterrupt:
         _fail("interrupted", _INTERRUPTED)
-    except BrokenPipeError:  # who reads has seen enough, as `head` does
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` does
         # Python would try to write the rest when it ends, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(_FAILED) from None
@@ -66,7 +66,7 @@ def _run(arguments: Sequence[str] | None) -> NoReturn:
     except Exception as error:
         if _is_lack_of_memory(error):
             _fail(f"out of memory: {error}", _FAILED)
-        # What the parser finds wrong with the arguments; its class moved between typer's versions.
+        # The parser's own errors have this method; their class moved between typer's versions.
         if not hasattr(error, "format_message"):
             raise
         if not error.format_message():  # the help was asked for, by giving no arguments

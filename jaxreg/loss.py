@@ -10,22 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxreg._ops import apply, plain_number, static_tuple
+from jaxreg._ops import apply
+from regkernels.options import broadcast_mask_shape, intensity_bounds, is_joint, optional_tuple
 
 ValueRange = str | Sequence[Sequence[ArrayLike]] | None
+
+_ARRAYS = (jax.Array, np.ndarray)
 
 
 def _weights(mask: Any, image: Any) -> Any:
     """A mask with the image's spatial axes, as numbers; what does not fit is left as it is."""
-    if not isinstance(mask, jax.Array | np.ndarray):
+    if not isinstance(mask, _ARRAYS):
         return mask
     if mask.dtype == bool:
         mask = mask.astype(jnp.float32)
-    sizes, wanted = mask.shape[2:], np.shape(image)[2:]
-    if sizes != wanted and len(sizes) == len(wanted):
-        fits = all(n in (1, m) for n, m in zip(sizes, wanted, strict=True))
-        mask = jnp.broadcast_to(mask, (*mask.shape[:2], *wanted)) if fits else mask
-    return mask
+    shape = broadcast_mask_shape(mask.shape, np.shape(image))
+    return mask if shape is None else jnp.broadcast_to(mask, shape)
 
 
 def lncc_loss(
@@ -94,7 +94,7 @@ def lncc_loss(
         {
             "kernel_size": kernel_size,
             "window": window,
-            "sigma": () if sigma is None else static_tuple(sigma),
+            "sigma": optional_tuple(sigma),
             "smooth_nr": smooth_nr,
             "smooth_dr": smooth_dr,
             "reduction": reduction,
@@ -102,45 +102,15 @@ def lncc_loss(
     )
 
 
-def _is_joint(value_range: Any) -> bool:
-    return isinstance(value_range, str) and value_range == "joint"
-
-
 def _intensity_ranges(op: str, value_range: Any, pred: Any, target: Any) -> Any:
-    """Low and high of pred and of target, as the op takes them; ``None`` where it looks for them.
-
-    Numbers are checked. What arrays hold is not looked at: that would wait for the device.
-    """
-    if value_range is None or _is_joint(value_range):
+    """Low and high of pred and of target, as the op takes them; ``None``: it looks for them."""
+    if value_range is None or is_joint(value_range):
         return None
-    expected = f"{op}: value_range: expected None, 'joint' or ((low, high), (low, high))"
-    rows = value_range if isinstance(value_range, list | tuple) else ()
-    if [len(row) if isinstance(row, list | tuple) else 0 for row in rows] != [2, 2]:
-        error = ValueError if isinstance(value_range, str | list | tuple) else TypeError
-        raise error(f"{expected}, got {value_range!r}")
     # Its precision is the images', which it must not raise.
     wide = any(getattr(x, "dtype", None) == np.float64 for x in (pred, target))
     dtype = jnp.result_type(float) if wide else np.dtype(np.float32)
     largest = float(np.finfo(dtype).max)
-    bounds = []
-    for row in rows:
-        numbers = []
-        for bound in map(plain_number, row):
-            if isinstance(bound, jax.Array | np.ndarray):
-                if bound.ndim > 1 or jnp.iscomplexobj(bound):
-                    raise ValueError(
-                        f"{expected}, each a real number or one per item, got {bound!r}"
-                    )
-            elif isinstance(bound, bool) or not isinstance(bound, int | float):
-                raise TypeError(f"{expected} of numbers, got {bound!r}")
-            else:
-                numbers.append(bound)
-            bounds.append(bound)
-        # Written so that what is not a number is refused.
-        if not all(abs(bound) <= largest for bound in numbers) or sorted(numbers) != numbers:
-            raise ValueError(f"{expected} of finite numbers, the lower first, got {row!r}")
-    if len({bound.size for bound in bounds if np.ndim(bound)} - {1}) > 1:
-        raise ValueError(f"{expected}, with one number for all items or for each, got {rows!r}")
+    bounds = intensity_bounds(op, value_range, largest, _ARRAYS, jnp.iscomplexobj)
     on_host = not any(isinstance(bound, jax.Array) for bound in bounds)
     xp: Any = np if on_host else jnp
     ranges = xp.stack(xp.broadcast_arrays(*bounds), axis=-1).reshape(-1, 2, 2).astype(dtype)
@@ -241,7 +211,7 @@ def mutual_information_loss(
             "num_bins": num_bins,
             "kernel": kernel,
             "sigma_ratio": sigma_ratio,
-            "joint_range": _is_joint(value_range),
+            "joint_range": is_joint(value_range),
             "smooth_nr": smooth_nr,
             "smooth_dr": smooth_dr,
             "reduction": reduction,
@@ -291,6 +261,6 @@ def joint_histogram(
             "num_bins": num_bins,
             "kernel": kernel,
             "sigma_ratio": sigma_ratio,
-            "joint_range": _is_joint(value_range),
+            "joint_range": is_joint(value_range),
         },
     )

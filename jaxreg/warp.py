@@ -21,11 +21,15 @@ from typing import Literal, overload
 
 import jax
 
-from jaxreg._ops import apply, apply_for, static_tuple, widened
+from jaxreg._ops import apply, apply_for, widened
+from regkernels.options import optional_tuple
 
 Unit = Literal["normalised", "voxel", "mm"]
 Channels = Literal["first", "last"]
 PaddingMode = Literal["zeros", "border", "reflection"]
+
+INVERSE_TOLERANCE = 0.01
+"""The residual, in voxels, to which `invert_displacement` solves where it is not told another."""
 
 
 def interpolate(
@@ -99,7 +103,7 @@ def interpolate(
         {
             "affine_last": affine_last,
             "is_displacement": is_displacement,
-            "out_shape": () if out_shape is None else static_tuple(out_shape),
+            "out_shape": optional_tuple(out_shape),
             "mode": mode,
             "padding_mode": padding_mode,
             "align_corners": align_corners,
@@ -158,8 +162,7 @@ def interpolate_labels(
     Returns
     -------
     integer[N, C, *T] or bool[N, C, *T]
-        Of the labels' dtype. Integers have no
-        derivative: under ``jax.grad`` they are constants.
+        Of the labels' dtype. Integers have no derivative: under ``jax.grad`` they are constants.
     float32[N, C, *T]
         The weights, with ``return_weights``. They refuse to be differentiated.
 
@@ -169,13 +172,13 @@ def interpolate_labels(
         A shape, mode or size that does not fit, or a background that the labels' dtype cannot
         hold; the message names the argument.
     TypeError
-        A dtype or an argument's type that is not supported. Also an
-        operand that is differentiated, with ``return_weights``.
+        A dtype or an argument's type that is not supported. Also an operand that is differentiated,
+        with ``return_weights``.
     """
     attributes = {
         "affine_last": affine_last,
         "is_displacement": is_displacement,
-        "out_shape": () if out_shape is None else static_tuple(out_shape),
+        "out_shape": optional_tuple(out_shape),
         "padding_mode": padding_mode,
         "align_corners": align_corners,
         "background": background,
@@ -364,7 +367,7 @@ def invert_displacement(
     displacement: jax.Array,
     initial: jax.Array | None = None,
     *,
-    tolerance: float = 0.01,
+    tolerance: float = INVERSE_TOLERANCE,
     max_iterations: int = 50,
     padding_mode: PaddingMode = "border",
     align_corners: bool = True,
@@ -412,8 +415,7 @@ def invert_displacement(
     ValueError
         A shape, mode or number that does not fit; the message names the argument.
     TypeError
-        A dtype or an argument's type that is not supported. Also an
-        operand that is differentiated.
+        A dtype or an argument's type that is not supported. Also an operand that is differentiated.
 
     Notes
     -----
@@ -508,7 +510,7 @@ def convert_displacement(
         {
             "source": source,
             "target": target,
-            "spacing": () if spacing is None else static_tuple(spacing),
+            "spacing": optional_tuple(spacing),
             "align_corners": align_corners,
             "source_channels": source_channels,
             "target_channels": target_channels,

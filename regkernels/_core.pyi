@@ -11,7 +11,7 @@ class _Op(TypedDict):
     inputs: tuple[tuple[str, bool, str], ...]
     outputs: tuple[tuple[str, str], ...]
     attributes: tuple[tuple[str, str, tuple[str, ...]], ...]
-    gradient: Any  # a name or None
+    gradient: str | None  # the name of an op
 
 def ops() -> dict[str, _Op]: ...
 def infer(

@@ -6,9 +6,10 @@ import importlib
 import importlib.util
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
-from regkernels import _core
+from regkernels import _core, namesake
 
 __all__ = ["describe", "version_of"]
 
@@ -31,6 +32,7 @@ def describe() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{name: version_of(name) for name in _LIBRARIES},
+        "torchreg": _torchreg(),
         "XLA FFI API": ".".join(map(str, _core.xla_ffi_api_version())),
         "registered backends": ", ".join(backends),
         "CUDA architectures": architectures,
@@ -47,6 +49,18 @@ def version_of(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _torchreg() -> str:
+    """Whether what is imported by this name is ours: another package of PyPI has it, too."""
+    ours = Path(__file__).resolve().parents[1] / "torchreg"
+    spec = importlib.util.find_spec("torchreg")
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+    if not folders:
+        return f"not found, although {ours} should be there"
+    if folders[0].resolve() != ours:
+        return f"another package of this name, {folders[0]}, hides ours, {ours}"
+    return namesake.trouble(ours) or f"ours, {ours}"
 
 
 def _devices(framework: str, find: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 # JAX must leave room on the device for the other framework in this process.
@@ -24,11 +25,6 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("fuzz", max_examples=10_000, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("quick")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device; deselected where there is none")
-    config.addinivalue_line("markers", "large: needs 60 GiB of GPU memory; -m large runs it")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -57,6 +53,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in set(out)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """JAX keeps all programs, a megabyte each; those of one file are of no use to the next."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture

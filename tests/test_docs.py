@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import doctest
 import importlib
@@ -18,6 +17,7 @@ import torch
 from command import run
 from scenes import header, physical_grid, scene
 
+from jaxreg import registration
 from jaxreg.registration import stage_from_name
 from regkernels import write_volume
 
@@ -105,7 +105,7 @@ def rows(text: str, heading: str) -> list[list[str]]:
 def test_the_page_of_a_stage_tells_its_defaults(name: str) -> None:
     fields = dataclasses.fields(stage_from_name(name))
     told = rows((DOCS / "stages" / f"{name}.md").read_text(), "## Settings")
-    assert [(row[0], ast.literal_eval(row[1])) for row in told] == [
+    assert [(row[0], eval(row[1], vars(registration))) for row in told] == [
         (field.name, field.default) for field in fields
     ]
 
@@ -115,9 +115,9 @@ def test_the_overview_tells_the_defaults_of_every_stage() -> None:
     assert tuple(row[1] for row in table) == STAGES
     for _, name, _, scales, iterations, metric in table:
         stage = stage_from_name(name)
-        assert scales == ", ".join(map(str, getattr(stage, "scales", None) or [stage.scale]))
-        assert re.findall(r"\d+", iterations) == [*map(str, getattr(stage, "iterations", ()))]
-        assert metric == stage.metric
+        assert scales == ", ".join(map(str, stage.scales))
+        assert re.findall(r"\d+", iterations) == [*map(str, stage.iterations)]
+        assert stage.with_metric(metric) == stage
 
 
 def test_a_setting_is_explained_alike_on_every_page() -> None:

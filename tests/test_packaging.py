@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
+import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from regkernels import namesake
+
 FRAMEWORKS = ("jax", "torch")
+FRONTS = ("jaxreg", "torchreg")
 PACKAGES = {"regkernels": FRAMEWORKS, "jaxreg": ("torch",), "torchreg": ("jax",)}
 
 
@@ -35,45 +41,38 @@ def extension_file() -> Path:
 
 
 @pytest.mark.parametrize(("package", "others"), PACKAGES.items())
-def test_importing_a_package_leaves_frameworks_that_are_not_its_own_alone(
+def test_importing_a_package_prints_nothing_and_leaves_other_frameworks_and_cuda_alone(
     package: str, others: tuple[str, ...], tmp_path: Path
 ) -> None:
     others = (*others, "SimpleITK", "matplotlib")
-    code = f"import {package}, sys; sys.exit(any(x in sys.modules for x in {others!r}))"
+    code = (
+        f"import {package}, sys\n"
+        f"assert not [x for x in {others!r} if x in sys.modules]\n"
+        "assert 'torch' not in sys.modules or not sys.modules['torch'].cuda.is_initialized()\n"
+    )
     done = run_python(code, tmp_path)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("module", PACKAGES)
-def test_importing_prints_nothing(module: str, tmp_path: Path) -> None:
-    done = run_python(f"import {module}", tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("module", PACKAGES)
-def test_importing_needs_no_device(module: str, tmp_path: Path) -> None:
-    done = run_python(f"import {module}", tmp_path, CUDA_VISIBLE_DEVICES="")
+# A platform that does not exist is an error as soon as JAX looks for devices.
+NOWHERE = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "nowhere"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_importing_a_package_needs_no_device_and_starts_no_backend(
+    package: str, tmp_path: Path
+) -> None:
+    done = run_python(f"import {package}", tmp_path, **NOWHERE)
     assert done.returncode == 0, done.stderr
 
 
-def test_importing_jaxreg_starts_no_backend(tmp_path: Path) -> None:
-    """A platform that does not exist is an error as soon as JAX looks for devices."""
-    nowhere = {"JAX_PLATFORMS": "nowhere"}
-    done = run_python("import jaxreg", tmp_path, **nowhere)
-    assert done.returncode == 0, done.stderr
-    assert run_python("import jax; jax.devices()", tmp_path, **nowhere).returncode != 0
+def test_a_backend_that_starts_would_be_noticed(tmp_path: Path) -> None:
+    assert run_python("import jax; jax.devices()", tmp_path, **NOWHERE).returncode != 0
 
 
-def test_importing_torchreg_does_not_initialise_cuda(tmp_path: Path) -> None:
-    code = "import torchreg, torch, sys; sys.exit(torch.cuda.is_initialized())"
-    done = run_python(code, tmp_path)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("framework", ["jax", "torch", "SimpleITK"])
-def test_the_middle_loads_without_any_framework(framework: str, tmp_path: Path) -> None:
-    code = f"import sys; sys.modules[{framework!r}] = None; import regkernels"
-    done = run_python(code, tmp_path)
+def test_the_middle_loads_without_any_framework(tmp_path: Path) -> None:
+    absent = dict.fromkeys((*FRAMEWORKS, "SimpleITK"))
+    done = run_python(f"import sys; sys.modules |= {absent!r}; import regkernels", tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -126,6 +125,15 @@ def test_the_extension_has_a_stub_with_its_every_public_name() -> None:
     assert {name for name in names_in(stub) if not name.startswith("_")} == public
 
 
+@pytest.mark.parametrize("package", FRONTS)
+def test_only_the_middle_imports_the_extension(package: str) -> None:
+    file = importlib.import_module(package).__file__
+    assert file is not None
+    sources = list(Path(file).parent.rglob("*.py"))
+    assert sources
+    assert [source for source in sources if re.search(r"\b_core\b", source.read_text())] == []
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_packages_are_typed(package: str) -> None:
     file = importlib.import_module(package).__file__
@@ -145,6 +153,75 @@ def test_info_tells_versions_and_what_was_compiled(tmp_path: Path) -> None:
     facts = ["jax ", "jaxlib", "torch", "FFI API", "CUDA architectures", "devices", "backends"]
     for fact in facts:
         assert re.search(rf"^.*{fact}.*\S", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_the_packages_have_one_version() -> None:
+    versions = {importlib.import_module(package).__version__ for package in PACKAGES}
+    assert len(versions) == 1
+    # A checkout that was built by hand is not installed.
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        assert versions == {importlib.metadata.version("regkernels")}
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder of packages, searched before all others, with a copy of `torchreg`."""
+    file = importlib.import_module("torchreg").__file__
+    assert file is not None
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(file).parent, tmp_path / "site" / "torchreg", ignore=ignored)
+    return tmp_path / "site"
+
+
+def run_with(site: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter that searches a folder of packages first."""
+    paths = [str(site), os.environ.get("PYTHONPATH", "")]
+    return run_python(code, site.parent, PYTHONPATH=os.pathsep.join(filter(None, paths)))
+
+
+def test_a_copy_of_torchreg_is_sound(site: Path) -> None:
+    done = run_with(site, "import torchreg; print(torchreg.__file__)")
+    assert done.stdout.strip() == str(site / "torchreg" / "__init__.py"), done.stderr
+
+
+@pytest.mark.parametrize("module", ["torchreg", "torchreg.loss"])
+def test_torchreg_beside_the_files_of_its_namesake_is_an_error(module: str, site: Path) -> None:
+    """Ours was installed after the other package of this name."""
+    for name in ("affine.py", "utils.py"):
+        (site / "torchreg" / name).touch()
+    done = run_with(site, f"import {module}")
+    assert done.returncode != 0
+    assert "ImportError: torchreg: " in done.stderr
+    assert "affine.py, utils.py" in done.stderr
+    assert "pip uninstall torchreg regkernels" in done.stderr
+
+
+def test_torchreg_beneath_its_namesake_is_an_error(site: Path) -> None:
+    """Ours was installed first: what imports is the other, and only our modules can tell."""
+    (site / "torchreg" / "affine.py").touch()
+    (site / "torchreg" / "__init__.py").write_text("")
+    assert run_with(site, "import torchreg").returncode == 0
+    for module in ("loss", "smooth", "warp"):
+        done = run_with(site, f"import torchreg.{module}")
+        assert "pip uninstall torchreg regkernels" in done.stderr, module
+
+
+def test_info_tells_whose_torchreg_is_imported(site: Path) -> None:
+    tell = "from regkernels.info import describe; print(describe()['torchreg'])"
+    assert run_python(tell, site.parent).stdout.startswith("ours, ")
+    hidden = run_with(site, tell).stdout
+    assert hidden.startswith("another package of this name") and str(site / "torchreg") in hidden
+
+
+def test_what_a_folder_of_torchreg_lacks_or_has_too_much_is_told(site: Path) -> None:
+    """A namesake that is uninstalled takes along the file that both had written."""
+    folder = site / "torchreg"
+    assert namesake.trouble(folder) is None
+    (folder / "__init__.py").unlink()
+    assert "has lost its __init__.py" in (namesake.trouble(folder) or "")
+    (folder / "affine.py").touch()
+    assert "affine.py" in (namesake.trouble(folder) or "")
+    assert namesake.trouble(site / "archive.zip" / "torchreg") is None
 
 
 @pytest.mark.parametrize("setting", ["0", "-2", "many"])

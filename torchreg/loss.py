@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from torchreg._ops import apply, apply_for, plain_number, static_tuple
+from regkernels.options import broadcast_mask_shape, intensity_bounds, is_joint, optional_tuple
+from torchreg._ops import apply, apply_for
 
 ValueRange = str | Sequence[Sequence[float | torch.Tensor]] | None
 
@@ -18,11 +19,8 @@ def _weights(mask: Any, image: Any) -> Any:
         return mask
     if mask.dtype == torch.bool:
         mask = mask.to(torch.float32)
-    sizes, wanted = mask.shape[2:], image.shape[2:]
-    if sizes != wanted and len(sizes) == len(wanted):
-        fits = all(n in (1, m) for n, m in zip(sizes, wanted, strict=True))
-        mask = mask.expand(*mask.shape[:2], *wanted) if fits else mask
-    return mask
+    shape = broadcast_mask_shape(mask.shape, image.shape)
+    return mask if shape is None else mask.expand(shape)
 
 
 def lncc_loss(
@@ -91,7 +89,7 @@ def lncc_loss(
         {
             "kernel_size": kernel_size,
             "window": window,
-            "sigma": () if sigma is None else static_tuple(sigma),
+            "sigma": optional_tuple(sigma),
             "smooth_nr": smooth_nr,
             "smooth_dr": smooth_dr,
             "reduction": reduction,
@@ -99,60 +97,26 @@ def lncc_loss(
     )
 
 
-def _is_joint(value_range: Any) -> bool:
-    return isinstance(value_range, str) and value_range == "joint"
-
-
 def _intensity_ranges(op: str, value_range: Any, pred: Any, target: Any) -> Any:
-    """Low and high of pred and of target, as the op takes them; ``None`` where it looks for them.
-
-    Numbers are checked. What tensors hold is not looked at: that would wait for the device.
-    """
-    if value_range is None or _is_joint(value_range):
+    """Low and high of pred and of target, as the op takes them; ``None``: it looks for them."""
+    if value_range is None or is_joint(value_range):
         return None
-    expected = f"{op}: value_range: expected None, 'joint' or ((low, high), (low, high))"
-    rows = value_range if isinstance(value_range, list | tuple) else ()
-    if [len(row) if isinstance(row, list | tuple) else 0 for row in rows] != [2, 2]:
-        error = ValueError if isinstance(value_range, str | list | tuple) else TypeError
-        raise error(f"{expected}, got {value_range!r}")
     # Its precision is the images', which it must not raise.
     images = [x for x in (pred, target) if isinstance(x, torch.Tensor)]
     wide = any(x.dtype == torch.float64 for x in images)
     dtype = torch.float64 if wide else torch.float32
     device = images[0].device if images else None
-    largest = torch.finfo(dtype).max
-    bounds: list[float | torch.Tensor] = []
-    for row in rows:
-        numbers = []
-        for bound in row:
-            if isinstance(bound, torch.Tensor):
-                if bound.ndim > 1 or bound.is_complex():
-                    raise ValueError(
-                        f"{expected}, each a real number or one per item, got {bound!r}"
-                    )
-                bounds.append(bound)
-                continue
-            number = plain_number(bound)
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                raise TypeError(f"{expected} of numbers, got {bound!r}")
-            numbers.append(number)
-            bounds.append(number)
-        # Written so that what is not a number is refused, and so that a compiler can follow.
-        in_order = not numbers or numbers[0] <= numbers[-1]
-        if not all(abs(bound) <= largest for bound in numbers) or not in_order:
-            raise ValueError(f"{expected} of finite numbers, the lower first, got {row!r}")
-    sizes = {bound.numel() for bound in bounds if isinstance(bound, torch.Tensor) and bound.ndim}
-    if len(sizes - {1}) > 1:
-        raise ValueError(f"{expected}, with one number for all items or for each, got {rows!r}")
-    size = max(sizes - {1}, default=1)
+    bounds = intensity_bounds(
+        op, value_range, torch.finfo(dtype).max, (torch.Tensor,), torch.is_complex
+    )
     # Numbers are filled in on the device: a copy from the host could not be captured in a graph.
     columns = [
-        bound.detach().to(device, dtype).expand(size)
+        bound.detach().to(device, dtype)
         if isinstance(bound, torch.Tensor)
-        else torch.full((size,), bound, dtype=dtype, device=device)
+        else torch.full((), bound, dtype=dtype, device=device)
         for bound in bounds
     ]
-    return torch.stack(columns, dim=-1).reshape(-1, 2, 2)
+    return torch.stack(torch.broadcast_tensors(*columns), dim=-1).reshape(-1, 2, 2)
 
 
 def mutual_information_loss(
@@ -249,7 +213,7 @@ def mutual_information_loss(
             "num_bins": num_bins,
             "kernel": kernel,
             "sigma_ratio": sigma_ratio,
-            "joint_range": _is_joint(value_range),
+            "joint_range": is_joint(value_range),
             "smooth_nr": smooth_nr,
             "smooth_dr": smooth_dr,
             "reduction": reduction,
@@ -300,7 +264,7 @@ def joint_histogram(
             "num_bins": num_bins,
             "kernel": kernel,
             "sigma_ratio": sigma_ratio,
-            "joint_range": _is_joint(value_range),
+            "joint_range": is_joint(value_range),
         },
     )
     return histogram

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from torchreg._ops import apply, static_tuple
+from regkernels.options import static_tuple
+from torchreg._ops import apply
 
 
 def gaussian_smooth(
@@ -22,8 +23,7 @@ def gaussian_smooth(
     ----------
     x : float[N, C, *S] or float[N, *S, C]
         The second with ``channel_last``; ``*S`` stands for the spatial axes ``Z, Y, X`` or
-        ``Y, X``. Half precision is added up in
-        float32 and rounded once, at the end.
+        ``Y, X``. Half precision is added up in float32 and rounded once, at the end.
     sigma
         Standard deviation in voxels: one number, or one per axis in (z, y, x) order. 0 leaves an
         axis as it is.

@@ -21,7 +21,8 @@ from typing import Literal, overload
 
 import torch
 
-from torchreg._ops import apply, apply_for, static_tuple, widened
+from regkernels.options import optional_tuple
+from torchreg._ops import apply, apply_for, widened
 
 Unit = Literal["normalised", "voxel", "mm"]
 Channels = Literal["first", "last"]
@@ -104,7 +105,7 @@ def interpolate(
         {
             "affine_last": affine_last,
             "is_displacement": is_displacement,
-            "out_shape": () if out_shape is None else static_tuple(out_shape),
+            "out_shape": optional_tuple(out_shape),
             "mode": mode,
             "padding_mode": padding_mode,
             "align_corners": align_corners,
@@ -163,25 +164,23 @@ def interpolate_labels(
     Returns
     -------
     integer[N, C, *T] or bool[N, C, *T]
-        Of the labels' dtype. Integers have no
-        derivative: they never require a gradient.
+        Of the labels' dtype. Integers have no derivative: they never require a gradient.
     float32[N, C, *T]
-        The weights, with ``return_weights``. Operands that require a gradient
-        are refused.
+        The weights, with ``return_weights``. Operands that require a gradient are refused.
 
     Raises
     ------
     ValueError
         A shape, mode or size that does not fit, or a background that the labels' dtype cannot
-        hold; the message names the argument. Also an operand
-        that requires a gradient, with ``return_weights``.
+        hold; the message names the argument. Also an operand that requires a gradient, with
+        ``return_weights``.
     TypeError
         A dtype or an argument's type that is not supported.
     """
     attributes = {
         "affine_last": affine_last,
         "is_displacement": is_displacement,
-        "out_shape": () if out_shape is None else static_tuple(out_shape),
+        "out_shape": optional_tuple(out_shape),
         "padding_mode": padding_mode,
         "align_corners": align_corners,
         "background": background,
@@ -409,8 +408,8 @@ def invert_displacement(
     Returns
     -------
     float[N, *S, D]
-        ``e``, normalised; 0 along an axis without extent. Not differentiable. Operands
-        that require a gradient are refused: pass ``displacement.detach()``.
+        ``e``, normalised; 0 along an axis without extent. Not differentiable. Operands that require
+        a gradient are refused: pass ``displacement.detach()``.
     float32[N, *S]
         The residual in voxels, with ``return_residual``. It is infinite where no ``e`` was met
         at which ``u`` is finite; ``e`` is then ``initial``, or 0 where that is not finite.
@@ -516,7 +515,7 @@ def convert_displacement(
         {
             "source": source,
             "target": target,
-            "spacing": () if spacing is None else static_tuple(spacing),
+            "spacing": optional_tuple(spacing),
             "align_corners": align_corners,
             "source_channels": source_channels,
             "target_channels": target_channels,

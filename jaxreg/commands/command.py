@@ -29,7 +29,7 @@ class Command(TyperCommand):
         """
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # the parser makes of it what depends on its version
+        except KeyboardInterrupt:  # what the parser makes of an interrupt depends on its version
             raise typer.Abort from None
         except (OSError, TypeError, ValueError) as error:
             argument, _, complaint = str(error).partition(": ")

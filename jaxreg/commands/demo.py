@@ -19,7 +19,7 @@ from jaxreg.commands import devices
 from jaxreg.commands.devices import Device
 from jaxreg.commands.inputs import naming
 from jaxreg.commands.multimodal import compare_metrics
-from jaxreg.commands.progress import register_watched
+from jaxreg.commands.progress_bars import register_watched
 from jaxreg.commands.timing import Stopwatch, fact_table
 from jaxreg.registration import Affine, Greedy, Moments, Registration, ncc, resample
 from jaxreg.registration.report.page import write_report
@@ -30,7 +30,7 @@ from regkernels.maps import Part
 
 __all__ = ["demo", "load"]
 
-# An oblique axis and a slanted shift, so that no coordinate is left as it was.
+# The axis is oblique and the shift is slanted, so that no coordinate is left as it was.
 _AXIS = (1.0, 2.0, 3.0)
 _ROTATION, _SHIFT = 15.0, 20.0
 _SHIFT_DIRECTION = np.array((2.0, -1.0, 2.0)) / 3

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from jaxreg.registration import invert_part
+from jaxreg.warp import INVERSE_TOLERANCE
 from regkernels import read_transform
 from regkernels.maps import Part
 
 __all__ = ["inverted", "naming", "read_chain", "refuse_overwriting"]
 
 _INVERSE = ":inverse"
-_TOLERANCE = 0.01
 
 
 @contextmanager
@@ -68,12 +68,12 @@ def inverted(parts: Sequence[Part], name: str) -> tuple[Part, ...]:
     """Invert a chain; say on stderr where a displacement field has no inverse."""
     result: list[Part] = []
     for part in reversed(parts):
-        inverse, residual = invert_part(part, tolerance=_TOLERANCE)
-        share = float(np.mean(residual > _TOLERANCE))
+        inverse, residual = invert_part(part, tolerance=INVERSE_TOLERANCE)
+        share = float(np.mean(residual > INVERSE_TOLERANCE))
         if share:
             print(
-                f"jaxreg: warning: {name}: no inverse within {_TOLERANCE} voxels found for "
-                f"{100 * share:.3g} % of the voxels; the largest error is "
+                f"jaxreg: warning: {name}: no inverse within {INVERSE_TOLERANCE:g} voxels found "
+                f"for {100 * share:.3g} % of the voxels; the largest residual is "
                 f"{residual.max():.3g} voxels",
                 file=sys.stderr,
             )
@@ -98,7 +98,7 @@ def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[tuple[str, Path
     """
 
     def place(path: Path) -> Path:
-        # The two files of one image: whoever writes the header writes the voxels too.
+        # An image may consist of two files: whoever writes its header writes its voxels, too.
         whole = path.resolve()
         return whole.parent / re.sub(r"\.hdr(\.gz)?$", r".img\1", whole.name)
 

@@ -41,7 +41,7 @@ class Start(NamedTuple):
         return rigid_motion(self.degrees, self.axis, self.millimetres * direction, centre)
 
 
-# Oblique ones, so that no metric has it easy along an axis.
+# The starts are oblique, so that no metric has it easy along an axis.
 STARTS = (
     Start(10, (1, 2, 3), 15, (2, -1, 2)),
     Start(12, (-2, 1, 1), 20, (-1, 2, 2)),
@@ -54,7 +54,7 @@ STARTS = (
 _HOUNSFIELD = 20
 """About halfway from the brain to the air around it in the file, and from grey matter to CSF."""
 _BRAIN_SURFACE = 2.0 * _HOUNSFIELD
-"""The same as the file has it."""
+"""The same intensity in the unit of the file."""
 _LANDMARK_DISTANCE = 20.0
 """Millimetres."""
 

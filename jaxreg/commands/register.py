@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import enum
 import json
 from collections.abc import Iterator
@@ -20,11 +19,12 @@ from jaxreg.commands import devices
 from jaxreg.commands.compilation import keep_compiled
 from jaxreg.commands.devices import Device
 from jaxreg.commands.inputs import naming, read_chain, refuse_overwriting
-from jaxreg.commands.progress import register_watched
+from jaxreg.commands.progress_bars import register_watched
 from jaxreg.commands.timing import Stopwatch, fact_table
 from jaxreg.registration import Registration, Stage, Transform, preset, stage_from_name
 from jaxreg.registration.report.page import write_report
-from jaxreg.registration.stages.metrics import Metric
+from jaxreg.registration.stages.metrics import MetricName
+from jaxreg.warp import INVERSE_TOLERANCE
 from regkernels import Volume, read_volume, write_affine, write_displacement, write_volume
 from regkernels.files.atomic import atomic_folder
 from regkernels.info import describe
@@ -199,7 +199,8 @@ def _stages(
 ) -> tuple[Stage, ...]:
     """Choose the stages; those that the preset has too take its schedule."""
     kind: Literal["cpu", "gpu"] = "cpu" if target.platform == "cpu" else "gpu"
-    stages = preset(effort.value, ndim=ndim, device=kind)
+    here, on_gpu = (preset(effort.value, ndim=ndim, device=where) for where in (kind, "gpu"))
+    stages = here
     if names is not None:
         known = {stage.name: stage for stage in stages}
         with naming("--stages"):
@@ -207,12 +208,10 @@ def _stages(
                 known.get(name) or stage_from_name(name)
                 for name in map(str.strip, names.split(","))
             )
-    if kind == "cpu" and set(stages) & set(preset(effort.value, ndim=ndim)) - set(
-        preset(effort.value, ndim=ndim, device="gpu")
-    ):
+    if any(stage in here and stage not in on_gpu for stage in stages):
         console.print("On the CPU this preset has fewer iterations than on a GPU.", style="dim")
     if metric is not None:
-        stages = tuple(dataclasses.replace(stage, metric=cast(Metric, metric)) for stage in stages)
+        stages = tuple(stage.with_metric(cast(MetricName, metric)) for stage in stages)
     return stages
 
 
@@ -238,11 +237,11 @@ def _record(result: Registration, inputs: dict[str, Any], facts: dict[str, str])
             "matrix": np.asarray(result.transform.matrix).tolist(),
         },
         "jacobian": result.folds._asdict(),
-        "inverse error (voxels)": result.inverse_error._asdict(),
+        "inverse residual (voxels)": result.inverse_residual._asdict(),
         "stages": [
             {
                 "name": stage.name,
-                "settings": dataclasses.asdict(stage.settings),
+                "settings": stage.settings.record(),
                 "seconds": stage.seconds,
                 "levels": [
                     {**level._asdict(), "losses": np.asarray(level.losses).tolist()}
@@ -265,7 +264,8 @@ def _summary(result: Registration, stopwatch: Stopwatch, target: jax.Device) -> 
     table.add_row("Voxels with Jacobian determinant ≤ 0", f"{100 * folds.share:.4g} %")
     table.add_row("Jacobian determinant", f"{folds.minimum:.3f} to {folds.maximum:.3f}")
     if result.transform.displacement is not None:
-        error = result.inverse_error
-        table.add_row("Voxels without an inverse to 0.01 voxels", f"{100 * error.share:.4g} %")
-        table.add_row("Error of the inverse", f"at most {error.maximum:.3g} voxels")
+        residual = result.inverse_residual
+        missed = f"Voxels without an inverse to {INVERSE_TOLERANCE:g} voxels"
+        table.add_row(missed, f"{100 * residual.share:.4g} %")
+        table.add_row("Residual of the inverse", f"at most {residual.maximum:.3g} voxels")
     return table

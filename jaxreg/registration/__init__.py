@@ -7,7 +7,11 @@
 >>> result = register(fixed, moving)  # doctest: +SKIP
 >>> write_volume(result.moved, "moved.nii.gz")  # doctest: +SKIP
 
-Needs SimpleITK to read and write files: ``pip install 'regkernels[jax,cli]'``.
+The names in ``__all__`` are what there is to import, from here: ``from jaxreg.registration import
+LNCC, SyN, register``. In which submodule each of them stands is an implementation detail, and may
+change in any release.
+
+SimpleITK is needed to read and write files: ``pip install 'regkernels[jax,cli]'``.
 """
 
 from __future__ import annotations
@@ -17,19 +21,29 @@ from jaxreg.registration.evaluation import dice, target_registration_error
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.register import (
     Folds,
-    InverseError,
+    InverseResidual,
     LevelRecord,
     Registration,
     StageRecord,
     register,
 )
-from jaxreg.registration.register_images import ArrayRegistration, Stage, register_images
+from jaxreg.registration.register_images import ArrayRegistration, register_images
 from jaxreg.registration.stages.adam import AdamMoments, riemannian_adam_step
+from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.deformable import Deformable, step_gradient
 from jaxreg.registration.stages.greedy import Greedy
-from jaxreg.registration.stages.iterative import Iterative, Trace
+from jaxreg.registration.stages.iterative import Iterative
 from jaxreg.registration.stages.linear import Affine, Linear, Rigid, Similarity, Translation
-from jaxreg.registration.stages.metrics import mse_loss, ncc, ncc_loss
+from jaxreg.registration.stages.metrics import (
+    LNCC,
+    MI,
+    MSE,
+    NCC,
+    Metric,
+    mse_loss,
+    ncc,
+    ncc_loss,
+)
 from jaxreg.registration.stages.moments import Moments
 from jaxreg.registration.stages.presets import preset, stage_from_name
 from jaxreg.registration.stages.problem import Alignment
@@ -41,6 +55,10 @@ from jaxreg.registration.transforms.resampling import resample
 from jaxreg.registration.transforms.transform import Transform
 
 __all__ = [
+    "LNCC",
+    "MI",
+    "MSE",
+    "NCC",
     "SVF",
     "AdamMoments",
     "Affine",
@@ -50,10 +68,11 @@ __all__ = [
     "Deformable",
     "Folds",
     "Greedy",
-    "InverseError",
+    "InverseResidual",
     "Iterative",
     "LevelRecord",
     "Linear",
+    "Metric",
     "Moments",
     "Progress",
     "Registration",

@@ -15,24 +15,22 @@ from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import compose, jacobian_determinant
 from jaxreg.registration.progress import Callback
-from jaxreg.registration.register_images import Stage, check_stages, make_problem
-from jaxreg.registration.stages.iterative import Trace
+from jaxreg.registration.register_images import check_stages, make_problem
+from jaxreg.registration.stages.base import Stage, Trace
+from jaxreg.registration.stages.metrics import Metric
 from jaxreg.registration.stages.presets import preset
 from jaxreg.registration.stages.problem import Alignment, overlap
 from jaxreg.registration.stages.pyramid import level_shape
 from jaxreg.registration.transforms.transform import Transform
+from jaxreg.warp import INVERSE_TOLERANCE
 from regkernels import Volume
 from regkernels.grid import Grid, Matrix
 
-__all__ = ["Folds", "InverseError", "LevelRecord", "Registration", "StageRecord", "register"]
+__all__ = ["Folds", "InverseResidual", "LevelRecord", "Registration", "StageRecord", "register"]
 
 _LARGEST = 1e8
-"""Of intensities: sums of squares over a volume, and what the slopes of NCC divide by, stay within
-the range of float32."""
-_NARROWEST, _NARROWEST_OF_MSE = 1e-7, 1e-2
-"""Of their range: the variances of LNCC's windows, and the slopes of squared differences, have to
-stay above what divisions by zero are avoided with."""
-_INVERSE_TOLERANCE = 0.01  # the default of `invert_displacement`, in voxels
+"""Intensities may not be larger: sums of squares over a volume, and what the slopes of NCC divide
+by, have to stay within the range of float32."""
 
 
 class LevelRecord(NamedTuple):
@@ -93,13 +91,14 @@ class Folds(NamedTuple):
     maximum: float
 
 
-class InverseError(NamedTuple):
+class InverseResidual(NamedTuple):
     """How far points are from where they started after the inverse and the deformation, in voxels.
 
     Attributes
     ----------
     share
-        Part of the voxels for which no inverse was found to 0.01 voxels, from 0 to 1.
+        Part of the voxels for which no inverse was found to the default tolerance of
+        `jaxreg.invert_displacement`, 0.01 voxels; from 0 to 1.
     mean, maximum
         Over the voxels of the fixed grid.
     """
@@ -159,14 +158,14 @@ class Registration:
         )
 
     @functools.cached_property
-    def inverse_error(self) -> InverseError:
-        """How well the inverse of the deformation undoes it; see `Transform.inverse_error`."""
-        error = self.transform.inverse_error()
+    def inverse_residual(self) -> InverseResidual:
+        """How well the inverse of the deformation undoes it; see `Transform.inverse_residual`."""
+        residual = self.transform.inverse_residual()
         # Rounding may lift a voxel that just converged above the tolerance.
-        return InverseError(
-            float(np.mean(error > 1.01 * _INVERSE_TOLERANCE)),
-            float(error.mean()),
-            float(error.max()),
+        return InverseResidual(
+            float(np.mean(residual > 1.01 * INVERSE_TOLERANCE)),
+            float(residual.mean()),
+            float(residual.max()),
         )
 
 
@@ -211,7 +210,7 @@ def register(
     ------
     ValueError
         If the volumes do not fit together; for intensities that are larger than 1e8, or vary but
-        by less than 1e-7, or 0.01 for the metric ``"mse"``, in all (of a constant image nothing
+        by less than a metric can tell, 1e-7 or 0.01 for `MSE`, in all (of a constant image nothing
         moves); for a mask of another grid, with several channels, with a negative weight or without
         a positive one; for a matrix that cannot be inverted; if, after the stages, the moving image
         covers no voxel of the fixed one that counts: then there was nothing to compare; or if a
@@ -256,13 +255,15 @@ def register(
         finite = _is_finite(alignment).block_until_ready()
         seconds = time.perf_counter() - began
         records.append(StageRecord(stage.name, stage, _levels(stage, fixed, traces), seconds))
-        if not finite:  # though the losses are: where a sample's place is not finite, it is 0
+        # The losses may be finite all the same: a sample whose place is not finite is 0.
+        if not finite:
             raise ValueError(
                 "metric: expected finite gradients, got a transform that is not finite from the "
                 f"stage {stage.name}; choose a metric whose gradient is finite even where the "
                 "images are equal or constant: that of a square root at 0 is not"
             )
-    # Only now: a stage may bring images together that have nothing in common at the start.
+    # Overlap is asked for after the stages only, because they may bring images together that have
+    # nothing in common at the start.
     if stages and not overlap(problem.whole(alignment)):
         masked = fixed_mask is not None or moving_mask is not None
         raise ValueError(
@@ -292,10 +293,11 @@ def _check_volumes(**volumes: object) -> None:
 def _check_intensities(fixed: Volume, moving: Volume, stages: tuple[Stage, ...]) -> None:
     """Refuse images to which metrics are flat only for their unit: nothing would move."""
     arrays = {"fixed": fixed.array, "moving": moving.array}
-    # All of them are asked for before one is waited for.
+    # Both images are asked before one is waited for, so that the device is never idle.
     ranges = {name: (np.min(array), np.max(array)) for name, array in arrays.items()}
-    squares = any(stage.metric == "mse" for stage in stages)
-    narrowest = _NARROWEST_OF_MSE if squares else _NARROWEST
+    metrics = [stage.metric for stage in stages]
+    metric = max(metrics, key=lambda metric: metric.narrowest_range, default=None)
+    narrowest = Metric.narrowest_range if metric is None else metric.narrowest_range
     for name, extremes in jax.device_get(ranges).items():
         low, high = map(float, extremes)
         if not max(-low, high) <= _LARGEST:
@@ -306,8 +308,8 @@ def _check_intensities(fixed: Volume, moving: Volume, stages: tuple[Stage, ...])
         if 0 < high - low < narrowest:
             raise ValueError(
                 f"{name}: expected intensities that differ by {narrowest:g} or more"
-                f"{' with the metric mse' if squares else ''}, got {low:g} to {high:g}; multiply "
-                "them by a larger number"
+                f"{f' with the metric {metric}' if metric else ''}, got {low:g} to {high:g}; "
+                "multiply them by a larger number"
             )
 
 
@@ -318,7 +320,6 @@ def _is_finite(alignment: Alignment) -> jax.Array:
 
 
 def _levels(stage: Stage, fixed: Volume, traces: tuple[Trace, ...]) -> tuple[LevelRecord, ...]:
-    scales = stage.scales if hasattr(stage, "scales") else (stage.scale,)
     levels = tuple(
         LevelRecord(
             scale,
@@ -326,7 +327,7 @@ def _levels(stage: Stage, fixed: Volume, traces: tuple[Trace, ...]) -> tuple[Lev
             np.asarray(trace.losses)[: int(trace.ran)],
             bool(trace.converged),
         )
-        for scale, trace in zip(scales, traces, strict=True)
+        for scale, trace in zip(stage.scales, traces, strict=True)
     )
     for level in levels:
         if not np.isfinite(level.losses).all():

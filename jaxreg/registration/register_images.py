@@ -10,15 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxreg.registration.stages.iterative import Iterative, Trace
-from jaxreg.registration.stages.moments import Moments
+from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.problem import Alignment, Problem
 from regkernels.grid import normalised_to_voxel
 
-__all__ = ["ArrayRegistration", "Stage", "make_problem", "register_images"]
-
-Stage = Moments | Iterative
-"""What `register` runs."""
+__all__ = ["ArrayRegistration", "check_stages", "make_problem", "register_images"]
 
 
 class ArrayRegistration(NamedTuple):
@@ -96,7 +92,7 @@ def register_images(
         moving_to_physical=moving_to_physical,
         moving_ratio=moving_ratio,
     )
-    alignment = problem.headers()
+    alignment = problem.start()
     if initial is not None:
         alignment = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), initial)
     traces = []

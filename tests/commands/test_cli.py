@@ -25,7 +25,7 @@ from rich.console import Console
 from scenes import header, physical_grid, scene
 
 from jaxreg import cli
-from jaxreg.commands import progress
+from jaxreg.commands import progress_bars
 from jaxreg.registration import Affine, Progress, Registration, Transform, ncc
 from regkernels import (
     DisplacementField,
@@ -161,13 +161,13 @@ def test_the_record_tells_settings_versions_and_losses(pair: Path, registered: P
     (part,) = read_transform(registered / "affine.tfm")
     np.testing.assert_array_equal(record["transform"]["matrix"], part.matrix)
     assert [stage["name"] for stage in record["stages"]] == ["affine", "greedy"]
-    assert record["stages"][1]["settings"]["metric"] == "lncc"
+    assert record["stages"][1]["settings"]["metric"] == "LNCC(kernel_size=7)"
     for stage in record["stages"]:
         assert stage["levels"][0]["losses"][-1] < stage["levels"][0]["losses"][0]
     assert record["jacobian"]["share"] == 0
-    error = record["inverse error (voxels)"]
-    assert error["share"] == 0
-    assert 0 < error["mean"] < error["maximum"] < 0.011
+    residual = record["inverse residual (voxels)"]
+    assert residual["share"] == 0
+    assert 0 < residual["mean"] < residual["maximum"] < 0.011
     assert {"jax", "python", "device"} <= set(record["versions"])
 
 
@@ -176,7 +176,12 @@ def test_the_report_is_one_file_with_everything(pair: Path, registered: Path) ->
     assert page.count("data:image/png;base64,iVBOR") == 2  # slices and losses
     assert not re.search(r'(src|href)="(?!data:)', page)
     words = ("moving.mha registered to fixed.nii.gz", "learning_rate", "jaxlib", "greedy")
-    for word in (*words, "error of the inverse", str(pair / "fixed.nii.gz")):
+    for word in (
+        *words,
+        "metric = LNCC(kernel_size=7)",
+        "residual of the inverse",
+        str(pair / "fixed.nii.gz"),
+    ):
         assert word in page
 
 
@@ -213,7 +218,7 @@ def test_without_a_deformation_everything_but_the_warps_is_there(
     assert record["transform"]["fixed to moving"] == ["affine.tfm"]
     assert record["transform"]["moving to fixed"] == ["affine.tfm:inverse"]
     assert record["jacobian"] == {"share": 0, "minimum": 1, "maximum": 1}
-    assert record["inverse error (voxels)"] == {"share": 0, "mean": 0, "maximum": 0}
+    assert record["inverse residual (voxels)"] == {"share": 0, "mean": 0, "maximum": 0}
     assert (out / "report.html").read_text().count("data:image/png;base64,iVBOR") == 2
 
     assert run("info", out / "affine.tfm") == 0
@@ -239,7 +244,7 @@ def test_masks_metric_and_a_start_are_used(pair: Path, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "registration.json").read_text())
     assert record["inputs"]["--moving-mask"] == str(pair / "mask.nrrd")
     (stage,) = record["stages"]
-    assert stage["settings"]["metric"] == "ncc"
+    assert stage["settings"]["metric"] == "NCC"
     matrix = read_transform(tmp_path / "affine.tfm")[0].matrix
     np.testing.assert_allclose(matrix[:2, :2], MOTION[:2, :2], atol=1e-6)
     assert np.abs(matrix[:2, 2] - MOTION[:2, 2]).max() < 1.5
@@ -273,12 +278,12 @@ def test_a_terminal_gets_bars(monkeypatch: pytest.MonkeyPatch) -> None:
         callback(Progress("affine", 1.0, 20, 20, np.array([-0.75, -0.875])))
         return "result"
 
-    monkeypatch.setattr(progress, "register", register)
+    monkeypatch.setattr(progress_bars, "register", register)
     for terminal in (True, False):
         text = io.StringIO()
         console = Console(file=text, force_terminal=terminal, width=100)
         volume = Volume.create(np.zeros((3, 4)))
-        assert progress.register_watched(volume, volume, (Affine(),), console) == "result"
+        assert progress_bars.register_watched(volume, volume, (Affine(),), console) == "result"
         assert "NCC 0.8750" in text.getvalue()
         assert ("━" in text.getvalue()) == terminal
 

@@ -16,7 +16,6 @@ def check_values_and_gradients(
     backend: Backend, args: tuple[Any, ...], options: dict[str, Any], dtype: object
 ) -> None:
     expected = reference.affine_warp(*args, **options)
-    assert_close(backend.call("affine_warp", *args, **options), expected, dtype)
     cotangent = random_array(99, *expected.shape, dtype=dtype)
     expected_gradients = reference.vjp_by_central_differences(
         lambda affine, u: reference.affine_warp(affine, u, **options),
@@ -25,7 +24,8 @@ def check_values_and_gradients(
         (0, 1),
         step=1.0,  # linear: a large step is exact
     )
-    gradients = backend.vjp("affine_warp", args, cotangent, (0, 1), **options)
+    value, gradients = backend.value_and_vjp("affine_warp", args, cotangent, (0, 1), **options)
+    assert_close(value, expected, dtype)
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         assert_close(gradient, expected_gradient, dtype)
 
@@ -83,7 +83,7 @@ def test_sampling_through_the_warp_is_sampling_through_its_parts(backend: Backen
 
 def test_an_empty_batch_gives_an_empty_result_and_no_gradient(backend: Backend) -> None:
     affine, u = np.ones((1, 2, 3), np.float32), np.zeros((0, 4, 5, 2), np.float32)
-    assert_same(backend.call("affine_warp", affine, u), u)
-    to_affine, to_u = backend.vjp("affine_warp", (affine, u), u, (0, 1))
+    value, (to_affine, to_u) = backend.value_and_vjp("affine_warp", (affine, u), u, (0, 1))
+    assert_same(value, u)
     assert_same(to_affine, np.zeros_like(affine))
     assert_same(to_u, u)

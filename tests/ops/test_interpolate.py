@@ -34,11 +34,11 @@ def check_values_and_gradients(
 ) -> None:
     """The op's values and its gradients to every array among ``args`` are the reference's."""
     expected = reference.interpolate(*args, **options)
-    assert_close(backend.call("interpolate", *args, **options), expected, dtype)
     cotangent = random_array(99, *expected.shape, dtype=dtype)
     wrt = [k for k, operand in enumerate(args) if operand is not None]
     expected_gradients = reference.interpolate_vjp(cotangent, *args, **options)
-    gradients = backend.vjp("interpolate", args, cotangent, wrt, **options)
+    value, gradients = backend.value_and_vjp("interpolate", args, cotangent, wrt, **options)
+    assert_close(value, expected, dtype)
     for k, gradient in zip(wrt, gradients, strict=True):
         assert_close(gradient, expected_gradients[k], dtype)
 

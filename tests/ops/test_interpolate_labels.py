@@ -31,14 +31,18 @@ def random_labels(seed: int, *shape: int, dtype: object = np.int32, count: int =
     return rng.choice(np.array([limits.min, limits.max, *between], dtype), shape)
 
 
-def check(backend: Backend, *operands: Any, **options: Any) -> None:
+def check(backend: Backend, *calls: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
     """Labels are the reference's, weights are so up to rounding."""
-    labels, weights = backend.call("interpolate_labels", *operands, return_weights=True, **options)
-    expected, share = reference.interpolate_labels(*operands, return_weights=True, **options)
-    assert_same(labels, expected)
-    assert weights.dtype == np.float32
-    np.testing.assert_allclose(weights, share, rtol=0, atol=2e-5)
-    assert_same(backend.call("interpolate_labels", *operands, **options), labels)
+    weighed = [(operands, {**options, "return_weights": True}) for operands, options in calls]
+    results = backend.calls("interpolate_labels", *weighed, *calls)
+    for (labels, weights), alone, (operands, options) in zip(
+        results[: len(calls)], results[len(calls) :], weighed, strict=True
+    ):
+        expected, share = reference.interpolate_labels(*operands, **options)
+        assert_same(labels, expected)
+        assert weights.dtype == np.float32
+        np.testing.assert_allclose(weights, share, rtol=0, atol=2e-5)
+        assert_same(alone, labels)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -48,8 +52,8 @@ def test_labels_of_every_integer_dtype_have_the_reference_values(
     """Also those that no floating-point number holds, and their order among equals."""
     labels = random_labels(0, 2, 2, 4, 5, dtype=dtype)
     grid = off_grid_displacement(1, 2, (4, 5), dtype=np.float32)
-    check(backend, labels, None, grid, background=1)
-    check(backend, labels, None, np.float32([0.5, 0.5]) / [2, 1.5] + 0 * grid)
+    half_a_voxel = np.float32([0.5, 0.5]) / [2, 1.5] + 0 * grid
+    check(backend, ((labels, None, grid), {"background": 1}), ((labels, None, half_a_voxel), {}))
 
 
 @pytest.mark.parametrize("field", [np.float32, np.float64])
@@ -65,11 +69,14 @@ def test_samples_lie_where_interpolate_puts_them(
     affine = random_affine(1, 2, dim, field)
     grid = off_grid_displacement(2, 1, shape, out, align_corners=align_corners, dtype=field)
     options = {"padding_mode": padding_mode, "align_corners": align_corners, "background": -7}
-    check(backend, labels, affine, grid, **options)
-    check(backend, labels, affine, grid, affine_last=True, **options)
-    check(backend, labels, affine, None, out_shape=out, **options)
-    check(backend, labels, None, grid, **options)
-    check(backend, labels, affine, grid, is_displacement=False, **options)
+    check(
+        backend,
+        ((labels, affine, grid), options),
+        ((labels, affine, grid), {**options, "affine_last": True}),
+        ((labels, affine, None), {**options, "out_shape": out}),
+        ((labels, None, grid), options),
+        ((labels, affine, grid), {**options, "is_displacement": False}),
+    )
 
 
 @pytest.mark.parametrize("padding_mode", PADDINGS)
@@ -103,10 +110,11 @@ def test_no_transform_returns_the_labels(
     labels = random_labels(0, 2, 3, *shape, dtype=np.int64)
     zero = np.zeros((1, *shape, len(shape)), np.float32)
     identity = np.eye(len(shape), len(shape) + 1, dtype=np.float32)[None]
-    for operands in [(labels,), (labels, identity), (labels, None, zero), (labels, identity, zero)]:
-        actual, weights = backend.call(
-            "interpolate_labels", *operands, padding_mode=padding_mode, return_weights=True
-        )
+    options = {"padding_mode": padding_mode, "return_weights": True}
+    calls = [(labels,), (labels, identity), (labels, None, zero), (labels, identity, zero)]
+    for actual, weights in backend.calls(
+        "interpolate_labels", *((operands, options) for operands in calls)
+    ):
         assert_same(actual, labels)
         assert_same(weights, np.ones(labels.shape, np.float32))
 
@@ -180,7 +188,7 @@ def test_a_sample_at_no_position_lies_outside(backend: Backend, value: float) ->
 def test_the_fields_dtype_does_not_matter_to_the_labels(backend: Backend, dtype: object) -> None:
     labels = random_labels(0, 1, 1, 5, 6, dtype=np.uint8)
     grid = off_grid_displacement(1, 1, (5, 6)).astype(np.float16).astype(dtype)
-    check(backend, labels, np.eye(2, 3, dtype=np.float32)[None], grid)
+    check(backend, ((labels, np.eye(2, 3, dtype=np.float32)[None], grid), {}))
 
 
 def test_an_empty_batch_gives_empty_labels(backend: Backend) -> None:
@@ -192,7 +200,7 @@ def test_an_empty_batch_gives_empty_labels(backend: Backend) -> None:
 
 def test_a_row_longer_than_a_warp_and_several_threads(backend: Backend) -> None:
     labels = random_labels(0, 1, 2, 70, 131, dtype=np.int64)
-    check(backend, labels, None, off_grid_displacement(1, 1, (70, 131)))
+    check(backend, ((labels, None, off_grid_displacement(1, 1, (70, 131))), {}))
 
 
 # ------------------------------------------------------------------------------------ derivatives

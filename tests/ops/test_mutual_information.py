@@ -48,15 +48,15 @@ def entropy(p: Array) -> float:
 def check(backend: Backend, pred: Array, target: Array, **options: Any) -> None:
     """Values and gradients: to both images at once and, but for compilation, to each alone."""
     dtype = pred.dtype
-    value = reference.mutual_information_loss(pred, target, **options)
-    assert_close(backend.call(LOSS, pred, target, **options), value, dtype)
-    cotangent = random_array(9, *value.shape, dtype=dtype)
+    loss = reference.mutual_information_loss(pred, target, **options)
+    cotangent = random_array(9, *loss.shape, dtype=dtype)
     expected = reference.mutual_information_loss_vjp(cotangent, pred, target, **options)
     # An intensity is rounded once it is between 0 and 1: the narrower a window, the more it shows.
     windows = options.get("num_bins", 32) / options.get("sigma_ratio", 1.0)
     slack = max(1, windows / 16) if dtype == np.float32 else 1
     for wrt in [(0, 1), (0,), (1,)] if backend.framework == "torch" else [(0, 1)]:
-        gradients = backend.vjp(LOSS, (pred, target), cotangent, wrt, **options)
+        value, gradients = backend.value_and_vjp(LOSS, (pred, target), cotangent, wrt, **options)
+        assert_close(value, loss, dtype)
         for k, gradient in zip(wrt, gradients, strict=True):
             # A mean over many voxels has small gradients: they are measured by the largest.
             scale = slack * np.abs(expected[k]).max()

@@ -27,14 +27,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from inputs import assert_close, assert_same, off_grid_displacement, random_affine, random_array
 
-from regkernels import _core
+from regkernels import table
 
 ON_EACH_DEVICE = pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 )
 
-LAUNCH = _core.launch
-ROLES = {op: [role for _, role in entry["outputs"]] for op, entry in _core.ops().items()}
+LAUNCH = table.launch
+ROLES = {op.name: [output.role for output in op.outputs] for op in table.OPS.values()}
 ITEM_SIZES = {
     **{"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8},
     **{"uint8": 1, "int16": 2, "int32": 4, "int64": 8},
@@ -113,7 +113,7 @@ def guarded_launch(
 
 @pytest.fixture(autouse=True, scope="module")
 def guarded_launches() -> Iterator[None]:
-    with mock.patch.object(_core, "launch", guarded_launch):
+    with mock.patch.object(table, "launch", guarded_launch):
         yield
 
 

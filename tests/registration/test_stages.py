@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable
 from typing import ClassVar
@@ -23,15 +24,21 @@ from jaxreg import (
     mutual_information_loss,
 )
 from jaxreg.registration import (
+    LNCC,
+    MI,
+    MSE,
+    NCC,
     SVF,
     Affine,
     Greedy,
+    Metric,
     Moments,
     Progress,
     Rigid,
     Similarity,
     SyN,
     Translation,
+    downsample,
     mse_loss,
     ncc_loss,
     register,
@@ -41,7 +48,7 @@ from jaxreg.registration import (
 )
 from jaxreg.registration.register_images import make_problem
 from jaxreg.registration.stages.adam import no_moments
-from jaxreg.registration.stages.iterative import Iterative, Memory, block_length
+from jaxreg.registration.stages.iterative import Iterative, State, block_length
 from jaxreg.registration.stages.linear import rotation_matrix
 from jaxreg.registration.stages.problem import Alignment, Level
 from regkernels import Volume, rigid_motion
@@ -342,14 +349,14 @@ def test_a_stage_minimises_the_metric_that_it_is_given(stage: type) -> None:
 
     one = functools.partial(stage, (1,), (1,))
     cases = [
-        (one(metric="lncc", kernel_size=5), lncc_loss(*images, kernel_size=5)),
+        (one(metric=LNCC(kernel_size=5)), lncc_loss(*images, kernel_size=5)),
         (one(metric=absolute), absolute(*images)),
     ]
     if stage in (Affine, SyN):  # the others take the same way
         cases += [
             (one(metric="ncc"), ncc_loss(*images)),
             (one(metric="mse"), mse_loss(*images)),
-            (one(metric="mi", num_bins=20), mutual_information_loss(*images, num_bins=20)),
+            (one(metric=MI(num_bins=20)), mutual_information_loss(*images, num_bins=20)),
         ]
     for settings, loss in cases:
         result = register(fixed, moving, [settings])
@@ -376,7 +383,7 @@ def test_mutual_information_aligns_contrasts_that_do_not_correlate(masked: bool)
         seen[:8] = 0
         fixed, moving = fixed.with_array(spoilt_fixed), moving.with_array(spoilt_moving)
         masks = {"fixed_mask": fixed.with_array(seen), "moving_mask": moving.with_array(seen)}
-    stage = Rigid((1,), (80,), metric="mi", num_bins=16, tolerance=0)
+    stage = Rigid((1,), (80,), metric=MI(num_bins=16), tolerance=0)
     found = register(fixed, moving, [stage], **masks).transform.matrix
     assert error_in_mm(found, truth, fixed) < 1.5  # of voxels 4 mm wide
     other = dataclasses.replace(stage, metric="ncc")
@@ -402,7 +409,7 @@ def test_mutual_information_deforms_one_contrast_to_another(stage: type) -> None
     spoilt_fixed[:6] = spoilt_moving[:6] = np.indices((6, 40)).sum(axis=0) % 5
     seen[:7] = 0
     # Where the field may be rough, noise can be bent until it seems to inform.
-    settings = stage((2, 1), (30, 30), metric="mi", num_bins=16, gradient_sigma=3, field_sigma=2)
+    settings = stage((2, 1), (30, 30), metric=MI(num_bins=16), gradient_sigma=3, field_sigma=2)
     result = register(
         fixed.with_array(spoilt_fixed),
         moving.with_array(spoilt_moving),
@@ -499,15 +506,15 @@ class Scripted(Iterative):
 
     losses: tuple[float, ...] = ()
 
-    def begin(self, level: Level) -> Memory:
-        return Memory(jnp.zeros(()), no_moments(jnp.zeros(())))
+    def begin(self, level: Level) -> State:
+        return State(jnp.zeros(()), no_moments(jnp.zeros(())))
 
-    def resized(self, memory: Memory, shape: tuple[int, ...]) -> Memory:
-        return memory
+    def resized(self, state: State, shape: tuple[int, ...]) -> State:
+        return state
 
-    def step(self, level: Level, memory: Memory, progress: jax.Array) -> tuple[Memory, jax.Array]:
-        loss = jnp.asarray(self.losses)[memory.found.astype(int)]
-        return memory._replace(found=memory.found + 1), loss
+    def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
+        loss = jnp.asarray(self.losses)[state.found.astype(int)]
+        return state._replace(found=state.found + 1), loss
 
     def finish(self, shape: tuple[int, ...], alignment: Alignment, found: jax.Array) -> Alignment:
         return Alignment(found * alignment.matrix)
@@ -534,7 +541,7 @@ def test_what_spoils_a_level_at_once_is_undone_however_short_the_blocks(
         ("fixed_mask", "moving_mask", "fixed_to_physical", "moving_to_physical")
     )
     problem = make_problem(image, image, moving_ratio=1, **nothing)
-    alignment, (trace,) = stage.run(problem, problem.headers(), callback)
+    alignment, (trace,) = stage.run(problem, problem.start(), callback)
     assert int(trace.ran) == 10
     assert alignment.matrix[0, 0] == 0  # iterations that are kept
 
@@ -550,13 +557,76 @@ def test_iterations_are_split_into_equal_blocks() -> None:
 
 @pytest.mark.parametrize("stage", [Affine, *DEFORMABLE, Moments])
 def test_a_metric_that_there_is_not_is_refused(stage: type) -> None:
-    with pytest.raises(ValueError, match=r"metric: expected .* got 'mutual'"):
-        stage(metric="mutual")
-    for size in (8, 1, 33):
+    for metric in ("mutual", 7, LNCC):  # an instance, `LNCC()`, would do
+        with pytest.raises(ValueError, match=f"metric: expected one of .* got {metric!r}"):
+            stage(metric=metric)
+
+
+def test_settings_of_a_metric_out_of_range_are_refused() -> None:
+    for size in (8, 1, 33, 5.5):
         with pytest.raises(ValueError, match=f"kernel_size: expected an odd .* got {size}"):
-            stage(kernel_size=size)
-    with pytest.raises(ValueError, match="num_bins: expected an integer from 2 to 256, got 1"):
-        stage(num_bins=1)
+            LNCC(kernel_size=size)
+    for bins in (1, 257):
+        message = f"num_bins: expected an integer from 2 to 256, got {bins}"
+        with pytest.raises(ValueError, match=message):
+            MI(num_bins=bins)
+
+
+@pytest.mark.parametrize("stage", [Affine, *DEFORMABLE, Moments])
+def test_the_name_of_a_metric_stands_for_the_one_with_its_defaults(stage: type) -> None:
+    metrics = {"lncc": LNCC(7), "mi": MI(32), "mse": MSE(), "ncc": NCC()}
+    for name, metric in metrics.items():
+        assert stage(metric=name).metric == metric
+        assert stage(metric=name) == stage(metric=metric) == stage().with_metric(name)
+        assert hash(stage(metric=name)) == hash(stage(metric=metric))
+    assert stage(metric=LNCC(5)) != stage(metric="lncc")
+
+
+def test_a_record_of_a_stage_can_be_read() -> None:
+    def absolute(pred: jax.Array, target: jax.Array) -> jax.Array:
+        return jnp.abs(pred - target).mean()
+
+    for metric, told in ((LNCC(5), "LNCC(kernel_size=5)"), ("mse", "MSE"), (absolute, "absolute")):
+        record = Greedy(metric=metric, regularisation=jnp.sum).record()
+        assert record["metric"].endswith(told)
+        assert record["regularisation"] == "sum"
+        assert json.loads(json.dumps(record))["scales"] == [4, 2, 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class WiderWhereFiner(Metric):
+    """LNCC whose window depends on the level."""
+
+    sizes: tuple[tuple[float, int], ...]
+
+    def for_scale(self, scale: float) -> Metric:
+        return LNCC(dict(self.sizes)[scale])
+
+    def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
+        raise AssertionError("a level uses the metric for its scale")
+
+
+@pytest.mark.parametrize("callback", [None, lambda _: None])
+def test_a_metric_is_told_the_scale_of_each_level(
+    callback: Callable[[Progress], None] | None,
+) -> None:
+    fixed = header((32, 34), (5, 5))
+    points = physical_grid(fixed)
+    fixed, moving = (fixed.with_array(grainy(scene(points + 3 * k), k)) for k in range(2))
+    metric = WiderWhereFiner(((2, 3), (1, 9)))
+    # Steps of a billionth of a voxel: the losses of both levels are those of the start.
+    stages = [
+        Moments(rotation=False, scale=2, metric=metric),
+        Translation((2, 1), (1, 1), metric=metric, learning_rate=1e-9),
+    ]
+    for stage, expected in zip(stages, ([(2, 3)], [(2, 3), (1, 9)]), strict=True):
+        result = register(fixed, moving, [stage], callback=callback)
+        for level, (scale, size) in zip(result.stages[0].levels, expected, strict=True):
+            assert level.scale == scale
+            images = (downsample(v.batched(), level.shape) for v in (moving, fixed))
+            loss = lncc_loss(*images, kernel_size=size)
+            np.testing.assert_allclose(level.losses[0], loss, rtol=1e-4)
+        assert result.stages[0].settings.metric == metric
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -61,11 +62,41 @@ class Backend:
         """What the public function returns: an array, or a tuple of them."""
         raise NotImplementedError
 
+    def calls(self, name: str, *calls: tuple[Sequence[Any], dict[str, Any]]) -> list[Any]:
+        """What the function returns for several arguments and options, in one program if need be.
+
+        To compile is most of what a small call takes in JAX.
+        """
+        return [self.call(name, *args, **options) for args, options in calls]
+
     def vjp(
         self, name: str, args: Sequence[Any], cotangent: Array, wrt: Sequence[int], **options: Any
     ) -> tuple[Array, ...]:
         """Gradients of ``sum(cotangent * function(*args))`` to the arguments numbered ``wrt``."""
         raise NotImplementedError
+
+    def value_and_vjp(
+        self, name: str, args: Sequence[Any], cotangent: Array, wrt: Sequence[int], **options: Any
+    ) -> tuple[Any, tuple[Array, ...]]:
+        """What ``call`` and ``vjp`` return, in one program if need be."""
+        value = self.call(name, *args, **options)
+        return value, self.vjp(name, args, cotangent, wrt, **options)
+
+
+Settings = tuple[tuple[int, Any], ...]
+
+
+def arrays_and_settings(leaves: Sequence[Any]) -> tuple[dict[int, Any], Settings]:
+    """What a program of JAX takes as arguments, and what is settled when it is compiled."""
+    import jax
+
+    arrays = {k: leaf for k, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+    return arrays, tuple(item for item in enumerate(leaves) if item[0] not in arrays)
+
+
+def merged(arrays: dict[int, Any], settings: Settings) -> list[Any]:
+    """All leaves in their order."""
+    return [leaf for _, leaf in sorted([*arrays.items(), *settings], key=lambda item: item[0])]
 
 
 class JaxBackend(Backend):
@@ -96,24 +127,80 @@ class JaxBackend(Backend):
                 return tuple(map(np.asarray, result))
             return np.asarray(result)
 
+    def calls(self, name: str, *calls: tuple[Sequence[Any], dict[str, Any]]) -> list[Any]:
+        import jax
+
+        with self.scope([a for args, options in calls for a in (*args, *options.values())]):
+            function = self.function(name)
+            given = [([self.array(a) for a in args], self.arrays(o)) for args, o in calls]
+            leaves, structure = jax.tree.flatten(given)
+            arrays, settings = arrays_and_settings(leaves)
+
+            def results(arrays: dict[int, Any]) -> list[Any]:
+                calls = jax.tree.unflatten(structure, merged(arrays, settings))
+                return [function(*args, **options) for args, options in calls]
+
+            return jax.tree.map(np.asarray, jax.jit(results)(arrays))
+
     def vjp(
         self, name: str, args: Sequence[Any], cotangent: Array, wrt: Sequence[int], **options: Any
     ) -> tuple[Array, ...]:
-        import jax
-
         if not wrt:
             return ()
+        return self.run_differentiated(name, args, cotangent, wrt, options, with_value=False)[1]
+
+    def value_and_vjp(
+        self, name: str, args: Sequence[Any], cotangent: Array, wrt: Sequence[int], **options: Any
+    ) -> tuple[Any, tuple[Array, ...]]:
+        return self.run_differentiated(name, args, cotangent, wrt, options, with_value=True)
+
+    def run_differentiated(
+        self,
+        name: str,
+        args: Sequence[Any],
+        cotangent: Array,
+        wrt: Sequence[int],
+        options: dict[str, Any],
+        with_value: bool,
+    ) -> tuple[Any, tuple[Array, ...]]:
+        import jax
+
         with self.scope((*args, *options.values())):
-            operands, options = [self.array(a) for a in args], self.arrays(options)
+            call = [self.array(a) for a in args], self.arrays(options)
+            leaves, structure = jax.tree.flatten(call)
+            arrays, settings = arrays_and_settings(leaves)
+            program = self.differentiated(name, tuple(wrt), structure, settings, with_value)
+            return jax.tree.map(np.asarray, program(self.array(cotangent), arrays))
+
+    @functools.lru_cache(32)  # noqa: B019
+    def differentiated(
+        self,
+        name: str,
+        wrt: tuple[int, ...],
+        structure: Any,
+        settings: Settings,
+        with_value: bool,
+    ) -> Any:
+        """Both passes, and a call that is not differentiated, as one program.
+
+        It takes a cotangent and the arrays among the arguments.
+        """
+        import jax
+
+        @jax.jit
+        def program(cotangent: Any, arrays: dict[int, Any]) -> tuple[Any, Any]:
+            operands, options = jax.tree.unflatten(structure, merged(arrays, settings))
 
             def function(*chosen: Any) -> Any:
-                merged = list(operands)
-                for k, operand in zip(wrt, chosen, strict=True):
-                    merged[k] = operand
-                return self.function(name)(*merged, **options)
+                replaced = dict(zip(wrt, chosen, strict=True))
+                given = [replaced.get(k, operand) for k, operand in enumerate(operands)]
+                return self.function(name)(*given, **options)
 
-            _, pullback = jax.vjp(function, *[operands[k] for k in wrt])
-            return tuple(np.asarray(g) for g in pullback(self.array(cotangent)))
+            chosen = [operands[k] for k in wrt]
+            value = function(*chosen) if with_value else None
+            return value, jax.vjp(function, *chosen)[1](cotangent) if wrt else ()
+
+        return program
 
 
 class TorchBackend(Backend):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import html
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxreg.registration.register import LevelRecord, Registration, StageRecord
 from jaxreg.registration.report.pictures import BACKGROUND, FAINT, TEXT, draw_losses, draw_slices
+from jaxreg.warp import INVERSE_TOLERANCE
 from regkernels.files.atomic import atomic_path
 
 if TYPE_CHECKING:
@@ -121,10 +121,7 @@ def _stages(result: Registration) -> str:
     numbers = _cells(names[1:-1], "th", "number")
     rows = [f"<tr>{_cells(names[:1], 'th')}{numbers}{_cells(names[-1:], 'th')}</tr>"]
     for stage in result.stages:
-        settings = ", ".join(
-            f"{field.name} = {_value(getattr(stage.settings, field.name))}"
-            for field in dataclasses.fields(stage.settings)
-        )
+        settings = ", ".join(f"{name} = {value}" for name, value in stage.settings.record().items())
         span = len(stage.levels)
         for number, level in enumerate(stage.levels):
             values = (
@@ -144,14 +141,9 @@ def _stages(result: Registration) -> str:
 
 
 def _iterations(stage: StageRecord, level: LevelRecord) -> str:
-    if not hasattr(stage.settings, "iterations"):
+    if not stage.settings.iterations:
         return ""
     return f"{len(level.losses)}{', converged' if level.converged else ''}"
-
-
-def _value(setting: Any) -> str:
-    """Show a setting; a function by its name, which does not change from run to run."""
-    return str(getattr(setting, "__qualname__", setting))
 
 
 def _matrix(result: Registration) -> str:
@@ -163,12 +155,14 @@ def _matrix(result: Registration) -> str:
 
 
 def _deformation(result: Registration) -> dict[str, str]:
-    folds, error = result.folds, result.inverse_error
+    folds, residual = result.folds, result.inverse_residual
+    off = f"mean {residual.mean:.2g}, at most {residual.maximum:.2g} voxels"
+    missed = f"no inverse to {INVERSE_TOLERANCE:g} voxels"
     return {
         "Jacobian determinant": f"{folds.minimum:.3f} to {folds.maximum:.3f}",
         "not positive": f"{100 * folds.share:.4g} % of the voxels",
-        "error of the inverse": f"mean {error.mean:.2g}, at most {error.maximum:.2g} voxels",
-        "no inverse to 0.01 voxels": f"{100 * error.share:.4g} % of the voxels",
+        "residual of the inverse": off,
+        missed: f"{100 * residual.share:.4g} % of the voxels",
     }
 
 

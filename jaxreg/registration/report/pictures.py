@@ -28,7 +28,7 @@ FAINT = "#8b93a1"
 _COLD, _WARM = "#4aa3ff", "#ff9a3d"
 _DIVERGING = ("#d6ecff", _COLD, "#123456", BACKGROUND, "#5a2b0c", _WARM, "#ffe9d1")
 
-# Parts of the longest side of what is shown.
+# These lengths are parts of the longest side of what is shown.
 _MARGIN = 1 / 24
 _SQUARE = 1 / 12
 _LINE_EVERY = 1 / 36
@@ -64,7 +64,7 @@ def draw_slices(
     resampled = resample(result.moving, result.fixed)
     fixed, before, moved = (view.scalar(v) for v in (result.fixed, resampled, result.moved))
     fixed = _scaled(fixed, fixed)
-    # One gain and offset for both, or the differences before and after could not be compared.
+    # Both get one gain and offset, or the differences before and after could not be compared.
     gain, offset = np.polyfit(moved.ravel(), fixed.ravel(), 1) if np.ptp(moved) else (1.0, 0.0)
     differences = [gain * image + offset - fixed for image in (before, moved)]
     before, moved = _scaled(before, moved), _scaled(moved, moved)
@@ -189,7 +189,7 @@ def _joined(*words: str) -> str:
 
 
 def _in_space(array: NDArray[Any], components: int = 0) -> NDArray[Any]:
-    """Turn ``(Y, X)`` into ``(1, Y, X)`` and ``(Y, X, 2)`` into ``(1, Y, X, 3)``; else nothing."""
+    """Turn ``(Y, X)`` into ``(1, Y, X)`` and ``(Y, X, 2)`` into ``(1, Y, X, 3)``."""
     if array.ndim == 3 + bool(components):
         return array
     padding = [(0, 0)] * array.ndim
@@ -307,7 +307,7 @@ class _Panels:
     Two columns where a panel has three slices beside each other, four where it has one.
     """
 
-    # Inches.
+    # These lengths are in inches.
     _WIDTH, _SIDE, _HEADER, _TITLE, _GAP, _SPACE = 13.0, 0.325, 0.88, 0.27, 0.39, 0.3
 
     def __init__(self, slices: list[_Slice], title: str, subtitle: str, number: int = 8) -> None:
@@ -321,7 +321,7 @@ class _Panels:
         self.panel_width = (self._WIDTH - 2 * self._SIDE - between) / self.columns
         widths = [abs(s.window[1] - s.window[0]) for s in slices]
         heights = [abs(s.window[3] - s.window[2]) for s in slices]
-        # Inches per millimetre, the same for all slices.
+        # The scale, inches per millimetre, is the same for all slices.
         scale = min(0.97 * self.panel_width / sum(widths), 5 / max(heights))
         self.sizes = [(w * scale, h * scale) for w, h in zip(widths, heights, strict=True)]
         self.panel_height = self._TITLE + self._SPACE + max(height for _, height in self.sizes)
@@ -364,7 +364,7 @@ class _Panels:
                     "color": TEXT,
                     "fontsize": 9,
                     "transform": ax.transAxes,
-                    # On bright tissue, too.
+                    # A rim keeps letters readable on bright tissue.
                     "path_effects": [withStroke(linewidth=2.5, foreground=BACKGROUND)],
                 }
                 ax.text(0.01, 0.5, cut.letters[0], va="center", **style_of_letters)

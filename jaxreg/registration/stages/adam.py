@@ -13,19 +13,19 @@ from jaxreg.registration.stages.pyramid import resize_field
 __all__ = ["AdamMoments", "adam_direction", "no_moments", "resize_moments", "riemannian_adam_step"]
 
 AdamMoments: TypeAlias = optax.ScaleByAdamState
-"""Adam's memory of the gradients: running means of them, ``mu``, and of their squares, ``nu``."""
+"""Adam's running means of the gradients, ``mu``, and of their squares, ``nu``."""
 
 
 def no_moments(like: Any) -> AdamMoments:
-    """Return the memory before the first step for gradients shaped like a pytree."""
+    """Return the moments before the first step for gradients shaped like a pytree."""
     moments: AdamMoments = optax.scale_by_adam().init(like)
     return moments
 
 
 def resize_moments(moments: AdamMoments, shape: tuple[int, ...]) -> AdamMoments:
-    """Return the memory of a field on a grid of another spatial shape.
+    """Return the moments of a field on a grid of another spatial shape.
 
-    It is in normalised coordinates. There a gradient of the sum loss has the same size on every
+    They are in normalised coordinates. There a gradient of the sum loss has the same size on every
     level, so that nothing but the sampling changes.
     """
     first, second = (resize_field(field, shape) for field in (moments.mu, moments.nu))
@@ -106,7 +106,8 @@ def riemannian_adam_step(
     direction, moments = adam_direction(
         gradient, moments, beta1=beta1, beta2=beta2, epsilon=epsilon
     )
-    # Without `convert_displacement`: XLA fuses all that is done to a voxel, but not into an op.
+    # This is written out, without `convert_displacement`, because XLA fuses all that is done to a
+    # voxel, but not into an op.
     squares = jnp.sum(direction**2, axis=-1)
     longest = jnp.sqrt(jnp.max(squares, axis=tuple(range(1, gradient.ndim - 1))))
     length = -learning_rate * 0.5 / jnp.maximum(0.5, longest)

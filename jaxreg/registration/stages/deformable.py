@@ -18,8 +18,7 @@ from jaxreg.registration.stages.adam import (
     resize_moments,
     riemannian_adam_step,
 )
-from jaxreg.registration.stages.iterative import Iterative, Memory
-from jaxreg.registration.stages.metrics import Metric
+from jaxreg.registration.stages.iterative import Iterative, State
 from jaxreg.registration.stages.problem import Alignment, Level
 from jaxreg.registration.stages.pyramid import resize_field
 
@@ -58,10 +57,6 @@ class Deformable(Iterative):
     fields: ClassVar[int] = 1
     """How many fields the stage looks for."""
 
-    scales: tuple[float, ...] = (4, 2, 1)
-    iterations: tuple[int, ...] = (60, 40, 20)
-    learning_rate: float = 0.5
-    metric: Metric = "lncc"
     gradient_sigma: float = 1.25
     field_sigma: float = 0.6
     beta1: float = 0.9
@@ -80,14 +75,14 @@ class Deformable(Iterative):
         if not self.epsilon > 0:
             raise ValueError(f"epsilon: expected a positive number, got {self.epsilon}")
 
-    def begin(self, level: Level) -> Memory:
+    def begin(self, level: Level) -> State:
         """Return fields of zero, ``(fields, [Z,] Y, X, D)``."""
         zero = jnp.zeros((self.fields, *level.shape, level.ndim), jnp.float32)
-        return Memory(zero, no_moments(zero))
+        return State(zero, no_moments(zero))
 
-    def resized(self, memory: Memory, shape: tuple[int, ...]) -> Memory:
+    def resized(self, state: State, shape: tuple[int, ...]) -> State:
         """Return the same on a grid of another shape."""
-        return Memory(resize_field(memory.found, shape), resize_moments(memory.moments, shape))
+        return State(resize_field(state.found, shape), resize_moments(state.moments, shape))
 
     def smooth(self, field: jax.Array) -> jax.Array:
         """Smooth a field after its step."""

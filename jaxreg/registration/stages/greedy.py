@@ -32,7 +32,7 @@ import jax
 
 from jaxreg import compose
 from jaxreg.registration.stages.deformable import Deformable, step_gradient
-from jaxreg.registration.stages.iterative import Memory
+from jaxreg.registration.stages.iterative import State
 from jaxreg.registration.stages.problem import Level
 
 __all__ = ["Greedy"]
@@ -47,16 +47,16 @@ class Greedy(Deformable):
 
     name: ClassVar[str] = "greedy"
 
-    def step(self, level: Level, memory: Memory, progress: jax.Array) -> tuple[Memory, jax.Array]:
+    def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
         """Take one step; return the loss before it."""
-        displacement = memory.found
+        displacement = state.found
         moved, mask = level.moved(level.matrix, level.after(displacement))
         target = (level.fixed, level.fixed_mask)
         loss, slope = jax.value_and_grad(lambda image: self.loss((image, mask), target))(moved)
         penalty, pull = self.penalty_of_composing(displacement)
-        step, moments = self.descend(step_gradient(moved, slope) + pull, memory.moments)
+        step, moments = self.descend(step_gradient(moved, slope) + pull, state.moments)
         displacement = self.smooth(compose(displacement, step))
-        return Memory(displacement, moments), loss + penalty
+        return State(displacement, moments), loss + penalty
 
     def transforms(self, found: jax.Array) -> tuple[jax.Array, None]:
         """Return the displacement; nothing is known of its inverse."""

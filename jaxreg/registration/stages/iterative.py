@@ -8,39 +8,21 @@ import functools
 import math
 from collections.abc import Callable
 from numbers import Integral
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.stages.adam import AdamMoments
-from jaxreg.registration.stages.metrics import Metric, find_loss
+from jaxreg.registration.stages.base import Stage, Trace
+from jaxreg.registration.stages.metrics import LNCC, MetricField
 from jaxreg.registration.stages.problem import Alignment, Level, Problem, combined
 
-__all__ = ["Iterative", "Memory", "Trace", "block_length"]
+__all__ = ["Iterative", "State", "block_length"]
 
 
-class Trace(NamedTuple):
-    """How the loss of a level went.
-
-    Attributes
-    ----------
-    losses
-        The loss before each iteration, ``(iterations,)``; after an early stop the last one is
-        repeated. Those of a block that was undone are there, too.
-    ran
-        Iterations until then.
-    converged
-        Whether the level stopped by itself.
-    """
-
-    losses: jax.Array
-    ran: jax.Array
-    converged: jax.Array
-
-
-class Memory(NamedTuple):
+class State(NamedTuple):
     """What the iterations of a stage change."""
 
     found: Any
@@ -48,16 +30,15 @@ class Memory(NamedTuple):
     moments: AdamMoments
 
 
-_State = tuple[Memory, Trace]
-_Run = Callable[["Iterative", Level, Memory, Trace], _State]
+_Carry = tuple[State, Trace]
+"""What the loop over the blocks of a level carries."""
+
+_Run = Callable[["Iterative", Level, State, Trace], _Carry]
 
 
 @dataclasses.dataclass(frozen=True)
-class Iterative(abc.ABC):
+class Iterative(Stage):
     """Settings of every stage that iterates from coarse to fine.
-
-    A stage is a JAX pytree without leaves: its settings are static, and functions that take it
-    are compiled for them.
 
     Attributes
     ----------
@@ -68,15 +49,10 @@ class Iterative(abc.ABC):
     learning_rate
         How far a step may go, in voxels of the level; see the stage.
     metric
-        What is minimised: ``"lncc"``, local normalised cross-correlation; ``"ncc"``, the global
-        one, which still pulls where little overlaps; ``"mi"``, mutual information, between
-        contrasts that differ; ``"mse"``, the mean squared difference; or ``loss(pred, target)``, a
-        scalar, the mean over the voxels: any JAX function of two images ``(1, C, [Z,] Y, X)``,
-        which takes ``mask=``, too, if there are masks.
-    kernel_size
-        Window of ``"lncc"``, in voxels of the level, odd.
-    num_bins
-        Bins of ``"mi"`` per image.
+        What is minimised: a `Metric`, such as ``LNCC(kernel_size=5)``; the name ``"lncc"``,
+        ``"mi"``, ``"mse"`` or ``"ncc"`` of one with its default settings; or ``loss(pred,
+        target)``, a scalar, the mean over the voxels: any JAX function of two images ``(1, C, [Z,]
+        Y, X)``, which takes ``mask=``, too, if there are masks. The stage holds the metric.
     window, tolerance
         A level ends when a line through its last ``window`` losses falls by less than ``tolerance``
         times the largest loss of the level, in magnitude, or rises. If in the last block the loss
@@ -95,21 +71,13 @@ class Iterative(abc.ABC):
         of its range.
     """
 
-    name: ClassVar[str]
-
-    scales: tuple[float, ...]
-    iterations: tuple[int, ...]
+    scales: tuple[float, ...] = (4, 2, 1)
+    iterations: tuple[int, ...] = (60, 40, 20)
     learning_rate: float = 0.5
-    metric: Metric = "lncc"
-    kernel_size: int = 7
-    num_bins: int = 32
+    metric: MetricField = MetricField(LNCC())
     window: int = 10
     tolerance: float = 1e-4
     block: int = 10
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        jax.tree_util.register_static(cls)
 
     def __post_init__(self) -> None:
         for name in ("scales", "iterations"):
@@ -126,7 +94,6 @@ class Iterative(abc.ABC):
             )
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
-        find_loss(self.metric, self.kernel_size, self.num_bins)
         for name, least in (("window", 2), ("block", 1)):
             value = getattr(self, name)
             if not isinstance(value, Integral) or value < least:
@@ -138,19 +105,18 @@ class Iterative(abc.ABC):
         self, pred: tuple[jax.Array, jax.Array | None], target: tuple[jax.Array, jax.Array | None]
     ) -> jax.Array:
         """Return the metric of two images, each with its mask."""
-        find = find_loss(self.metric, self.kernel_size, self.num_bins)
-        return find(pred[0], target[0], combined(pred[1], target[1]))
+        return self.metric.loss(pred[0], target[0], combined(pred[1], target[1]))
 
     @abc.abstractmethod
-    def begin(self, level: Level) -> Memory:
+    def begin(self, level: Level) -> State:
         """Return what the iterations change, before the first of them."""
 
     @abc.abstractmethod
-    def resized(self, memory: Memory, shape: tuple[int, ...]) -> Memory:
+    def resized(self, state: State, shape: tuple[int, ...]) -> State:
         """Return the same on a grid of another shape."""
 
     @abc.abstractmethod
-    def step(self, level: Level, memory: Memory, progress: jax.Array) -> tuple[Memory, jax.Array]:
+    def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
         """Take one step; return the loss before it. ``progress`` goes from 0 to 1 in a level."""
 
     @abc.abstractmethod
@@ -169,27 +135,28 @@ class Iterative(abc.ABC):
         self, problem: Problem, alignment: Alignment, callback: Callback | None = None
     ) -> tuple[Alignment, tuple[Trace, ...]]:
         """Run all levels from an alignment; return the one that they find, and their traces."""
-        memory: Memory | None = None
+        state: State | None = None
         traces = []
         done, total = 0, sum(self.iterations)
         for scale, iterations in zip(self.scales, self.iterations, strict=True):
             level = problem.level(scale, alignment)
-            memory = self.begin(level) if memory is None else self.resized(memory, level.shape)
+            state = self.begin(level) if state is None else self.resized(state, level.shape)
             trace = _no_trace(iterations)
+            stage = self.for_scale(scale)
             if iterations == 0:
                 pass
             elif callback is None:
-                memory, trace = _jitted(_run_level, level)(self, level, memory, trace)
+                state, trace = _jitted(_run_level, level)(stage, level, state, trace)
             else:
                 for first in range(0, iterations, length := self._block_length(iterations)):
-                    memory, trace = _jitted(_run_block, level)(self, level, memory, trace)
+                    state, trace = _jitted(_run_block, level)(stage, level, state, trace)
                     losses = trace.losses[first : first + length]
                     callback(Progress(self.name, scale, done + first + length, total, losses))
             done += iterations
             traces.append(trace)
-        assert memory is not None  # there is a level
-        found = memory.found
-        del memory  # the moments need not be there while the inverse is found
+        assert state is not None  # there is a level
+        found = state.found
+        del state  # the moments need not be there while the inverse is found
         return self.finish(problem.shape, alignment, found), tuple(traces)
 
 
@@ -210,7 +177,7 @@ def _no_trace(iterations: int) -> Trace:
 
 @functools.cache
 def _jit(run: _Run, donate: bool) -> _Run:
-    jitted: _Run = jax.jit(run, donate_argnames=("memory", "trace") if donate else ())
+    jitted: _Run = jax.jit(run, donate_argnames=("state", "trace") if donate else ())
     return jitted
 
 
@@ -222,33 +189,33 @@ def _jitted(run: _Run, level: Level) -> _Run:
     return _jit(run, donate=not isinstance(level.fixed, jax.core.Tracer))
 
 
-def _advance(stage: Iterative, level: Level, memory: Memory, trace: Trace) -> _State:
+def _advance(stage: Iterative, level: Level, state: State, trace: Trace) -> _Carry:
     """Run one block of iterations."""
-    start = memory.found
+    start = state.found
     iterations = trace.losses.size
     length = stage._block_length(iterations)
 
-    def iterate(memory: Memory, index: jax.Array) -> tuple[Memory, jax.Array]:
+    def iterate(state: State, index: jax.Array) -> tuple[State, jax.Array]:
         progress = index.astype(jnp.float32) / max(iterations - 1, 1)
-        return stage.step(level, memory, progress)
+        return stage.step(level, state, progress)
 
-    memory, block = jax.lax.scan(iterate, memory, trace.ran + jnp.arange(length, dtype=jnp.int32))
+    state, block = jax.lax.scan(iterate, state, trace.ran + jnp.arange(length, dtype=jnp.int32))
     ran = trace.ran + length
     losses = jax.lax.dynamic_update_slice(trace.losses, block.astype(jnp.float32), (trace.ran,))
     last = jnp.arange(iterations) >= ran
     losses = jnp.where(last, losses[ran - 1], losses)
     if not stage._tests(iterations):
-        return memory, Trace(losses, ran, trace.converged)
+        return state, Trace(losses, ran, trace.converged)
     converged = _converged(stage, losses, ran)
-    # To keep the start of a block costs one field, the best of all iterations a copy in each of
-    # them. The block before was tested, too: the losses had fallen until this one.
-    # A small rise is no reason: what looks alike on this level goes on to a finer one.
+    # Keeping the start of a block costs one field; keeping the best of all iterations would cost a
+    # copy in each of them. The block before was tested, too: the losses had fallen until this one.
+    # A small rise is no reason to undo it: what looks alike on this level goes on to a finer one.
     bearable = block[0] + 0.1 * jnp.maximum(losses[0] - block[0], 0)
-    undone = converged & ~(block[-1] <= bearable)  # also if it is NaN
-    found = jax.tree.map(functools.partial(jnp.where, undone), start, memory.found)
-    # The next level does not go on with what has led astray.
-    moments = jax.tree.map(lambda x: jnp.where(undone, jnp.zeros_like(x), x), memory.moments)
-    return memory._replace(found=found, moments=moments), Trace(losses, ran, converged)
+    undone = converged & ~(block[-1] <= bearable)  # a NaN is not bearable, either
+    found = jax.tree.map(functools.partial(jnp.where, undone), start, state.found)
+    # The next level must not go on with moments that have led astray.
+    moments = jax.tree.map(lambda x: jnp.where(undone, jnp.zeros_like(x), x), state.moments)
+    return state._replace(found=found, moments=moments), Trace(losses, ran, converged)
 
 
 def _converged(stage: Iterative, losses: jax.Array, ran: jax.Array) -> jax.Array:
@@ -260,34 +227,34 @@ def _converged(stage: Iterative, losses: jax.Array, ran: jax.Array) -> jax.Array
     return ~falls
 
 
-def _run_level(stage: Iterative, level: Level, memory: Memory, trace: Trace) -> _State:
+def _run_level(stage: Iterative, level: Level, state: State, trace: Trace) -> _Carry:
     """Run a level until it has converged or its iterations are used up."""
     iterations = trace.losses.size
     blocks = iterations // stage._block_length(iterations)
 
-    def advance(state: _State) -> _State:
-        return _advance(stage, level, *state)
+    def advance(carry: _Carry) -> _Carry:
+        return _advance(stage, level, *carry)
 
-    def unfinished(state: _State) -> jax.Array:
-        return (state[1].ran < iterations) & ~state[1].converged
+    def unfinished(carry: _Carry) -> jax.Array:
+        return (carry[1].ran < iterations) & ~carry[1].converged
 
-    state: _State = (memory, trace)
+    carry: _Carry = (state, trace)
     if not stage._tests(iterations) or blocks < 2:
         # The host need not wait for the outcome of a test.
-        state = jax.lax.fori_loop(0, blocks, lambda _, state: advance(state), state)
+        carry = jax.lax.fori_loop(0, blocks, lambda _, carry: advance(carry), carry)
     else:
-        state = jax.lax.while_loop(unfinished, advance, state)
-    return state
+        carry = jax.lax.while_loop(unfinished, advance, carry)
+    return carry
 
 
-def _run_block(stage: Iterative, level: Level, memory: Memory, trace: Trace) -> _State:
+def _run_block(stage: Iterative, level: Level, state: State, trace: Trace) -> _Carry:
     """Run one block of a level, unless it has converged."""
 
-    def advance(memory: Memory, trace: Trace) -> _State:
-        return _advance(stage, level, memory, trace)
+    def advance(state: State, trace: Trace) -> _Carry:
+        return _advance(stage, level, state, trace)
 
-    def rest(memory: Memory, trace: Trace) -> _State:
-        return memory, trace
+    def rest(state: State, trace: Trace) -> _Carry:
+        return state, trace
 
-    state: _State = jax.lax.cond(trace.converged, rest, advance, memory, trace)
-    return state
+    carry: _Carry = jax.lax.cond(trace.converged, rest, advance, state, trace)
+    return carry

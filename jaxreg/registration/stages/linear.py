@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg.registration.stages.adam import adam_direction, no_moments
-from jaxreg.registration.stages.iterative import Iterative, Memory
-from jaxreg.registration.stages.metrics import Metric
+from jaxreg.registration.stages.iterative import Iterative, State
+from jaxreg.registration.stages.metrics import NCC, MetricField
 from jaxreg.registration.stages.moments import centre_and_covariance
 from jaxreg.registration.stages.problem import Alignment, Level, matmul
 
@@ -72,27 +72,26 @@ class Linear(Iterative):
 
     scales: tuple[float, ...] = (4, 2)
     iterations: tuple[int, ...] = (80, 40)
-    learning_rate: float = 0.5
-    metric: Metric = "ncc"
+    metric: MetricField = MetricField(NCC())
 
     @abc.abstractmethod
     def _parameters(self, ndim: int) -> _Parameters:
         """Return the parameters of no motion."""
 
-    def begin(self, level: Level) -> Memory:
+    def begin(self, level: Level) -> State:
         """Return the parameters of no motion, about the fixed image's centre of mass."""
         parameters = self._parameters(level.ndim)
         centre, _ = centre_and_covariance(level.fixed, level.fixed_mask, level.to_physical)
         length = jnp.linalg.norm(level.to_physical[:-1, :-1])
-        return Memory(_Motion(parameters, centre, length), no_moments(parameters))
+        return State(_Motion(parameters, centre, length), no_moments(parameters))
 
-    def resized(self, memory: Memory, shape: tuple[int, ...]) -> Memory:
+    def resized(self, state: State, shape: tuple[int, ...]) -> State:
         """Return the same: the parameters do not depend on the grid."""
-        return memory
+        return state
 
-    def step(self, level: Level, memory: Memory, progress: jax.Array) -> tuple[Memory, jax.Array]:
+    def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
         """Take one step; return the loss before it."""
-        motion: _Motion = memory.found
+        motion: _Motion = state.found
 
         def objective(parameters: _Parameters) -> jax.Array:
             matrix = matmul(level.matrix, motion.matrix(parameters))
@@ -100,11 +99,11 @@ class Linear(Iterative):
             return self.loss(pred, (level.fixed, level.fixed_mask))
 
         loss, gradient = jax.value_and_grad(objective)(motion.parameters)
-        direction, moments = adam_direction(gradient, memory.moments, beta1=0.9, beta2=0.99)
+        direction, moments = adam_direction(gradient, state.moments, beta1=0.9, beta2=0.99)
         rate = self.learning_rate * level.voxel_size() / motion.length
         rate *= 0.55 + 0.45 * jnp.cos(jnp.pi * progress)
         parameters = jax.tree.map(lambda p, d: p - rate * d, motion.parameters, direction)
-        return Memory(motion._replace(parameters=parameters), moments), loss
+        return State(motion._replace(parameters=parameters), moments), loss
 
     def finish(self, shape: tuple[int, ...], alignment: Alignment, found: _Motion) -> Alignment:
         """Return the alignment with the motion before its matrix."""

@@ -1,24 +1,34 @@
-"""How alike two images are: the measures that the stages can maximise."""
+"""How alike two images are: the metrics that the stages minimise, and the losses behind them."""
 
 from __future__ import annotations
 
-import functools
+import abc
+import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxreg.loss import lncc_loss, mutual_information_loss
 
-__all__ = ["Metric", "find_loss", "mse_loss", "ncc", "ncc_loss"]
-
-Metric = Literal["lncc", "mi", "mse", "ncc"] | Callable[..., jax.Array]
-"""A measure by its name, or ``loss(pred, target)`` itself, to be minimised."""
-
-Loss = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
-"""``loss(pred, target, mask)``: a scalar, the mean over whatever the images hold."""
+__all__ = [
+    "LNCC",
+    "MI",
+    "MSE",
+    "NCC",
+    "FunctionMetric",
+    "Metric",
+    "MetricField",
+    "MetricLike",
+    "MetricName",
+    "as_metric",
+    "function_name",
+    "mse_loss",
+    "ncc",
+    "ncc_loss",
+]
 
 
 def ncc(pred: jax.Array, target: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -57,7 +67,8 @@ def ncc(pred: jax.Array, target: jax.Array, mask: jax.Array | None = None) -> ja
     # The inner `where`s keep the square root's infinite slope at 0 out of the gradient.
     pred_scale = jnp.sqrt(jnp.where(varies, pred_variance, 1))
     target_scale = jnp.sqrt(jnp.where(varies, target_variance, 1))
-    # One after the other: the square of their product, in the gradient, may overflow.
+    # The scales divide one after the other: the square of their product, which the gradient would
+    # hold, may overflow.
     return jnp.where(varies, covariance / pred_scale / target_scale, 0)
 
 
@@ -97,61 +108,261 @@ def mse_loss(pred: jax.Array, target: jax.Array, mask: jax.Array | None = None) 
     return (weight * squares).sum() / jnp.maximum(weight.sum(), jnp.finfo(squares.dtype).tiny)
 
 
-@functools.cache
-def find_loss(metric: Metric, kernel_size: int = 7, num_bins: int = 32) -> Loss:
-    """Return the loss that a stage's settings ask for.
+@dataclasses.dataclass(frozen=True)
+class Metric(abc.ABC):
+    """How alike two images are: what a stage minimises, and the settings of it.
 
-    Parameters
+    A metric of your own derives from this class, is a frozen dataclass whose settings have a hash,
+    and has a `loss`. Like a stage it is a JAX pytree without leaves: its settings are static,
+    programs are compiled for them, and equal metrics share their programs.
+    """
+
+    narrowest_range: ClassVar[float] = 1e-7
+    """Images that vary by less than this in all are refused, because the metric cannot tell them
+    from constant ones; images that are constant are not."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        jax.tree_util.register_static(cls)
+
+    def __str__(self) -> str:
+        # A metric without settings is called by its name alone in records: "NCC".
+        return repr(self).removesuffix("()")
+
+    @abc.abstractmethod
+    def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Return what is to be minimised.
+
+        Parameters
+        ----------
+        pred, target
+            Images, ``(1, C, [Z,] Y, X)``.
+        mask
+            What each voxel counts, at least 0, ``(1, 1, [Z,] Y, X)``; `None` if all count alike.
+
+        Returns
+        -------
+        Array
+            A scalar, the mean over the voxels: its size must not depend on that of the grid.
+        """
+
+    def for_scale(self, scale: float) -> Metric:
+        """Return the metric that a level uses.
+
+        A stage asks for it before each of its levels, outside of what is compiled. Override it
+        where a setting depends on the level.
+
+        Parameters
+        ----------
+        scale
+            How many times wider a voxel of the level is than at full resolution.
+
+        Returns
+        -------
+        Metric
+            By default this one, at every scale. What is returned is not asked again.
+        """
+        return self
+
+    def format_loss(self, loss: float) -> str:
+        """Return a loss as it is shown while a registration runs, with the name of the measure."""
+        return f"loss {loss:.4g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class LNCC(Metric):
+    """Local normalised cross-correlation, of the windows around all voxels; see `lncc_loss`.
+
+    Attributes
     ----------
-    metric
-        ``"lncc"``, ``"mi"``, ``"mse"``, ``"ncc"`` or the loss itself: ``loss(pred, target)``, or
-        ``loss(pred, target, mask=...)`` where there is a mask.
     kernel_size
-        Window of ``"lncc"`` in voxels, odd, from 3 to 31.
-    num_bins
-        Bins of ``"mi"`` along each axis of the histogram, from 2 to 256.
-
-    Returns
-    -------
-    callable
-        ``loss(pred, target, mask)``; the mask may be `None`.
+        Width of the windows in voxels of the level, odd, from 3 to 31.
 
     Raises
     ------
     ValueError
-        If there is no such measure, or for a window or a number of bins that the measure does not
-        take.
+        For another width.
     """
-    if kernel_size not in range(3, 32, 2):
-        raise ValueError(f"kernel_size: expected an odd number from 3 to 31, got {kernel_size!r}")
-    if num_bins not in range(2, 257):
-        raise ValueError(f"num_bins: expected an integer from 2 to 256, got {num_bins!r}")
-    if callable(metric):
-        return functools.partial(_call, metric)
-    options: dict[str, Callable[..., jax.Array]] = {
-        # So that the unit of the intensities does not matter: to the default, for intensities that
-        # spread by about 1, a map of diffusivities in mm²/s would be flat. What is flat as far as
-        # float32 can tell counts as such in any case.
-        "lncc": functools.partial(lncc_loss, kernel_size=kernel_size, smooth_dr=1e-18),
-        "mi": functools.partial(mutual_information_loss, num_bins=num_bins),
-        "mse": mse_loss,
-        "ncc": ncc_loss,
-    }
-    if metric not in options:
-        raise ValueError(
-            f"metric: expected one of {sorted(options)} or a function of two images, got {metric!r}"
-        )
-    measure = options[metric]
-    return lambda pred, target, mask: measure(pred, target, mask=mask)
+
+    kernel_size: int = 7
+
+    def __post_init__(self) -> None:
+        if self.kernel_size not in range(3, 32, 2):
+            raise ValueError(
+                f"kernel_size: expected an odd number from 3 to 31, got {self.kernel_size!r}"
+            )
+
+    def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Return minus the mean of the squared local correlations."""
+        # The unit of the intensities does not matter so: to the default of `smooth_dr`, which suits
+        # intensities that spread by about 1, a map of diffusivities in mm²/s would be flat. What is
+        # flat as far as float32 can tell counts as such in any case.
+        return lncc_loss(pred, target, kernel_size=self.kernel_size, smooth_dr=1e-18, mask=mask)
+
+    def format_loss(self, loss: float) -> str:
+        """Return the mean squared correlation, which is minus the loss."""
+        return f"LNCC {-loss:.4f}"
 
 
-def _call(
-    metric: Callable[..., jax.Array], pred: jax.Array, target: jax.Array, mask: jax.Array | None
-) -> jax.Array:
-    """Call a user's loss, with the mask only where there is one."""
-    if mask is None:
-        return metric(pred, target)
-    parameters = inspect.signature(metric).parameters.values()
-    if not any(p.name == "mask" or p.kind is p.VAR_KEYWORD for p in parameters):
-        raise ValueError(f"metric: expected a function that takes mask=, got {metric!r}")
-    return metric(pred, target, mask=mask)
+@dataclasses.dataclass(frozen=True)
+class MI(Metric):
+    """Mutual information, for contrasts that differ; see `mutual_information_loss`.
+
+    Attributes
+    ----------
+    num_bins
+        Bins of each image's intensities, from 2 to 256.
+
+    Raises
+    ------
+    ValueError
+        For another number of bins.
+    """
+
+    num_bins: int = 32
+
+    def __post_init__(self) -> None:
+        if self.num_bins not in range(2, 257):
+            raise ValueError(f"num_bins: expected an integer from 2 to 256, got {self.num_bins!r}")
+
+    def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Return minus the mutual information, the mean over the channels."""
+        return mutual_information_loss(pred, target, num_bins=self.num_bins, mask=mask)
+
+    def format_loss(self, loss: float) -> str:
+        """Return the mutual information, which is minus the loss."""
+        return f"MI {-loss:.4f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class NCC(Metric):
+    """Global normalised cross-correlation, which still pulls where little overlaps; see `ncc`."""
+
+    def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Return minus the correlation, the mean over the channels."""
+        return ncc_loss(pred, target, mask)
+
+    def format_loss(self, loss: float) -> str:
+        """Return the correlation, which is minus the loss."""
+        return f"NCC {-loss:.4f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class MSE(Metric):
+    """Mean squared difference, for intensities that mean the same; see `mse_loss`."""
+
+    # The slopes of squared differences have to stay above what keeps Adam's quotient finite.
+    narrowest_range: ClassVar[float] = 1e-2
+
+    def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Return the mean squared difference."""
+        return mse_loss(pred, target, mask)
+
+    def format_loss(self, loss: float) -> str:
+        """Return the mean squared difference."""
+        return f"MSE {loss:.4g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionMetric(Metric):
+    """A user's function of two images.
+
+    Attributes
+    ----------
+    function
+        ``function(pred, target)``, a scalar; it is called with ``mask=``, too, where there is one.
+    """
+
+    function: Callable[..., jax.Array]
+
+    def __str__(self) -> str:
+        return function_name(self.function)
+
+    def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Return what the function returns.
+
+        Raises
+        ------
+        ValueError
+            If there is a mask and the function does not take one.
+        """
+        if mask is None:
+            return self.function(pred, target)
+        parameters = inspect.signature(self.function).parameters.values()
+        if not any(p.name == "mask" or p.kind is p.VAR_KEYWORD for p in parameters):
+            raise ValueError(f"metric: expected a function that takes mask=, got {self.function!r}")
+        return self.function(pred, target, mask=mask)
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """Return a name that does not change from run to run, as the address of a function does."""
+    return str(getattr(function, "__qualname__", function))
+
+
+MetricName = Literal["lncc", "mi", "mse", "ncc"]
+"""Shorthand for a metric with its default settings."""
+
+MetricLike = Metric | MetricName | Callable[..., jax.Array]
+"""What a stage takes as its metric."""
+
+_METRICS: dict[str, type[Metric]] = {"lncc": LNCC, "mi": MI, "mse": MSE, "ncc": NCC}
+
+
+def as_metric(metric: MetricLike) -> Metric:
+    """Return a metric by what stands for it.
+
+    Parameters
+    ----------
+    metric
+        A metric; ``"lncc"``, ``"mi"``, ``"mse"`` or ``"ncc"`` for one with its defaults; or a
+        function ``loss(pred, target)``, ``loss(pred, target, mask=...)`` where there is a mask.
+
+    Returns
+    -------
+    Metric
+        The same one, if it is one.
+
+    Raises
+    ------
+    ValueError
+        If there is no such metric.
+    """
+    if isinstance(metric, Metric):
+        return metric
+    if isinstance(metric, str) and metric in _METRICS:
+        return _METRICS[metric]()
+    # A class can be called, too, but who gives `LNCC` means `LNCC()`.
+    if callable(metric) and not isinstance(metric, type):
+        return FunctionMetric(metric)
+    raise ValueError(
+        f"metric: expected one of {sorted(_METRICS)}, a Metric such as LNCC(kernel_size=5), or a "
+        f"function of two images, got {metric!r}"
+    )
+
+
+class MetricField:
+    """A field of a dataclass that takes what stands for a metric, and holds the metric.
+
+    It is a descriptor, so that the types are right on both sides: ``Rigid(metric="mi")`` takes a
+    name, and ``Rigid(metric="mi").metric`` is a `Metric`.
+
+    Parameters
+    ----------
+    default
+        The metric where none is given.
+    """
+
+    def __init__(self, default: Metric) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object | None, owner: type | None = None) -> Metric:
+        if instance is None:
+            return self._default  # `dataclass` asks the class for it
+        metric: Metric = vars(instance)[self._name]
+        return metric
+
+    def __set__(self, instance: object, value: MetricLike) -> None:
+        vars(instance)[self._name] = as_metric(value)

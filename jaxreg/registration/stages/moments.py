@@ -11,16 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg.registration.progress import Callback, Progress
-from jaxreg.registration.stages.iterative import Trace
-from jaxreg.registration.stages.metrics import Metric, find_loss
+from jaxreg.registration.stages.base import Stage, Trace
+from jaxreg.registration.stages.metrics import NCC, MetricField
 from jaxreg.registration.stages.problem import Alignment, Level, Problem, combined, matmul
 
 __all__ = ["Moments", "centre_and_covariance"]
 
 
-@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Moments:
+class Moments(Stage):
     """Settings of the stage that aligns centres of mass and, if asked for, principal axes.
 
     It looks at the transform that it starts from, at that one shifted so that the centres of mass
@@ -36,8 +35,6 @@ class Moments:
         How many times wider a voxel is than at full resolution where all this is computed.
     metric
         What chooses among them; see `Iterative`.
-    kernel_size, num_bins
-        Window of ``"lncc"`` in voxels of the level; bins of ``"mi"``.
 
     Raises
     ------
@@ -49,20 +46,27 @@ class Moments:
 
     rotation: bool = True
     scale: float = 4
-    metric: Metric = "ncc"
-    kernel_size: int = 7
-    num_bins: int = 32
+    metric: MetricField = MetricField(NCC())
 
     def __post_init__(self) -> None:
         if not self.scale >= 1:
             raise ValueError(f"scale: expected a number of at least 1, got {self.scale}")
-        find_loss(self.metric, self.kernel_size, self.num_bins)
+
+    @property
+    def scales(self) -> tuple[float]:
+        """The one scale at which the stage looks."""
+        return (self.scale,)
+
+    @property
+    def iterations(self) -> tuple[()]:
+        """None: the stage does not iterate."""
+        return ()
 
     def run(
         self, problem: Problem, alignment: Alignment, callback: Callback | None = None
     ) -> tuple[Alignment, tuple[Trace, ...]]:
         """Return the best alignment; its trace has the losses at the start and at the end."""
-        matrix, losses = _best(self, problem.level(self.scale, alignment))
+        matrix, losses = _best(self.for_scale(self.scale), problem.level(self.scale, alignment))
         if callback is not None:
             callback(Progress(self.name, self.scale, 1, 1, losses))
         trace = Trace(losses, jnp.asarray(2, jnp.int32), jnp.ones((), jnp.bool))
@@ -77,11 +81,11 @@ def _best(stage: Moments, level: Level) -> tuple[jax.Array, jax.Array]:
     if stage.rotation:
         turns += _rotations(fixed[1], moving[1])
     candidates = jnp.stack([level.matrix, *(_about(turn, fixed[0], moving[0]) for turn in turns)])
-    loss = find_loss(stage.metric, stage.kernel_size, stage.num_bins)
 
     def evaluate(matrix: jax.Array) -> jax.Array:
         moved, mask = level.moved(matrix, level.displacement)
-        return loss(moved, level.fixed, combined(mask, level.fixed_mask)).astype(jnp.float32)
+        loss = stage.metric.loss(moved, level.fixed, combined(mask, level.fixed_mask))
+        return loss.astype(jnp.float32)
 
     losses = jax.lax.map(evaluate, candidates)
     best = jnp.argmin(losses)

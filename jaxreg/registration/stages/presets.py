@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, get_args
 
-from jaxreg.registration.register_images import Stage
+from jaxreg.registration.stages.base import Stage
 from jaxreg.registration.stages.greedy import Greedy
 from jaxreg.registration.stages.linear import Affine, Rigid, Similarity, Translation
 from jaxreg.registration.stages.moments import Moments
@@ -45,11 +46,11 @@ def stage_from_name(name: str, **settings: Any) -> Stage:
     if name not in _STAGES:
         raise ValueError(f"stage: expected one of {', '.join(_STAGES)}, got {name!r}")
     kind = _STAGES[name]
-    unknown = set(settings) - set(kind.__dataclass_fields__)
+    known = [field.name for field in dataclasses.fields(kind)]
+    unknown = sorted(set(settings) - set(known))
     if unknown:
         raise ValueError(
-            f"stage {name}: expected settings among {', '.join(kind.__dataclass_fields__)}, "
-            f"got {', '.join(sorted(unknown))}"
+            f"stage {name}: expected settings among {', '.join(known)}, got {', '.join(unknown)}"
         )
     return kind(**settings)
 

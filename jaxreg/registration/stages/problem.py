@@ -197,8 +197,8 @@ class Problem:
         """Shape of the fixed grid at full resolution, ``([Z,] Y, X)``."""
         return self._fixed.shape[2:]
 
-    def headers(self) -> Alignment:
-        """Return the alignment by the places of the images alone."""
+    def start(self) -> Alignment:
+        """Return the alignment that trusts the places of the images: the identity."""
         return Alignment(jnp.eye(len(self.shape) + 1, dtype=jnp.float32))
 
     def level(self, scale: float, alignment: Alignment) -> Level:

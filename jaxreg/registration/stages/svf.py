@@ -17,7 +17,7 @@ import jax
 
 from jaxreg import scaling_and_squaring
 from jaxreg.registration.stages.deformable import Deformable, step_gradient
-from jaxreg.registration.stages.iterative import Memory
+from jaxreg.registration.stages.iterative import State
 from jaxreg.registration.stages.problem import Level
 
 __all__ = ["SVF"]
@@ -49,9 +49,9 @@ class SVF(Deformable):
         if self.num_steps not in range(65):
             raise ValueError(f"num_steps: expected an integer from 0 to 64, got {self.num_steps}")
 
-    def step(self, level: Level, memory: Memory, progress: jax.Array) -> tuple[Memory, jax.Array]:
+    def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
         """Take one step; return the loss before it."""
-        velocity = memory.found
+        velocity = state.found
         displacement = scaling_and_squaring(velocity, self.num_steps)
         moved, mask = level.moved(level.matrix, level.after(displacement))
         target = (level.fixed, level.fixed_mask)
@@ -60,8 +60,8 @@ class SVF(Deformable):
         if self.regularisation is not None:
             penalty, pull = jax.value_and_grad(self.regularisation)(velocity)
             loss, gradient = loss + penalty, gradient + pull
-        step, moments = self.descend(gradient, memory.moments)
-        return Memory(self.smooth(velocity + step), moments), loss
+        step, moments = self.descend(gradient, state.moments)
+        return State(self.smooth(velocity + step), moments), loss
 
     def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the flows of the velocity and of its negative."""

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from jaxreg import compose, invert_displacement
 from jaxreg.registration.stages.deformable import Deformable, step_gradient
-from jaxreg.registration.stages.iterative import Memory
+from jaxreg.registration.stages.iterative import State
 from jaxreg.registration.stages.problem import Level
 
 __all__ = ["SyN"]
@@ -41,9 +41,9 @@ class SyN(Deformable):
     name: ClassVar[str] = "syn"
     fields: ClassVar[int] = 2
 
-    def step(self, level: Level, memory: Memory, progress: jax.Array) -> tuple[Memory, jax.Array]:
+    def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
         """Take one step of both halves; return the loss before it."""
-        halves = memory.found
+        halves = state.found
         fixed, fixed_mask = level.fixed_moved(halves[:1])
         moved, moved_mask = level.moved(level.matrix, level.after(halves[1:]))
 
@@ -55,8 +55,8 @@ class SyN(Deformable):
             [step_gradient(fixed, slopes[1]), step_gradient(moved, slopes[0])]
         )
         penalty, pull = self.penalty_of_composing(halves)
-        step, moments = self.descend(gradient + pull, memory.moments)
-        return Memory(self.smooth(compose(halves, step)), moments), loss + penalty
+        step, moments = self.descend(gradient + pull, state.moments)
+        return State(self.smooth(compose(halves, step)), moments), loss + penalty
 
     def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the way from the fixed image through the middle, and the way back."""

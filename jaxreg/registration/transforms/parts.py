@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import interpolate, invert_displacement
+from jaxreg.warp import INVERSE_TOLERANCE
 from regkernels import AffineMap, DisplacementField, Grid
 from regkernels.grid import Matrix, inverse_matrix
 from regkernels.maps import Part, as_part
@@ -22,7 +23,7 @@ Residual = NDArray[np.float32]
 
 
 @functools.singledispatch
-def invert_part(part: Part, *, tolerance: float = 0.01) -> tuple[Part, Residual]:
+def invert_part(part: Part, *, tolerance: float = INVERSE_TOLERANCE) -> tuple[Part, Residual]:
     """Return the part that undoes another one.
 
     Parameters
@@ -52,12 +53,12 @@ def invert_part(part: Part, *, tolerance: float = 0.01) -> tuple[Part, Residual]
 
 
 @invert_part.register
-def _(part: AffineMap, *, tolerance: float = 0.01) -> tuple[Part, Residual]:
+def _(part: AffineMap, *, tolerance: float = INVERSE_TOLERANCE) -> tuple[Part, Residual]:
     return part.inverse(), np.zeros((), np.float32)
 
 
 @invert_part.register
-def _(part: DisplacementField, *, tolerance: float = 0.01) -> tuple[Part, Residual]:
+def _(part: DisplacementField, *, tolerance: float = INVERSE_TOLERANCE) -> tuple[Part, Residual]:
     grid = part.grid
     size = jnp.asarray(2 / np.array(grid.shape[::-1]), jnp.float32)
     vectors = jnp.asarray(part.vectors, jnp.float32)
@@ -123,7 +124,8 @@ def _(part: DisplacementField, chain: _Chain, grid: Grid) -> _Chain:
     affine = affine_between(part.grid, matrix @ to_physical)
     same = part.grid.shape == grid.shape and np.allclose(affine, np.eye(*affine.shape[1:]), 0, 1e-7)
     if same and before is None:
-        found = jnp.asarray(part.vectors, jnp.float32)  # without the memory that sampling takes
+        # Sampling would give the same and take memory.
+        found = jnp.asarray(part.vectors, jnp.float32)
     else:
         found = _sample_vectors(part, affine, before, grid.shape)
     step = rotate(inverse_matrix(matrix), found)

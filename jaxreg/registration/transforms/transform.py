@@ -78,8 +78,8 @@ class Transform:
     def with_inverse(self) -> Transform:
         """Return the same transform with the inverse of its deformation.
 
-        It is computed by `jaxreg.invert_displacement`, to 0.01 voxels; `inverse_error` tells where
-        that was not reached.
+        It is computed by `jaxreg.invert_displacement`, to its default tolerance, 0.01 voxels;
+        `inverse_residual` tells where that was not reached.
         """
         if self.displacement is None:
             return self
@@ -166,7 +166,7 @@ class Transform:
         if not with_affine:
             return vectors
         matrix = np.asarray(self.matrix, dtype=np.float64)
-        # (A - 1)p in float64 first: the positions are large beside what is left of them.
+        # (A - 1)p is computed in float64: the positions are large beside what is left of them.
         shift = (matrix - np.eye(self.grid.ndim + 1)) @ self.grid.voxel_to_physical()
         index = np.moveaxis(np.indices(self.grid.shape)[::-1], 0, -1)
         affine_part = index @ shift[:-1, :-1].T + shift[:-1, -1]
@@ -189,7 +189,7 @@ class Transform:
             raise ValueError("inverse_displacement: expected a field to invert with, got None")
         return _to_physical(self.inverse_displacement, self.grid)
 
-    def inverse_error(self) -> NDArray[np.float32]:
+    def inverse_residual(self) -> NDArray[np.float32]:
         """Return how far points are from where they started after the inverse and the deformation.
 
         Returns

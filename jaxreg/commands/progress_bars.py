@@ -82,9 +82,5 @@ def register_watched(
 
 def _note(stage: Stage, block: Progress) -> str:
     loss = float(block.losses[-1])  # waits for the block
-    metric = stage.metric
-    if metric in ("lncc", "ncc", "mi"):
-        value = f"{metric.upper()} {-loss:.4f}"
-    else:
-        value = f"{'MSE' if metric == 'mse' else 'loss'} {loss:.4g}"
-    return f"1/{block.scale:g} resolution, {value}"
+    metric = stage.for_scale(block.scale).metric
+    return f"1/{block.scale:g} resolution, {metric.format_loss(loss)}"

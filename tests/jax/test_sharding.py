@@ -63,9 +63,9 @@ def compiled(function: Function, *operands: Any) -> Any:
     return jax.jit(function).lower(*operands).compile()
 
 
-def collectives(function: Function, *operands: Any) -> set[str]:
-    """The ways in which devices communicate in the compiled function."""
-    return {name for name, _ in messages(compiled(function, *operands).as_text())}
+def collectives(program: Any) -> set[str]:
+    """The ways in which devices communicate in a compiled function."""
+    return {name for name, _ in messages(program.as_text())}
 
 
 def spec(array: jax.Array) -> tuple[Any, ...]:
@@ -110,9 +110,9 @@ def test_each_device_works_on_its_own_items(name: str, axis_type: AxisType) -> N
         calls.append(jax.grad(loss, cases[0].differentiable))
     spread = [put(batch, mesh(axis_type), "batch") for batch in batches]
     for whole in calls:
-        assert not collectives(whole, *spread)
-        results = jax.jit(whole)(*spread)
-        for result, expected in zip(results, jax.jit(whole)(*batches), strict=True):
+        program = compiled(whole, *spread)
+        assert not collectives(program)
+        for result, expected in zip(program(*spread), jax.jit(whole)(*batches), strict=True):
             assert spec(result) == ("batch",)
             assert_same(np.asarray(result), np.asarray(expected))
 
@@ -123,10 +123,11 @@ def test_the_gradient_of_an_operand_for_all_items_is_summed_over_devices(
     image, affine, grid = operands()
     devices = mesh(axis_type)
     spread = put(image, devices, "batch"), put(affine, devices), put(grid, devices, "batch")
-    assert collectives(gradient, *spread) == {"all-reduce"}
-    results = jax.jit(gradient)(*spread)
+    program = compiled(gradient, *spread)
+    assert collectives(program) == {"all-reduce"}
+    results = program(*spread)
     assert [spec(result) for result in results] == [("batch",), (), ("batch",)]
-    assert_all_close(results, gradient(image, affine, grid))
+    assert_all_close(results, jax.jit(gradient)(image, affine, grid))
 
 
 def loss_batches(name: str) -> list[Array]:
@@ -217,8 +218,9 @@ def test_devices_with_a_loss_each_do_not_talk(name: str, axis_type: AxisType) ->
     both = value_and_gradients(name)
     mapped = jax.vmap(both)
     items = [put(batch[:, None], mesh(axis_type), "batch") for batch in batches]
-    assert not collectives(mapped, *items)
-    values, gradients = jax.tree.map(np.asarray, jax.jit(mapped)(*items))
+    program = compiled(mapped, *items)
+    assert not collectives(program)
+    values, gradients = jax.tree.map(np.asarray, program(*items))
     for i, one in enumerate(zip(*(batch[:, None] for batch in batches), strict=True)):
         value, expected = both(*one)
         assert_all_close([values[i], *(g[i] for g in gradients)], [value, *expected])
@@ -227,7 +229,9 @@ def test_devices_with_a_loss_each_do_not_talk(name: str, axis_type: AxisType) ->
 def test_a_plain_array_joins_one_that_is_spread(axis_type: AxisType) -> None:
     image, affine, grid = operands()
     spread = put(image, mesh(axis_type), "batch")
-    assert_all_close(jax.jit(gradient)(spread, affine, grid), gradient(image, affine, grid))
+    assert_all_close(
+        jax.jit(gradient)(spread, affine, grid), jax.jit(gradient)(image, affine, grid)
+    )
 
 
 @pytest.mark.parametrize(
@@ -245,7 +249,7 @@ def test_arrays_may_be_spread_in_any_way(axis_type: AxisType, specs: Any) -> Non
     arrays = operands()
     devices = mesh(axis_type, a=2, b=2)
     spread = [put(array, devices, *spec) for array, spec in zip(arrays, specs, strict=True)]
-    assert_all_close(jax.jit(gradient)(*spread), gradient(*arrays))
+    assert_all_close(jax.jit(gradient)(*spread), jax.jit(gradient)(*arrays))
 
 
 @pytest.mark.parametrize(
@@ -268,8 +272,9 @@ def test_vmap_over_examples_of_several_items(
     items = "items" if "items" in axes else None
     spread = put(images, devices, groups, items), affine, put(grids, devices, groups, items)
     spread = spread[0], put(affine, devices), spread[2]
-    assert collectives(mapped, *spread) == talk
-    results = jax.jit(mapped)(*spread)
+    program = compiled(mapped, *spread)
+    assert collectives(program) == talk
+    results = program(*spread)
     per_item = (groups, items) if items else (groups,)
     assert [spec(r) for r in results] == [per_item, (groups,) if groups else (), per_item]
     assert_all_close(results, mapped(images, affine, grids))
@@ -294,14 +299,15 @@ def test_items_that_devices_cannot_share_evenly() -> None:
         return gradient(jnp.exp(image), affine, grid)
 
     actual = jax.jit(constrained)(image, 1.5 * affine, grid)
-    assert_all_close(actual, gradient(np.exp(image), 1.5 * affine, grid))
+    assert_all_close(actual, jax.jit(gradient)(np.exp(image), 1.5 * affine, grid))
 
 
 def test_devices_share_the_items_of_a_result_that_is_to_be_spread() -> None:
     sharding = NamedSharding(mesh(), P("batch"))
     function = jax.jit(jaxreg.interpolate, out_shardings=sharding)
-    assert not collectives(function, *operands())
-    result = function(*operands())
+    program = function.lower(*operands()).compile()
+    assert not collectives(program)
+    result = program(*operands())
     assert spec(result) == ("batch",)
     assert_same(np.asarray(result), np.asarray(jaxreg.interpolate(*operands())))
 
@@ -311,8 +317,9 @@ def test_the_partitioner_before_shardy() -> None:
     spread = [put(x, mesh(), *s) for x, s in zip(arrays, (("batch",), (), ("batch",)), strict=True)]
     jax.config.update("jax_use_shardy_partitioner", False)
     try:
-        assert collectives(gradient, *spread) == {"all-reduce"}
-        assert_all_close(jax.jit(gradient)(*spread), gradient(*arrays))
+        program = compiled(gradient, *spread)
+        assert collectives(program) == {"all-reduce"}
+        assert_all_close(program(*spread), jax.jit(gradient)(*arrays))
     finally:
         jax.config.update("jax_use_shardy_partitioner", True)
 
@@ -369,7 +376,7 @@ def test_shard_map_sums_what_replicated_operands_receive(kind: str, axis_type: A
     assert_all_close([jax.jit(function)(*spread)], [jaxreg.interpolate(*arrays)])
     outside = jax.grad(lambda *operands: jnp.sum(jnp.sin(function(*operands))), (0, 1, 2))
     inside = jax.shard_map(gradient, mesh=devices, in_specs=specs, out_specs=specs, **options)
-    expected = gradient(*arrays)
+    expected = jax.jit(gradient)(*arrays)
     for sharded in (outside, inside):
         assert_all_close(jax.jit(sharded)(*spread), expected)
 
@@ -385,7 +392,7 @@ def test_a_shard_map_can_be_exported() -> None:
     specs = (P("batch"), P(), P("batch"))
     spread = [put(array, devices, *spec) for array, spec in zip(arrays, specs, strict=True)]
     function = jax.shard_map(gradient, mesh=devices, in_specs=specs, out_specs=specs)
-    assert_all_close(exported(function, *spread)(*spread), gradient(*arrays))
+    assert_all_close(exported(function, *spread)(*spread), jax.jit(gradient)(*arrays))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -423,7 +430,8 @@ def test_a_scan_over_spread_arrays_keeps_them_where_they_are() -> None:
         return jax.lax.scan(step, grid, length=3)[0]
 
     spread = put(image, mesh(), "batch"), put(affine, mesh()), put(grid, mesh(), "batch")
-    assert not collectives(descend, *spread)
-    result = jax.jit(descend)(*spread)
+    program = compiled(descend, *spread)
+    assert not collectives(program)
+    result = program(*spread)
     assert spec(result) == ("batch",)
     assert_same(np.asarray(result), np.asarray(jax.jit(descend)(image, affine, grid)))

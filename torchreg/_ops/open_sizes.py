@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from torchreg._ops.torch_internals import example_size
+
 Spec = tuple[str, tuple[Any, ...]]  # a dtype and a shape
 Specs = Sequence[Spec | None]
 
@@ -37,9 +39,10 @@ def infer(from_numbers: Callable[[Specs], Specs], specs: Specs, ignored: Collect
         for size in spec[1]
         if isinstance(size, torch.SymInt)
     }
-    if not symbols or not all(size.node.has_hint() for size in symbols.values()):
+    hints = {name: example_size(size) for name, size in symbols.items()}
+    example = {name: hint for name, hint in hints.items() if hint is not None}
+    if not symbols or len(example) < len(symbols):
         return from_numbers(specs)
-    example = {name: size.node.hint for name, size in symbols.items()}
 
     def with_open(names: dict[str, str]) -> Specs | None:
         return _open_shapes(from_numbers, specs, ignored, example, names, symbols)

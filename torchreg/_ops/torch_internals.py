@@ -1,0 +1,76 @@
+"""The private parts of PyTorch that this package leans on, each by what it is for.
+
+PyTorch has no public way to ask these questions, and may rename what answers them with any release.
+If it does, this is the one module to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+# The stream that the caller has made current on a CUDA device, by the device's index. A build of
+# PyTorch without CUDA has no such function, and never asks for a stream.
+current_cuda_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # type: ignore[assignment]
+
+# Whether a tensor belongs to the older `vmap` behind `is_grads_batched` and `vectorize`, which no
+# rule of a registered op can serve.
+is_legacy_batched: Callable[[torch.Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+
+# A context in which a registered op's implementation is called, past the one for autograd.
+BelowAutograd: Callable[[], Any] = torch._C._AutoDispatchBelowAutograd
+
+# Whether the backward pass under way keeps its graph, so that it may be run again.
+is_graph_kept: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_tracing_state = torch._C._get_tracing_state
+
+
+def is_anyone_listening() -> bool:
+    """Whether dual numbers, functional transforms, modes or a tracer follow what is computed."""
+    return (
+        forward_ad._current_level >= 0
+        or _are_transforms_active()
+        or _dispatch_modes() != 0
+        or _function_modes() != 0
+        or _tracing_state() is not None
+    )
+
+
+def is_forward_mode_active() -> bool:
+    """Whether tensors may be dual numbers."""
+    return forward_ad._current_level >= 0
+
+
+def is_lazy_zero(x: torch.Tensor) -> bool:
+    """Whether a tensor stands for zeros that nobody has written to memory."""
+    return x._is_zerotensor()
+
+
+def transforms() -> tuple[int, int]:
+    """How many functional transforms are under way, and how many of them are ``grad``."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    kind = torch._C._functorch.TransformType.Grad
+    return len(stack), sum(level.key() == kind for level in stack)
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler for it (1 s).
+transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def requires_gradient(x: torch.Tensor) -> bool:
+    """Whether a tensor, or one that functional transforms have wrapped in it, requires one."""
+    while not x.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x.requires_grad
+
+
+def example_size(size: torch.SymInt) -> int | None:
+    """The number that a compiler traces an open size with, without settling it, if there is one."""
+    return size.node.hint if size.node.has_hint() else None
