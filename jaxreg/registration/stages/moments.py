@@ -59,7 +59,7 @@ class Moments(Stage):
 
     @property
     def iterations(self) -> tuple[()]:
-        """None: the stage does not iterate."""
+        """Empty, because the stage does not iterate."""
         return ()
 
     def run(
