@@ -129,6 +129,15 @@ def test_a_setting_is_explained_alike_on_every_page() -> None:
     assert len(told) == len({setting for setting, *_ in told})
 
 
+def test_the_numbers_of_the_readme_are_those_of_the_benchmarks() -> None:
+    text = (ROOT / "README.md").read_text()
+    told = rows(text, "# regkernels")
+    numbers = re.findall(r"\d+\.\d+", " ".join(cell for row in told for cell in row[1:]))
+    numbers += re.findall(r"in (\d+) MiB where MONAI, compiled, takes (\d+)", text)[0]
+    known = re.findall(r"\d+(?:\.\d+)?", (DOCS / "benchmarks.md").read_text())
+    assert len(numbers) >= 8 and set(numbers) <= set(known)
+
+
 def without_code(text: str) -> str:
     """A page without its blocks of code, in which brackets are no links."""
     return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
