@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import inspect
 import json
@@ -68,22 +69,37 @@ IN_OTHER_WORDS: dict[str, list[tuple[str, str]]] = {
 Digests = dict[str, dict[str, dict[str, str]]]
 
 
-@pytest.fixture(scope="module")
-def digests() -> dict[int, Digests]:
-    """What both packages compute on the CPU with each number of threads."""
-    script = Path(__file__).parents[1] / "support" / "parity_digests.py"
+@pytest.fixture(scope="session")
+def digests(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Digests]:
+    """What both packages compute on the CPU with each number of threads.
+
+    It takes most of a minute, and all processes that share the tests share it.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     result = {}
     for threads in THREADS:
-        done = subprocess.run(
-            [sys.executable, str(script)],
-            env={**os.environ, "REGKERNELS_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        result[threads] = json.loads(done.stdout)
+        file = folder / f"parity-{threads}.json"
+        with file.open("a+") as shared:
+            fcntl.flock(shared, fcntl.LOCK_EX)
+            if not file.stat().st_size:
+                shared.write(digests_in_a_process(threads))
+                shared.flush()
+            result[threads] = json.loads(file.read_text())
     return result
+
+
+def digests_in_a_process(threads: int) -> str:
+    script = Path(__file__).parents[1] / "support" / "parity_digests.py"
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "REGKERNELS_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("title", cases())
