@@ -154,7 +154,7 @@ class Volume:
         An array of NumPy, or of JAX if the volume holds one; ``torch.from_numpy`` takes the former.
         """
         array = self.array if hasattr(self.array, "astype") else np.asarray(self.array)
-        return array.astype(np.float32).reshape(1, self.channels, *self.shape)
+        return array.astype(np.float32, copy=False).reshape(1, self.channels, *self.shape)
 
     def with_array(self, array: ArrayLike) -> Volume:
         """Return a volume on the same grid with other values, one or several channels of them.
