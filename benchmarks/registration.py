@@ -153,7 +153,7 @@ def measure_program(
     record: Record, pair: tuple[Volume, Volume], stages: Sequence[Iterative], repeats: int
 ) -> None:
     """Time the registration as one compiled program."""
-    images = [volume.batched()[0] for volume in pair]
+    images = [jnp.asarray(volume.batched()[0]) for volume in pair]
     program = jax.jit(lambda fixed, moving: register_images(fixed, moving, stages).alignment)
     start = time.perf_counter()
     compiled = program.lower(*images).compile()
