@@ -79,6 +79,7 @@ class _Ended(BaseException):
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
+        self.number = number
         self.reason = (signal.strsignal(number) or f"signal {number}").lower()
         self.status = 128 + number
 
@@ -99,10 +100,41 @@ def _ended_by_signals() -> Iterator[None]:
     ]
     before = [signal.signal(number, end) for number in numbers]
     try:
-        yield
+        with _swallowed_ends_return():
+            yield
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _swallowed_ends_return() -> Iterator[None]:
+    """Send a signal again whose exception was raised where Python cannot pass it on.
+
+    Such a place is a callback of the garbage collector, of which JAX has one: what is raised there
+    is reported and forgotten, and the run would go on as if nobody had asked for its end.
+    """
+    report = sys.unraisablehook
+
+    def send_again(unraisable: sys.UnraisableHookArgs) -> None:
+        error = unraisable.exc_value
+        number = {_Ended: getattr(error, "number", 0), KeyboardInterrupt: signal.SIGINT}.get(
+            unraisable.exc_type
+        )
+        if number is None:
+            report(unraisable)
+            return
+        # The callback has to return first. Should the next exception be swallowed too, this is
+        # called again.
+        timer = threading.Timer(0.01, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = send_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
 
 
 def _ask_for_the_same_bits() -> None:

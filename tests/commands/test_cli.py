@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
 import json
@@ -597,6 +598,39 @@ def test_signals_that_end_a_run_leave_no_file(
         assert run(*registration(pair), "-o", tmp_path / "out") == 130
     finally:
         signal.signal(number, before)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
+)
+def test_a_signal_that_comes_during_garbage_collection_ends_the_run_all_the_same(
+    number: signal.Signals,
+    status: int,
+    pair: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    default_signals: None,
+) -> None:
+    """What is raised in a callback of the collector, and JAX has one, is swallowed by Python."""
+
+    def collecting(*_: object, **__: object) -> None:
+        def callback(phase: str, _: object) -> None:
+            if phase == "stop":
+                signal.raise_signal(number)
+
+        gc.callbacks.append(callback)
+        try:
+            gc.collect()
+        finally:
+            gc.callbacks.remove(callback)
+        time.sleep(10)
+        raise AssertionError("the signal was lost")
+
+    monkeypatch.setattr(register_command, "register_watched", collecting)
+    before = sys.unraisablehook
+    assert run(*registration(pair), "-o", tmp_path / "out") == status
+    assert sys.unraisablehook is before
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_process_that_is_terminated_leaves_no_file(pair: Path, tmp_path: Path) -> None:
