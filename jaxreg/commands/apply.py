@@ -80,8 +80,6 @@ def apply(
         check_image_name(output)
     with naming("--reference"):
         grid = read_grid(reference)
-    with naming("--output"):
-        check_image_grid(grid, output)
     with naming("IMAGE"):
         volume = read_volume(image)
         if labels and (np.asarray(volume.array) % 1).any():
@@ -89,6 +87,8 @@ def apply(
     with naming("--reference"):
         if grid.ndim != volume.ndim:
             raise ValueError(f"{reference}: expected a {volume.ndim}-D image, got {grid.ndim}-D")
+    with naming("--output"):
+        check_image_grid(grid, output, volume.channels)
     with jax.default_device(devices.find(device)):
         parts = read_chain("--transform", texts, volume.ndim)
         with naming("IMAGE"):

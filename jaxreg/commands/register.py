@@ -141,7 +141,7 @@ def register(
     for name in ("FIXED", "MOVING"):
         _check_contrast(name, volumes[name])
         with naming(name):
-            check_image_grid(volumes[name].grid, output / _MOVED)
+            check_image_grid(volumes[name].grid, output / _MOVED, volumes[name].channels)
     target = devices.find(device)
     if cache is not None:
         with naming("--cache"):

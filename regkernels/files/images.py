@@ -92,8 +92,10 @@ def write_volume(volume: Volume, path: str | os.PathLike[str]) -> None:
         If there is no such folder, or no writing in it.
     ValueError
         For another ending, or if the format cannot hold such an image, as NIfTI one whose axes are
-        not at right angles.
+        not at right angles, or one slice in space with channels.
     """
+    check_image_name(path)
+    check_image_grid(volume.grid, path, volume.channels)
     array = np.asarray(volume.array)
     if array.ndim > volume.ndim:
         array = np.moveaxis(array, 0, -1)
@@ -280,7 +282,7 @@ def check_image_name(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path}: cannot write it: expected one of {', '.join(WRITTEN_SUFFIXES)}")
 
 
-def check_image_grid(grid: Grid, path: str | os.PathLike[str]) -> None:
+def check_image_grid(grid: Grid, path: str | os.PathLike[str], channels: int = 1) -> None:
     """See that a file can keep an image of such a grid.
 
     Parameters
@@ -289,15 +291,24 @@ def check_image_grid(grid: Grid, path: str | os.PathLike[str]) -> None:
         Where the voxels lie.
     path
         Where the image is to be written.
+    channels
+        Values per voxel, unless they are displacements.
 
     Raises
     ------
     ValueError
         If the file would be NIfTI and the axes are not at right angles: the qform cannot hold
-        them, and ITK writes other axes than these.
+        them, and ITK writes other axes than these. Or if it would have several values per voxel in
+        one slice in space: it would come back as 2-D.
     """
     if not Path(path).name.endswith(_NIFTI_SUFFIXES):
         return
+    instead = f"write {' or '.join(_SHEARED_SUFFIXES)}"
+    if channels > 1 and grid.ndim == 3 and grid.shape[0] == 1:
+        raise ValueError(
+            f"{path}: cannot write it: NIfTI with several values per voxel does not tell one slice "
+            f"in space from a 2-D image; {instead}"
+        )
     direction = np.asarray(grid.direction, dtype=np.float64)
     left, _, right = np.linalg.svd(direction)
     step, size = np.asarray(grid.spacing), np.array(grid.shape[::-1])
@@ -306,7 +317,7 @@ def check_image_grid(grid: Grid, path: str | os.PathLike[str]) -> None:
     if (apart > _NOTABLE).any():
         raise ValueError(
             f"{path}: cannot write it: the axes of its grid are not at right angles, which NIfTI "
-            f"does not hold for all programs; write {' or '.join(_SHEARED_SUFFIXES)}"
+            f"does not hold for all programs; {instead}"
         )
 
 

@@ -210,6 +210,15 @@ def test_a_sheared_grid_is_not_written_to_nifti(tmp_path: Path, name: str) -> No
     assert not list(tmp_path.iterdir())
 
 
+def test_one_slice_in_space_with_channels_is_not_written_to_nifti(tmp_path: Path) -> None:
+    volume = Volume.create(np.zeros((2, 1, 4, 5), np.float32), (1, 1, 5), (0, 0, 30))
+    with pytest.raises(ValueError, match=r"v\.nii: .*one slice in space.*write \.nrrd or \.mha"):
+        write_volume(volume, tmp_path / "v.nii")
+    write_volume(volume, tmp_path / "v.nrrd")
+    grid = read_volume(tmp_path / "v.nrrd").grid
+    assert (grid.shape, grid.origin[2]) == ((1, 4, 5), 30)
+
+
 def _command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "jaxreg", *arguments],
