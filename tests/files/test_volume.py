@@ -86,6 +86,23 @@ def test_voxel_values_are_integers_or_float32() -> None:
     assert Volume.create(np.ones((2, 2))).with_array([[1, 2], [3, 4]]).array.dtype == np.int64
 
 
+@pytest.mark.parametrize(
+    ("largest", "dtype"),
+    [(614454278, np.int32), (-(2**24) - 1, np.int32), (2**53, np.int64), (2**64 - 2048, np.uint64)],
+)
+def test_whole_numbers_that_float32_would_round_become_integers(largest: int, dtype: type) -> None:
+    ids = np.array([[0, largest], [2**24 + 1, 7]], np.float64)
+    for volume in (Volume.create(ids), Volume.create(np.ones((2, 2))).with_array(ids)):
+        assert volume.array.dtype == dtype
+        assert volume.array.tolist() == ids.astype(dtype).tolist()
+    assert volume.batched().dtype == np.float32
+
+
+@pytest.mark.parametrize("value", [2.0**24, 2.0**25, 2.0**24 + 1.5, 1e30, 0.1])
+def test_other_floats_stay_float32(value: float) -> None:
+    assert Volume.create(np.full((2, 2), value)).array.dtype == np.float32
+
+
 def test_channels_are_what_the_spacing_leaves() -> None:
     array = np.arange(24.0).reshape(2, 3, 4)
     assert Volume.create(array).channels == 1

@@ -11,6 +11,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from scenes import header
 
+from jaxreg.registration import resample
 from regkernels import (
     Volume,
     read_volume,
@@ -44,6 +45,26 @@ def test_labels_too_large_for_a_float_come_back(tmp_path: Path) -> None:
     labels = np.array([[2**53 + 1, -(2**62)], [0, 7]])
     write_volume(Volume.create(labels), tmp_path / "labels.nrrd")
     np.testing.assert_array_equal(read_volume(tmp_path / "labels.nrrd").array, labels)
+
+
+@pytest.mark.parametrize("ending", ["nii.gz", "hdr", "nrrd", "mha", "h5"])
+@pytest.mark.parametrize("dtype", [np.float64, np.uint32, np.int64, np.uint64])
+def test_labels_keep_their_integers_in_every_stored_type(
+    ending: str, dtype: type, tmp_path: Path
+) -> None:
+    ids = np.zeros((8, 8, 8), dtype)
+    ids[2:4, 2:6, 2:6] = 614454277
+    ids[4:6, 2:6, 2:6] = 614454278
+    if np.issubdtype(dtype, np.integer):
+        ids[6:, 2:6, 2:6] = np.iinfo(dtype).max - 1
+    expected = [int(value) for value in np.unique(ids)]
+    sitk.WriteImage(sitk.GetImageFromArray(ids), str(tmp_path / f"labels.{ending}"))
+    volume = read_volume(tmp_path / f"labels.{ending}")
+    for interpolation in ("labels", "nearest"):
+        found = resample(volume, volume, (), interpolation)
+        assert [int(value) for value in np.unique(found.array)] == expected
+    write_volume(found, tmp_path / "again.nrrd")
+    np.testing.assert_array_equal(read_volume(tmp_path / "again.nrrd").array, ids)
 
 
 def test_what_is_not_an_image_is_refused_by_name(tmp_path: Path) -> None:
