@@ -88,7 +88,7 @@ def test_grids_are_compared_in_voxels(size: float) -> None:
     grid = header((64, 48), (size, size)).grid
     assert grid.same_place(grid)
     assert grid.voxels_apart(grid) < 1e-12
-    shifted = dataclasses.replace(grid, origin=grid.origin + [0, 0.02 * size])
+    shifted = dataclasses.replace(grid, origin=grid.origin + np.array([0, 0.02 * size]))
     np.testing.assert_allclose(shifted.voxels_apart(grid), 0.02)
     assert not shifted.same_place(grid)
     assert shifted.same_place(grid, 0.03)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gzip
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
-from scenes import header
+from scenes import as_image, header, placed
 
 from jaxreg.registration import resample
 from regkernels import (
@@ -18,6 +19,7 @@ from regkernels import (
     write_displacement,
     write_volume,
 )
+from regkernels.files.images import read_grid
 
 
 @pytest.mark.parametrize("name", ["volume.nii.gz", "volume.nii", "volume.mha", "volume.nrrd"])
@@ -111,6 +113,27 @@ def test_a_voxel_that_is_not_finite_is_refused_in_every_format(
     sitk.WriteImage(sitk.GetImageFromArray(voxels), str(tmp_path / name))
     with pytest.raises(ValueError, match=rf"{name}: .*expected finite values, got NaN or inf"):
         read_volume(tmp_path / name)
+
+
+@pytest.mark.parametrize("turn", [0, 25])
+def test_a_minc_image_is_converted_from_ras(turn: float, tmp_path: Path) -> None:
+    path = tmp_path / "volume.mnc"
+    empty = placed(header((4, 7, 6), (1.5, 0.8, 2.5), turn), origin=np.array([11.25, -22.5, 33.75]))
+    values = np.zeros(empty.shape, np.float32)
+    values[1, 5, 2] = 1
+    sitk.WriteImage(as_image(empty.with_array(values)), str(path))
+    read = read_volume(path)
+    (index,) = np.argwhere(read.array == 1)
+    # As nibabel reads this file with h5py: x to the right, y to the front, as its comments say.
+    right, front, up, _ = empty.grid.voxel_to_physical() @ [2, 5, 1, 1]
+    place = read.grid.voxel_to_physical() @ [*index[::-1], 1]
+    np.testing.assert_allclose(place[:3], [-right, -front, up], atol=1e-5)
+    assert read_grid(path).same_place(read.grid, 1e-9)
+    if not turn:
+        whole = path.read_bytes()
+        assert b"X increases from patient left to right" in whole
+        for start in (11.25, -22.5, 33.75):
+            assert struct.pack("<d", start) in whole
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int16])
