@@ -129,6 +129,9 @@ def read_image(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path}: not an image: {itk_reason(error)}") from error
     if kind == _MINC:
         _set_place(image, _minc_grid(image_grid(image)))
+    if kind == _DICOM:
+        _check_big_endian(image, path)
+        image = _in_the_unit_of_the_dose(image, path)
     return image
 
 
@@ -158,6 +161,40 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
 
 
 _MINC = "MINCImageIO"
+_DICOM = "GDCMImageIO"
+_DOSE_GRID_SCALING = "3004|000e"
+
+
+_BIG_ENDIAN = b"1.2.840.10008.1.2.2\0"
+"""The transfer syntax, as the beginning of a DICOM file has it."""
+
+
+def _check_big_endian(image: Any, path: str | os.PathLike[str]) -> None:
+    """Refuse what ITK reads with the wrong order of bytes."""
+    with Path(path).open("rb") as file:
+        big = _BIG_ENDIAN in file.read(1024)
+    # Of 16 bits it has been seen to be right.
+    if big and image.GetMetaData("0028|0100").strip(" \0") != "16":
+        raise ValueError(
+            f"{path}: expected little-endian DICOM, got big-endian voxels that are not of 16 bits; "
+            "write it with another transfer syntax, by dcmconv +te, say"
+        )
+
+
+def _in_the_unit_of_the_dose(image: Any, path: str | os.PathLike[str]) -> Any:
+    """Scale the dose grid of a radiotherapy plan, which ITK leaves as the integers of the file."""
+    import SimpleITK as sitk  # noqa: N813
+
+    if not image.HasMetaDataKey(_DOSE_GRID_SCALING):
+        return image
+    text = image.GetMetaData(_DOSE_GRID_SCALING).strip(" \0")
+    try:
+        scaling = float(text)
+    except ValueError:
+        scaling = math.nan
+    if not 0 < scaling < math.inf:
+        raise ValueError(f"{path}: expected a positive DoseGridScaling, got {text!r}")
+    return sitk.Cast(image, sitk.sitkFloat64) * scaling
 
 
 def _minc_grid(grid: Grid) -> Grid:
