@@ -44,8 +44,8 @@ demo_archs = $(or $(CUDA_ARCHS),$(gpu_archs))
 demo_cuda = $(if $(filter AUTO,$(CUDA)),$(if $(and $(demo_archs),$(or $(CUDACXX),$(shell command -v nvcc))),ON,OFF),$(CUDA))
 demo_extras = jax,$(if $(and $(filter ON,$(demo_cuda)),$(gpu_archs)),cuda13$(comma))cli
 $(VENV)/.installed-demo: $(BIN)/python $(SOURCES)
-	@echo "Installing JAX and what the command line needs, and compiling the kernels for the CPU" \
-	  "$(if $(filter ON,$(demo_cuda)),and CUDA ($(or $(demo_archs),default architectures)))": this takes some minutes
+	@echo "Installing JAX and what the command line needs, and compiling the kernels for the CPU$(if \
+	  $(filter ON,$(demo_cuda)), and CUDA ($(or $(demo_archs),default architectures))): this takes some minutes"
 	$(PIP) install -c constraints.txt $(call build_settings,$(demo_cuda),$(demo_archs)) ".[$(demo_extras)]"
 	@touch $@
 

@@ -7,7 +7,17 @@
 Reading and writing needs SimpleITK: ``pip install 'regkernels[files]'``.
 """
 
-from regkernels._core import __version__
+try:
+    from regkernels._core import __version__
+except ModuleNotFoundError as error:
+    if error.name != "regkernels._core":
+        raise
+    raise ImportError(
+        f"regkernels: {__path__[0]} has no compiled kernels: it is a folder of sources, which "
+        "Python prefers to what is installed when it is started beside it. Start it in another "
+        "folder, and install regkernels if it is not: pip install FOLDER-OF-THE-SOURCES",
+        name="regkernels",
+    ) from None
 from regkernels.files import (
     read_grid,
     read_transform,

@@ -24,8 +24,15 @@ from regkernels.grid import Grid, Matrix
 __all__ = ["Volume", "centre_of_mass", "normalised_affine", "rigid_motion"]
 
 
+_LARGEST_EXACT = 2**24
+"""Up to here float32 holds every whole number."""
+
+
 def _voxel_values(array: ArrayLike) -> NDArray[Any]:
-    """Keep integers, so that labels are not rounded; everything else is computed with anyway."""
+    """Keep integers, so that labels are not rounded; everything else is computed with anyway.
+
+    Labels that are stored as floats too wide for float32 become integers.
+    """
     values = np.asarray(array)
     if np.iscomplexobj(values):
         raise ValueError("array: expected real numbers, got complex ones")
@@ -33,7 +40,26 @@ def _voxel_values(array: ArrayLike) -> NDArray[Any]:
         return values.astype(np.uint8)
     if np.issubdtype(values.dtype, np.integer):
         return values
+    if values.dtype.itemsize > 4 and values.size:
+        dtype = _integers_that_hold(values)
+        if dtype is not None:
+            return values.astype(dtype)
     return values.astype(np.float32)
+
+
+def _integers_that_hold(values: NDArray[Any]) -> type[np.integer[Any]] | None:
+    """Return an integer dtype for whole numbers that float32 would round, `None` for others."""
+    low, high = values.min(), values.max()
+    if not max(-low, high) > _LARGEST_EXACT or not (np.trunc(values) == values).all():
+        return None
+    if (values.astype(np.float32) == values).all():
+        return None
+    for dtype in (np.int32, np.int64, np.uint64):
+        # As floats, the largest of the wider ones would be rounded to one more, which overflows.
+        first, beyond = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max) + 1
+        if first <= low and high < beyond:
+            return dtype
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +93,8 @@ class Volume:
         ----------
         array
             Voxel values, ``([Z,] Y, X)`` or ``(C, [Z,] Y, X)``. Integers stay what they are,
-            booleans become uint8, all else float32.
+            booleans become uint8, all else float32; but where all values are whole and float32
+            would round one, as of labels stored as float64, they become int32, int64 or uint64.
         spacing
             Millimetres, x first; 1 by default. Its length says how many of the array's axes are
             spatial; without it all are.

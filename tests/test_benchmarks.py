@@ -140,12 +140,12 @@ def test_a_framework_that_is_not_installed_is_told(
     assert "jaxreg " not in capsys.readouterr().out
 
 
-def test_nobody_who_only_registers_loads_the_benchmarks() -> None:
+def test_nobody_who_only_registers_loads_the_benchmarks(tmp_path: Path) -> None:
     code = (
         "import sys, regkernels; assert 'regkernels.bench' not in sys.modules;"
         "import regkernels.bench; assert not {'jax', 'torch'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
 def test_results_are_kept_by_card_beside_those_of_peers(

@@ -70,6 +70,16 @@ def test_a_backend_that_starts_would_be_noticed(tmp_path: Path) -> None:
     assert run_python("import jax; jax.devices()", tmp_path, **NOWHERE).returncode != 0
 
 
+def test_python_beside_the_sources_is_told_that_they_are_not_compiled(tmp_path: Path) -> None:
+    sources = extension_file().parent
+    shutil.copytree(sources, tmp_path / "regkernels", ignore=shutil.ignore_patterns("_core*.so"))
+    done = run_python("import regkernels", tmp_path, PYTHONPATH="")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"ImportError: regkernels: {tmp_path / 'regkernels'} has no compiled")
+    assert "Start it in another folder" in last
+
+
 def test_the_middle_loads_without_any_framework(tmp_path: Path) -> None:
     absent = dict.fromkeys((*FRAMEWORKS, "SimpleITK"))
     done = run_python(f"import sys; sys.modules |= {absent!r}; import regkernels", tmp_path)

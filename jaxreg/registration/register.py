@@ -345,8 +345,11 @@ def _weights(name: str, mask: Volume | None, image: Volume) -> NDArray[np.float3
     grid, own = image.grid, mask.grid
     if own.shape != grid.shape:
         raise ValueError(f"{name}: expected shape {grid.shape} as the image, got {own.shape}")
-    if np.abs(own.voxel_to_physical() - grid.voxel_to_physical()).max() > 1e-3:
-        raise ValueError(f"{name}: expected the image's spacing, origin and direction")
+    if not own.same_place(grid):
+        raise ValueError(
+            f"{name}: expected the image's spacing, origin and direction, got voxels that "
+            f"lie up to {own.voxels_apart(grid):.3g} voxels from the image's"
+        )
     if mask.channels != 1:
         raise ValueError(f"{name}: expected 1 channel, got {mask.channels}")
     weights: NDArray[np.float32] = np.asarray(mask.batched())[0, 0]
@@ -405,9 +408,9 @@ def _checked(matrix: ArrayLike, ndim: int) -> Matrix:
 
 def _field_on(field: jax.Array, source: Grid, target: Grid) -> jax.Array:
     """Sample a displacement on another grid; beyond its own it keeps the value at the border."""
-    chain = np.linalg.solve(source.normalised_to_physical(), target.normalised_to_physical())
-    if source.shape == target.shape and np.allclose(chain, np.eye(len(chain)), atol=1e-6):
+    if target.same_place(source, 1e-3):
         return field
+    chain = np.linalg.solve(source.normalised_to_physical(), target.normalised_to_physical())
     still = jnp.zeros((1, *target.shape, target.ndim), jnp.float32)
     sampled = compose(field, still, _float32(chain[None, :-1]), add=False)
     back = _float32(np.linalg.inv(chain[:-1, :-1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -14,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from regkernels.files.atomic import atomic_path
 from regkernels.files.formats import IMAGE_FORMATS
 from regkernels.files.formats.hdf5 import check_hdf5
+from regkernels.files.formats.minc import minc_to_lps
 from regkernels.files.formats.nifti import Intent, is_nifti2, read_nifti_header, read_values
 from regkernels.files.formats.reading import Voxels, telling_of_damage
 from regkernels.files.integrity import check_voxels, find_voxels
@@ -160,6 +162,11 @@ def read_image(path: str | os.PathLike[str], *, vectors: bool = False) -> Image:
         image = reader.Execute()
     except RuntimeError as error:
         raise ValueError(f"{path}: not an image: {itk_reason(error)}") from error
+    if kind == _MINC:
+        _set_place(image, _minc_grid(image_grid(image)))
+    if kind == _DICOM:
+        _check_big_endian(image, path)
+        image = _in_the_unit_of_the_dose(image, path)
     return Image(image_values(image), image_grid(image), None)
 
 
@@ -190,10 +197,52 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
             _check_kind(path, header.ndim, real=header.dtype.kind != "c")
             return header.grid(Path(path))
     reader, _ = _open(path, kind)
-    return image_grid(reader)
+    grid = image_grid(reader)
+    return _minc_grid(grid) if kind == _MINC else grid
 
 
 _NIFTI = "NiftiImageIO"
+_MINC = "MINCImageIO"
+_DICOM = "GDCMImageIO"
+_DOSE_GRID_SCALING = "3004|000e"
+
+
+_BIG_ENDIAN = b"1.2.840.10008.1.2.2\0"
+"""The transfer syntax, as the beginning of a DICOM file has it."""
+
+
+def _check_big_endian(image: Any, path: str | os.PathLike[str]) -> None:
+    """Refuse what ITK reads with the wrong order of bytes."""
+    with Path(path).open("rb") as file:
+        big = _BIG_ENDIAN in file.read(1024)
+    # Of 16 bits it has been seen to be right.
+    if big and image.GetMetaData("0028|0100").strip(" \0") != "16":
+        raise ValueError(
+            f"{path}: expected little-endian DICOM, got big-endian voxels that are not of 16 bits; "
+            "write it with another transfer syntax, by dcmconv +te, say"
+        )
+
+
+def _in_the_unit_of_the_dose(image: Any, path: str | os.PathLike[str]) -> Any:
+    """Scale the dose grid of a radiotherapy plan, which ITK leaves as the integers of the file."""
+    import SimpleITK as sitk  # noqa: N813
+
+    if not image.HasMetaDataKey(_DOSE_GRID_SCALING):
+        return image
+    text = image.GetMetaData(_DOSE_GRID_SCALING).strip(" \0")
+    try:
+        scaling = float(text)
+    except ValueError:
+        scaling = math.nan
+    if not 0 < scaling < math.inf:
+        raise ValueError(f"{path}: expected a positive DoseGridScaling, got {text!r}")
+    return sitk.Cast(image, sitk.sitkFloat64) * scaling
+
+
+def _minc_grid(grid: Grid) -> Grid:
+    """Return in LPS what ITK reads as the grid of a MINC image."""
+    to_lps = minc_to_lps(grid.ndim)[:-1, :-1]
+    return dataclasses.replace(grid, origin=to_lps @ grid.origin, direction=to_lps @ grid.direction)
 
 
 def _format(path: str | os.PathLike[str]) -> str:
@@ -356,15 +405,19 @@ def write_image(
     check_image_name(path)
     check_image_grid(grid, path)
     image = sitk.GetImageFromArray(np.asarray(values), isVector=vectors)
-    image.SetSpacing(np.asarray(grid.spacing).tolist())
-    image.SetOrigin(np.asarray(grid.origin).tolist())
-    image.SetDirection(np.ravel(grid.direction).tolist())
+    _set_place(image, grid)
     with atomic_path(path) as beside:
         try:
             sitk.WriteImage(image, str(beside), useCompression=True)
         except RuntimeError as error:
             reason = itk_reason(error).replace(str(beside), os.fspath(path))
             raise ValueError(f"{path}: cannot write it: {reason}") from error
+
+
+def _set_place(image: Any, grid: Grid) -> None:
+    image.SetSpacing(np.asarray(grid.spacing).tolist())
+    image.SetOrigin(np.asarray(grid.origin).tolist())
+    image.SetDirection(np.ravel(grid.direction).tolist())
 
 
 def itk_reason(error: RuntimeError) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from regkernels.files.atomic import atomic_path
+from regkernels.files.formats.minc import minc_to_lps
 from regkernels.files.images import (
     Image,
     check_image_grid,
@@ -25,7 +26,7 @@ from regkernels.files.images import (
     write_image,
 )
 from regkernels.files.integrity import check_transform
-from regkernels.grid import Grid
+from regkernels.grid import Grid, Matrix
 from regkernels.maps import AffineMap, DisplacementField, Part, as_part
 from regkernels.volume import Volume
 
@@ -49,8 +50,9 @@ def read_transform(path: str | os.PathLike[str]) -> tuple[Part, ...]:
     ----------
     path
         An ITK transform file of linear transforms, displacement fields or both, composed in any
-        way; or an image of displacements in millimetres, LPS. Of the positions in millimetres, RAS,
-        that SPM (``y_*.nii``) and NiftyReg write, displacements are made.
+        way; linear ones of MINC (``.xfm``), which are converted from RAS; or an image of
+        displacements in millimetres, LPS. Of the positions in millimetres, RAS, that SPM
+        (``y_*.nii``) and NiftyReg write, displacements are made.
 
     Returns
     -------
@@ -68,6 +70,11 @@ def read_transform(path: str | os.PathLike[str]) -> tuple[Part, ...]:
     """
     import SimpleITK as sitk  # noqa: N813
 
+    if Path(path).suffix.lower() == ".mnc":
+        raise ValueError(
+            f"{path}: expected displacements in NIfTI, NRRD or MetaImage, got MINC, of which ITK "
+            "and MINC disagree which way they point"
+        )
     if Path(path).suffix.lower() not in TRANSFORM_SUFFIXES:
         return (_field_of_image(read_image(path, vectors=True), path),)
     if not Path(path).is_file():
@@ -77,7 +84,10 @@ def read_transform(path: str | os.PathLike[str]) -> tuple[Part, ...]:
         transform = sitk.ReadTransform(os.fspath(path))
     except RuntimeError as error:
         raise ValueError(f"{path}: not a transform: {itk_reason(error)}") from error
-    return _parts(transform, path)
+    parts = _parts(transform, path)
+    if _is_xfm(path):
+        return tuple(AffineMap(_between_xfm_and_lps(np.asarray(part))) for part in parts)
+    return parts
 
 
 def check_transform_name(part: Part, path: str | os.PathLike[str]) -> None:
@@ -99,6 +109,8 @@ def check_transform_name(part: Part, path: str | os.PathLike[str]) -> None:
     if isinstance(part, AffineMap):
         if not of_transform:
             raise ValueError(f"{path}: expected an ending of {', '.join(TRANSFORM_SUFFIXES)}")
+        if _is_xfm(path) and part.ndim != 3:
+            raise ValueError(f"{path}: expected a 3-D transform for .xfm, got {part.ndim}-D")
         return
     if of_transform:
         raise ValueError(f"{path}: expected the ending of an image, such as .nii.gz")
@@ -139,19 +151,22 @@ def write_affine(matrix: ArrayLike, path: str | os.PathLike[str]) -> None:
         ``(D + 1, D + 1)``, fixed -> moving, millimetres, LPS.
     path
         Where to: ``.tfm`` and ``.txt`` are text, ``.mat`` is what ANTs writes, ``.h5`` and
-        ``.hdf5`` are HDF5. The file appears complete or not at all.
+        ``.hdf5`` are HDF5; ``.xfm`` is that of MINC, in RAS and 3-D. The file appears complete or
+        not at all.
 
     Raises
     ------
     OSError
         If there is no such folder, or no writing in it.
     ValueError
-        For another ending.
+        For another ending, or if such a file cannot hold the matrix.
     """
     import SimpleITK as sitk  # noqa: N813
 
     matrix = np.asarray(matrix, dtype=np.float64)
     check_transform_name(AffineMap(matrix), path)
+    if _is_xfm(path):
+        matrix = _between_xfm_and_lps(matrix)
     transform = sitk.AffineTransform(len(matrix) - 1)
     transform.SetMatrix(matrix[:-1, :-1].ravel().tolist())
     transform.SetTranslation(matrix[:-1, -1].tolist())
@@ -188,6 +203,17 @@ def write_displacement(
     vectors = np.asarray(field, dtype=np.float32)
     check_transform_name(DisplacementField(grid, vectors), path)
     write_image(vectors, grid, path, vectors=True)
+
+
+def _is_xfm(path: str | os.PathLike[str]) -> bool:
+    return Path(path).suffix.lower() == ".xfm"
+
+
+def _between_xfm_and_lps(matrix: Matrix) -> Matrix:
+    """Convert a matrix as ITK has it in such a file to LPS, or back."""
+    to_lps = minc_to_lps(len(matrix) - 1)
+    converted: Matrix = to_lps @ matrix @ to_lps
+    return converted
 
 
 def _field_of_image(image: Image, path: str | os.PathLike[str]) -> DisplacementField:

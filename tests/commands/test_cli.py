@@ -398,6 +398,7 @@ def test_who_reads_no_further_ends_it_quietly(pair: Path, flags: list[str]) -> N
     with os.fdopen(writer) as stdout:
         ended = subprocess.run(
             [sys.executable, *flags, "-m", "jaxreg", "info", pair / "motion.tfm"],
+            cwd=pair,  # and not the sources, which have no extension
             stdout=stdout,
             stderr=subprocess.PIPE,
             check=False,
@@ -637,6 +638,7 @@ def test_a_process_that_is_terminated_leaves_no_file(pair: Path, tmp_path: Path)
     arguments = (*registration(pair), "-o", tmp_path / "out")
     process = subprocess.Popen(
         [sys.executable, "-m", "jaxreg", *map(str, arguments)],
+        cwd=pair,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -213,9 +213,9 @@ def test_a_missing_package_is_named_with_what_to_install(
     assert "needs typer: pip install 'regkernels[jax,cli]'" in error
 
 
-def test_the_package_runs_as_a_module() -> None:
+def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jaxreg", "demo", "--help"]
-    completed = subprocess.run(command, capture_output=True, text=True, check=True)
+    completed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "--output-dir" in completed.stdout
 
 

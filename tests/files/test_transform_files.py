@@ -26,6 +26,7 @@ from transforms import (
 from jaxreg.registration import resample
 from regkernels import (
     DisplacementField,
+    move_points,
     read_transform,
     write_affine,
     write_displacement,
@@ -183,3 +184,42 @@ def test_a_transform_goes_to_a_file_of_its_kind_or_to_none(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"affine\.nii: expected an ending of \.tfm"):
         write_transform(affine(2), tmp_path / "affine.nii")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_transform_of_minc_is_converted_from_ras(tmp_path: Path) -> None:
+    path = tmp_path / "affine.xfm"
+    linear = "Transform_Type = Linear;\nLinear_Transform =\n {};\n"
+    shift, turn = "1 0 0 10\n 0 1 0 20\n 0 0 1 30", "0 -1 0 0\n 2 0 0 0\n 0 0 1 5"
+    path.write_text(f"MNI Transform File\n% a comment\n\n{linear.format(shift)}")
+    (part,) = read_transform(path)
+    np.testing.assert_allclose(part.move(np.zeros(3)), [-10, -20, 30])
+    # In RAS a point (1, 2, 3) goes to (11, 22, 33), and on to (-22, 22, 38).
+    path.write_text(f"MNI Transform File\n\n{linear.format(shift)}{linear.format(turn)}")
+    point = move_points([-1.0, -2, 3], read_transform(path))
+    np.testing.assert_allclose(point, [22, -22, 38], atol=1e-6)
+
+
+def test_a_transform_for_minc_is_written_in_ras_and_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "affine.xfm"
+    write_affine(affine(3), path)
+    np.testing.assert_allclose(
+        read_transform(path)[0].matrix, affine(3).matrix, rtol=1e-12, atol=1e-9
+    )
+    numbers = path.read_text().rpartition("=")[2].replace(";", "").split()
+    ras = np.diag([-1.0, -1, 1]) @ affine(3).matrix[:3] @ np.diag([-1, -1, 1, 1])
+    np.testing.assert_allclose(np.reshape(numbers, (3, 4)).astype(float), ras, rtol=1e-12)
+    with pytest.raises(
+        ValueError, match=r"plane\.xfm: expected a 3-D transform for \.xfm, got 2-D"
+    ):
+        write_affine(affine(2), tmp_path / "plane.xfm")
+
+
+def test_displacements_of_minc_are_refused_with_what_to_use(tmp_path: Path) -> None:
+    field = itk_field(DisplacementField(volume(3).grid, waves(volume(3).grid)))
+    sitk.WriteTransform(field, str(tmp_path / "grid.xfm"))
+    with pytest.raises(
+        ValueError, match=r"grid\.xfm: expected linear .* got Grid_Transform; write"
+    ):
+        read_transform(tmp_path / "grid.xfm")
+    with pytest.raises(ValueError, match=r"grid_grid_0\.mnc: expected displacements in NIfTI"):
+        read_transform(tmp_path / "grid_grid_0.mnc")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,7 +18,9 @@ from regkernels import (
     centre_of_mass,
     normalised_affine,
     rigid_motion,
+    write_volume,
 )
+from regkernels.files.images import read_grid
 
 
 def test_voxels_are_where_simpleitk_puts_them() -> None:
@@ -80,10 +83,66 @@ def test_the_centre_of_mass_is_in_millimetres() -> None:
     np.testing.assert_allclose(centre_of_mass(volume), volume.grid.centre())
 
 
+@pytest.mark.parametrize("size", [1.0, 4e-4])
+def test_grids_are_compared_in_voxels(size: float) -> None:
+    grid = header((64, 48), (size, size)).grid
+    assert grid.same_place(grid)
+    assert grid.voxels_apart(grid) < 1e-12
+    shifted = dataclasses.replace(grid, origin=grid.origin + np.array([0, 0.02 * size]))
+    np.testing.assert_allclose(shifted.voxels_apart(grid), 0.02)
+    assert not shifted.same_place(grid)
+    assert shifted.same_place(grid, 0.03)
+    for change in (
+        {"spacing": np.array([2 * size, 2 * size])},
+        {"direction": np.array([[0.0, 1.0], [-1.0, 0.0]])},
+        {"shape": (64, 47)},
+    ):
+        assert not dataclasses.replace(grid, **change).same_place(grid)
+
+
+def test_the_thickness_of_a_single_slice_is_compared() -> None:
+    grid = header((1, 32, 32), (1, 1, 5)).grid
+    thinner = dataclasses.replace(grid, spacing=np.array([1.0, 1, 4]))
+    np.testing.assert_allclose(thinner.voxels_apart(grid), 0.1)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1, 1), (0.1, 0.2, 0.7)])
+@pytest.mark.parametrize("angle", [3, 77, 179.99])
+def test_a_header_rounded_to_float32_is_the_same_place(
+    spacing: tuple[float, ...], angle: float, tmp_path: Path
+) -> None:
+    direction = rigid_motion(angle, (1, -2, 2), (0, 0, 0), (0, 0, 0))[:3, :3]
+    volume = Volume.create(
+        np.zeros((256, 256, 256), np.uint8), spacing, (-987.6, 1003.21, 1001.1), direction
+    )
+    write_volume(volume, tmp_path / "large.nii.gz")
+    read = read_grid(tmp_path / "large.nii.gz")
+    assert 0 < read.voxels_apart(volume.grid) < 0.003
+    assert read.same_place(volume.grid)
+    assert volume.grid.same_place(read)
+
+
 def test_voxel_values_are_integers_or_float32() -> None:
     for given, kept in [(bool, np.uint8), (np.int64, np.int64), (float, np.float32)]:
         assert Volume.create(np.ones((2, 2), given)).array.dtype == kept
     assert Volume.create(np.ones((2, 2))).with_array([[1, 2], [3, 4]]).array.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("largest", "dtype"),
+    [(614454278, np.int32), (-(2**24) - 1, np.int32), (2**53, np.int64), (2**64 - 2048, np.uint64)],
+)
+def test_whole_numbers_that_float32_would_round_become_integers(largest: int, dtype: type) -> None:
+    ids = np.array([[0, largest], [2**24 + 1, 7]], np.float64)
+    for volume in (Volume.create(ids), Volume.create(np.ones((2, 2))).with_array(ids)):
+        assert volume.array.dtype == dtype
+        assert volume.array.tolist() == ids.astype(dtype).tolist()
+    assert volume.batched().dtype == np.float32
+
+
+@pytest.mark.parametrize("value", [2.0**24, 2.0**25, 2.0**24 + 1.5, 1e30, 0.1])
+def test_other_floats_stay_float32(value: float) -> None:
+    assert Volume.create(np.full((2, 2), value)).array.dtype == np.float32
 
 
 def test_channels_are_what_the_spacing_leaves() -> None:

@@ -471,6 +471,18 @@ def test_presets_get_more_thorough() -> None:
 # --- bad input ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [1.0, 4e-4])
+def test_the_grid_of_a_mask_is_compared_in_voxels(size: float) -> None:
+    fixed = header((20, 24), (size, size))
+    ones = fixed.with_array(np.ones(fixed.shape))
+    twice = Volume.create(ones.array, (2 * size, 2 * size), (0, 0), [[0, 1], [-1, 0]])
+    for name in ("fixed_mask", "moving_mask"):
+        for mask in (twice, placed(ones, origin=ones.grid.origin + 0.1 * size)):
+            with pytest.raises(ValueError, match=rf"{name}: expected the image's spacing, .* got"):
+                register(fixed, fixed, [], **{name: mask})
+        register(fixed, fixed, [], **{name: placed(ones, origin=ones.grid.origin + 0.001 * size)})
+
+
 def test_what_does_not_fit_together_is_refused_by_name() -> None:
     fixed, moving = pair()
     ones = fixed.with_array(np.ones(fixed.shape))

@@ -103,7 +103,7 @@ def _encode(
     """
     if np.can_cast(values.dtype, np.float32):
         return values.astype(np.float32), lambda codes: codes.astype(values.dtype)
-    different = np.union1d(values, [0]).astype(values.dtype)
+    different = np.union1d(values, np.zeros(1, values.dtype))
     zero = np.searchsorted(different, 0)
     codes = np.searchsorted(different, values) - zero
     if different.size > 2**24:

@@ -15,6 +15,14 @@ def check_xfm(path: Path) -> None:
     text = path.read_bytes()
     if not text.startswith(_XFM):
         raise ValueError(f"{path}: not a transform: expected {_XFM.decode()} at its start")
-    *statements, rest = re.sub(rb"(?m)^%.*", b"", text).split(b";")
+    text = re.sub(rb"(?m)^%.*", b"", text)
+    *statements, rest = text.split(b";")
     if rest.strip() or not statements or b"Transform_Type" in statements[-1]:
         raise EOFError("expected a statement with a semicolon at the end")
+    for kind in re.findall(rb"Transform_Type\s*=\s*(\w*)", text):
+        # Displacements lie in a MINC image, of which ITK and MINC disagree which way they point.
+        if kind != b"Linear":
+            raise ValueError(
+                f"{path}: expected linear transforms, got {kind.decode('latin-1')}; write its "
+                "displacements as an image of vectors in millimetres, LPS, in NIfTI or NRRD"
+            )
