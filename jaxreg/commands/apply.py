@@ -15,7 +15,7 @@ from jaxreg.commands.devices import Device
 from jaxreg.commands.inputs import naming, read_chain, refuse_overwriting
 from jaxreg.registration import resample
 from regkernels import read_volume, write_volume
-from regkernels.files.images import check_image_name, read_grid
+from regkernels.files.images import check_image_grid, check_image_name, read_grid
 
 __all__ = ["apply"]
 
@@ -78,14 +78,17 @@ def apply(
     )
     with naming("--output"):
         check_image_name(output)
+    with naming("--reference"):
+        grid = read_grid(reference)
     with naming("IMAGE"):
         volume = read_volume(image)
         if labels and (np.asarray(volume.array) % 1).any():
             raise ValueError(f"{image}: expected integers for --labels, got fractions")
     with naming("--reference"):
-        grid = read_grid(reference)
         if grid.ndim != volume.ndim:
             raise ValueError(f"{reference}: expected a {volume.ndim}-D image, got {grid.ndim}-D")
+    with naming("--output"):
+        check_image_grid(grid, output, volume.channels)
     with jax.default_device(devices.find(device)):
         parts = read_chain("--transform", texts, volume.ndim)
         with naming("IMAGE"):

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
 from typer.core import TyperCommand
+
+from regkernels.files.formats.reading import FileWarning
 
 __all__ = ["Command"]
 
@@ -28,7 +34,8 @@ class Command(TyperCommand):
             For an interrupt.
         """
         try:
-            return super().invoke(ctx)
+            with _telling_warnings():
+                return super().invoke(ctx)
         except KeyboardInterrupt:  # what the parser makes of an interrupt depends on its version
             raise typer.Abort from None
         except (OSError, TypeError, ValueError) as error:
@@ -39,3 +46,20 @@ class Command(TyperCommand):
             option = typed.param_type_name == "option"
             name = typed.opts[0] if option else typed.metavar
             raise ValueError(f"{name}: {complaint}") from error
+
+
+@contextmanager
+def _telling_warnings() -> Iterator[None]:
+    """Say once, in one line, where a file can be understood in more than one way."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", FileWarning)
+        show = warnings.showwarning
+
+        def tell(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, FileWarning):
+                print(f"jaxreg: warning: {message}", file=sys.stderr)
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = tell
+        yield

@@ -27,6 +27,7 @@ from jaxreg.registration.stages.metrics import MetricName
 from jaxreg.warp import INVERSE_TOLERANCE
 from regkernels import Volume, read_volume, write_affine, write_displacement, write_volume
 from regkernels.files.atomic import atomic_folder
+from regkernels.files.images import check_image_grid
 from regkernels.info import describe
 
 __all__ = ["register"]
@@ -139,6 +140,8 @@ def register(
     volumes = dict(_read(read))
     for name in ("FIXED", "MOVING"):
         _check_contrast(name, volumes[name])
+        with naming(name):
+            check_image_grid(volumes[name].grid, output / _MOVED, volumes[name].channels)
     target = devices.find(device)
     if cache is not None:
         with naming("--cache"):

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,13 +16,16 @@ from regkernels.files.atomic import atomic_path
 from regkernels.files.formats import IMAGE_FORMATS
 from regkernels.files.formats.hdf5 import check_hdf5
 from regkernels.files.formats.minc import minc_to_lps
-from regkernels.files.formats.reading import Voxels
+from regkernels.files.formats.nifti import Intent, is_nifti2, read_nifti_header, read_values
+from regkernels.files.formats.reading import Voxels, telling_of_damage
 from regkernels.files.integrity import check_voxels, find_voxels
 from regkernels.grid import Grid
 from regkernels.volume import Volume
 
 __all__ = [
     "WRITTEN_SUFFIXES",
+    "Image",
+    "check_image_grid",
     "check_image_name",
     "image_grid",
     "image_values",
@@ -48,7 +51,8 @@ def read_volume(path: str | os.PathLike[str]) -> Volume:
     Parameters
     ----------
     path
-        The file: NIfTI, MetaImage, NRRD, GIPL, MINC 2, HDF5, DICOM or PNG.
+        The file: NIfTI, MetaImage, NRRD, GIPL, MINC 2, HDF5, DICOM or PNG. Where sform and qform of
+        NIfTI differ, the sform says where voxels lie, and a warning tells.
 
     Returns
     -------
@@ -63,11 +67,9 @@ def read_volume(path: str | os.PathLike[str]) -> Volume:
         If it is not an image of real numbers in such a format, is cut short or damaged, or holds
         values that are not finite.
     """
-    image = read_image(path)
-    array = image_values(image)
-    if image.GetNumberOfComponentsPerPixel() > 1:
+    array, grid, _ = read_image(path)
+    if array.ndim > grid.ndim:
         array = np.moveaxis(array, -1, 0)
-    grid = image_grid(image)
     try:
         return Volume.create(array, grid.spacing, grid.origin, grid.direction)
     except ValueError as error:
@@ -91,25 +93,49 @@ def write_volume(volume: Volume, path: str | os.PathLike[str]) -> None:
     OSError
         If there is no such folder, or no writing in it.
     ValueError
-        For another ending, or if the format cannot hold such an image.
+        For another ending, or if the format cannot hold such an image, as NIfTI one whose axes are
+        not at right angles, or one slice in space with channels.
     """
+    check_image_name(path)
+    check_image_grid(volume.grid, path, volume.channels)
     array = np.asarray(volume.array)
     if array.ndim > volume.ndim:
         array = np.moveaxis(array, 0, -1)
     write_image(array, volume.grid, path, vectors=array.ndim > volume.ndim)
 
 
-def read_image(path: str | os.PathLike[str]) -> Any:
+class Image(NamedTuple):
+    """What is in the file of an image.
+
+    Attributes
+    ----------
+    values
+        ``([Z,] Y, X)``, or ``([Z,] Y, X, C)`` if there are several per voxel.
+    grid
+        Where the voxels lie.
+    intent
+        What NIfTI says that they are.
+    """
+
+    values: NDArray[Any]
+    grid: Grid
+    intent: Intent | None
+
+
+def read_image(path: str | os.PathLike[str], *, vectors: bool = False) -> Image:
     """Read a 2-D or 3-D image.
 
     Parameters
     ----------
     path
         The file.
+    vectors
+        Whether there are to be as many values per voxel as dimensions: of three in one slice NIfTI
+        does not say whether the image is 2-D.
 
     Returns
     -------
-    SimpleITK.Image
+    Image
         As it is in the file.
 
     Raises
@@ -117,10 +143,19 @@ def read_image(path: str | os.PathLike[str]) -> Any:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is of a format that is not read, is not 2-D or 3-D, is cut short or damaged, or has
-        voxels that are not finite where SimpleITK would hide it.
+        If it is of a format that is not read, is not 2-D or 3-D, is cut short or damaged, or is a
+        NIfTI image with voxels that are not finite.
     """
-    reader, voxels, kind = _open(path)
+    kind = _format(path)
+    if kind == _NIFTI:
+        with telling_of_damage(path):
+            header = read_nifti_header(Path(path))
+            flat = vectors and header.ndim == 2 and header.components == 3
+            ndim = 3 if flat else header.ndim
+            _check_kind(path, ndim, real=header.dtype.kind != "c")
+            grid = header.grid(Path(path), ndim)
+            return Image(read_values(Path(path), header, ndim), grid, header.intent)
+    reader, voxels = _open(path, kind)
     try:
         if voxels is not None:
             check_voxels(path, voxels, _voxel_bytes(reader))
@@ -132,7 +167,7 @@ def read_image(path: str | os.PathLike[str]) -> Any:
     if kind == _DICOM:
         _check_big_endian(image, path)
         image = _in_the_unit_of_the_dose(image, path)
-    return image
+    return Image(image_values(image), image_grid(image), None)
 
 
 def read_grid(path: str | os.PathLike[str]) -> Grid:
@@ -155,11 +190,18 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
     ValueError
         If it is of a format that is not read, or is not 2-D or 3-D.
     """
-    reader, _, kind = _open(path)
+    kind = _format(path)
+    if kind == _NIFTI:
+        with telling_of_damage(path):
+            header = read_nifti_header(Path(path))
+            _check_kind(path, header.ndim, real=header.dtype.kind != "c")
+            return header.grid(Path(path))
+    reader, _ = _open(path, kind)
     grid = image_grid(reader)
     return _minc_grid(grid) if kind == _MINC else grid
 
 
+_NIFTI = "NiftiImageIO"
 _MINC = "MINCImageIO"
 _DICOM = "GDCMImageIO"
 _DOSE_GRID_SCALING = "3004|000e"
@@ -203,31 +245,45 @@ def _minc_grid(grid: Grid) -> Grid:
     return dataclasses.replace(grid, origin=to_lps @ grid.origin, direction=to_lps @ grid.direction)
 
 
-def _open(path: str | os.PathLike[str]) -> tuple[Any, Voxels | None, str]:
-    """Return a reader that knows the header of an image, where its voxels are, and the format."""
+def _format(path: str | os.PathLike[str]) -> str:
+    """Return ITK's name of the format of an image, one of `IMAGE_FORMATS`."""
     import SimpleITK as sitk  # noqa: N813
 
     if not Path(path).is_file():
         found = "no such file" if not Path(path).exists() else "expected a file, got a folder"
         raise FileNotFoundError(f"{path}: {found}")
     check_hdf5(path)
-    reader = sitk.ImageFileReader()
-    kind = reader.GetImageIOFromFileName(os.fspath(path))
+    kind: str = sitk.ImageFileReader().GetImageIOFromFileName(os.fspath(path))
+    if not kind and is_nifti2(Path(path)):
+        return _NIFTI
     if kind not in IMAGE_FORMATS:
         known = ", ".join(name for name, _ in IMAGE_FORMATS.values())
         found = f", got {kind.removesuffix('ImageIO')}" if kind else ""
         raise ValueError(f"{path}: not an image that can be read: expected one of {known}{found}")
+    return kind
+
+
+def _open(path: str | os.PathLike[str], kind: str) -> tuple[Any, Voxels | None]:
+    """Return a reader that knows the header of an image, and where its voxels are."""
+    import SimpleITK as sitk  # noqa: N813
+
     voxels = find_voxels(path, kind)
+    reader = sitk.ImageFileReader()
     try:
         reader.SetFileName(os.fspath(path))
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise ValueError(f"{path}: not an image: {itk_reason(error)}") from error
-    if reader.GetDimension() not in (2, 3):
-        raise ValueError(f"{path}: expected a 2-D or 3-D image, got {reader.GetDimension()}-D")
-    if reader.GetPixelID() in (sitk.sitkComplexFloat32, sitk.sitkComplexFloat64):
+    kinds = (sitk.sitkComplexFloat32, sitk.sitkComplexFloat64)
+    _check_kind(path, reader.GetDimension(), real=reader.GetPixelID() not in kinds)
+    return reader, voxels
+
+
+def _check_kind(path: str | os.PathLike[str], ndim: int, *, real: bool) -> None:
+    if ndim not in (2, 3):
+        raise ValueError(f"{path}: expected a 2-D or 3-D image, got {ndim}-D")
+    if not real:
         raise ValueError(f"{path}: expected real numbers, got complex ones")
-    return reader, voxels, kind
 
 
 def _voxel_bytes(reader: Any) -> int:
@@ -275,6 +331,51 @@ def check_image_name(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path}: cannot write it: expected one of {', '.join(WRITTEN_SUFFIXES)}")
 
 
+def check_image_grid(grid: Grid, path: str | os.PathLike[str], channels: int = 1) -> None:
+    """See that a file can keep an image of such a grid.
+
+    Parameters
+    ----------
+    grid
+        Where the voxels lie.
+    path
+        Where the image is to be written.
+    channels
+        Values per voxel, unless they are displacements.
+
+    Raises
+    ------
+    ValueError
+        If the file would be NIfTI and the axes are not at right angles: the qform cannot hold
+        them, and ITK writes other axes than these. Or if it would have several values per voxel in
+        one slice in space: it would come back as 2-D.
+    """
+    if not Path(path).name.endswith(_NIFTI_SUFFIXES):
+        return
+    instead = f"write {' or '.join(_SHEARED_SUFFIXES)}"
+    if channels > 1 and grid.ndim == 3 and grid.shape[0] == 1:
+        raise ValueError(
+            f"{path}: cannot write it: NIfTI with several values per voxel does not tell one slice "
+            f"in space from a 2-D image; {instead}"
+        )
+    direction = np.asarray(grid.direction, dtype=np.float64)
+    left, _, right = np.linalg.svd(direction)
+    step, size = np.asarray(grid.spacing), np.array(grid.shape[::-1])
+    # How far the last voxel along an axis would go, in voxels.
+    apart = np.linalg.norm(direction - left @ right, axis=0) * step * (size - 1) / step.min()
+    if (apart > _NOTABLE).any():
+        raise ValueError(
+            f"{path}: cannot write it: the axes of its grid are not at right angles, which NIfTI "
+            f"does not hold for all programs; {instead}"
+        )
+
+
+_NIFTI_SUFFIXES = WRITTEN_SUFFIXES[:6]
+_SHEARED_SUFFIXES = (".nrrd", ".mha")
+_NOTABLE = 0.05
+"""Voxels by which a voxel may be misplaced; rounding of headers stays far below."""
+
+
 def write_image(
     values: ArrayLike, grid: Grid, path: str | os.PathLike[str], *, vectors: bool = False
 ) -> None:
@@ -296,11 +397,13 @@ def write_image(
     OSError
         If there is no such folder, or no writing in it.
     ValueError
-        For another ending, or if SimpleITK cannot write such an image to such a file.
+        For another ending, if a NIfTI file is to have axes that are not at right angles, or if
+        SimpleITK cannot write such an image to such a file.
     """
     import SimpleITK as sitk  # noqa: N813
 
     check_image_name(path)
+    check_image_grid(grid, path)
     image = sitk.GetImageFromArray(np.asarray(values), isVector=vectors)
     _set_place(image, grid)
     with atomic_path(path) as beside:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from regkernels.files.atomic import atomic_path
 from regkernels.files.formats.minc import minc_to_lps
 from regkernels.files.images import (
+    Image,
+    check_image_grid,
     check_image_name,
     image_grid,
     image_values,
@@ -49,7 +51,8 @@ def read_transform(path: str | os.PathLike[str]) -> tuple[Part, ...]:
     path
         An ITK transform file of linear transforms, displacement fields or both, composed in any
         way; linear ones of MINC (``.xfm``), which are converted from RAS; or an image of
-        displacements in millimetres, LPS.
+        displacements in millimetres, LPS. Of the positions in millimetres, RAS, that SPM
+        (``y_*.nii``) and NiftyReg write, displacements are made.
 
     Returns
     -------
@@ -73,7 +76,7 @@ def read_transform(path: str | os.PathLike[str]) -> tuple[Part, ...]:
             "and MINC disagree which way they point"
         )
     if Path(path).suffix.lower() not in TRANSFORM_SUFFIXES:
-        return (_field(read_image(path), path),)
+        return (_field_of_image(read_image(path, vectors=True), path),)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     check_transform(path)
@@ -100,7 +103,7 @@ def check_transform_name(part: Part, path: str | os.PathLike[str]) -> None:
     Raises
     ------
     ValueError
-        If its ending is one of another kind of file.
+        If its ending is one of another kind of file, or if that cannot hold the field's grid.
     """
     of_transform = Path(path).suffix.lower() in TRANSFORM_SUFFIXES
     if isinstance(part, AffineMap):
@@ -112,6 +115,7 @@ def check_transform_name(part: Part, path: str | os.PathLike[str]) -> None:
     if of_transform:
         raise ValueError(f"{path}: expected the ending of an image, such as .nii.gz")
     check_image_name(path)
+    check_image_grid(part.grid, path)
 
 
 def write_transform(part: Part | ArrayLike, path: str | os.PathLike[str]) -> None:
@@ -212,16 +216,47 @@ def _between_xfm_and_lps(matrix: Matrix) -> Matrix:
     return converted
 
 
-def _field(image: Any, path: str | os.PathLike[str]) -> DisplacementField:
-    ndim, components = image.GetDimension(), image.GetNumberOfComponentsPerPixel()
-    if components != ndim:
+def _field_of_image(image: Image, path: str | os.PathLike[str]) -> DisplacementField:
+    """Make displacements in LPS of vectors, by what NIfTI says that they are.
+
+    ITK and ANTs leave the intent's name empty and keep LPS. SPM's deformations and NiftyReg's are
+    positions in millimetres, RAS; NiftyReg tells by the first parameter what else they may be.
+    """
+    values, grid, intent = image
+    if intent is None or intent.code not in (_DISPLACEMENT, _VECTOR):
+        return _field(values, grid, path)
+    name = intent.name.casefold()
+    positions = name == "mapping" or (name == "nreg_trans" and intent.parameter == 0)
+    displaced = intent.code == _DISPLACEMENT or (name == "nreg_trans" and intent.parameter == 1)
+    if name == "nreg_trans" and not (positions or displaced):
         raise ValueError(
-            f"{path}: expected displacements, {ndim} values per voxel, got {components}"
+            f"{path}: expected displacements or positions, got another transform of NiftyReg (a "
+            "spline or a velocity field); make a deformation field of it by reg_transform -def"
         )
-    vectors = image_values(image).astype(np.float32)
+    if not (positions or displaced) or values.shape[grid.ndim :] != (grid.ndim,):
+        return _field(values, grid, path)
+    vectors = values.astype(np.float64) * np.array([-1.0, -1.0, 1.0])[: grid.ndim]
+    if positions:
+        matrix = grid.voxel_to_physical()
+        index = np.moveaxis(np.indices(grid.shape), 0, -1)[..., ::-1]
+        vectors -= index @ matrix[:-1, :-1].T + matrix[:-1, -1]
+    return _field(vectors, grid, path)
+
+
+_DISPLACEMENT, _VECTOR = 1006, 1007
+"""Intents of NIfTI: displacements in its own coordinates, RAS, and vectors of any kind."""
+
+
+def _field(values: NDArray[Any], grid: Grid, path: str | os.PathLike[str]) -> DisplacementField:
+    components = values.shape[-1] if values.ndim > grid.ndim else 1
+    if components != grid.ndim:
+        raise ValueError(
+            f"{path}: expected displacements, {grid.ndim} values per voxel, got {components}"
+        )
+    vectors = values.astype(np.float32)
     if not np.isfinite(vectors).all():
         raise ValueError(f"{path}: expected finite displacements, got NaN or infinity")
-    return DisplacementField(image_grid(image), vectors)
+    return DisplacementField(grid, vectors)
 
 
 def _parts(transform: Any, path: str | os.PathLike[str]) -> tuple[Part, ...]:
@@ -235,7 +270,8 @@ def _parts(transform: Any, path: str | os.PathLike[str]) -> tuple[Part, ...]:
             part for number in numbers for part in _parts(transform.GetNthTransform(number), path)
         )
     if isinstance(transform, sitk.DisplacementFieldTransform):
-        return (_field(transform.GetDisplacementField(), path),)
+        field = transform.GetDisplacementField()
+        return (_field(image_values(field), image_grid(field), path),)
     if not transform.IsLinear():
         raise ValueError(
             f"{path}: expected linear transforms and displacement fields, got a "

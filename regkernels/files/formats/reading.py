@@ -9,11 +9,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, cast
-
-import numpy as np
+from typing import BinaryIO, Literal, NamedTuple, cast
 
 __all__ = [
+    "FileWarning",
     "Voxels",
     "blocks",
     "check_sizes",
@@ -26,6 +25,10 @@ __all__ = [
 ]
 
 _BLOCK = 1 << 22
+
+
+class FileWarning(UserWarning):
+    """What a file says can be understood in more than one way."""
 
 
 class Voxels(NamedTuple):
@@ -43,8 +46,6 @@ class Voxels(NamedTuple):
         How they are compressed.
     size
         How many bytes they are if not as many as in memory.
-    dtype
-        What they are if ITK would hide that one is not finite.
     """
 
     file: Path
@@ -52,7 +53,6 @@ class Voxels(NamedTuple):
     skipped: int
     packing: Literal["none", "gzip", "zlib"]
     size: int | None = None
-    dtype: np.dtype[Any] | None = None
 
 
 @contextmanager
