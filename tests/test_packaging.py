@@ -86,6 +86,17 @@ def test_the_middle_loads_without_any_framework(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_without_simpleitk_a_file_is_refused_with_what_to_install(tmp_path: Path) -> None:
+    Path(tmp_path / "image.nrrd").touch()
+    code = (
+        "import sys; sys.modules['SimpleITK'] = None\n"
+        "import regkernels; regkernels.read_volume('image.nrrd')"
+    )
+    last = run_python(code, tmp_path).stderr.splitlines()[-1]
+    assert last.startswith("ModuleNotFoundError: regkernels reads and writes files through")
+    assert last.endswith("pip install 'regkernels[files]'")
+
+
 def needed_libraries(file: Path) -> list[str]:
     """The shared libraries that an ELF file asks the loader for."""
     done = subprocess.run(

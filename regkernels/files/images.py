@@ -19,6 +19,7 @@ from regkernels.files.formats.minc import minc_to_lps
 from regkernels.files.formats.nifti import Intent, is_nifti2, read_nifti_header, read_values
 from regkernels.files.formats.reading import Voxels, telling_of_damage
 from regkernels.files.integrity import check_voxels, find_voxels
+from regkernels.files.simpleitk import import_simpleitk
 from regkernels.grid import Grid
 from regkernels.volume import Volume
 
@@ -225,7 +226,7 @@ def _check_big_endian(image: Any, path: str | os.PathLike[str]) -> None:
 
 def _in_the_unit_of_the_dose(image: Any, path: str | os.PathLike[str]) -> Any:
     """Scale the dose grid of a radiotherapy plan, which ITK leaves as the integers of the file."""
-    import SimpleITK as sitk  # noqa: N813
+    sitk = import_simpleitk()
 
     if not image.HasMetaDataKey(_DOSE_GRID_SCALING):
         return image
@@ -247,7 +248,7 @@ def _minc_grid(grid: Grid) -> Grid:
 
 def _format(path: str | os.PathLike[str]) -> str:
     """Return ITK's name of the format of an image, one of `IMAGE_FORMATS`."""
-    import SimpleITK as sitk  # noqa: N813
+    sitk = import_simpleitk()
 
     if not Path(path).is_file():
         found = "no such file" if not Path(path).exists() else "expected a file, got a folder"
@@ -265,7 +266,7 @@ def _format(path: str | os.PathLike[str]) -> str:
 
 def _open(path: str | os.PathLike[str], kind: str) -> tuple[Any, Voxels | None]:
     """Return a reader that knows the header of an image, and where its voxels are."""
-    import SimpleITK as sitk  # noqa: N813
+    sitk = import_simpleitk()
 
     voxels = find_voxels(path, kind)
     reader = sitk.ImageFileReader()
@@ -287,7 +288,7 @@ def _check_kind(path: str | os.PathLike[str], ndim: int, *, real: bool) -> None:
 
 
 def _voxel_bytes(reader: Any) -> int:
-    import SimpleITK as sitk  # noqa: N813
+    sitk = import_simpleitk()
 
     size: int = sitk.Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
     count: int = math.prod([reader.GetNumberOfComponents(), *reader.GetSize()])
@@ -307,7 +308,7 @@ def image_grid(image: Any) -> Grid:
 
 def image_values(image: Any) -> NDArray[Any]:
     """Return the values of a SimpleITK image, ``([Z,] Y, X)`` or ``([Z,] Y, X, C)``."""
-    import SimpleITK as sitk  # noqa: N813
+    sitk = import_simpleitk()
 
     values: NDArray[Any] = sitk.GetArrayFromImage(image)
     return values
@@ -400,7 +401,7 @@ def write_image(
         For another ending, if a NIfTI file is to have axes that are not at right angles, or if
         SimpleITK cannot write such an image to such a file.
     """
-    import SimpleITK as sitk  # noqa: N813
+    sitk = import_simpleitk()
 
     check_image_name(path)
     check_image_grid(grid, path)

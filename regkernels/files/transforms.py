@@ -26,6 +26,7 @@ from regkernels.files.images import (
     write_image,
 )
 from regkernels.files.integrity import check_transform
+from regkernels.files.simpleitk import import_simpleitk
 from regkernels.grid import Grid, Matrix
 from regkernels.maps import AffineMap, DisplacementField, Part, as_part
 from regkernels.volume import Volume
@@ -68,7 +69,7 @@ def read_transform(path: str | os.PathLike[str]) -> tuple[Part, ...]:
         If it is not a transform, is one of another kind (a B-spline, say), is cut short or damaged,
         cannot be inverted or holds values that are not finite.
     """
-    import SimpleITK as sitk  # noqa: N813
+    sitk = import_simpleitk()
 
     if Path(path).suffix.lower() == ".mnc":
         raise ValueError(
@@ -161,7 +162,7 @@ def write_affine(matrix: ArrayLike, path: str | os.PathLike[str]) -> None:
     ValueError
         For another ending, or if such a file cannot hold the matrix.
     """
-    import SimpleITK as sitk  # noqa: N813
+    sitk = import_simpleitk()
 
     matrix = np.asarray(matrix, dtype=np.float64)
     check_transform_name(AffineMap(matrix), path)
@@ -260,7 +261,7 @@ def _field(values: NDArray[Any], grid: Grid, path: str | os.PathLike[str]) -> Di
 
 
 def _parts(transform: Any, path: str | os.PathLike[str]) -> tuple[Part, ...]:
-    import SimpleITK as sitk  # noqa: N813
+    sitk = import_simpleitk()
 
     transform = transform.Downcast()
     if isinstance(transform, sitk.CompositeTransform):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from regkernels.files.formats.hdf5 import is_hdf5
+from regkernels.files.simpleitk import import_simpleitk
 from regkernels.grid import Matrix
 
 __all__ = ["check_minc", "minc_to_lps"]
@@ -39,7 +40,7 @@ def minc_to_lps(ndim: int) -> Matrix:
     In MINC x runs from left to right and y from back to front ("MINC 2.0 Users Guide", "Coordinate
     systems"). ITK keeps the numbers as they are unless it was built to turn these two axes.
     """
-    import SimpleITK as sitk  # noqa: N813
+    sitk = import_simpleitk()
 
     with tempfile.TemporaryDirectory() as folder:
         probe = Path(folder, "probe.xfm")
