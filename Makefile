@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # $(call build_settings,CUDA kernels,CUDA architectures)
 build_settings = --config-settings=cmake.define.REGKERNELS_CUDA=$1 \
   $(if $2,"--config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$2")
-SOURCES := $(shell find csrc regkernels jaxreg torchreg -type f -not -path '*/__pycache__/*' -not -name '*.md') \
+SOURCES := $(shell find csrc regkernels jaxreg torchreg -type f -not -path '*/__pycache__/*' -not -name '*.md' -not -name '*.so') \
   CMakeLists.txt pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
