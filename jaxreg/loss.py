@@ -37,6 +37,7 @@ def lncc_loss(
     sigma: float | None = None,
     smooth_nr: float = 0.0,
     smooth_dr: float = 1e-5,
+    both_flat: float | None = None,
     mask: ArrayLike | None = None,
     reduction: str = "mean",
 ) -> jax.Array:
@@ -69,6 +70,9 @@ def lncc_loss(
         Of the Gaussian, in voxels; a third of ``kernel_size`` when ``None``.
     smooth_nr, smooth_dr
         Added to the numerator, at least 0; the least variance, at least 1e-18.
+    both_flat
+        From 0 to 1: the correlation of windows that are constant in both images, where there is
+        nothing to correlate. ``None``: what the formula gives, which is 0 without ``smooth_nr``.
     mask : float or bool [N, C, *S], optional
         Weights of at least 0, constant, broadcast against ``pred``. The mean is then
         ``sum(mask ncc) / sum(mask)``, or 0 if the mask is empty; "sum" and "none" multiply by it.
@@ -97,6 +101,7 @@ def lncc_loss(
             "sigma": optional_tuple(sigma),
             "smooth_nr": smooth_nr,
             "smooth_dr": smooth_dr,
+            "both_flat": optional_tuple(both_flat),
             "reduction": reduction,
         },
     )

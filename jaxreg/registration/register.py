@@ -17,9 +17,8 @@ from jaxreg import compose, jacobian_determinant
 from jaxreg.registration.progress import Callback
 from jaxreg.registration.register_images import check_stages, make_problem
 from jaxreg.registration.stages.base import Stage, Trace
-from jaxreg.registration.stages.metrics import Metric
 from jaxreg.registration.stages.presets import preset
-from jaxreg.registration.stages.problem import Alignment, overlap
+from jaxreg.registration.stages.problem import Alignment
 from jaxreg.registration.stages.pyramid import level_shape
 from jaxreg.registration.transforms.transform import Transform
 from jaxreg.warp import INVERSE_TOLERANCE
@@ -31,6 +30,10 @@ __all__ = ["Folds", "InverseResidual", "LevelRecord", "Registration", "StageReco
 _LARGEST = 1e8
 """Intensities may not be larger: sums of squares over a volume, and what the slopes of NCC divide
 by, have to stay within the range of float32."""
+
+_NARROWEST = 1e-7
+"""Images that vary by less than this in all are refused, because metrics cannot tell them from
+constant ones; images that are constant are not."""
 
 
 class LevelRecord(NamedTuple):
@@ -210,9 +213,9 @@ def register(
     ------
     ValueError
         If the volumes do not fit together; for intensities that are larger than 1e8, or vary but
-        by less than a metric can tell, 1e-7 or 0.01 for `MSE`, in all (of a constant image nothing
-        moves); for a mask of another grid, with several channels, with a negative weight or without
-        a positive one; for a matrix that cannot be inverted; if, after the stages, the moving image
+        by less than metrics can tell, 1e-7, in all (of a constant image nothing moves); for a mask
+        of another grid, with several channels, with a negative weight or without a positive one;
+        for a matrix that cannot be inverted; if, after the stages, the moving image
         covers no voxel of the fixed one that counts: then there was nothing to compare; or if a
         metric or its gradient is not finite.
     TypeError
@@ -232,7 +235,7 @@ def register(
             "default", ndim=fixed.grid.ndim, device="cpu" if platform == "cpu" else "gpu"
         )
     stages = check_stages(stages)
-    _check_intensities(fixed, moving, stages)
+    _check_intensities(fixed, moving)
     # About the middle of the fixed grid float32 holds coordinates to a fraction of a micrometre.
     centre = np.eye(fixed.grid.ndim + 1)
     centre[:-1, -1] = fixed.grid.centre()
@@ -264,7 +267,7 @@ def register(
             )
     # Overlap is asked for after the stages only, because they may bring images together that have
     # nothing in common at the start.
-    if stages and not overlap(problem.whole(alignment)):
+    if stages and not problem.whole(alignment).overlap > 0:
         masked = fixed_mask is not None or moving_mask is not None
         raise ValueError(
             f"{'moving' if initial is None else 'initial'}: expected volumes that overlap, but "
@@ -290,14 +293,11 @@ def _check_volumes(**volumes: object) -> None:
             )
 
 
-def _check_intensities(fixed: Volume, moving: Volume, stages: tuple[Stage, ...]) -> None:
+def _check_intensities(fixed: Volume, moving: Volume) -> None:
     """Refuse images to which metrics are flat only for their unit: nothing would move."""
     arrays = {"fixed": fixed.array, "moving": moving.array}
     # Both images are asked before one is waited for, so that the device is never idle.
     ranges = {name: (np.min(array), np.max(array)) for name, array in arrays.items()}
-    metrics = [stage.metric for stage in stages]
-    metric = max(metrics, key=lambda metric: metric.narrowest_range, default=None)
-    narrowest = Metric.narrowest_range if metric is None else metric.narrowest_range
     for name, extremes in jax.device_get(ranges).items():
         low, high = map(float, extremes)
         if not max(-low, high) <= _LARGEST:
@@ -305,11 +305,10 @@ def _check_intensities(fixed: Volume, moving: Volume, stages: tuple[Stage, ...])
                 f"{name}: expected intensities within ±{_LARGEST:g}, got {low:g} to {high:g}; "
                 "multiply them by a smaller number"
             )
-        if 0 < high - low < narrowest:
+        if 0 < high - low < _NARROWEST:
             raise ValueError(
-                f"{name}: expected intensities that differ by {narrowest:g} or more"
-                f"{f' with the metric {metric}' if metric else ''}, got {low:g} to {high:g}; "
-                "multiply them by a larger number"
+                f"{name}: expected intensities that differ by {_NARROWEST:g} or more, got {low:g} "
+                f"to {high:g}; multiply them by a larger number"
             )
 
 

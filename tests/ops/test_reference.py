@@ -239,6 +239,7 @@ def test_lncc_loss_gradients_are_the_differences_of_its_values(
         "window": window,
         "smooth_nr": 0.2,
         "smooth_dr": 1.8,
+        "both_flat": 0.7,
         "mask": abs(random_array(2, 1, 1, *shape)),
         "reduction": reduction,
     }

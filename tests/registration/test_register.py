@@ -162,7 +162,7 @@ def test_double_precision_elsewhere_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("power", [-20, 20])
-@pytest.mark.parametrize("metric", ["lncc", "mi", "ncc"])
+@pytest.mark.parametrize("metric", ["lncc", "mi", "mse", "ncc"])
 def test_the_unit_of_the_intensities_does_not_matter(metric: Any, power: int) -> None:
     volumes = pair()
     scaled = [v.with_array(np.ldexp(v.array, power).astype(np.float32)) for v in volumes]
@@ -189,9 +189,6 @@ def test_intensities_that_single_precision_cannot_compare_are_refused(on_device:
             with pytest.raises(ValueError, match=f"{name}: expected intensities {message}"):
                 register(**{**volumes, name: other}, stages=[])
     assert not register(*(v.with_array(np.zeros(v.shape)) for v in volumes.values()), []).stages
-    faint = [v.with_array(0.001 * np.asarray(v.array)) for v in volumes.values()]
-    with pytest.raises(ValueError, match=r"0\.01 or more with the metric MSE,"):
-        register(*faint, [Translation((1,), (5,), metric="mse")])
 
 
 def test_volumes_that_never_overlap_are_an_error() -> None:

@@ -565,6 +565,7 @@ def lncc_loss(
     sigma: float | None = None,
     smooth_nr: float = 0.0,
     smooth_dr: float = 1e-5,
+    both_flat: float | None = None,
     mask: Array | None = None,
     reduction: str = "mean",
 ) -> Array:
@@ -572,10 +573,12 @@ def lncc_loss(
     pred, target = float64(pred), float64(target)
     sums, mass = correlation_window(kernel_size, window, sigma, pred.ndim - 2)
     cross = sums(pred * target) - sums(pred) * sums(target) / mass
-    of_pred, of_target = (
-        np.maximum(sums(x**2) - sums(x) ** 2 / mass, smooth_dr) for x in (pred, target)
-    )
+    raw = [sums(x**2) - sums(x) ** 2 / mass for x in (pred, target)]
+    of_pred, of_target = (np.maximum(v, smooth_dr) for v in raw)
     ncc = (cross**2 + smooth_nr) / (of_pred * of_target)
+    if both_flat is not None:
+        flat = [v <= 1e-12 * sums(x**2) for v, x in zip(raw, (pred, target), strict=True)]
+        ncc = np.where(flat[0] & flat[1], both_flat, ncc)
     shape = (batch_size(pred, target, mask), *ncc.shape[1:])
     loss = -shares(mask, shape, reduction) * ncc
     return loss if reduction == "none" else np.sum(loss)
@@ -591,12 +594,14 @@ def lncc_loss_vjp(
     sigma: float | None = None,
     smooth_nr: float = 0.0,
     smooth_dr: float = 1e-5,
+    both_flat: float | None = None,
     mask: Array | None = None,
     reduction: str = "mean",
 ) -> tuple[Array, Array]:
     """Gradients of ``sum(cotangent * lncc_loss(...))`` to pred and target.
 
-    A variance that was raised to ``smooth_dr`` has no gradient.
+    A variance that was raised to ``smooth_dr`` has no gradient; so has a constant window, whatever
+    its correlation is said to be.
     """
     images = [float64(pred), float64(target)]
     sums, mass = correlation_window(kernel_size, window, sigma, pred.ndim - 2)

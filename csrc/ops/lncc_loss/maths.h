@@ -22,6 +22,8 @@ struct Window {
   T weight[kMaxRadius + 1];
   T inverse_mass;  // 1 / (sum of the window's weights)
   T smooth_nr, smooth_dr;
+  bool replaces_flat;  // the correlation of windows that are constant in both images is both_flat
+  T both_flat;
   // How much of a window the volume can fill. The sums are taken about this part of a typical
   // value, since a window that is mostly outside holds mostly zeros.
   T coverage;
@@ -100,7 +102,8 @@ REGKERNELS_HD Correlation<T> correlate(const T (&sums)[kWindowSums], const Windo
   result.mean_j = flat_j ? T(0) : mean_j;
   // In this order nothing overflows that the result does not.
   const T by_j = c * inverse_j;
-  result.ncc = c * inverse_i * by_j + window.smooth_nr * inverse_i * inverse_j;
+  const T ncc = c * inverse_i * by_j + window.smooth_nr * inverse_i * inverse_j;
+  result.ncc = window.replaces_flat & flat_i & flat_j ? window.both_flat : ncc;
   result.cross = 2 * inverse_i * by_j;
   const T slope_i = -result.ncc * inverse_i, slope_j = -result.ncc * inverse_j;
   result.variance_i = clamped_i ? T(0) : slope_i;

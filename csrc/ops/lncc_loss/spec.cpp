@@ -42,6 +42,16 @@ LnccCall check(const Call& call) {
     fail_value(call, "smooth_dr", "a finite number of at least 1e-18", concat(smooth_dr));
   }
 
+  const std::vector<double>& both_flat = call.numbers("both_flat");
+  if (both_flat.size() > 1) {
+    fail_value(call, "both_flat", "one number", concat(both_flat.size(), " numbers"));
+  }
+  for (const double value : both_flat) {
+    if (!std::isfinite(value) || value < 0 || value > 1) {
+      fail_value(call, "both_flat", "a number from 0 to 1", concat(value));
+    }
+  }
+
   checked.batch = check_batch(call);
   checked.map = {checked.batch.groups, checked.batch.items, checked.channels};
   append_sizes(checked.map, checked.sizes, checked.dimensions);
@@ -78,6 +88,9 @@ Window<T> lncc_window(const Call& call, const LnccCall& checked) {
   window.largest_pivot = std::numeric_limits<T>::max() * (std::numeric_limits<T>::epsilon() / 8);
   window.smooth_nr = static_cast<T>(call.number("smooth_nr"));
   window.smooth_dr = static_cast<T>(call.number("smooth_dr"));
+  const std::vector<double>& both_flat = call.numbers("both_flat");
+  window.replaces_flat = !both_flat.empty();
+  window.both_flat = both_flat.empty() ? T(0) : static_cast<T>(both_flat[0]);
   window.rounding = static_cast<T>(1.5 * checked.kernel_size * std::numeric_limits<T>::epsilon());
   return window;
 }
@@ -144,6 +157,7 @@ std::vector<Op> lncc_loss_ops() {
       {"sigma", AttrKind::kFloats},  // none: a third of kernel_size
       {"smooth_nr", AttrKind::kFloat},
       {"smooth_dr", AttrKind::kFloat},
+      {"both_flat", AttrKind::kFloats},  // none: what the formula makes of constant windows
       {"reduction", AttrKind::kChoice, {"mean", "sum", "none"}},
   };
   const std::vector<InputSpec> inputs = {{"pred", false, InputKind::kCompared},

@@ -10,7 +10,14 @@ import optax
 
 from jaxreg.registration.stages.pyramid import resize_field
 
-__all__ = ["AdamMoments", "adam_direction", "no_moments", "resize_moments", "riemannian_adam_step"]
+__all__ = [
+    "AdamMoments",
+    "adam_direction",
+    "no_moments",
+    "resize_moments",
+    "riemannian_adam_step",
+    "smallest_slope",
+]
 
 AdamMoments: TypeAlias = optax.ScaleByAdamState
 """Adam's running means of the gradients, ``mu``, and of their squares, ``nu``."""
@@ -33,7 +40,12 @@ def resize_moments(moments: AdamMoments, shape: tuple[int, ...]) -> AdamMoments:
 
 
 def adam_direction(
-    gradient: Any, moments: AdamMoments, *, beta1: float, beta2: float, epsilon: float = 1e-8
+    gradient: Any,
+    moments: AdamMoments,
+    *,
+    beta1: float,
+    beta2: float,
+    epsilon: float | jax.Array = 1e-8,
 ) -> tuple[Any, AdamMoments]:
     r"""Return :math:`\hat m / (\sqrt{\hat v} + \epsilon)` and the moments for the next step.
 
@@ -70,7 +82,7 @@ def riemannian_adam_step(
     learning_rate: float,
     beta1: float = 0.9,
     beta2: float = 0.99,
-    epsilon: float = 1e-8,
+    epsilon: float | jax.Array = 1e-8,
 ) -> tuple[jax.Array, AdamMoments]:
     r"""Turn a gradient into the displacement to compose with.
 

@@ -19,7 +19,7 @@ from jaxreg.registration.stages.adam import (
     riemannian_adam_step,
 )
 from jaxreg.registration.stages.iterative import Iterative, State
-from jaxreg.registration.stages.problem import Alignment, Level
+from jaxreg.registration.stages.problem import Alignment, Level, Weighted
 from jaxreg.registration.stages.pyramid import resize_field
 
 __all__ = ["Deformable", "Regularisation", "confined", "step_gradient"]
@@ -42,8 +42,12 @@ class Deformable(Iterative):
     field_sigma
         Gaussian that smooths the field after each step, in voxels of the level: the larger, the
         more it resists like an elastic body.
-    beta1, beta2, epsilon
-        Decay of Adam's two moments, and what keeps its quotient finite.
+    beta1, beta2
+        Decay of Adam's two moments.
+    epsilon
+        Gradients that are small beside this lead to small steps: it is added to the root of Adam's
+        second moment. In units of the metric's scale per voxel of the level, of the summed loss;
+        where anything is to be gained gradients are about 0.1, and rounding is mostly below 1e-6.
     regularisation
         ``penalty(field)``, a scalar that is added to the loss: any JAX function of the stage's
         field ``(N, [Z,] Y, X, D)``, in normalised coordinates on the grid of the level.
@@ -61,7 +65,7 @@ class Deformable(Iterative):
     field_sigma: float = 0.6
     beta1: float = 0.9
     beta2: float = 0.99
-    epsilon: float = 1e-8
+    epsilon: float = 1e-5
     regularisation: Regularisation | None = None
 
     def __post_init__(self) -> None:
@@ -88,18 +92,22 @@ class Deformable(Iterative):
         """Smooth a field after its step."""
         return confined(_smooth(field, self.field_sigma))
 
-    def descend(self, gradient: jax.Array, moments: AdamMoments) -> tuple[jax.Array, AdamMoments]:
+    def descend(
+        self, level: Level, gradient: jax.Array, moments: AdamMoments
+    ) -> tuple[jax.Array, AdamMoments]:
         """Return the step for the gradient of a mean loss, and Adam's moments after it."""
         # The loss is a mean: its sum has a gradient whose size does not depend on the grid.
         gradient = gradient * math.prod(gradient.shape[1:-1])
         gradient = _smooth(gradient, self.gradient_sigma)
+        per_voxel = jnp.asarray([max(n - 1, 1) / 2 for n in level.shape[::-1]], gradient.dtype)
+        gradient, epsilon = self.in_scale(level, gradient, self.epsilon * per_voxel)
         step, moments = riemannian_adam_step(
             gradient,
             moments,
             learning_rate=self.learning_rate,
             beta1=self.beta1,
             beta2=self.beta2,
-            epsilon=self.epsilon,
+            epsilon=epsilon,
         )
         return confined(step), moments
 
@@ -113,6 +121,20 @@ class Deformable(Iterative):
             return jnp.zeros((), displacement.dtype), zero
         penalty = self.regularisation
         return jax.value_and_grad(lambda step: penalty(compose(displacement, step)))(zero)
+
+    def objective(
+        self, level: Level, moved: Weighted, target: Weighted
+    ) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """Return the loss as a function of the two images alone.
+
+        The weights are held fixed: by their own gradient a field would push whatever does not match
+        out of what is covered, and end with little that is.
+        """
+
+        def of_images(pred: jax.Array, image: jax.Array) -> jax.Array:
+            return self.loss(level, moved._replace(image=pred), target._replace(image=image))
+
+        return of_images
 
     @abc.abstractmethod
     def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array | None]:

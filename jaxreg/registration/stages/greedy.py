@@ -50,11 +50,11 @@ class Greedy(Deformable):
     def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
         """Take one step; return the loss before it."""
         displacement = state.found
-        moved, mask = level.moved(level.matrix, level.after(displacement))
-        target = (level.fixed, level.fixed_mask)
-        loss, slope = jax.value_and_grad(lambda image: self.loss((image, mask), target))(moved)
+        moved, target = level.moved(level.matrix, level.after(displacement)), level.target()
+        objective = self.objective(level, moved, target)
+        loss, slope = jax.value_and_grad(objective)(moved.image, target.image)
         penalty, pull = self.penalty_of_composing(displacement)
-        step, moments = self.descend(step_gradient(moved, slope) + pull, state.moments)
+        step, moments = self.descend(level, step_gradient(moved.image, slope) + pull, state.moments)
         displacement = self.smooth(compose(displacement, step))
         return State(displacement, moments), loss + penalty
 

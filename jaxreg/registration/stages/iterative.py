@@ -17,7 +17,7 @@ from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.stages.adam import AdamMoments
 from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.metrics import LNCC, MetricField
-from jaxreg.registration.stages.problem import Alignment, Level, Problem, combined
+from jaxreg.registration.stages.problem import Alignment, Level, Problem, Weighted, charged
 
 __all__ = ["Iterative", "State", "block_length"]
 
@@ -55,7 +55,8 @@ class Iterative(Stage):
         Y, X)``, which takes ``mask=``, too, if there are masks. The stage holds the metric.
     window, tolerance
         A level ends when a line through its last ``window`` losses falls by less than ``tolerance``
-        times the largest loss of the level, in magnitude, or rises. If in the last block the loss
+        times the largest loss of the level, in magnitude, or rises; or when after a block the loss
+        is larger than at the start of the level. If in the last block the loss
         has then risen by more than a tenth of what it had fallen by before, that block is undone:
         steps that are too long do not spoil what was found. A tolerance of 0 runs all iterations
         and undoes none; nor is a level with fewer iterations than the window tested.
@@ -101,11 +102,23 @@ class Iterative(Stage):
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance: expected at least 0, got {self.tolerance}")
 
-    def loss(
-        self, pred: tuple[jax.Array, jax.Array | None], target: tuple[jax.Array, jax.Array | None]
-    ) -> jax.Array:
-        """Return the metric of two images, each with its mask."""
-        return self.metric.loss(pred[0], target[0], combined(pred[1], target[1]))
+    def loss(self, level: Level, pred: Weighted, target: Weighted) -> jax.Array:
+        """Return the metric of two images, of the voxels that both of them cover."""
+        weight = pred.weight * target.weight
+        loss = self.metric.loss(pred.image, target.image, weight)
+        return charged(loss, weight.sum(), level.overlap)
+
+    def in_scale(
+        self, level: Level, gradient: Any, epsilon: float | jax.Array
+    ) -> tuple[Any, jax.Array]:
+        """Return a gradient in units of the metric's scale, and Adam's ``epsilon`` for it.
+
+        Beside that ``epsilon`` what is no more than rounding leads nowhere. Without a scale the
+        gradient stays what it is, and nothing is taken for rounding.
+        """
+        scale = self.metric.scale(level.fixed, level.moving)
+        unit = jnp.where(scale > 0, scale, 1)
+        return jax.tree.map(lambda g: g / unit, gradient), jnp.where(scale > 0, epsilon, 1e-8)
 
     @abc.abstractmethod
     def begin(self, level: Level) -> State:
@@ -224,7 +237,8 @@ def _converged(stage: Iterative, losses: jax.Array, ran: jax.Array) -> jax.Array
     time = jnp.arange(window, dtype=jnp.float32) - (window - 1) / 2
     slope = (time * recent).sum() / (time**2).sum()
     falls = -slope * window >= stage.tolerance * jnp.abs(losses).max()
-    return ~falls
+    # Images that were alike at the start of the level are not made unlike in search of more.
+    return ~falls | (losses[ran - 1] > losses[0])
 
 
 def _run_level(stage: Iterative, level: Level, state: State, trace: Trace) -> _Carry:

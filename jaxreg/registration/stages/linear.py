@@ -25,6 +25,10 @@ from jaxreg.registration.stages.problem import Alignment, Level, matmul
 __all__ = ["Affine", "Linear", "Rigid", "Similarity", "Translation", "rotation_matrix"]
 
 
+_EPSILON = 1e-6
+"""A mean loss changes by less than so much of its scale, over a voxel, only through rounding."""
+
+
 class _Parameters(NamedTuple):
     """What moves points; a part that a stage does not have is `None`. All start from 0."""
 
@@ -42,19 +46,27 @@ class _Motion(NamedTuple):
     parameters: _Parameters
     centre: jax.Array
     length: jax.Array
+    plane: jax.Array | None
+    """Two vectors, ``(3, 2)``, in whose plane the parameters move; `None` if they do in space."""
 
     def matrix(self, parameters: _Parameters) -> jax.Array:
         """Return the motion of the fixed space for parameters, ``(D + 1, D + 1)``."""
         ndim = self.centre.size
-        turn = jnp.eye(ndim, dtype=self.centre.dtype)
+        turn = jnp.eye(parameters.shift.size, dtype=self.centre.dtype)
         if parameters.rotation is not None:
             turn = rotation_matrix(parameters.rotation)
         if parameters.log_scale is not None:
             turn = jnp.exp(parameters.log_scale) * turn
         if parameters.matrix is not None:
             turn = turn + parameters.matrix
+        shift = parameters.shift
+        if self.plane is not None:
+            change = turn - jnp.eye(shift.size, dtype=turn.dtype)
+            turn = jnp.eye(ndim, dtype=turn.dtype)
+            turn = turn + matmul(self.plane, matmul(change, self.plane.T))
+            shift = (self.plane * shift).sum(axis=1)
         turned = (turn * self.centre).sum(axis=1)
-        offset = self.centre + self.length * parameters.shift - turned
+        offset = self.centre + self.length * shift - turned
         top = jnp.concatenate([turn, offset[:, None]], axis=1)
         return jnp.concatenate([top, jnp.eye(1, ndim + 1, ndim, dtype=top.dtype)])
 
@@ -62,6 +74,9 @@ class _Motion(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Linear(Iterative):
     """Settings of the linear stages; the others are those of `Iterative`.
+
+    Where both volumes have a single slice, all move within the plane of the fixed one: what lies
+    beside it is not seen.
 
     Attributes
     ----------
@@ -80,10 +95,11 @@ class Linear(Iterative):
 
     def begin(self, level: Level) -> State:
         """Return the parameters of no motion, about the fixed image's centre of mass."""
-        parameters = self._parameters(level.ndim)
+        plane = level.plane()
+        parameters = self._parameters(level.ndim if plane is None else 2)
         centre, _ = centre_and_covariance(level.fixed, level.fixed_mask, level.to_physical)
         length = jnp.linalg.norm(level.to_physical[:-1, :-1])
-        return State(_Motion(parameters, centre, length), no_moments(parameters))
+        return State(_Motion(parameters, centre, length, plane), no_moments(parameters))
 
     def resized(self, state: State, shape: tuple[int, ...]) -> State:
         """Return the same: the parameters do not depend on the grid."""
@@ -96,11 +112,15 @@ class Linear(Iterative):
         def objective(parameters: _Parameters) -> jax.Array:
             matrix = matmul(level.matrix, motion.matrix(parameters))
             pred = level.moved(matrix, level.displacement)
-            return self.loss(pred, (level.fixed, level.fixed_mask))
+            return self.loss(level, pred, level.target())
 
         loss, gradient = jax.value_and_grad(objective)(motion.parameters)
-        direction, moments = adam_direction(gradient, state.moments, beta1=0.9, beta2=0.99)
-        rate = self.learning_rate * level.voxel_size() / motion.length
+        voxel = level.voxel_size() / motion.length
+        gradient, epsilon = self.in_scale(level, gradient, _EPSILON / voxel)
+        direction, moments = adam_direction(
+            gradient, state.moments, beta1=0.9, beta2=0.99, epsilon=epsilon
+        )
+        rate = self.learning_rate * voxel
         rate *= 0.55 + 0.45 * jnp.cos(jnp.pi * progress)
         parameters = jax.tree.map(lambda p, d: p - rate * d, motion.parameters, direction)
         return State(motion._replace(parameters=parameters), moments), loss

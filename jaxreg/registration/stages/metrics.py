@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,8 @@ def ncc(pred: jax.Array, target: jax.Array, mask: jax.Array | None = None) -> ja
     axes = tuple(range(2, pred.ndim))
     weight = jnp.ones((), pred.dtype) if mask is None else mask
     weight = jnp.broadcast_to(weight, jnp.broadcast_shapes(pred.shape, target.shape))
-    total = jnp.maximum(weight.sum(axes, keepdims=True), jnp.finfo(pred.dtype).tiny)
+    total = weight.sum(axes, keepdims=True)
+    total = jnp.where(total > 0, total, 1)  # so that the gradient is finite without any weight, too
 
     def centred(image: jax.Array) -> jax.Array:
         return image - (weight * image).sum(axes, keepdims=True) / total
@@ -105,7 +106,8 @@ def mse_loss(pred: jax.Array, target: jax.Array, mask: jax.Array | None = None) 
     if mask is None:
         return squares.mean()
     weight = jnp.broadcast_to(mask, squares.shape)
-    return (weight * squares).sum() / jnp.maximum(weight.sum(), jnp.finfo(squares.dtype).tiny)
+    total = weight.sum()
+    return (weight * squares).sum() / jnp.where(total > 0, total, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +118,6 @@ class Metric(abc.ABC):
     and has a `loss`. Like a stage it is a JAX pytree without leaves: its settings are static,
     programs are compiled for them, and equal metrics share their programs.
     """
-
-    narrowest_range: ClassVar[float] = 1e-7
-    """Images that vary by less than this in all are refused, because the metric cannot tell them
-    from constant ones; images that are constant are not."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -145,6 +143,24 @@ class Metric(abc.ABC):
         Array
             A scalar, the mean over the voxels: its size must not depend on that of the grid.
         """
+
+    def scale(self, fixed: jax.Array, moving: jax.Array) -> jax.Array:
+        """Return how large losses are: by about so much do those of unlike and like images differ.
+
+        Gradients that are smaller by orders of magnitude are taken for rounding, and followed by
+        less than by a full step. Images that are the same already stay where they are so.
+
+        Parameters
+        ----------
+        fixed, moving
+            The images of a level, ``(1, C, [Z,] Y, X)``; each has its own grid.
+
+        Returns
+        -------
+        Array
+            A scalar of at least 0; by default 0: it is not known, and no gradient is too small.
+        """
+        return jnp.zeros((), fixed.dtype)
 
     def for_scale(self, scale: float) -> Metric:
         """Return the metric that a level uses.
@@ -197,11 +213,87 @@ class LNCC(Metric):
         # The unit of the intensities does not matter so: to the default of `smooth_dr`, which suits
         # intensities that spread by about 1, a map of diffusivities in mm²/s would be flat. What is
         # flat as far as float32 can tell counts as such in any case.
-        return lncc_loss(pred, target, kernel_size=self.kernel_size, smooth_dr=1e-18, mask=mask)
+        weight = self._window_weights(pred, target, mask)
+        return lncc_loss(
+            pred, target, kernel_size=self.kernel_size, smooth_dr=1e-18, both_flat=1, mask=weight
+        )
+
+    def _window_weights(
+        self, pred: jax.Array, target: jax.Array, mask: jax.Array | None
+    ) -> jax.Array:
+        """Return what the windows around the voxels count, ``(1, C, [Z,] Y, X)``.
+
+        A window counts as much as its middle, if all that it spans counts, and if it is not flat in
+        both images: of nothing there is no correlation, and if it counted as a bad one, spreading
+        the rim of an object over its empty surroundings would pay.
+        """
+        radius = self.kernel_size // 2
+        varies = _varies(pred, radius) | _varies(target, radius)
+        if mask is None:
+            return varies.astype(pred.dtype)
+        mask = jax.lax.stop_gradient(mask)
+        counts = mask > 0
+        for axis in range(2, mask.ndim):
+            # Of a thin volume the windows may reach out of it, lest none be left.
+            reach = min(radius, (mask.shape[axis] - 1) // 4)
+            counts = ~_any_within(~counts, axis, reach, reach, beyond=True)
+        # Where no window is covered as a whole, those count that are covered in part.
+        counts = counts | ~counts.any()
+        return mask * (counts & varies)
+
+    def scale(self, fixed: jax.Array, moving: jax.Array) -> jax.Array:
+        """Return 1."""
+        return jnp.ones((), fixed.dtype)
 
     def format_loss(self, loss: float) -> str:
         """Return the mean squared correlation, which is minus the loss."""
         return f"LNCC {-loss:.4f}"
+
+
+_FLAT = 1e-4
+"""Neighbours that differ by less than this share of an image's range are alike: what smoothing
+leaves of an edge a few voxels away is no structure."""
+
+
+def _varies(image: jax.Array, radius: int) -> jax.Array:
+    """Return whether an image varies within the windows around its voxels, bool, its shape."""
+    image = jax.lax.stop_gradient(image)
+    axes = range(2, image.ndim)
+    # A window is flat if all cells of neighbouring voxels are that it is made of.
+    low = high = image
+    for axis in axes:
+        low = jnp.minimum(low, _next(low, axis))
+        high = jnp.maximum(high, _next(high, axis))
+    spatial = tuple(axes)
+    width = image.max(spatial, keepdims=True) - image.min(spatial, keepdims=True)
+    varies = high - low > _FLAT * width
+    for axis in axes:
+        varies = _any_within(varies, axis, radius, radius - 1, beyond=False)
+    return varies
+
+
+def _next(array: jax.Array, axis: int) -> jax.Array:
+    """Return the array shifted by a voxel; the last one is repeated."""
+    size = array.shape[axis]
+    last = jax.lax.slice_in_dim(array, size - 1, size, axis=axis)
+    return jnp.concatenate([jax.lax.slice_in_dim(array, 1, size, axis=axis), last], axis)
+
+
+def _any_within(array: jax.Array, axis: int, before: int, after: int, *, beyond: bool) -> jax.Array:
+    """Return whether anything so far before to so far after each voxel is true."""
+    pads = [(0, 0)] * array.ndim
+    pads[axis] = (before, after)
+    padded = jnp.pad(array, pads, constant_values=beyond)
+    size, width = array.shape[axis], before + after + 1
+    spanned = 1
+    while spanned < width:  # of so many voxels each holds whether any is true
+        step = min(spanned, width - spanned)
+        length = padded.shape[axis] - step
+        padded = jax.lax.slice_in_dim(padded, 0, length, axis=axis) | jax.lax.slice_in_dim(
+            padded, step, step + length, axis=axis
+        )
+        spanned += step
+    return jax.lax.slice_in_dim(padded, 0, size, axis=axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +319,12 @@ class MI(Metric):
 
     def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Return minus the mutual information, the mean over the channels."""
-        return mutual_information_loss(pred, target, num_bins=self.num_bins, mask=mask)
+        weight = None if mask is None else jax.lax.stop_gradient(mask)
+        return mutual_information_loss(pred, target, num_bins=self.num_bins, mask=weight)
+
+    def scale(self, fixed: jax.Array, moving: jax.Array) -> jax.Array:
+        """Return 1."""
+        return jnp.ones((), fixed.dtype)
 
     def format_loss(self, loss: float) -> str:
         """Return the mutual information, which is minus the loss."""
@@ -242,6 +339,10 @@ class NCC(Metric):
         """Return minus the correlation, the mean over the channels."""
         return ncc_loss(pred, target, mask)
 
+    def scale(self, fixed: jax.Array, moving: jax.Array) -> jax.Array:
+        """Return 1."""
+        return jnp.ones((), fixed.dtype)
+
     def format_loss(self, loss: float) -> str:
         """Return the correlation, which is minus the loss."""
         return f"NCC {-loss:.4f}"
@@ -251,12 +352,13 @@ class NCC(Metric):
 class MSE(Metric):
     """Mean squared difference, for intensities that mean the same; see `mse_loss`."""
 
-    # The slopes of squared differences have to stay above what keeps Adam's quotient finite.
-    narrowest_range: ClassVar[float] = 1e-2
-
     def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Return the mean squared difference."""
         return mse_loss(pred, target, mask)
+
+    def scale(self, fixed: jax.Array, moving: jax.Array) -> jax.Array:
+        """Return the mean of the images' variances."""
+        return (jnp.var(fixed) + jnp.var(moving)) / 2
 
     def format_loss(self, loss: float) -> str:
         """Return the mean squared difference."""
@@ -281,17 +383,15 @@ class FunctionMetric(Metric):
     def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Return what the function returns.
 
-        Raises
-        ------
-        ValueError
-            If there is a mask and the function does not take one.
+        One that does not take ``mask=`` sees the same in both images where nothing counts: there
+        the first is the second.
         """
         if mask is None:
             return self.function(pred, target)
         parameters = inspect.signature(self.function).parameters.values()
-        if not any(p.name == "mask" or p.kind is p.VAR_KEYWORD for p in parameters):
-            raise ValueError(f"metric: expected a function that takes mask=, got {self.function!r}")
-        return self.function(pred, target, mask=mask)
+        if any(p.name == "mask" or p.kind is p.VAR_KEYWORD for p in parameters):
+            return self.function(pred, target, mask=mask)
+        return self.function(target + mask * (pred - target), target)
 
 
 def function_name(function: Callable[..., Any]) -> str:

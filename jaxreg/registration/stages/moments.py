@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.stages.base import Stage, Trace
+from jaxreg.registration.stages.intensities import background
 from jaxreg.registration.stages.metrics import NCC, MetricField
-from jaxreg.registration.stages.problem import Alignment, Level, Problem, combined, matmul
+from jaxreg.registration.stages.problem import Alignment, Level, Problem, charged, matmul
 
 __all__ = ["Moments", "centre_and_covariance"]
 
@@ -24,8 +25,12 @@ class Moments(Stage):
 
     It looks at the transform that it starts from, at that one shifted so that the centres of mass
     meet, and at the rotations that also turn the principal axes onto each other: two in the plane,
-    four in space, because an axis has no sign. The one with the lowest loss is the result. The mass
-    of a voxel is its intensity above the image's minimum, times the mask.
+    four in space, because an axis has no sign. The one with the lowest loss is the result. Where
+    both volumes have a single slice, all of them stay within its plane.
+
+    The mass of a voxel is how far its intensity is from that of the background, whichever that is,
+    less a twentieth of the image's range, in which noise counts nothing; times the mask. Without a
+    clear background (see `background`) it is the intensity above the image's minimum.
 
     Attributes
     ----------
@@ -77,17 +82,37 @@ class Moments(Stage):
 def _best(stage: Moments, level: Level) -> tuple[jax.Array, jax.Array]:
     fixed = centre_and_covariance(level.fixed, level.fixed_mask, level.to_physical)
     moving = centre_and_covariance(level.moving, level.moving_mask, jnp.linalg.inv(level.to_moving))
-    turns = [level.matrix[:-1, :-1]]
-    if stage.rotation:
-        turns += _rotations(fixed[1], moving[1])
-    candidates = jnp.stack([level.matrix, *(_about(turn, fixed[0], moving[0]) for turn in turns)])
+    plane = level.plane()
+    linear = level.matrix[:-1, :-1]
+    if plane is None:
+        turns = [linear, *(_rotations(fixed[1], moving[1]) if stage.rotation else ())]
+        others = [_about(turn, fixed[0], moving[0]) for turn in turns]
+    else:
+        # Points of the fixed slice stay within it, and go on from there as they did before.
+        along = matmul(linear, plane)
+        eye = jnp.eye(2, dtype=along.dtype)
+        turns = [eye]
+        if stage.rotation:
+            inside = (matmul(v.T, matmul(c, v)) for v, c in ((plane, fixed[1]), (along, moving[1])))
+            turns += _rotations(*inside)
+        aside = moving[0] - (linear * fixed[0]).sum(axis=1) - level.matrix[:-1, -1]
+        shift = (along * aside[:, None]).sum(axis=0) / (along**2).sum(axis=0)
+        goal = fixed[0] + (plane * shift).sum(axis=1)
+        others = []
+        for turn in turns:
+            whole = jnp.eye(3, dtype=turn.dtype) + matmul(plane, matmul(turn - eye, plane.T))
+            others.append(matmul(level.matrix, _about(whole, fixed[0], goal)))
+    candidates = jnp.stack([level.matrix, *others])
+    target = level.target()
 
-    def evaluate(matrix: jax.Array) -> jax.Array:
-        moved, mask = level.moved(matrix, level.displacement)
-        loss = stage.metric.loss(moved, level.fixed, combined(mask, level.fixed_mask))
-        return loss.astype(jnp.float32)
+    def evaluate(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+        moved = level.moved(matrix, level.displacement)
+        weight = moved.weight * target.weight
+        loss = stage.metric.loss(moved.image, target.image, weight)
+        return loss.astype(jnp.float32), weight.sum()
 
-    losses = jax.lax.map(evaluate, candidates)
+    losses, overlaps = jax.lax.map(evaluate, candidates)
+    losses = charged(losses, overlaps, overlaps.max())
     best = jnp.argmin(losses)
     return candidates[best], jnp.stack([losses[0], losses[best]])
 
@@ -133,8 +158,15 @@ def centre_and_covariance(
     centre, covariance
         ``(D,)`` and ``(D, D)``. An image without mass has its centre in the middle.
     """
+    around = background(image)
     spatial = tuple(range(2, image.ndim))
-    mass = image - image.min(axis=spatial, keepdims=True)
+
+    def each(values: jax.Array) -> jax.Array:  # of the channels
+        return values.reshape(1, -1, *(1,) * len(spatial))
+
+    away = jnp.maximum(jnp.abs(image - each(around.value)) - each(around.spread), 0)
+    above = image - image.min(axis=spatial, keepdims=True)
+    mass = jnp.where(each(around.clear), away, above)
     mass = (mass if mask is None else mass * mask).sum(axis=(0, 1))
     mass = mass / jnp.maximum(mass.sum(), jnp.finfo(mass.dtype).tiny)
     ndim = mass.ndim

@@ -9,10 +9,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxreg import compose, interpolate
+from jaxreg import compose, gaussian_smooth, interpolate
+from jaxreg.registration.stages.coverage import coverage, margins
+from jaxreg.registration.stages.intensities import Clip, clipped
 from jaxreg.registration.stages.pyramid import downsample, level_shape, resize_field
 
-__all__ = ["Alignment", "Level", "Problem", "combined", "matmul", "overlap"]
+__all__ = ["Alignment", "Level", "Problem", "Weighted", "charged", "matmul"]
 
 
 @jax.custom_vjp
@@ -41,6 +43,16 @@ def _matmul_backward(
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+class Weighted(NamedTuple):
+    """An image on the fixed grid, ``(1, C, [Z,] Y, X)``.
+
+    Its voxels count as much as ``weight`` says, ``(1, 1, [Z,] Y, X)``.
+    """
+
+    image: jax.Array
+    weight: jax.Array
 
 
 class Alignment(NamedTuple):
@@ -79,6 +91,11 @@ class Level(NamedTuple):
     matrix: jax.Array
     """``(D + 1, D + 1)``, physical fixed -> physical moving."""
     displacement: jax.Array | None
+    fixed_margin: jax.Array
+    moving_margin: jax.Array
+    """Voxels at the ends of the axes that are not data, ``(D,)``; see `margins`."""
+    overlap: jax.Array
+    """The sum of the weights at the alignment, a scalar: how many voxels count, of this grid."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -97,6 +114,20 @@ class Level(NamedTuple):
         largest: jax.Array = (2 * edges / voxels).max()
         return largest
 
+    def plane(self) -> jax.Array | None:
+        """Return two orthonormal vectors along the fixed image's slice, ``(3, 2)``, if it has one.
+
+        They are for a volume of one slice that meets another such one: across it neither tells
+        anything. With a volume of many slices the place and the tilt of the single one are seen.
+        """
+        single = [[n == 1 for n in image.shape[:1:-1]] for image in (self.fixed, self.moving)]
+        if any(len(axes) != 3 or sum(axes) != 1 for axes in single):
+            return None
+        columns = (self.to_physical[:-1, k] for k in range(3) if not single[0][k])
+        first, second = (column / jnp.linalg.norm(column) for column in columns)
+        second = second - (first * second).sum() * first
+        return jnp.stack([first, second / jnp.linalg.norm(second)], axis=1)
+
     def normalised(self, matrix: jax.Array) -> jax.Array:
         """Return a physical transform as the ``affine`` of `jaxreg.interpolate`."""
         chain: jax.Array = matmul(self.to_moving, matmul(matrix, self.to_physical))
@@ -106,53 +137,64 @@ class Level(NamedTuple):
         """Return the displacement of going through ``step``, then through the one so far."""
         return step if self.displacement is None else compose(self.displacement, step)
 
-    def moved(
-        self, matrix: jax.Array, displacement: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Return the moving image at ``A(x + d(x))``, and its mask there."""
-        return self._sample(self.moving, self.moving_mask, self.normalised(matrix), displacement)
+    def moved(self, matrix: jax.Array, displacement: jax.Array | None) -> Weighted:
+        """Return the moving image at ``A(x + d(x))``, and what it weighs there."""
+        affine = self.normalised(matrix)
+        return self._sample(self.moving, self.moving_mask, self.moving_margin, affine, displacement)
 
-    def fixed_moved(self, displacement: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Return the fixed image at ``x + d(x)``, and its mask there."""
-        return self._sample(self.fixed, self.fixed_mask, None, displacement)
+    def target(self) -> Weighted:
+        """Return the fixed image, and what it weighs."""
+        return self.fixed_moved(None)
+
+    def fixed_moved(self, displacement: jax.Array | None) -> Weighted:
+        """Return the fixed image at ``x + d(x)``, and what it weighs there."""
+        return self._sample(self.fixed, self.fixed_mask, self.fixed_margin, None, displacement)
 
     def _sample(
         self,
         image: jax.Array,
         mask: jax.Array | None,
+        margin: jax.Array,
         affine: jax.Array | None,
         displacement: jax.Array | None,
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> Weighted:
         def sample(array: jax.Array) -> jax.Array:
-            return interpolate(array, affine, displacement, affine_last=True, out_shape=self.shape)
+            if affine is None and displacement is None:
+                return array
+            return interpolate(
+                array,
+                affine,
+                displacement,
+                affine_last=True,
+                out_shape=self.shape,
+                padding_mode="border",
+            )
 
-        # A mask is a weight of the loss, not a part of what is minimised.
-        weights = None if mask is None else jax.lax.stop_gradient(sample(mask))
-        return sample(image), weights
+        weight = coverage(image.shape[2:], self.shape, margin, affine, displacement)
+        return Weighted(sample(image), weight if mask is None else weight * sample(mask))
+
+
+def charged(loss: jax.Array, overlap: jax.Array, reference: jax.Array) -> jax.Array:
+    """Return a loss of images of which less than half as much overlaps as could, made worse.
+
+    A metric is a mean, and that over a small part of the images may be a good one by chance: the
+    worse a loss gets by as much as is missing, so that losing overlap does not pay.
+
+    Parameters
+    ----------
+    loss
+        Any array; a negative one is a similarity.
+    overlap, reference
+        Sums of weights: of the voxels that count, and of those that could.
+    """
+    kept = jnp.minimum(1, 2 * overlap / jnp.maximum(reference, 1))
+    return jnp.where(loss < 0, loss * kept, loss / jnp.maximum(kept, 1e-3))
 
 
 @jax.jit
-def overlap(level: Level) -> jax.Array:
-    """Return whether any voxel of the fixed image has a weight, a scalar.
-
-    It has one where the moving image covers it; and, if there are masks, where both leave it in.
-    """
-    weights = level.moving_mask
-    if weights is None:
-        weights = jnp.ones((1, 1, *level.moving.shape[2:]), level.moving.dtype)
-    covered = level._replace(moving=weights, moving_mask=None).moved(
-        level.matrix, level.displacement
-    )[0]
-    counts = combined(covered, level.fixed_mask)
-    assert counts is not None
-    return (counts > 0).any()
-
-
-def combined(one: jax.Array | None, other: jax.Array | None) -> jax.Array | None:
-    """Return the product of two masks, each of which may be absent."""
-    if one is None or other is None:
-        return other if one is None else one
-    return one * other
+def _overlap(level: Level) -> jax.Array:
+    moved = level.moved(level.matrix, level.displacement)
+    return (moved.weight * level.target().weight).sum()
 
 
 _Images = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
@@ -172,6 +214,8 @@ class Problem:
         ``(D + 1, D + 1)``, normalised -> physical.
     moving_ratio
         How many times wider the voxels of the fixed grid are than those of the moving one.
+    clip
+        Which intensities the metrics see; see `clipped`.
     """
 
     def __init__(
@@ -183,9 +227,10 @@ class Problem:
         fixed_to_physical: jax.Array,
         moving_to_physical: jax.Array,
         moving_ratio: float,
+        clip: Clip = "outliers",
     ) -> None:
-        self._fixed = fixed
-        self._moving = moving
+        self._fixed = clipped(fixed, clip)
+        self._moving = clipped(moving, clip)
         self._masks = fixed_mask, moving_mask
         self._to_physical = fixed_to_physical
         self._to_moving = jnp.linalg.inv(moving_to_physical)
@@ -206,11 +251,11 @@ class Problem:
         shape = level_shape(self.shape, scale)
         if scale not in self._pyramids:
             other = level_shape(self._moving.shape[2:], max(scale * self._moving_ratio, 1.0))
+            masks = _smaller_mask(self._masks[0], shape), _smaller_mask(self._masks[1], other)
             self._pyramids[scale] = (
-                downsample(self._fixed, shape),
-                downsample(self._moving, other),
-                _smaller_mask(self._masks[0], shape),
-                _smaller_mask(self._masks[1], other),
+                _continued(downsample(self._fixed, shape), masks[0]),
+                _continued(downsample(self._moving, other), masks[1]),
+                *masks,
             )
         return self._level(self._pyramids[scale], shape, alignment)
 
@@ -220,15 +265,40 @@ class Problem:
 
     def _level(self, images: _Images, shape: tuple[int, ...], alignment: Alignment) -> Level:
         displacement = alignment.displacement
-        return Level(
+        level = Level(
             *images,
             self._to_physical,
             self._to_moving,
             alignment.matrix,
             None if displacement is None else resize_field(displacement, shape),
+            margins(self._fixed.shape[2:], images[0].shape[2:]),
+            margins(self._moving.shape[2:], images[1].shape[2:]),
+            jnp.zeros((), jnp.float32),
         )
+        return level._replace(overlap=_overlap(level))
+
+
+@jax.jit
+def _continued(image: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Return an image in which what a mask leaves out continues what is beside it.
+
+    A sample that lies between a voxel that counts and one that does not mixes the two.
+    """
+    if mask is None:
+        return image
+    counts = (mask > 0).astype(image.dtype)
+    sigma = [1.0 if size > 1 else 0.0 for size in image.shape[2:]]
+    near = gaussian_smooth(counts, sigma, truncate=1)
+    mean = gaussian_smooth(image * counts, sigma, truncate=1) / jnp.where(near > 0, near, 1)
+    return jnp.where((counts > 0) | (near == 0), image, mean)
 
 
 def _smaller_mask(mask: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
+    if mask is None or mask.shape[2:] == shape:
+        return mask
     # The continuation by point reflection may undershoot, but a weight is at least 0.
-    return None if mask is None else jnp.maximum(downsample(mask, shape), 0)
+    weight = jnp.maximum(downsample(mask, shape), 0)
+    # At the edge of a mask half of a smoothed voxel is what the mask leaves out. A mask that is
+    # nowhere thicker than a voxel keeps what it has.
+    inside = downsample((mask > 0).astype(mask.dtype), shape)
+    return weight * jnp.clip(2 * inside / inside.max() - 1, 0, 1)

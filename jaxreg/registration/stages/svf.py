@@ -53,14 +53,14 @@ class SVF(Deformable):
         """Take one step; return the loss before it."""
         velocity = state.found
         displacement = scaling_and_squaring(velocity, self.num_steps)
-        moved, mask = level.moved(level.matrix, level.after(displacement))
-        target = (level.fixed, level.fixed_mask)
-        loss, slope = jax.value_and_grad(lambda image: self.loss((image, mask), target))(moved)
-        gradient = step_gradient(moved, slope)
+        moved, target = level.moved(level.matrix, level.after(displacement)), level.target()
+        objective = self.objective(level, moved, target)
+        loss, slope = jax.value_and_grad(objective)(moved.image, target.image)
+        gradient = step_gradient(moved.image, slope)
         if self.regularisation is not None:
             penalty, pull = jax.value_and_grad(self.regularisation)(velocity)
             loss, gradient = loss + penalty, gradient + pull
-        step, moments = self.descend(gradient, state.moments)
+        step, moments = self.descend(level, gradient, state.moments)
         return State(self.smooth(velocity + step), moments), loss
 
     def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -44,18 +44,16 @@ class SyN(Deformable):
     def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
         """Take one step of both halves; return the loss before it."""
         halves = state.found
-        fixed, fixed_mask = level.fixed_moved(halves[:1])
-        moved, moved_mask = level.moved(level.matrix, level.after(halves[1:]))
+        fixed = level.fixed_moved(halves[:1])
+        moved = level.moved(level.matrix, level.after(halves[1:]))
 
-        def objective(moved: jax.Array, fixed: jax.Array) -> jax.Array:
-            return self.loss((moved, moved_mask), (fixed, fixed_mask))
-
-        loss, slopes = jax.value_and_grad(objective, argnums=(0, 1))(moved, fixed)
+        objective = self.objective(level, moved, fixed)
+        loss, slopes = jax.value_and_grad(objective, (0, 1))(moved.image, fixed.image)
         gradient = jnp.concatenate(
-            [step_gradient(fixed, slopes[1]), step_gradient(moved, slopes[0])]
+            [step_gradient(fixed.image, slopes[1]), step_gradient(moved.image, slopes[0])]
         )
         penalty, pull = self.penalty_of_composing(halves)
-        step, moments = self.descend(gradient + pull, state.moments)
+        step, moments = self.descend(level, gradient + pull, state.moments)
         return State(self.smooth(compose(halves, step)), moments), loss + penalty
 
     def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,117 @@
+"""What the intensities of an image say of it as a whole: its background, and its outliers."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["Background", "Clip", "background", "check_clip", "clipped"]
+
+Clip = Literal["outliers"] | tuple[float, float] | None
+"""Which intensities the metrics see: ``"outliers"`` are moved to a bound, so are those beyond two
+quantiles, or none."""
+
+_SAMPLE = 2**18
+"""At most so many voxels, evenly spread, are sorted for a quantile."""
+
+_OUTLIERS = 1e-4
+"""The share of the voxels, at either end, that may be outliers; 8 of them in a small image."""
+
+
+class Background(NamedTuple):
+    """What lies around the object of an image.
+
+    Attributes
+    ----------
+    value
+        ``(C,)``: the median of the voxels on the faces of the volume, for each channel.
+    spread
+        ``(C,)``: a twentieth of the range of the image; noise in the background stays within it.
+    clear
+        ``(C,)``, bool: whether half of those voxels lie within the spread of the value. Otherwise
+        the object reaches the border nearly everywhere, and nothing is known of a background.
+    """
+
+    value: jax.Array
+    spread: jax.Array
+    clear: jax.Array
+
+
+@jax.jit
+def background(image: jax.Array) -> Background:
+    """Return the background of an image.
+
+    Parameters
+    ----------
+    image
+        ``(1, C, [Z,] Y, X)``.
+    """
+    faces = []
+    for axis in range(2, image.ndim):
+        if image.shape[axis] > 1:
+            for end in (0, -1):
+                face = jax.lax.index_in_dim(image[0], end, axis - 1)
+                faces.append(face.reshape(face.shape[0], -1))
+    border = jnp.concatenate(faces, axis=1) if faces else image[0].reshape(image.shape[1], -1)
+    value = jnp.median(border, axis=1)
+    low, high = jnp.quantile(_sample(image), jnp.asarray([0.01, 0.99]), axis=1)
+    spread = 0.05 * (high - low)
+    near = jnp.abs(border - value[:, None]) <= spread[:, None]
+    return Background(value, spread, near.mean(axis=1) >= 0.5)
+
+
+def clipped(image: jax.Array, clip: Clip) -> jax.Array:
+    """Return an image with the intensities that a metric is to see.
+
+    Parameters
+    ----------
+    image
+        ``(1, C, [Z,] Y, X)``.
+    clip
+        ``"outliers"``: intensities further from nearly all others (all but one in ten thousand at
+        either end, or eight) than twice the range of those are brought to that distance. Few images
+        have any. Two numbers: the quantiles, from 0 to 1, that bound the intensities. `None`: they
+        stay as they are.
+
+    Returns
+    -------
+    Array
+        Shaped like the image.
+    """
+    if clip is None:
+        return image
+    sample = _sample(image)
+    if clip == "outliers":
+        share = min(max(_OUTLIERS, 8 / sample.shape[1]), 0.25)
+        low, high = jnp.quantile(sample, jnp.asarray([share, 1 - share]), axis=1)
+        reach = 2 * (high - low)
+        # Where nearly all voxels are alike the few others are the object.
+        reach = jnp.where(reach > 0, reach, jnp.inf)
+        low, high = low - reach, high + reach
+    else:
+        low, high = jnp.quantile(sample, jnp.asarray(clip, jnp.float32), axis=1)
+    bounds = (b.reshape(1, -1, *(1,) * (image.ndim - 2)) for b in (low, high))
+    return jnp.clip(image, *bounds)
+
+
+def check_clip(clip: object) -> Clip:
+    """Return what says which intensities are clipped; refuse what does not."""
+    if clip is None or clip == "outliers":
+        return clip
+    if isinstance(clip, tuple | list) and len(clip) == 2:
+        low, high = map(float, clip)
+        if 0 <= low < high <= 1:
+            return low, high
+    raise ValueError(
+        f"clip: expected 'outliers', None, or two quantiles such as (0.005, 0.995), got {clip!r}"
+    )
+
+
+def _sample(image: jax.Array) -> jax.Array:
+    """Return evenly spread voxels, ``(C, n)``."""
+    voxels = image[0].reshape(image.shape[1], -1)
+    # An odd step does not stay in the same column of an even grid.
+    step = -(-voxels.shape[1] // _SAMPLE)
+    return voxels[:, :: step + (step + 1) % 2 if step > 1 else 1]
