@@ -16,7 +16,6 @@ __all__ = [
     "no_moments",
     "resize_moments",
     "riemannian_adam_step",
-    "smallest_slope",
 ]
 
 AdamMoments: TypeAlias = optax.ScaleByAdamState
