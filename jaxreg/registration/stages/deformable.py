@@ -58,6 +58,9 @@ class Deformable(Iterative):
         As `Iterative`.
     """
 
+    # To keep a field until the end of the level would cost as much memory again.
+    stops_when_worse: ClassVar[bool] = True
+
     fields: ClassVar[int] = 1
     """How many fields the stage looks for."""
 

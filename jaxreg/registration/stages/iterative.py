@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,11 +55,11 @@ class Iterative(Stage):
         Y, X)``, which takes ``mask=``, too, if there are masks. The stage holds the metric.
     window, tolerance
         A level ends when a line through its last ``window`` losses falls by less than ``tolerance``
-        times the largest loss of the level, in magnitude, or rises; or when after a block the loss
-        is larger than at the start of the level. If in the last block the loss
+        times the largest loss of the level, in magnitude, or rises. If in the last block the loss
         has then risen by more than a tenth of what it had fallen by before, that block is undone:
-        steps that are too long do not spoil what was found. A tolerance of 0 runs all iterations
-        and undoes none; nor is a level with fewer iterations than the window tested.
+        steps that are too long do not spoil what was found. Nor does a level end with a larger loss
+        than it began with: images that are alike already stay where they are. A tolerance of 0 runs
+        all iterations and undoes none; nor is a level with fewer iterations than the window tested.
     block
         Iterations between two tests of convergence, and two calls of the callback. Where the
         iterations of a level are no multiple of it, the nearest divisor that they have; where
@@ -71,6 +71,10 @@ class Iterative(Stage):
         If scales and iterations do not make a schedule, for an unknown metric, or for a number out
         of its range.
     """
+
+    stops_when_worse: ClassVar[bool] = False
+    """Whether a level stops when, after a block, its loss is larger than at its start. A stage that
+    can return to its start need not."""
 
     scales: tuple[float, ...] = (4, 2, 1)
     iterations: tuple[int, ...] = (60, 40, 20)
@@ -105,7 +109,9 @@ class Iterative(Stage):
     def loss(self, level: Level, pred: Weighted, target: Weighted) -> jax.Array:
         """Return the metric of two images, of the voxels that both of them cover."""
         weight = pred.weight * target.weight
-        loss = self.metric.loss(pred.image, target.image, weight)
+        loss = self.metric.loss_of_level(
+            pred.image, target.image, weight, fixed=level.fixed, moving=level.moving
+        )
         return charged(loss, weight.sum(), level.overlap)
 
     def in_scale(
@@ -127,6 +133,10 @@ class Iterative(Stage):
     @abc.abstractmethod
     def resized(self, state: State, shape: tuple[int, ...]) -> State:
         """Return the same on a grid of another shape."""
+
+    def start_of_level(self, found: Any) -> Any:
+        """Return where the level started, if what is found tells; else what is found."""
+        return found
 
     @abc.abstractmethod
     def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
@@ -219,7 +229,8 @@ def _advance(stage: Iterative, level: Level, state: State, trace: Trace) -> _Car
     losses = jnp.where(last, losses[ran - 1], losses)
     if not stage._tests(iterations):
         return state, Trace(losses, ran, trace.converged)
-    converged = _converged(stage, losses, ran)
+    worse = block[-1] > losses[0]
+    converged = _converged(stage, losses, ran) | (worse & stage.stops_when_worse)
     # Keeping the start of a block costs one field; keeping the best of all iterations would cost a
     # copy in each of them. The block before was tested, too: the losses had fallen until this one.
     # A small rise is no reason to undo it: what looks alike on this level goes on to a finer one.
@@ -228,6 +239,10 @@ def _advance(stage: Iterative, level: Level, state: State, trace: Trace) -> _Car
     found = jax.tree.map(functools.partial(jnp.where, undone), start, state.found)
     # The next level must not go on with moments that have led astray.
     moments = jax.tree.map(lambda x: jnp.where(undone, jnp.zeros_like(x), x), state.moments)
+    ended = converged | (ran == iterations)
+    found = jax.tree.map(
+        functools.partial(jnp.where, ended & worse & ~undone), stage.start_of_level(found), found
+    )
     return state._replace(found=found, moments=moments), Trace(losses, ran, converged)
 
 
@@ -237,8 +252,7 @@ def _converged(stage: Iterative, losses: jax.Array, ran: jax.Array) -> jax.Array
     time = jnp.arange(window, dtype=jnp.float32) - (window - 1) / 2
     slope = (time * recent).sum() / (time**2).sum()
     falls = -slope * window >= stage.tolerance * jnp.abs(losses).max()
-    # Images that were alike at the start of the level are not made unlike in search of more.
-    return ~falls | (losses[ran - 1] > losses[0])
+    return ~falls
 
 
 def _run_level(stage: Iterative, level: Level, state: State, trace: Trace) -> _Carry:

@@ -48,6 +48,8 @@ class _Motion(NamedTuple):
     length: jax.Array
     plane: jax.Array | None
     """Two vectors, ``(3, 2)``, in whose plane the parameters move; `None` if they do in space."""
+    start: _Parameters
+    """The parameters at the start of the level."""
 
     def matrix(self, parameters: _Parameters) -> jax.Array:
         """Return the motion of the fixed space for parameters, ``(D + 1, D + 1)``."""
@@ -99,11 +101,17 @@ class Linear(Iterative):
         parameters = self._parameters(level.ndim if plane is None else 2)
         centre, _ = centre_and_covariance(level.fixed, level.fixed_mask, level.to_physical)
         length = jnp.linalg.norm(level.to_physical[:-1, :-1])
-        return State(_Motion(parameters, centre, length, plane), no_moments(parameters))
+        motion = _Motion(parameters, centre, length, plane, _copy(parameters))
+        return State(motion, no_moments(parameters))
 
     def resized(self, state: State, shape: tuple[int, ...]) -> State:
         """Return the same: the parameters do not depend on the grid."""
-        return state
+        motion: _Motion = state.found
+        return state._replace(found=motion._replace(start=_copy(motion.parameters)))
+
+    def start_of_level(self, found: _Motion) -> _Motion:
+        """Return the motion that the level started with."""
+        return found._replace(parameters=found.start)
 
     def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
         """Take one step; return the loss before it."""
@@ -177,6 +185,12 @@ class Affine(Linear):
         return _Parameters(
             jnp.zeros(ndim, jnp.float32), matrix=jnp.zeros((ndim, ndim), jnp.float32)
         )
+
+
+def _copy(parameters: _Parameters) -> _Parameters:
+    """Return a copy, because memory that a program may write to cannot be given to it twice."""
+    copy: _Parameters = jax.tree.map(jnp.copy, parameters)
+    return copy
 
 
 def rotation_matrix(vector: jax.Array) -> jax.Array:

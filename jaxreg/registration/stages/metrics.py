@@ -144,6 +144,35 @@ class Metric(abc.ABC):
             A scalar, the mean over the voxels: its size must not depend on that of the grid.
         """
 
+    def loss_of_level(
+        self,
+        pred: jax.Array,
+        target: jax.Array,
+        mask: jax.Array,
+        *,
+        fixed: jax.Array,
+        moving: jax.Array,
+    ) -> jax.Array:
+        """Return what a level minimises; by default `loss`.
+
+        Override it where a setting follows from the images of the level, which stay the same, and
+        is not to follow from what is seen of them at one iteration.
+
+        Parameters
+        ----------
+        pred, target, mask
+            As for `loss`: ``moving`` and ``fixed`` as the transform of the iteration brings them to
+            the grid of the level.
+        fixed, moving
+            The images of the level, ``(1, C, [Z,] Y, X)``; each has its own grid.
+
+        Returns
+        -------
+        Array
+            A scalar.
+        """
+        return self.loss(pred, target, mask)
+
     def scale(self, fixed: jax.Array, moving: jax.Array) -> jax.Array:
         """Return how large losses are: by about so much do those of unlike and like images differ.
 
@@ -321,6 +350,36 @@ class MI(Metric):
         """Return minus the mutual information, the mean over the channels."""
         weight = None if mask is None else jax.lax.stop_gradient(mask)
         return mutual_information_loss(pred, target, num_bins=self.num_bins, mask=weight)
+
+    def loss_of_level(
+        self,
+        pred: jax.Array,
+        target: jax.Array,
+        mask: jax.Array,
+        *,
+        fixed: jax.Array,
+        moving: jax.Array,
+    ) -> jax.Array:
+        """Return the loss with the ranges of the whole images.
+
+        Between voxels the extremes are missed. With the range of the samples alone the bins would
+        then be finer, and the information larger, for that reason only.
+        """
+
+        def extremes(image: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return image.min(), image.max()
+
+        losses = [
+            mutual_information_loss(
+                pred[:, c : c + 1],
+                target[:, c : c + 1],
+                num_bins=self.num_bins,
+                value_range=(extremes(moving[:, c]), extremes(fixed[:, c])),
+                mask=jax.lax.stop_gradient(mask),
+            )
+            for c in range(pred.shape[1])
+        ]
+        return jnp.stack(losses).mean()
 
     def scale(self, fixed: jax.Array, moving: jax.Array) -> jax.Array:
         """Return 1."""

@@ -108,7 +108,9 @@ def _best(stage: Moments, level: Level) -> tuple[jax.Array, jax.Array]:
     def evaluate(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
         moved = level.moved(matrix, level.displacement)
         weight = moved.weight * target.weight
-        loss = stage.metric.loss(moved.image, target.image, weight)
+        loss = stage.metric.loss_of_level(
+            moved.image, target.image, weight, fixed=level.fixed, moving=level.moving
+        )
         return loss.astype(jnp.float32), weight.sum()
 
     losses, overlaps = jax.lax.map(evaluate, candidates)
