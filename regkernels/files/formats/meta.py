@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
-from regkernels.files.formats.reading import Voxels, check_sizes, existing_file, integer_field
+import numpy as np
+
+from regkernels.files.formats.reading import (
+    FileWarning,
+    Header,
+    Voxels,
+    check_sizes,
+    existing_file,
+    integer_field,
+    length_unit,
+)
 
 __all__ = ["find_meta"]
 
 
-def find_meta(path: Path) -> Voxels:
+def find_meta(path: Path) -> Header:
     """Look at a MetaImage."""
     fields: dict[str, str] = {}
     with path.open("rb") as file:
@@ -43,12 +54,56 @@ def find_meta(path: Path) -> Voxels:
     if start < 0:
         raise ValueError(f"{path}: expected where the voxels begin, got HeaderSize {start}")
     local = data.upper() == "LOCAL"
-    return Voxels(
+    voxels = Voxels(
         path if local else existing_file(path, path.parent / data),
         start or (end if local else 0),
         0,
         "zlib" if _is_true(fields.get("CompressedData", "False")) else "none",
     )
+    _tell_of_contradictions(path, fields, ndim)
+    slope, intercept = (
+        (_numbers(path, f"ElementToIntensityFunction{name}", fields) or [default])[0]
+        for name, default in (("Slope", 1.0), ("Offset", 0.0))
+    )
+    return Header(
+        voxels,
+        unit=length_unit(path, "DistanceUnits", fields.get("DistanceUnits", "")),
+        scale=None if (slope, intercept) == (1, 0) else (slope, intercept),
+    )
+
+
+def _tell_of_contradictions(path: Path, fields: dict[str, str], ndim: int) -> None:
+    """Tell where the header places voxels otherwise than by matrix and offset, as ITK does."""
+    names = ("TransformMatrix", "Rotation", "Orientation")
+    given = next((numbers for name in names if (numbers := _numbers(path, name, fields))), None)
+    rows = np.eye(ndim) if given is None else np.resize(given, (ndim, ndim))
+    letters = fields.get("AnatomicalOrientation", "").upper()[:ndim]
+    # A letter says where an axis comes from, as in ITK: R stands for one that runs to the left.
+    steps = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "I": (2, 1), "S": (2, -1)}
+    known = [
+        (row, *steps[letter]) for row, letter in zip(rows, letters, strict=False) if letter in steps
+    ]
+    if ndim == 3 and any(sign * row[axis] <= 0 for row, axis, sign in known):
+        _tell(path, f"its AnatomicalOrientation {letters} is not what its TransformMatrix says")
+    centre = _numbers(path, "CenterOfRotation", fields)
+    if any(centre or ()) and not np.allclose(rows, np.eye(ndim)):
+        _tell(path, "its axes are turned about a CenterOfRotation that is not 0")
+
+
+def _tell(path: Path, complaint: str) -> None:
+    warnings.warn(
+        f"{path}: {complaint}; matrix and offset say where its voxels lie, as in ITK, and programs "
+        "that go by the other may find them elsewhere",
+        FileWarning,
+        stacklevel=2,
+    )
+
+
+def _numbers(path: Path, name: str, fields: dict[str, str]) -> list[float]:
+    try:
+        return [float(number) for number in fields.get(name, "").split()]
+    except ValueError:
+        raise ValueError(f"{path}: {name}: expected numbers, got {fields[name][:40]!r}") from None
 
 
 _META_NEEDED = ("NDims", "DimSize", "ElementType", "ElementDataFile")

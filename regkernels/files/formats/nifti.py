@@ -28,7 +28,7 @@ from regkernels.files.formats.reading import (
 )
 from regkernels.grid import Grid, Matrix
 
-__all__ = ["Intent", "NiftiHeader", "find_nifti", "is_nifti2", "read_nifti_header", "read_values"]
+__all__ = ["Intent", "NiftiHeader", "is_nifti2", "read_nifti_header", "read_values"]
 
 
 class Intent(NamedTuple):
@@ -142,6 +142,7 @@ def _layout(version: int, length: int) -> np.dtype[Any]:
 
 _ORDERS: tuple[Literal["<", ">"], ...] = ("<", ">")
 _LAYOUTS = {348: _layout(1, 348), 540: _layout(2, 540)}
+# Of one file, and of two.
 _MAGIC = {348: (b"n+1", b"ni1"), 540: (b"n+2\0\r\n\x1a\n", b"ni2\0\r\n\x1a\n")}
 
 _STORED = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4"}
@@ -157,11 +158,6 @@ _DISPLACEMENT, _VECTOR, _SYMMETRIC = 1006, 1007, 1005
 
 _NOTABLE = 0.05
 """Voxels that two places are apart for it to be told; rounding of headers stays far below."""
-
-
-def find_nifti(path: Path) -> Voxels:
-    """Find the voxels of a NIfTI image; see `read_nifti_header`."""
-    return read_nifti_header(path).voxels
 
 
 def is_nifti2(path: Path) -> bool:
@@ -207,9 +203,16 @@ def read_nifti_header(path: Path) -> NiftiHeader:
             f"{path}: an Analyze 7.5 image does not say which side is left; convert it to NIfTI "
             "with a program that knows where it comes from, such as fslchfiletype, SPM or nibabel"
         )
+    if header == data and fields["magic"] == _MAGIC[length][1]:
+        raise ValueError(f"{path}: expected its voxels in another file, as its magic says, got one")
     ndim = int(fields["dim"][0])
     if not 1 <= ndim <= 7:
         raise ValueError(f"{path}: expected 1 to 7 dimensions, got {ndim}")
+    if (fields["dim"][1 : ndim + 1] < 0).any():
+        raise ValueError(
+            f"{path}: expected sizes of axes that are not negative, got "
+            f"{fields['dim'][1 : ndim + 1].tolist()}"
+        )
     # A dimension of 0 stands for one of 1.
     sizes = tuple(max(int(size), 1) for size in fields["dim"][1 : ndim + 1]) + (1,) * (7 - ndim)
     spacing = fields["pixdim"][1:4].astype(np.float64)
@@ -333,8 +336,16 @@ def _scale(path: Path, fields: Any) -> tuple[float, float] | None:
 
 def _place(path: Path, fields: Any, sizes: tuple[int, ...], spacing: NDArray[Any]) -> Matrix:
     """Return the matrix from voxels to millimetres, RAS, and warn of what others may make of it."""
-    qform = _qform(fields, spacing) if fields["qcode"] > 0 else None
-    unit = _MILLIMETRES.get(int(fields["units"]) & 7, 1.0)
+    qform = _qform(path, fields, spacing) if fields["qcode"] > 0 else None
+    code = int(fields["units"]) & 7
+    if code > 3:
+        warnings.warn(
+            f"{path}: its unit of length has the code {code}, which stands for none; it is taken "
+            "for millimetres",
+            FileWarning,
+            stacklevel=2,
+        )
+    unit = _MILLIMETRES.get(code, 1.0)
     if fields["scode"] > 0:
         sform = np.vstack([fields["srow"].astype(np.float64), [0, 0, 0, 1]])
         if np.isfinite(sform).all() and (complaint := _complaint(sform, qform, sizes, spacing)):
@@ -364,10 +375,12 @@ def _scaled(matrix: Matrix, unit: float) -> Matrix:
     return result
 
 
-def _qform(fields: Any, spacing: NDArray[Any]) -> Matrix:
+def _qform(path: Path, fields: Any, spacing: NDArray[Any]) -> Matrix:
     """Return the matrix of the quaternion, of which the header has all but the real part."""
     b, c, d = (float(part) for part in fields["quatern"])
     rest = 1 - (b * b + c * c + d * d)
+    if not rest > -1e-3:
+        raise ValueError(f"{path}: expected the quaternion of a rotation, got {(b, c, d)}")
     a = math.sqrt(max(rest, 0.0))
     if a < 1e-7:
         b, c, d = (part / math.sqrt(b * b + c * c + d * d) for part in (b, c, d))
