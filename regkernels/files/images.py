@@ -120,7 +120,8 @@ class Image(NamedTuple):
     intent
         What NIfTI says that they are.
     vectors
-        What they are in if they are vectors, but not in LPS or nobody knows; empty otherwise.
+        What they are in if they are vectors, but not in millimetres and LPS, or if nobody knows;
+        empty otherwise.
     """
 
     values: NDArray[Any]
@@ -161,7 +162,8 @@ def read_image(path: str | os.PathLike[str], *, vectors: bool = False) -> Image:
             ndim = 3 if flat else nifti.ndim
             _check_kind(path, ndim, real=nifti.dtype.kind != "c")
             grid = nifti.grid(Path(path), ndim)
-            return Image(read_values(Path(path), nifti, ndim), grid, nifti.intent)
+            values = read_values(Path(path), nifti, ndim)
+            return Image(values, grid, nifti.intent, _unit_of_vectors(nifti.unit))
     reader, header, grid, said = _open(path, kind)
     if header.voxels is not None:
         check_voxels(path, header.voxels, _voxel_bytes(reader))
@@ -176,7 +178,7 @@ def read_image(path: str | os.PathLike[str], *, vectors: bool = False) -> Image:
     if header.scale is not None:
         slope, intercept = header.scale
         values = values * np.float64(slope) + np.float64(intercept)
-    return Image(values, grid, vectors=header.vectors)
+    return Image(values, grid, vectors=header.vectors or _unit_of_vectors(header.unit))
 
 
 def read_grid(path: str | os.PathLike[str]) -> Grid:
@@ -208,6 +210,11 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
     _, _, grid, said = _open(path, kind)
     tell_of_output(path, said)
     return grid
+
+
+def _unit_of_vectors(unit: float) -> str:
+    """Programs do not agree whether the unit of a header is that of vectors, too."""
+    return "" if unit == 1 else "a file whose unit is another"
 
 
 _NIFTI = "NiftiImageIO"

@@ -234,7 +234,9 @@ def _field_of_image(image: Image, path: str | os.PathLike[str]) -> DisplacementF
     """
     values, grid, intent, frame = image
     if frame:
-        raise ValueError(f"{path}: expected displacements in LPS, got vectors in {frame}")
+        raise ValueError(
+            f"{path}: expected displacements in millimetres, LPS, got vectors in {frame}"
+        )
     if intent is None or intent.code not in (_DISPLACEMENT, _VECTOR):
         return _field(values, grid, path)
     name = intent.name.casefold()

@@ -97,6 +97,12 @@ def test_frames_without_places_are_no_volume(tmp_path: Path) -> None:
             read_volume(tmp_path / "clip.dcm")
 
 
+def test_a_mosaic_of_slices_is_refused(tmp_path: Path) -> None:
+    write_dicom(tmp_path / "v.dcm", VALUES[0], {0x00080008: ("CS", "ORIGINAL\\PRIMARY\\M\\MOSAIC")})
+    with pytest.raises(ValueError, match=r"v\.dcm: expected slices, got a mosaic"):
+        read_volume(tmp_path / "v.dcm")
+
+
 def test_a_folder_is_refused_with_what_to_do_with_a_series(tmp_path: Path) -> None:
     write_dicom(tmp_path / "1.dcm", VALUES[0])
     for read in (read_grid, read_volume):

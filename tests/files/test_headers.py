@@ -76,7 +76,6 @@ def test_the_spaces_of_nrrd_become_lps(tmp_path: Path, space: str, signs: tuple[
         f"space dimension: 3\n{DIRECTIONS}",
         "space: LPS\nspace origin: (1,2,3)\n",
         "spacings: 1.2 0.8 2.5\n",
-        "",
     ],
 )
 def test_an_nrrd_that_does_not_tell_left_from_right_is_told(tmp_path: Path, fields: str) -> None:
@@ -88,6 +87,12 @@ def test_an_nrrd_that_does_not_tell_left_from_right_is_told(tmp_path: Path, fiel
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert read_volume(plane).grid.spacing.tolist() == [1.2, 0.8]
+
+
+def test_an_nrrd_without_a_size_of_voxels_is_told(tmp_path: Path) -> None:
+    path = _nrrd(tmp_path / "v.nrrd", "")
+    with pytest.warns(UserWarning, match=r"names no space and no size of its voxels, .* 1 mm is"):
+        assert read_grid(path).spacing.tolist() == [1, 1, 1]
 
 
 def test_the_command_line_tells_it_in_one_line(tmp_path: Path) -> None:
@@ -155,7 +160,9 @@ def test_displacements_of_nrrd_are_in_lps_or_refused(
         (part,) = read_transform(path)
         np.testing.assert_array_equal(part.vectors, 1)
         return
-    with pytest.raises(ValueError, match=rf"v\.nrrd: expected displacements in LPS.* in {message}"):
+    with pytest.raises(
+        ValueError, match=rf"v\.nrrd: expected displacements in milli.* in {message}"
+    ):
         read_transform(path)
     assert read_volume(path).channels == 3
 
@@ -168,6 +175,44 @@ def test_units_of_metaimage_become_millimetres_with_the_origin(
     np.testing.assert_allclose(_place(path), size * HERE)
     with pytest.raises(ValueError, match=r"v\.mha: DistanceUnits: expected one of nm, um, mm"):
         read_grid(_meta(path, "DistanceUnits = inch\n"))
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [
+        "Position = 4 5 6\n",
+        "Offset = 4 5 6\n",
+        "Orientation = 0 1 0 1 0 0 0 0 1\n",
+        "ElementSpacing = 1 1 1\n",
+        "BinaryDataByteOrderMSB = False\nElementByteOrderMSB = True\n",
+    ],
+)
+def test_a_metaimage_that_says_the_same_twice_is_refused(tmp_path: Path, twice: str) -> None:
+    with pytest.raises(ValueError, match=r"v\.mha: expected one .* in its header, got "):
+        read_grid(_meta(tmp_path / "v.mha", twice))
+
+
+def test_a_metaimage_without_a_size_of_voxels_is_told(tmp_path: Path) -> None:
+    path = _meta(tmp_path / "v.mha", "")
+    path.write_bytes(path.read_bytes().replace(b"ElementSpacing", b"elementspacing"))
+    with pytest.warns(UserWarning, match=r"v\.mha: its header does not say how large voxels are"):
+        assert read_grid(path).spacing.tolist() == [1, 1, 1]
+
+
+def test_vectors_in_a_file_of_another_unit_are_refused(tmp_path: Path) -> None:
+    vectors = np.ones((5, 4, 3, 1, 3), np.float32)
+    image = nibabel.Nifti1Image(vectors, np.eye(4))
+    image.header["intent_code"] = 1007
+    nibabel.save(image, tmp_path / "v.nii")
+    assert len(read_transform(tmp_path / "v.nii")) == 1
+    image.header.set_xyzt_units("micron")
+    nibabel.save(image, tmp_path / "v.nii")
+    fields = f"space: LPS\n{DIRECTIONS.replace(': (', ': none (', 1)}"
+    fields += 'kinds: vector domain domain domain\nspace units: "um" "um" "um"\n'
+    _nrrd(tmp_path / "v.nrrd", fields, np.ones((3, 4, 5, 3), "<f4"))
+    for name in ("v.nii", "v.nrrd"):
+        with pytest.raises(ValueError, match=rf"{name}: expected displacements in millimetres"):
+            read_transform(tmp_path / name)
 
 
 def test_a_slope_and_an_offset_of_metaimage_make_its_values(tmp_path: Path) -> None:
@@ -266,6 +311,17 @@ def test_a_header_of_nifti_that_contradicts_itself_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=rf"v\.nii: {message}"):
         read_grid(_nifti(tmp_path / "v.nii", **fields))
+
+
+@pytest.mark.parametrize("part", [0.9, np.nan])
+def test_a_qform_that_is_no_rotation_is_told_where_the_sform_holds(
+    tmp_path: Path, part: float
+) -> None:
+    path = _nifti(tmp_path / "v.nii", qform_code=1, quatern_b=part, quatern_c=part)
+    with pytest.warns(UserWarning, match=r"v\.nii: its qform is no rotation; the sform is used"):
+        grid = read_grid(path)
+    place = grid.voxel_to_physical() @ [4, 3, 2, 1]
+    np.testing.assert_allclose(place[:3], [4.8, -2.4, 5], rtol=1e-6)
 
 
 def test_a_field_in_lps_of_nrrd_comes_back_without_a_word(tmp_path: Path) -> None:

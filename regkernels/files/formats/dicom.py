@@ -44,6 +44,11 @@ def check_dicom(path: Path, fields: Mapping[str, str]) -> None:
     ValueError
         If its values would not be what is displayed.
     """
+    if "MOSAIC" in fields.get("0008|0008", ""):
+        raise ValueError(
+            f"{path}: expected slices, got a mosaic of them in one; convert it to NIfTI, by "
+            "dcm2niix, say"
+        )
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         found = _SYNTAX.search(data, 0, 1024)
         syntax = "" if found is None else found[1].decode()

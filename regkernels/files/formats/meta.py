@@ -27,12 +27,15 @@ def find_meta(path: Path) -> Header:
     with path.open("rb") as file:
         for line in file:
             name, _, value = re.sub(r"[=:]", "=", line.decode("latin-1"), count=1).partition("=")
-            if name.strip() in fields and name.strip() in _META_NEEDED:
+            if name.strip() in fields and name.strip() in _META_ONCE:
                 raise ValueError(f"{path}: expected one {name.strip()} in its header, got several")
             fields[name.strip()] = value.strip()
             if name.strip() == "ElementDataFile":
                 break
         end = file.tell()
+    for synonyms in _META_SYNONYMS:
+        if len(given := {name: fields[name] for name in synonyms if name in fields}) > 1:
+            raise ValueError(f"{path}: expected one of {', '.join(given)} in its header, got both")
     for name in _META_NEEDED:
         if name not in fields:
             raise EOFError(f"its header has no {name}")
@@ -60,6 +63,8 @@ def find_meta(path: Path) -> Header:
         0,
         "zlib" if _is_true(fields.get("CompressedData", "False")) else "none",
     )
+    if ndim == 3 and "ElementSpacing" not in fields and "ElementSize" not in fields:
+        _warn(path, "its header does not say how large voxels are; 1 mm is assumed")
     _tell_of_contradictions(path, fields, ndim)
     slope, intercept = (
         (_numbers(path, f"ElementToIntensityFunction{name}", fields) or [default])[0]
@@ -74,8 +79,8 @@ def find_meta(path: Path) -> Header:
 
 def _tell_of_contradictions(path: Path, fields: dict[str, str], ndim: int) -> None:
     """Tell where the header places voxels otherwise than by matrix and offset, as ITK does."""
-    names = ("TransformMatrix", "Rotation", "Orientation")
-    given = next((numbers for name in names if (numbers := _numbers(path, name, fields))), None)
+    turns = _META_SYNONYMS[0]
+    given = next((numbers for name in turns if (numbers := _numbers(path, name, fields))), None)
     rows = np.eye(ndim) if given is None else np.resize(given, (ndim, ndim))
     letters = fields.get("AnatomicalOrientation", "").upper()[:ndim]
     # A letter says where an axis comes from, as in ITK: R stands for one that runs to the left.
@@ -91,12 +96,15 @@ def _tell_of_contradictions(path: Path, fields: dict[str, str], ndim: int) -> No
 
 
 def _tell(path: Path, complaint: str) -> None:
-    warnings.warn(
-        f"{path}: {complaint}; matrix and offset say where its voxels lie, as in ITK, and programs "
-        "that go by the other may find them elsewhere",
-        FileWarning,
-        stacklevel=2,
+    _warn(
+        path,
+        f"{complaint}; matrix and offset say where its voxels lie, as in ITK, and programs that go "
+        "by the other may find them elsewhere",
     )
+
+
+def _warn(path: Path, what: str) -> None:
+    warnings.warn(f"{path}: {what}", FileWarning, stacklevel=3)
 
 
 def _numbers(path: Path, name: str, fields: dict[str, str]) -> list[float]:
@@ -107,6 +115,12 @@ def _numbers(path: Path, name: str, fields: dict[str, str]) -> list[float]:
 
 
 _META_NEEDED = ("NDims", "DimSize", "ElementType", "ElementDataFile")
+_META_SYNONYMS = (
+    ("TransformMatrix", "Rotation", "Orientation"),
+    ("Offset", "Position", "Origin"),
+    ("BinaryDataByteOrderMSB", "ElementByteOrderMSB"),
+)
+_META_ONCE = {*_META_NEEDED, "ElementSpacing"}.union(*_META_SYNONYMS)
 _META_TYPES = (
     *("MET_CHAR", "MET_UCHAR", "MET_SHORT", "MET_USHORT", "MET_INT", "MET_UINT"),
     *("MET_LONG", "MET_ULONG", "MET_LONG_LONG", "MET_ULONG_LONG", "MET_FLOAT", "MET_DOUBLE"),

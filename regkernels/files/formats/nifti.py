@@ -66,6 +66,8 @@ class NiftiHeader(NamedTuple):
         How many of the axes are spatial.
     affine
         ``(4, 4)``, from voxel indices to millimetres, RAS.
+    unit
+        How many millimetres the unit of its lengths is.
     scale
         Slope and intercept of the values; None if they are as stored.
     intent
@@ -78,6 +80,7 @@ class NiftiHeader(NamedTuple):
     samples: int
     ndim: int
     affine: Matrix
+    unit: float
     scale: tuple[float, float] | None
     intent: Intent
 
@@ -239,6 +242,7 @@ def read_nifti_header(path: Path) -> NiftiHeader:
     # Some writers leave the offset 0; behind the header of the same file it cannot be less.
     first = max(int(offset), length if header == data else 0)
     size = math.prod(sizes) * samples * dtype.itemsize
+    unit = _unit(path, fields)
     intent = Intent(
         int(fields["intent"]),
         bytes(fields["name"]).split(b"\0")[0].decode("latin-1").strip(),
@@ -250,7 +254,8 @@ def read_nifti_header(path: Path) -> NiftiHeader:
         sizes,
         samples,
         _spatial(intent.code, ndim, sizes),
-        _place(path, fields, sizes[:3], spacing),
+        _place(path, fields, sizes[:3], spacing, unit),
+        unit,
         _scale(path, fields) if samples == 1 else None,
         intent,
     )
@@ -334,9 +339,8 @@ def _scale(path: Path, fields: Any) -> tuple[float, float] | None:
     return slope, intercept
 
 
-def _place(path: Path, fields: Any, sizes: tuple[int, ...], spacing: NDArray[Any]) -> Matrix:
-    """Return the matrix from voxels to millimetres, RAS, and warn of what others may make of it."""
-    qform = _qform(path, fields, spacing) if fields["qcode"] > 0 else None
+def _unit(path: Path, fields: Any) -> float:
+    """Return how many millimetres the unit of lengths is."""
     code = int(fields["units"]) & 7
     if code > 3:
         warnings.warn(
@@ -345,29 +349,47 @@ def _place(path: Path, fields: Any, sizes: tuple[int, ...], spacing: NDArray[Any
             FileWarning,
             stacklevel=2,
         )
-    unit = _MILLIMETRES.get(code, 1.0)
+    return _MILLIMETRES.get(code, 1.0)
+
+
+def _place(
+    path: Path, fields: Any, sizes: tuple[int, ...], spacing: NDArray[Any], unit: float
+) -> Matrix:
+    """Return the matrix from voxels to millimetres, RAS, and warn of what others may make of it."""
+    quatern = np.array(fields["quatern"], np.float64)
+    rotation = quatern @ quatern < 1.001
+    qform = None
+    if fields["qcode"] > 0 and rotation:
+        qform = _scaled(_qform(fields, spacing), unit)
     if fields["scode"] > 0:
-        sform = np.vstack([fields["srow"].astype(np.float64), [0, 0, 0, 1]])
-        if np.isfinite(sform).all() and (complaint := _complaint(sform, qform, sizes, spacing)):
+        sform = _scaled(np.vstack([fields["srow"].astype(np.float64), [0, 0, 0, 1]]), unit)
+        complaint = _complaint(sform, qform, sizes, unit * spacing)
+        if fields["qcode"] > 0 and not rotation:
+            complaint = "its qform is no rotation"
+        if complaint is not None:
             warnings.warn(
                 f"{path}: {complaint}; the sform is used, as in nibabel, FSL and SPM, and what was "
                 "made of this image by a program that uses the qform (ITK, ANTs) may not fit",
                 FileWarning,
                 stacklevel=2,
             )
-        return _scaled(sform, unit)
+        return sform
     if qform is not None:
-        return _scaled(qform, unit)
+        return qform
+    if fields["qcode"] > 0:
+        raise ValueError(
+            f"{path}: expected the quaternion of a rotation, got {tuple(quatern.tolist())}"
+        )
     warnings.warn(
         f"{path}: it has neither sform nor qform, so nothing tells left from right; x is taken to "
         "run to the left and the middle of the image to be at 0, as in nibabel",
         FileWarning,
         stacklevel=2,
     )
-    axes = spacing * [-1, 1, 1]
+    axes = unit * spacing * [-1, 1, 1]
     base = np.diag([*axes, 1.0])
     base[:3, 3] = -axes * (np.array(sizes) - 1) / 2
-    return _scaled(base, unit)
+    return base
 
 
 def _scaled(matrix: Matrix, unit: float) -> Matrix:
@@ -375,12 +397,10 @@ def _scaled(matrix: Matrix, unit: float) -> Matrix:
     return result
 
 
-def _qform(path: Path, fields: Any, spacing: NDArray[Any]) -> Matrix:
+def _qform(fields: Any, spacing: NDArray[Any]) -> Matrix:
     """Return the matrix of the quaternion, of which the header has all but the real part."""
     b, c, d = (float(part) for part in fields["quatern"])
     rest = 1 - (b * b + c * c + d * d)
-    if not rest > -1e-3:
-        raise ValueError(f"{path}: expected the quaternion of a rotation, got {(b, c, d)}")
     a = math.sqrt(max(rest, 0.0))
     if a < 1e-7:
         b, c, d = (part / math.sqrt(b * b + c * c + d * d) for part in (b, c, d))
@@ -403,7 +423,7 @@ def _complaint(
 ) -> str | None:
     """Say in what the sform is not what everybody takes from the header."""
     step = np.linalg.norm(sform[:3, :3], axis=0)
-    if not (step > 0).all():
+    if not np.isfinite(sform).all() or not (step > 0).all():
         return None
     last = np.maximum(np.array(sizes) - 1, 1)
     if qform is not None:

@@ -96,9 +96,17 @@ def _unplaced(path: Path, fields: dict[str, str]) -> str:
     ):
         raise ValueError(f"{path}: expected a direction of every axis in space, got {directions}")
     space = fields.get("space")
-    if space is None or space.lower() not in _TO_LPS:
-        return f"its space is {space}" if space else "its header names no space"
-    return "" if directions else "its header has no directions of its axes"
+    if space is None:
+        missing = "its header names no space"
+    elif space.lower() not in _TO_LPS:
+        missing = f"its space is {space}"
+    elif not directions:
+        missing = "its header has no directions of its axes"
+    else:
+        return ""
+    if directions or "spacings" in fields:
+        return missing
+    return f"{missing} and no size of its voxels, for which 1 mm is assumed"
 
 
 def _vectors(fields: dict[str, str]) -> str:
