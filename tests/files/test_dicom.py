@@ -253,6 +253,41 @@ def test_values_that_no_slope_gives_are_refused(tmp_path: Path) -> None:
         read_volume(path)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "stored", "high", "right"),
+    [
+        (np.uint16, 16, 15, True),
+        (np.uint16, 12, 11, True),
+        (np.uint16, 12, 15, False),
+        (np.uint32, 32, 31, True),
+        (np.uint32, 24, 23, False),
+    ],
+)
+def test_values_that_are_not_in_the_low_bits_are_refused(
+    tmp_path: Path, dtype: type, stored: int, high: int, right: bool
+) -> None:
+    values = _colours(dtype)[..., 0] & dtype(2**stored - 1)
+    fields = {0x00280101: ("US", stored), 0x00280102: ("US", high)}
+    write_dicom(tmp_path / "v.dcm", values << dtype(high + 1 - stored), fields)
+    if right:
+        _is_what_is_stored(tmp_path / "v.dcm", values)
+        return
+    with pytest.raises(ValueError, match=rf"BitsStored {stored} and HighBit {high}"):
+        read_volume(tmp_path / "v.dcm")
+
+
+def test_colours_that_are_neither_rgb_nor_ybr_or_are_scaled_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "v.dcm"
+    values = _colours(np.uint8)
+    write_dicom(path, values, photometric="HSV")
+    with pytest.raises(ValueError, match=r"v\.dcm: expected grey values, RGB or YBR, got HSV"):
+        read_volume(path)
+    scale = {0x00281052: decimals(0), 0x00281053: decimals(2)}
+    write_dicom(path, values, scale, photometric="RGB")
+    with pytest.raises(ValueError, match=r"v\.dcm: expected MONOCHROME2 with a slope .* got RGB"):
+        read_volume(path)
+
+
 def test_small_values_that_are_bright_are_turned_over_unless_they_are_scaled(
     tmp_path: Path,
 ) -> None:

@@ -257,7 +257,9 @@ def test_a_marked_voxel_is_written_where_it_lies_or_not_at_all(tmp_path: Path, e
     write_volume(volume, path)
     there = _place(volume.grid.voxel_to_physical())
     np.testing.assert_allclose(_place(IMAGES[ending].judge(path)), there, atol=1e-4)
-    again = read_volume(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = read_volume(path)
     np.testing.assert_array_equal(again.array, volume.array)
     np.testing.assert_allclose(_place(again.grid.voxel_to_physical()), there, atol=1e-4)
 

@@ -136,6 +136,7 @@ def test_a_minc_image_is_converted_from_ras(turn: float, tmp_path: Path) -> None
             assert struct.pack("<d", start) in whole
 
 
+@pytest.mark.filterwarnings("ignore:.*GIPL does not say which way")
 @pytest.mark.parametrize("dtype", [np.float32, np.int16])
 @pytest.mark.parametrize(
     "name",

@@ -9,7 +9,7 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ _BIG_ENDIAN = "1.2.840.10008.1.2.2"
 _LOSSY_JPEG = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")
 _VOXELS = b"\xe0\x7f\x10\0"
 _CONVERT = "write it with another transfer syntax, by dcmconv or gdcmconv, say"
+_TO_NIFTI = "convert it to NIfTI, by dcm2niix, say"
 _NOTABLE = 0.05
 """Voxels by which a slice may be misplaced."""
 
@@ -44,67 +45,90 @@ def check_dicom(path: Path, fields: Mapping[str, str]) -> None:
     ValueError
         If its values would not be what is displayed.
     """
-    if "MOSAIC" in fields.get("0008|0008", ""):
-        raise ValueError(
-            f"{path}: expected slices, got a mosaic of them in one; convert it to NIfTI, by "
-            "dcm2niix, say"
-        )
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         found = _SYNTAX.search(data, 0, 1024)
-        syntax = "" if found is None else found[1].decode()
-        bits, samples = (int(fields.get(tag, "1")) for tag in ("0028|0100", "0028|0002"))
-        photometric = fields.get("0028|0004", "")
-        # Of 16 bits it has been seen to be right.
-        if syntax == _BIG_ENDIAN and bits != 16:
-            raise ValueError(
-                f"{path}: expected little-endian DICOM, got big-endian voxels that are not of 16 "
-                f"bits; {_CONVERT}"
-            )
-        # Of more bits ITK mixes up the bytes of packed colours and leaves YBR as it is; of 32 bits
-        # in planes it returns what was in memory.
-        apart = bits > 16 and fields.get("0028|0006", "0") != "0"
-        if (
-            samples > 1
-            and bits > 8
-            and (syntax not in _UNCOMPRESSED or photometric != "RGB" or apart)
-        ):
-            raise ValueError(
-                f"{path}: expected colours of 8 bits, or RGB that is not compressed, got "
-                f"{photometric} of {bits} bits; {_CONVERT}"
-            )
+        pixels = _Pixels(
+            "" if found is None else found[1].decode(),
+            fields.get("0028|0004", ""),
+            samples=int(fields.get("0028|0002", "1")),
+            bits=int(fields.get("0028|0100", "1")),
+            planes=fields.get("0028|0006", "0") != "0",
+        )
+        stored, high = (int(fields.get(tag, "0")) for tag in ("0028|0101", "0028|0102"))
         start = data.find(_VOXELS)
-        if (
-            samples > 1
-            and syntax in _LOSSY_JPEG
-            and _is_rgb(data[start : start + (1 << 16)])
-            not in (
-                None,
-                photometric == "RGB",
-            )
-        ):
-            raise ValueError(
-                f"{path}: expected colours as its PhotometricInterpretation {photometric} says, "
-                f"got a JPEG image of others; {_CONVERT}"
-            )
-        lut = b"\x28\0\0\x30" + (b"" if syntax == _IMPLICIT else b"SQ")
-        if data.find(lut, 0, start) > 0:
-            raise ValueError(
-                f"{path}: expected values that a slope and an intercept scale, got a Modality LUT; "
-                "apply it first"
-            )
-        slopes, intercepts = (_found(data, 0x28, tag, 1) for tag in (0x1053, 0x1052))
+        complaint = (
+            _bits(pixels, stored, high)
+            or _colours(pixels, data[start : start + (1 << 16)])
+            or _scaling(pixels, data, start)
+        )
+    if "MOSAIC" in fields.get("0008|0008", ""):
+        complaint = f"expected slices, got a mosaic of them in one; {_TO_NIFTI}"
+    if complaint:
+        raise ValueError(f"{path}: {complaint}")
+
+
+class _Pixels(NamedTuple):
+    syntax: str
+    photometric: str
+    samples: int
+    bits: int
+    planes: bool
+
+
+def _bits(pixels: _Pixels, stored: int, high: int) -> str:
+    # Of 16 bits it has been seen to be right.
+    if pixels.syntax == _BIG_ENDIAN and pixels.bits != 16:
+        return (
+            "expected little-endian DICOM, got big-endian voxels that are not of 16 bits; "
+            f"{_CONVERT}"
+        )
+    # ITK clears others than the bits that are not used.
+    if stored and (high != stored - 1 or (pixels.bits > 16 and stored != pixels.bits)):
+        return (
+            "expected values in the low bits, and in all of 32, got BitsAllocated "
+            f"{pixels.bits}, BitsStored {stored} and HighBit {high}"
+        )
+    return ""
+
+
+def _colours(pixels: _Pixels, start: bytes) -> str:
+    if pixels.samples == 1:
+        return ""
+    # Of more bits ITK mixes up the bytes of packed colours and leaves YBR as it is; of 32 bits in
+    # planes it returns what was in memory.
+    packed = pixels.syntax not in _UNCOMPRESSED
+    apart = pixels.bits > 16 and pixels.planes
+    if pixels.bits > 8 and (packed or pixels.photometric != "RGB" or apart):
+        return (
+            "expected colours of 8 bits, or RGB that is not compressed, got "
+            f"{pixels.photometric} of {pixels.bits} bits; {_CONVERT}"
+        )
+    if pixels.photometric != "RGB" and not pixels.photometric.startswith("YBR"):
+        return f"expected grey values, RGB or YBR, got {pixels.photometric}"
+    rgb = _is_rgb(start) if pixels.syntax in _LOSSY_JPEG else None
+    if rgb is not None and rgb != (pixels.photometric == "RGB"):
+        return (
+            f"expected colours as its PhotometricInterpretation {pixels.photometric} says, got a "
+            f"JPEG image of others; {_CONVERT}"
+        )
+    return ""
+
+
+def _scaling(pixels: _Pixels, data: mmap.mmap, start: int) -> str:
+    lut = b"\x28\0\0\x30" + (b"" if pixels.syntax == _IMPLICIT else b"SQ")
+    if data.find(lut, 0, start) > 0:
+        return "expected values that a slope and an intercept scale, got a Modality LUT"
+    slopes, intercepts = (_found(data, 0x28, tag, 1) for tag in (0x1053, 0x1052))
     if len(np.unique(slopes)) > 1 or len(np.unique(intercepts)) > 1:
-        raise ValueError(
-            f"{path}: expected one RescaleSlope and RescaleIntercept, got several for its frames; "
-            "convert it to NIfTI, by dcm2niix, say"
+        return (
+            "expected one RescaleSlope and RescaleIntercept, got several for its frames; "
+            f"{_TO_NIFTI}"
         )
-    # ITK turns the stored values over and scales these.
     scaled = not (np.allclose(slopes, 1) and np.allclose(intercepts, 0))
-    if photometric == "MONOCHROME1" and scaled:
-        raise ValueError(
-            f"{path}: expected MONOCHROME2, got MONOCHROME1 with a slope or an intercept, of which "
-            "ITK makes other values"
-        )
+    # ITK turns small values that are bright over first, and keeps colours in 8 bits.
+    if scaled and (pixels.photometric == "MONOCHROME1" or pixels.samples > 1):
+        return f"expected MONOCHROME2 with a slope or an intercept, got {pixels.photometric}"
+    return ""
 
 
 def dicom_grid(path: Path, fields: Mapping[str, str], grid: Grid) -> Grid:
