@@ -111,14 +111,24 @@ def test_a_folder_is_refused_with_what_to_do_with_a_series(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", [CT, SECONDARY_CAPTURE])
-def test_one_slice_lies_where_the_file_says(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "thickness"),
+    [({}, 1), ({0x00180050: "3"}, 3), ({0x00180050: "3", 0x00180088: "3.5"}, 3.5)],
+)
+def test_one_slice_lies_where_the_file_says_and_is_told(
+    tmp_path: Path, kind: str, sizes: dict[int, str], thickness: float
+) -> None:
     fields = {
         0x00200032: decimals(*ORIGIN),
         0x00200037: decimals(*AXES),
         0x00280030: decimals(0.8, 1.2),
+        **{tag: ("DS", size) for tag, size in sizes.items()},
     }
     write_dicom(tmp_path / "v.dcm", VALUES[0], fields, kind=kind)
-    _is_at(tmp_path / "v.dcm", ORIGIN[None])
+    with pytest.warns(UserWarning, match=r"v\.dcm: it holds one slice, of .* not read: make one"):
+        _is_at(tmp_path / "v.dcm", ORIGIN[None])
+        if kind == CT:
+            assert read_grid(tmp_path / "v.dcm").spacing[2] == thickness
 
 
 @pytest.mark.parametrize("places", [(0, 2.5, 5, 7.5), (9, 11.5, 14, 16.5), (0, -2.5, -5, -7.5)])

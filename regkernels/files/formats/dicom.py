@@ -7,6 +7,7 @@ import math
 import mmap
 import re
 import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from regkernels.files.formats.reading import FileWarning
 from regkernels.grid import Grid
 
 __all__ = ["check_dicom", "dicom_grid", "dicom_values"]
@@ -198,6 +200,17 @@ def dicom_grid(path: Path, fields: Mapping[str, str], grid: Grid) -> Grid:
                 "file, or they were taken so; convert or resample it first, by dcm2niix, say"
             )
         direction[:, 2] = step / spacing[2]
+    else:
+        # ITK knows SpacingBetweenSlices, and takes 1 mm where it is missing.
+        thickness = _numbers(fields.get("0018|0050", ""))
+        if "0018|0088" not in fields and thickness is not None and thickness[0] > 0:
+            spacing[2] = thickness[0]
+        warnings.warn(
+            f"{path}: it holds one slice, of {spacing[2]:g} mm; if it is one of a series, the "
+            "others are not read: make one file of them first, by dcm2niix, say",
+            FileWarning,
+            stacklevel=2,
+        )
     return dataclasses.replace(grid, spacing=spacing, origin=positions[0], direction=direction)
 
 
