@@ -159,66 +159,81 @@ def dicom_grid(path: Path, fields: Mapping[str, str], grid: Grid) -> Grid:
     if grid.ndim != 3:
         return grid
     slices = grid.shape[0]
-    offsets = _numbers(fields.get("3004|000c", ""))
-    if slices == 1 or (offsets is not None and len(offsets) == slices):
-        given = [_numbers(fields.get(tag, "")) for tag in ("0020|0032", "0020|0037", "0028|0030")]
-        position, axes, steps = (
-            np.empty((0, count)) if one is None or len(one) != count else one[None]
-            for one, count in zip(given, (3, 6, 2), strict=True)
-        )
-        if len(position) != 1 or len(axes) != 1:
-            if slices > 1:
-                raise ValueError(_unplaced(path, slices, 0))
-            return grid
-        normal = np.cross(axes[0, :3], axes[0, 3:])
-        along = np.zeros(1) if slices == 1 or offsets is None else offsets - offsets[0]
-        positions = position + along[:, None] * normal
-    else:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            positions, axes = (_found(data, 0x20, tag, n) for tag, n in ((0x32, 3), (0x37, 6)))
-            steps = _found(data, 0x28, 0x30, 2)
+    positions, axes, steps = _slices(path, fields, slices)
+    if slices == 1 and not (len(positions) and len(axes)):
+        return grid
     if len(positions) != slices or not len(axes):
-        raise ValueError(_unplaced(path, slices, len(positions)))
+        raise ValueError(
+            f"{path}: expected where each of its {slices} slices lies, got {len(positions)} "
+            "positions: a clip or a series in time is no volume; of another stack make one in "
+            "NIfTI, by dcm2niix, say"
+        )
     if np.ptp(axes, axis=0).max() > 1e-4 or (len(steps) and np.ptp(steps, axis=0).max() > 1e-4):
         raise ValueError(f"{path}: expected parallel slices of one size, got others among them")
-    direction, spacing = np.array(grid.direction), np.array(grid.spacing)
-    direction[:, 0], direction[:, 1] = axes[0, :3], axes[0, 3:]
+    direction, spacing = np.empty((3, 3)), np.array(grid.spacing)
+    direction[:, :2] = np.transpose([axis / np.linalg.norm(axis) for axis in np.split(axes[0], 2)])
     direction[:, 2] = np.cross(direction[:, 0], direction[:, 1])
     if len(steps):
         spacing[:2] = steps[0, ::-1]
-    if slices > 1:
-        step = (positions[-1] - positions[0]) / (slices - 1)
-        spacing[2] = np.linalg.norm(step)
-        even = positions[0] + np.arange(slices)[:, None] * step
-        apart = np.linalg.norm(positions - even, axis=1).max()
-        if not spacing[2] > 0:
-            raise ValueError(f"{path}: expected slices side by side, got the last one at the first")
-        if apart > _NOTABLE * spacing.min():
-            raise ValueError(
-                f"{path}: expected slices that are spaced evenly on a line, got some up to "
-                f"{apart:.3g} mm away from it: one is missing, there are several volumes in the "
-                "file, or they were taken so; convert or resample it first, by dcm2niix, say"
-            )
-        direction[:, 2] = step / spacing[2]
+    if slices == 1:
+        spacing[2] = _thickness(path, fields, spacing[2])
     else:
-        # ITK knows SpacingBetweenSlices, and takes 1 mm where it is missing.
-        thickness = _numbers(fields.get("0018|0050", ""))
-        if "0018|0088" not in fields and thickness is not None and thickness[0] > 0:
-            spacing[2] = thickness[0]
-        warnings.warn(
-            f"{path}: it holds one slice, of {spacing[2]:g} mm; if it is one of a series, the "
-            "others are not read: make one file of them first, by dcm2niix, say",
-            FileWarning,
-            stacklevel=2,
-        )
+        spacing[2], direction[:, 2] = _even_step(path, positions, spacing[:2].min())
     return dataclasses.replace(grid, spacing=spacing, origin=positions[0], direction=direction)
 
 
-def _unplaced(path: Path, slices: int, found: int) -> str:
-    return (
-        f"{path}: expected where each of its {slices} slices lies, got {found} positions: a clip "
-        "or a series in time is no volume; convert another stack to NIfTI, by dcm2niix, say"
+def _slices(path: Path, fields: Mapping[str, str], slices: int) -> tuple[NDArray[Any], ...]:
+    """Return positions, orientations and sizes of pixels, ``(n, 3)``, ``(n, 6)`` and ``(n, 2)``."""
+    offsets = _numbers(fields.get("3004|000c", ""))
+    of_dose = offsets is not None and len(offsets) == slices
+    if slices > 1 and not of_dose:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            positions, axes = (_found(data, 0x20, tag, n) for tag, n in ((0x32, 3), (0x37, 6)))
+            return positions, axes, _found(data, 0x28, 0x30, 2)
+    given = [_numbers(fields.get(tag, "")) for tag in ("0020|0032", "0020|0037", "0028|0030")]
+    positions, axes, steps = (
+        np.empty((0, count)) if row is None or len(row) != count else row[None]
+        for row, count in zip(given, (3, 6, 2), strict=True)
     )
+    if offsets is not None and of_dose and len(axes):
+        # They are relative, or the first is the place along the normal.
+        along = (offsets - offsets[0])[:, None]
+        positions = positions + along * np.cross(axes[0, :3], axes[0, 3:])
+    return positions, axes, steps
+
+
+def _even_step(
+    path: Path, positions: NDArray[Any], pixel: float
+) -> tuple[float, NDArray[np.float64]]:
+    """Return the distance of slices and the way from one to the next."""
+    step = (positions[-1] - positions[0]) / (len(positions) - 1)
+    length = float(np.linalg.norm(step))
+    if not length > 0:
+        raise ValueError(f"{path}: expected slices side by side, got the last one at the first")
+    even = positions[0] + np.arange(len(positions))[:, None] * step
+    apart = np.linalg.norm(positions - even, axis=1).max()
+    if apart > _NOTABLE * min(length, pixel):
+        raise ValueError(
+            f"{path}: expected slices that are spaced evenly on a line, got some up to "
+            f"{apart:.3g} mm away from it: one is missing, there are several volumes in the file, "
+            "or they were taken so; convert or resample it first, by dcm2niix, say"
+        )
+    return length, step / length
+
+
+def _thickness(path: Path, fields: Mapping[str, str], known: float) -> float:
+    """Return how thick one slice is, and warn that it is one."""
+    # ITK knows SpacingBetweenSlices, and takes 1 mm where it is missing.
+    thickness = _numbers(fields.get("0018|0050", ""))
+    if "0018|0088" not in fields and thickness is not None and thickness[0] > 0:
+        known = float(thickness[0])
+    warnings.warn(
+        f"{path}: it holds one slice, of {known:g} mm; if it is one of a series, the others are "
+        "not read: make one file of them first, by dcm2niix, say",
+        FileWarning,
+        stacklevel=3,
+    )
+    return known
 
 
 def dicom_values(path: Path, fields: Mapping[str, str], values: NDArray[Any]) -> NDArray[Any]:
