@@ -52,14 +52,16 @@ class Command(TyperCommand):
 def _telling_warnings() -> Iterator[None]:
     """Say once, in one line, where a file can be understood in more than one way."""
     with warnings.catch_warnings():
-        warnings.simplefilter("default", FileWarning)
+        warnings.simplefilter("always", FileWarning)
         show = warnings.showwarning
+        told: set[str] = set()  # a file is read more than once, its grid first
 
         def tell(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if issubclass(category, FileWarning):
-                print(f"jaxreg: warning: {message}", file=sys.stderr)
-            else:
+            if not issubclass(category, FileWarning):
                 show(message, category, *where, **more)
+            elif str(message) not in told:
+                told.add(str(message))
+                print(f"jaxreg: warning: {message}", file=sys.stderr)
 
         warnings.showwarning = tell
         yield

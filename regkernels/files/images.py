@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +15,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from regkernels.files.atomic import atomic_path
 from regkernels.files.formats import IMAGE_FORMATS
+from regkernels.files.formats.dicom import check_dicom, dicom_grid, dicom_values
 from regkernels.files.formats.hdf5 import check_hdf5
 from regkernels.files.formats.minc import minc_to_lps
 from regkernels.files.formats.nifti import Intent, is_nifti2, read_nifti_header, read_values
-from regkernels.files.formats.reading import Voxels, telling_of_damage
-from regkernels.files.integrity import check_voxels, find_voxels
+from regkernels.files.formats.reading import FileWarning, Header, telling_of_damage
+from regkernels.files.integrity import check_voxels, read_header
+from regkernels.files.itk_warnings import collected_output, tell_of_output, telling_warnings
 from regkernels.files.simpleitk import import_simpleitk
 from regkernels.grid import Grid
 from regkernels.volume import Volume
@@ -68,7 +71,7 @@ def read_volume(path: str | os.PathLike[str]) -> Volume:
         If it is not an image of real numbers in such a format, is cut short or damaged, or holds
         values that are not finite.
     """
-    array, grid, _ = read_image(path)
+    array, grid, *_ = read_image(path)
     if array.ndim > grid.ndim:
         array = np.moveaxis(array, -1, 0)
     try:
@@ -116,11 +119,15 @@ class Image(NamedTuple):
         Where the voxels lie.
     intent
         What NIfTI says that they are.
+    vectors
+        What they are in if they are vectors, but not in millimetres and LPS, or if nobody knows;
+        empty otherwise.
     """
 
     values: NDArray[Any]
     grid: Grid
-    intent: Intent | None
+    intent: Intent | None = None
+    vectors: str = ""
 
 
 def read_image(path: str | os.PathLike[str], *, vectors: bool = False) -> Image:
@@ -150,25 +157,28 @@ def read_image(path: str | os.PathLike[str], *, vectors: bool = False) -> Image:
     kind = _format(path)
     if kind == _NIFTI:
         with telling_of_damage(path):
-            header = read_nifti_header(Path(path))
-            flat = vectors and header.ndim == 2 and header.components == 3
-            ndim = 3 if flat else header.ndim
-            _check_kind(path, ndim, real=header.dtype.kind != "c")
-            grid = header.grid(Path(path), ndim)
-            return Image(read_values(Path(path), header, ndim), grid, header.intent)
-    reader, voxels = _open(path, kind)
-    try:
-        if voxels is not None:
-            check_voxels(path, voxels, _voxel_bytes(reader))
-        image = reader.Execute()
-    except RuntimeError as error:
-        raise ValueError(f"{path}: not an image: {itk_reason(error)}") from error
-    if kind == _MINC:
-        _set_place(image, _minc_grid(image_grid(image)))
+            nifti = read_nifti_header(Path(path))
+            flat = vectors and nifti.ndim == 2 and nifti.components == 3
+            ndim = 3 if flat else nifti.ndim
+            _check_kind(path, ndim, real=nifti.dtype.kind != "c")
+            grid = nifti.grid(Path(path), ndim)
+            values = read_values(Path(path), nifti, ndim)
+            return Image(values, grid, nifti.intent, _unit_of_vectors(nifti.unit))
+    reader, header, grid, said = _open(path, kind)
+    if header.voxels is not None:
+        check_voxels(path, header.voxels, _voxel_bytes(reader))
+    with collected_output() as more:
+        try:
+            values = image_values(reader.Execute())
+        except RuntimeError as error:
+            raise ValueError(f"{path}: not an image: {itk_reason(error)}") from error
+    tell_of_output(path, said + more)
     if kind == _DICOM:
-        _check_big_endian(image, path)
-        image = _in_the_unit_of_the_dose(image, path)
-    return Image(image_values(image), image_grid(image), None)
+        values = dicom_values(Path(path), _fields(reader), values)
+    if header.scale is not None:
+        slope, intercept = header.scale
+        values = values * np.float64(slope) + np.float64(intercept)
+    return Image(values, grid, vectors=header.vectors or _unit_of_vectors(header.unit))
 
 
 def read_grid(path: str | os.PathLike[str]) -> Grid:
@@ -197,47 +207,19 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
             header = read_nifti_header(Path(path))
             _check_kind(path, header.ndim, real=header.dtype.kind != "c")
             return header.grid(Path(path))
-    reader, _ = _open(path, kind)
-    grid = image_grid(reader)
-    return _minc_grid(grid) if kind == _MINC else grid
+    _, _, grid, said = _open(path, kind)
+    tell_of_output(path, said)
+    return grid
+
+
+def _unit_of_vectors(unit: float) -> str:
+    """Programs do not agree whether the unit of a header is that of vectors, too."""
+    return "" if unit == 1 else "a file whose unit is another"
 
 
 _NIFTI = "NiftiImageIO"
 _MINC = "MINCImageIO"
 _DICOM = "GDCMImageIO"
-_DOSE_GRID_SCALING = "3004|000e"
-
-
-_BIG_ENDIAN = b"1.2.840.10008.1.2.2\0"
-"""The transfer syntax, as the beginning of a DICOM file has it."""
-
-
-def _check_big_endian(image: Any, path: str | os.PathLike[str]) -> None:
-    """Refuse what ITK reads with the wrong order of bytes."""
-    with Path(path).open("rb") as file:
-        big = _BIG_ENDIAN in file.read(1024)
-    # Of 16 bits it has been seen to be right.
-    if big and image.GetMetaData("0028|0100").strip(" \0") != "16":
-        raise ValueError(
-            f"{path}: expected little-endian DICOM, got big-endian voxels that are not of 16 bits; "
-            "write it with another transfer syntax, by dcmconv +te, say"
-        )
-
-
-def _in_the_unit_of_the_dose(image: Any, path: str | os.PathLike[str]) -> Any:
-    """Scale the dose grid of a radiotherapy plan, which ITK leaves as the integers of the file."""
-    sitk = import_simpleitk()
-
-    if not image.HasMetaDataKey(_DOSE_GRID_SCALING):
-        return image
-    text = image.GetMetaData(_DOSE_GRID_SCALING).strip(" \0")
-    try:
-        scaling = float(text)
-    except ValueError:
-        scaling = math.nan
-    if not 0 < scaling < math.inf:
-        raise ValueError(f"{path}: expected a positive DoseGridScaling, got {text!r}")
-    return sitk.Cast(image, sitk.sitkFloat64) * scaling
 
 
 def _minc_grid(grid: Grid) -> Grid:
@@ -251,10 +233,16 @@ def _format(path: str | os.PathLike[str]) -> str:
     sitk = import_simpleitk()
 
     if not Path(path).is_file():
-        found = "no such file" if not Path(path).exists() else "expected a file, got a folder"
+        found = "no such file"
+        if Path(path).exists():
+            found = (
+                "expected a file, got a folder; of a series of DICOM make one file first, by "
+                "dcm2niix, say, which tells whether slices are missing"
+            )
         raise FileNotFoundError(f"{path}: {found}")
     check_hdf5(path)
-    kind: str = sitk.ImageFileReader().GetImageIOFromFileName(os.fspath(path))
+    with collected_output():  # which is said again when it is read
+        kind: str = sitk.ImageFileReader().GetImageIOFromFileName(os.fspath(path))
     if not kind and is_nifti2(Path(path)):
         return _NIFTI
     if kind not in IMAGE_FORMATS:
@@ -264,20 +252,49 @@ def _format(path: str | os.PathLike[str]) -> str:
     return kind
 
 
-def _open(path: str | os.PathLike[str], kind: str) -> tuple[Any, Voxels | None]:
-    """Return a reader that knows the header of an image, and where its voxels are."""
+class _Opened(NamedTuple):
+    """An image before its voxels are read: what ITK knows, what we see, the place, ITK's words."""
+
+    reader: Any
+    header: Header
+    grid: Grid
+    said: list[str]
+
+
+def _open(path: str | os.PathLike[str], kind: str) -> _Opened:
     sitk = import_simpleitk()
 
-    voxels = find_voxels(path, kind)
+    header = read_header(path, kind)
     reader = sitk.ImageFileReader()
-    try:
-        reader.SetFileName(os.fspath(path))
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise ValueError(f"{path}: not an image: {itk_reason(error)}") from error
+    with collected_output() as said:
+        try:
+            reader.SetFileName(os.fspath(path))
+            reader.ReadImageInformation()
+        except RuntimeError as error:
+            raise ValueError(f"{path}: not an image: {itk_reason(error)}") from error
     kinds = (sitk.sitkComplexFloat32, sitk.sitkComplexFloat64)
     _check_kind(path, reader.GetDimension(), real=reader.GetPixelID() not in kinds)
-    return reader, voxels
+    grid = image_grid(reader)
+    if header.unplaced and grid.ndim == 3:
+        warnings.warn(
+            f"{path}: {header.unplaced}, so nothing tells left from right; x is taken to run to "
+            "the left, y to the back and z upwards, as in ITK",
+            FileWarning,
+            stacklevel=2,
+        )
+    if kind == _MINC:
+        grid = _minc_grid(grid)
+    if kind == _DICOM:
+        check_dicom(Path(path), _fields(reader))
+        grid = dicom_grid(Path(path), _fields(reader), grid)
+    if header.unit != 1:
+        spacing, origin = header.unit * grid.spacing, header.unit * grid.origin
+        grid = dataclasses.replace(grid, spacing=spacing, origin=origin)
+    return _Opened(reader, header, grid, said)
+
+
+def _fields(reader: Any) -> dict[str, str]:
+    return {key: reader.GetMetaData(key).strip(" \0") for key in reader.GetMetaDataKeys()}
 
 
 def _check_kind(path: str | os.PathLike[str], ndim: int, *, real: bool) -> None:
@@ -407,7 +424,7 @@ def write_image(
     check_image_grid(grid, path)
     image = sitk.GetImageFromArray(np.asarray(values), isVector=vectors)
     _set_place(image, grid)
-    with atomic_path(path) as beside:
+    with atomic_path(path) as beside, telling_warnings(path):
         try:
             sitk.WriteImage(image, str(beside), useCompression=True)
         except RuntimeError as error:

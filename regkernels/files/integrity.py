@@ -14,12 +14,12 @@ from pathlib import Path
 
 from regkernels.files.formats import IMAGE_FORMATS, TRANSFORM_FORMATS
 from regkernels.files.formats.hdf5 import check_hdf5
-from regkernels.files.formats.reading import Voxels, blocks, telling_of_damage
+from regkernels.files.formats.reading import Header, Voxels, blocks, telling_of_damage
 
-__all__ = ["check_transform", "check_voxels", "find_voxels"]
+__all__ = ["check_transform", "check_voxels", "read_header"]
 
 
-def find_voxels(path: str | os.PathLike[str], kind: str) -> Voxels | None:
+def read_header(path: str | os.PathLike[str], kind: str) -> Header:
     """Look at the header of an image, and at all of it if the format has a checksum for that.
 
     Parameters
@@ -31,8 +31,8 @@ def find_voxels(path: str | os.PathLike[str], kind: str) -> Voxels | None:
 
     Returns
     -------
-    Voxels
-        For `check_voxels`; None if they have nothing left to be checked.
+    Header
+        Where its voxels are, and what ITK leaves undone.
 
     Raises
     ------

@@ -26,6 +26,7 @@ from regkernels.files.images import (
     write_image,
 )
 from regkernels.files.integrity import check_transform
+from regkernels.files.itk_warnings import collected_output, tell_of_output, telling_warnings
 from regkernels.files.simpleitk import import_simpleitk
 from regkernels.grid import Grid, Matrix
 from regkernels.maps import AffineMap, DisplacementField, Part, as_part
@@ -81,10 +82,18 @@ def read_transform(path: str | os.PathLike[str]) -> tuple[Part, ...]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     check_transform(path)
-    try:
-        transform = sitk.ReadTransform(os.fspath(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path}: not a transform: {itk_reason(error)}") from error
+    with collected_output() as said:
+        try:
+            transform = sitk.ReadTransform(os.fspath(path))
+        except RuntimeError as error:
+            raise ValueError(f"{path}: not a transform: {itk_reason(error)}") from error
+    if any("more than one transform" in line for line in said):
+        # ITK takes the first and nothing tells in which order the others would be meant.
+        raise ValueError(
+            f"{path}: expected one transform or a composite, got several side by side; write each "
+            "to a file of its own"
+        )
+    tell_of_output(path, said)
     parts = _parts(transform, path)
     if _is_xfm(path):
         return tuple(AffineMap(_between_xfm_and_lps(np.asarray(part))) for part in parts)
@@ -171,7 +180,7 @@ def write_affine(matrix: ArrayLike, path: str | os.PathLike[str]) -> None:
     transform = sitk.AffineTransform(len(matrix) - 1)
     transform.SetMatrix(matrix[:-1, :-1].ravel().tolist())
     transform.SetTranslation(matrix[:-1, -1].tolist())
-    with atomic_path(path) as beside:
+    with atomic_path(path) as beside, telling_warnings(path):
         try:
             sitk.WriteTransform(transform, str(beside))
         except RuntimeError as error:
@@ -223,7 +232,11 @@ def _field_of_image(image: Image, path: str | os.PathLike[str]) -> DisplacementF
     ITK and ANTs leave the intent's name empty and keep LPS. SPM's deformations and NiftyReg's are
     positions in millimetres, RAS; NiftyReg tells by the first parameter what else they may be.
     """
-    values, grid, intent = image
+    values, grid, intent, frame = image
+    if frame:
+        raise ValueError(
+            f"{path}: expected displacements in millimetres, LPS, got vectors in {frame}"
+        )
     if intent is None or intent.code not in (_DISPLACEMENT, _VECTOR):
         return _field(values, grid, path)
     name = intent.name.casefold()
@@ -264,7 +277,10 @@ def _parts(transform: Any, path: str | os.PathLike[str]) -> tuple[Part, ...]:
     sitk = import_simpleitk()
 
     transform = transform.Downcast()
-    if isinstance(transform, sitk.CompositeTransform):
+    # What SimpleITK has no class for, such as older ANTs' MatrixOffsetTransformBase, comes as a
+    # composite whose only part is itself.
+    composite = isinstance(transform, sitk.CompositeTransform)
+    if composite and not (transform.IsLinear() and transform.GetNumberOfTransforms() == 1):
         # ITK sends a point through the transform that was added last first.
         numbers = reversed(range(transform.GetNumberOfTransforms()))
         return tuple(

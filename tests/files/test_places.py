@@ -144,6 +144,15 @@ def test_micrometres_become_millimetres_with_the_origin(tmp_path: Path) -> None:
     np.testing.assert_allclose(1000 * (matrix @ VOXEL)[:3], (LPS @ _turned() @ VOXEL)[:3], 1e-5)
 
 
+def test_how_far_forms_are_apart_is_told_in_millimetres(tmp_path: Path) -> None:
+    sform = _turned()
+    sform[:3, 3] += [0, -126, -72]
+    image = _image(_turned(), sform, (2, 2))
+    image.header.set_xyzt_units("micron")
+    with pytest.warns(UserWarning, match=r"up to 0\.145 mm apart"):
+        read_grid(_saved(image, tmp_path / "v.nii"))
+
+
 @pytest.mark.parametrize(
     ("slope", "intercept"), [(0, 5), (0, 0), (1, 0), (2, 0), (0.5, -3), (1, 7), (np.nan, 5)]
 )

@@ -199,6 +199,29 @@ def test_a_transform_of_minc_is_converted_from_ras(tmp_path: Path) -> None:
     np.testing.assert_allclose(point, [22, -22, 38], atol=1e-6)
 
 
+def test_an_inverted_transform_of_minc_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "affine.xfm"
+    matrix = "Linear_Transform = 1 0 0 10 0 1 0 20 0 0 1 30;\n"
+    start = "MNI Transform File\n\nTransform_Type = Linear;\n"
+    path.write_text(f"{start}Invert_Flag = False;\n{matrix}")
+    np.testing.assert_allclose(read_transform(path)[0].matrix[:3, 3], [-10, -20, 30])
+    path.write_text(f"{start}Invert_Flag = True;\n{matrix}")
+    with pytest.raises(ValueError, match=r"affine\.xfm: .*to be inverted, got Invert_Flag = True"):
+        read_transform(path)
+
+
+def test_the_affine_of_older_ants_is_read_with_its_centre(tmp_path: Path) -> None:
+    path = tmp_path / "Affine.txt"
+    path.write_text(
+        "#Insight Transform File V1.0\n#Transform 0\n"
+        "Transform: MatrixOffsetTransformBase_double_3_3\n"
+        "Parameters: 2 0 0 0 1 0 0 0 1 1 2 3\nFixedParameters: 5 6 7\n"
+    )
+    (part,) = read_transform(path)
+    # 2 (x - 5) + 5 + 1
+    np.testing.assert_allclose(part.move(np.array([9.0, 9, 9])), [14, 11, 12])
+
+
 def test_a_transform_for_minc_is_written_in_ras_and_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "affine.xfm"
     write_affine(affine(3), path)

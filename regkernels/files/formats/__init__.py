@@ -11,21 +11,21 @@ from regkernels.files.formats.insight import check_insight
 from regkernels.files.formats.matlab import check_matlab
 from regkernels.files.formats.meta import find_meta
 from regkernels.files.formats.minc import check_minc
-from regkernels.files.formats.nifti import find_nifti
 from regkernels.files.formats.nrrd import find_nrrd
 from regkernels.files.formats.png import check_png
-from regkernels.files.formats.reading import Voxels
+from regkernels.files.formats.reading import Header
 from regkernels.files.formats.xfm import check_xfm
 
 __all__ = ["IMAGE_FORMATS", "TRANSFORM_FORMATS"]
 
 
-def _trust(path: Path) -> None:
+def _trust(path: Path) -> Header:
     """Leave it to ITK: it refuses every DICOM file that lacks voxels, HDF5 has been looked at."""
+    return Header()
 
 
-IMAGE_FORMATS: dict[str, tuple[str, Callable[[Path], Voxels | None]]] = {
-    "NiftiImageIO": ("NIfTI", find_nifti),
+IMAGE_FORMATS: dict[str, tuple[str, Callable[[Path], Header]]] = {
+    "NiftiImageIO": ("NIfTI", _trust),  # which is read without ITK
     "MetaImageIO": ("MetaImage", find_meta),
     "NrrdImageIO": ("NRRD", find_nrrd),
     "GiplImageIO": ("GIPL", find_gipl),

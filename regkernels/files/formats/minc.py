@@ -9,16 +9,18 @@ from pathlib import Path
 import numpy as np
 
 from regkernels.files.formats.hdf5 import is_hdf5
+from regkernels.files.formats.reading import Header
 from regkernels.files.simpleitk import import_simpleitk
 from regkernels.grid import Matrix
 
 __all__ = ["check_minc", "minc_to_lps"]
 
 
-def check_minc(path: Path) -> None:
+def check_minc(path: Path) -> Header:
     """Look at a MINC image; whether HDF5 is whole has been seen before."""
     if not is_hdf5(path):
         raise ValueError(f"{path}: not an image: expected MINC 2, which is HDF5")
+    return Header()
 
 
 @functools.cache

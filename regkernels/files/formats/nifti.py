@@ -28,7 +28,7 @@ from regkernels.files.formats.reading import (
 )
 from regkernels.grid import Grid, Matrix
 
-__all__ = ["Intent", "NiftiHeader", "find_nifti", "is_nifti2", "read_nifti_header", "read_values"]
+__all__ = ["Intent", "NiftiHeader", "is_nifti2", "read_nifti_header", "read_values"]
 
 
 class Intent(NamedTuple):
@@ -66,6 +66,8 @@ class NiftiHeader(NamedTuple):
         How many of the axes are spatial.
     affine
         ``(4, 4)``, from voxel indices to millimetres, RAS.
+    unit
+        How many millimetres the unit of its lengths is.
     scale
         Slope and intercept of the values; None if they are as stored.
     intent
@@ -78,6 +80,7 @@ class NiftiHeader(NamedTuple):
     samples: int
     ndim: int
     affine: Matrix
+    unit: float
     scale: tuple[float, float] | None
     intent: Intent
 
@@ -142,6 +145,7 @@ def _layout(version: int, length: int) -> np.dtype[Any]:
 
 _ORDERS: tuple[Literal["<", ">"], ...] = ("<", ">")
 _LAYOUTS = {348: _layout(1, 348), 540: _layout(2, 540)}
+# Of one file, and of two.
 _MAGIC = {348: (b"n+1", b"ni1"), 540: (b"n+2\0\r\n\x1a\n", b"ni2\0\r\n\x1a\n")}
 
 _STORED = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4"}
@@ -157,11 +161,6 @@ _DISPLACEMENT, _VECTOR, _SYMMETRIC = 1006, 1007, 1005
 
 _NOTABLE = 0.05
 """Voxels that two places are apart for it to be told; rounding of headers stays far below."""
-
-
-def find_nifti(path: Path) -> Voxels:
-    """Find the voxels of a NIfTI image; see `read_nifti_header`."""
-    return read_nifti_header(path).voxels
 
 
 def is_nifti2(path: Path) -> bool:
@@ -207,9 +206,16 @@ def read_nifti_header(path: Path) -> NiftiHeader:
             f"{path}: an Analyze 7.5 image does not say which side is left; convert it to NIfTI "
             "with a program that knows where it comes from, such as fslchfiletype, SPM or nibabel"
         )
+    if header == data and fields["magic"] == _MAGIC[length][1]:
+        raise ValueError(f"{path}: expected its voxels in another file, as its magic says, got one")
     ndim = int(fields["dim"][0])
     if not 1 <= ndim <= 7:
         raise ValueError(f"{path}: expected 1 to 7 dimensions, got {ndim}")
+    if (fields["dim"][1 : ndim + 1] < 0).any():
+        raise ValueError(
+            f"{path}: expected sizes of axes that are not negative, got "
+            f"{fields['dim'][1 : ndim + 1].tolist()}"
+        )
     # A dimension of 0 stands for one of 1.
     sizes = tuple(max(int(size), 1) for size in fields["dim"][1 : ndim + 1]) + (1,) * (7 - ndim)
     spacing = fields["pixdim"][1:4].astype(np.float64)
@@ -236,6 +242,7 @@ def read_nifti_header(path: Path) -> NiftiHeader:
     # Some writers leave the offset 0; behind the header of the same file it cannot be less.
     first = max(int(offset), length if header == data else 0)
     size = math.prod(sizes) * samples * dtype.itemsize
+    unit = _unit(path, fields)
     intent = Intent(
         int(fields["intent"]),
         bytes(fields["name"]).split(b"\0")[0].decode("latin-1").strip(),
@@ -247,7 +254,8 @@ def read_nifti_header(path: Path) -> NiftiHeader:
         sizes,
         samples,
         _spatial(intent.code, ndim, sizes),
-        _place(path, fields, sizes[:3], spacing),
+        _place(path, fields, sizes[:3], spacing, unit),
+        unit,
         _scale(path, fields) if samples == 1 else None,
         intent,
     )
@@ -331,32 +339,57 @@ def _scale(path: Path, fields: Any) -> tuple[float, float] | None:
     return slope, intercept
 
 
-def _place(path: Path, fields: Any, sizes: tuple[int, ...], spacing: NDArray[Any]) -> Matrix:
+def _unit(path: Path, fields: Any) -> float:
+    """Return how many millimetres the unit of lengths is."""
+    code = int(fields["units"]) & 7
+    if code > 3:
+        warnings.warn(
+            f"{path}: its unit of length has the code {code}, which stands for none; it is taken "
+            "for millimetres",
+            FileWarning,
+            stacklevel=2,
+        )
+    return _MILLIMETRES.get(code, 1.0)
+
+
+def _place(
+    path: Path, fields: Any, sizes: tuple[int, ...], spacing: NDArray[Any], unit: float
+) -> Matrix:
     """Return the matrix from voxels to millimetres, RAS, and warn of what others may make of it."""
-    qform = _qform(fields, spacing) if fields["qcode"] > 0 else None
-    unit = _MILLIMETRES.get(int(fields["units"]) & 7, 1.0)
+    quatern = np.array(fields["quatern"], np.float64)
+    rotation = quatern @ quatern < 1.001
+    qform = None
+    if fields["qcode"] > 0 and rotation:
+        qform = _scaled(_qform(fields, spacing), unit)
     if fields["scode"] > 0:
-        sform = np.vstack([fields["srow"].astype(np.float64), [0, 0, 0, 1]])
-        if np.isfinite(sform).all() and (complaint := _complaint(sform, qform, sizes, spacing)):
+        sform = _scaled(np.vstack([fields["srow"].astype(np.float64), [0, 0, 0, 1]]), unit)
+        complaint = _complaint(sform, qform, sizes, unit * spacing)
+        if fields["qcode"] > 0 and not rotation:
+            complaint = "its qform is no rotation"
+        if complaint is not None:
             warnings.warn(
                 f"{path}: {complaint}; the sform is used, as in nibabel, FSL and SPM, and what was "
                 "made of this image by a program that uses the qform (ITK, ANTs) may not fit",
                 FileWarning,
                 stacklevel=2,
             )
-        return _scaled(sform, unit)
+        return sform
     if qform is not None:
-        return _scaled(qform, unit)
+        return qform
+    if fields["qcode"] > 0:
+        raise ValueError(
+            f"{path}: expected the quaternion of a rotation, got {tuple(quatern.tolist())}"
+        )
     warnings.warn(
         f"{path}: it has neither sform nor qform, so nothing tells left from right; x is taken to "
         "run to the left and the middle of the image to be at 0, as in nibabel",
         FileWarning,
         stacklevel=2,
     )
-    axes = spacing * [-1, 1, 1]
+    axes = unit * spacing * [-1, 1, 1]
     base = np.diag([*axes, 1.0])
     base[:3, 3] = -axes * (np.array(sizes) - 1) / 2
-    return _scaled(base, unit)
+    return base
 
 
 def _scaled(matrix: Matrix, unit: float) -> Matrix:
@@ -390,7 +423,7 @@ def _complaint(
 ) -> str | None:
     """Say in what the sform is not what everybody takes from the header."""
     step = np.linalg.norm(sform[:3, :3], axis=0)
-    if not (step > 0).all():
+    if not np.isfinite(sform).all() or not (step > 0).all():
         return None
     last = np.maximum(np.array(sizes) - 1, 1)
     if qform is not None:

@@ -13,12 +13,14 @@ from typing import BinaryIO, Literal, NamedTuple, cast
 
 __all__ = [
     "FileWarning",
+    "Header",
     "Voxels",
     "blocks",
     "check_sizes",
     "existing_file",
     "integer_field",
     "is_gzip",
+    "length_unit",
     "packing_of",
     "read_exactly",
     "telling_of_damage",
@@ -55,6 +57,30 @@ class Voxels(NamedTuple):
     size: int | None = None
 
 
+class Header(NamedTuple):
+    """What is seen of an image before ITK reads it, and what ITK leaves undone.
+
+    Attributes
+    ----------
+    voxels
+        Where they are; None if nothing is left to be checked.
+    unit
+        How many millimetres the unit of its lengths is.
+    scale
+        Slope and intercept by which values are made of the stored ones; None if they are these.
+    unplaced
+        What is missing in it to say where an image in space lies; empty if nothing is.
+    vectors
+        What its vectors are in, if not in LPS or if nobody knows; empty otherwise.
+    """
+
+    voxels: Voxels | None = None
+    unit: float = 1.0
+    scale: tuple[float, float] | None = None
+    unplaced: str = ""
+    vectors: str = ""
+
+
 @contextmanager
 def telling_of_damage(path: str | os.PathLike[str]) -> Iterator[None]:
     """Say of which file it is that something is missing."""
@@ -77,6 +103,25 @@ def integer_field(name: str, fields: dict[str, str]) -> int:
         return int(fields.get(name, "0"))
     except ValueError:
         raise EOFError(f"{name}: expected an integer, got {fields[name]!r}") from None
+
+
+_MILLIMETRES = {"nm": 1e-6, "um": 1e-3, "mm": 1.0, "cm": 10.0, "m": 1e3}
+_PREFIXES = {"nano": "n", "micro": "u", "milli": "m", "centi": "c"}
+
+
+def length_unit(path: Path, name: str, text: str) -> float:
+    """Return how many millimetres a unit of length is, 1 if none is named."""
+    unit = text.strip(" ?").lower().replace("µ", "u").replace("μ", "u")
+    unit = re.sub(r"^microns?$", "micrometre", unit)
+    unit = re.sub(
+        r"^(\w*)met(er|re)s?$", lambda found: _PREFIXES.get(found[1], found[1]) + "m", unit
+    )
+    if not unit:
+        return 1.0
+    if unit not in _MILLIMETRES:
+        known = ", ".join(_MILLIMETRES)
+        raise ValueError(f"{path}: {name}: expected one of {known}, got {text[:40]!r}")
+    return _MILLIMETRES[unit]
 
 
 def existing_file(path: Path, data: Path) -> Path:

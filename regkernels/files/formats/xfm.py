@@ -26,3 +26,9 @@ def check_xfm(path: Path) -> None:
                 f"{path}: expected linear transforms, got {kind.decode('latin-1')}; write its "
                 "displacements as an image of vectors in millimetres, LPS, in NIfTI or NRRD"
             )
+    if re.search(rb"Invert_Flag\s*=\s*True", text, re.IGNORECASE):
+        # ITK overlooks it.
+        raise ValueError(
+            f"{path}: expected transforms that are not to be inverted, got Invert_Flag = True; "
+            "write the inverse matrix by xfminvert"
+        )
