@@ -316,6 +316,34 @@ def test_constant_images_have_no_correlation_inside(
             np.testing.assert_array_equal(gradient[untouched], 0)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kernel_size", [3, 5, 11])
+@pytest.mark.parametrize("both_flat", [0.0, 0.25, 1.0])
+def test_windows_that_are_flat_in_both_images_correlate_as_told(
+    backend: Backend, both_flat: float, kernel_size: int, dtype: object
+) -> None:
+    """Those that are flat in one image do not correlate, whatever is told."""
+    pred, target = images(9, 26, 27, batches=(1, 1), dtype=dtype)
+    pred[..., :14] = 0
+    target[..., 3:, :] = 0
+    options = {"kernel_size": kernel_size, "both_flat": both_flat}
+    check(backend, pred, target, reduction="none", **options)
+    check(backend, pred, target, **options)
+    value = backend.call("lncc_loss", pred, target, reduction="none", **options)
+    reach = kernel_size // 2
+    both = (..., slice(3 + reach, None), slice(None, 14 - reach))
+    one = (..., slice(0, 3), slice(None, 14 - reach))
+    np.testing.assert_array_equal(value[both], -both_flat)
+    np.testing.assert_array_equal(value[one], 0)
+
+
+def test_an_image_with_an_empty_background_is_like_itself_everywhere(backend: Backend) -> None:
+    image, _ = images(12, 13, 14, batches=(1, 1), dtype=np.float32)
+    image[..., :7] = 0
+    loss = backend.call("lncc_loss", image, image, kernel_size=5, both_flat=1.0)
+    np.testing.assert_allclose(loss, -1, rtol=1e-6)
+
+
 def test_constant_regions_do_not_disturb_the_others(backend: Backend) -> None:
     """As the background of a brain is.
 
@@ -545,7 +573,7 @@ def test_the_module_shows_its_options_and_has_no_state() -> None:
     module = torchreg.LNCCLoss(9, window="gaussian")
     assert repr(module) == (
         "LNCCLoss(kernel_size=9, window='gaussian', sigma=None, smooth_nr=0.0, "
-        "smooth_dr=1e-05, reduction='mean')"
+        "smooth_dr=1e-05, both_flat=None, reduction='mean')"
     )
     assert not module.state_dict()
 

@@ -239,36 +239,35 @@ class LNCC(Metric):
 
     def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Return minus the mean of the squared local correlations."""
+        return self._loss(pred, target, mask, fixed=target, moving=pred)
+
+    def loss_of_level(
+        self,
+        pred: jax.Array,
+        target: jax.Array,
+        mask: jax.Array,
+        *,
+        fixed: jax.Array,
+        moving: jax.Array,
+    ) -> jax.Array:
+        """Return the same; what is flat is so beside the range of the whole images."""
+        return self._loss(pred, target, mask, fixed=fixed, moving=moving)
+
+    def _loss(
+        self,
+        pred: jax.Array,
+        target: jax.Array,
+        mask: jax.Array | None,
+        *,
+        fixed: jax.Array,
+        moving: jax.Array,
+    ) -> jax.Array:
         # The unit of the intensities does not matter so: to the default of `smooth_dr`, which suits
         # intensities that spread by about 1, a map of diffusivities in mm²/s would be flat. What is
         # flat as far as float32 can tell counts as such in any case.
-        weight = self._window_weights(pred, target, mask)
-        return lncc_loss(
-            pred, target, kernel_size=self.kernel_size, smooth_dr=1e-18, both_flat=1, mask=weight
-        )
-
-    def _window_weights(
-        self, pred: jax.Array, target: jax.Array, mask: jax.Array | None
-    ) -> jax.Array:
-        """Return what the windows around the voxels count, ``(1, C, [Z,] Y, X)``.
-
-        A window counts as much as its middle, if all that it spans counts, and if it is not flat in
-        both images: of nothing there is no correlation, and if it counted as a bad one, spreading
-        the rim of an object over its empty surroundings would pay.
-        """
-        radius = self.kernel_size // 2
-        varies = _varies(pred, radius) | _varies(target, radius)
-        if mask is None:
-            return varies.astype(pred.dtype)
-        mask = jax.lax.stop_gradient(mask)
-        counts = mask > 0
-        for axis in range(2, mask.ndim):
-            # Of a thin volume the windows may reach out of it, lest none be left.
-            reach = min(radius, (mask.shape[axis] - 1) // 4)
-            counts = ~_any_within(~counts, axis, reach, reach, beyond=True)
-        # Where no window is covered as a whole, those count that are covered in part.
-        counts = counts | ~counts.any()
-        return mask * (counts & varies)
+        size, radius = self.kernel_size, self.kernel_size // 2
+        weight = _window_weights(_varies(pred, moving) | _varies(target, fixed), mask, radius)
+        return lncc_loss(pred, target, kernel_size=size, smooth_dr=1e-18, both_flat=1, mask=weight)
 
     def scale(self, fixed: jax.Array, moving: jax.Array) -> jax.Array:
         """Return 1."""
@@ -284,21 +283,40 @@ _FLAT = 1e-4
 leaves of an edge a few voxels away is no structure."""
 
 
-def _varies(image: jax.Array, radius: int) -> jax.Array:
-    """Return whether an image varies within the windows around its voxels, bool, its shape."""
-    image = jax.lax.stop_gradient(image)
-    axes = range(2, image.ndim)
-    # A window is flat if all cells of neighbouring voxels are that it is made of.
-    low = high = image
+def _varies(image: jax.Array, whole: jax.Array) -> jax.Array:
+    """Return whether the voxels between each one and the next differ, bool, the image's shape.
+
+    They are the corners of a square or cube. ``whole`` has the range that they are compared with.
+    """
+    axes = tuple(range(2, image.ndim))
+    low = high = jax.lax.stop_gradient(image)
     for axis in axes:
-        low = jnp.minimum(low, _next(low, axis))
-        high = jnp.maximum(high, _next(high, axis))
-    spatial = tuple(axes)
-    width = image.max(spatial, keepdims=True) - image.min(spatial, keepdims=True)
-    varies = high - low > _FLAT * width
-    for axis in axes:
+        low, high = jnp.minimum(low, _next(low, axis)), jnp.maximum(high, _next(high, axis))
+    width = whole.max(axes, keepdims=True) - whole.min(axes, keepdims=True)
+    return high - low > _FLAT * jax.lax.stop_gradient(width)
+
+
+def _window_weights(varies: jax.Array, mask: jax.Array | None, radius: int) -> jax.Array:
+    """Return what the windows around the voxels count, ``(1, C, [Z,] Y, X)``.
+
+    A window counts as much as its middle, if all that it spans counts, and if it is not flat in
+    both images: of nothing there is no correlation, and if it counted as a bad one, spreading the
+    rim of an object over its empty surroundings would pay.
+    """
+    axes = range(2, varies.ndim)
+    for axis in axes:  # a window is flat if all cubes of neighbours are that it is made of
         varies = _any_within(varies, axis, radius, radius - 1, beyond=False)
-    return varies
+    if mask is None:
+        return varies.astype(jnp.float32)
+    mask = jax.lax.stop_gradient(mask)
+    counts = mask > 0
+    for axis in axes:
+        # Of a thin volume the windows may reach out of it, lest none be left.
+        reach = min(radius, (mask.shape[axis] - 1) // 4)
+        counts = ~_any_within(~counts, axis, reach, reach, beyond=True)
+    # Where no window is covered as a whole, those count that are covered in part.
+    counts = counts | ~counts.any()
+    return mask * (counts & varies)
 
 
 def _next(array: jax.Array, axis: int) -> jax.Array:
