@@ -38,6 +38,7 @@ def coverage(
     margin: jax.Array,
     affine: jax.Array | None,
     displacement: jax.Array | None,
+    reach: jax.Array | float = 0,
 ) -> jax.Array:
     """Return how far an image covers the samples that `jaxreg.interpolate` takes from it.
 
@@ -52,6 +53,9 @@ def coverage(
     affine, displacement
         ``(1, D, D + 1)`` and ``(1, *shape, D)``, in normalised coordinates; samples are taken at
         ``A(x + d(x))``.
+    reach
+        How many voxels of the grid around a sample have to be covered, too, for it to count. Along
+        an axis of the image no more than a quarter of it is asked for.
 
     Returns
     -------
@@ -66,15 +70,24 @@ def coverage(
         index = jax.lax.broadcasted_iota(jnp.float32, (1, *shape), ndim - component)
         along = index * (2 / (size - 1)) - 1 if size > 1 else jnp.zeros_like(index)
         points.append(along if displacement is None else along + displacement[..., component])
+    halves = [max(size - 1, 1) / 2 for size in reversed(source)]
+    reaches = [reach] * ndim
     if affine is not None:
+        width = [2 / max(size - 1, 1) for size in reversed(shape)]  # of a voxel of the grid
+        reaches = [
+            half * reach * sum(jnp.abs(row[k]) * width[k] for k in range(ndim))
+            for half, row in zip(halves, affine[0], strict=True)
+        ]
         points = [
             sum((row[k] * points[k] for k in range(ndim)), start=row[ndim]) for row in affine[0]
         ]
     weight = jnp.ones((), jnp.float32)
-    for point, margin_here, size in zip(points, margin, reversed(source), strict=True):
-        half = max(size - 1, 1) / 2
+    for point, edge, wide, half, size in zip(
+        points, margin, reaches, halves, reversed(source), strict=True
+    ):
         inside = (half if size > 1 else 0) - jnp.abs(point) * half  # from the last centre, voxels
-        slope = jnp.where(margin_here > 0, 1.0, 2.0 if size > 1 else 1.0)
-        weight = weight * jnp.clip(1 + slope * (inside - margin_here), 0, 1)
+        slope = jnp.where(edge > 0, 1.0, 2.0 if size > 1 else 1.0)
+        wide = jax.lax.stop_gradient(jnp.minimum(wide, (size - 1) // 4))
+        weight = weight * jnp.clip(1 + slope * (inside - edge - wide), 0, 1)
     weight = jnp.where(weight > 0, weight, 0)  # at a place that is not a number, too
     return jnp.broadcast_to(weight, (1, *shape))[:, None]

@@ -108,7 +108,9 @@ class Iterative(Stage):
 
     def loss(self, level: Level, pred: Weighted, target: Weighted) -> jax.Array:
         """Return the metric of two images, of the voxels that both of them cover."""
-        weight = pred.weight * target.weight
+        weight = level.weight(pred, target)
+        if not self.metric.has_gradient_of_mask:
+            weight = jax.lax.stop_gradient(weight)
         loss = self.metric.loss_of_level(
             pred.image, target.image, weight, fixed=level.fixed, moving=level.moving
         )
@@ -162,10 +164,10 @@ class Iterative(Stage):
         traces = []
         done, total = 0, sum(self.iterations)
         for scale, iterations in zip(self.scales, self.iterations, strict=True):
-            level = problem.level(scale, alignment)
+            stage = self.for_scale(scale)
+            level = problem.level(scale, alignment, stage.metric)
             state = self.begin(level) if state is None else self.resized(state, level.shape)
             trace = _no_trace(iterations)
-            stage = self.for_scale(scale)
             if iterations == 0:
                 pass
             elif callback is None:

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ __all__ = [
     "mse_loss",
     "ncc",
     "ncc_loss",
+    "shrunk",
 ]
 
 
@@ -119,6 +120,10 @@ class Metric(abc.ABC):
     programs are compiled for them, and equal metrics share their programs.
     """
 
+    has_gradient_of_mask: ClassVar[bool] = True
+    """Whether the loss may be differentiated with respect to its mask: linear stages follow what is
+    gained or lost by what the images cover, if so."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         jax.tree_util.register_static(cls)
@@ -143,6 +148,31 @@ class Metric(abc.ABC):
         Array
             A scalar, the mean over the voxels: its size must not depend on that of the grid.
         """
+
+    @property
+    def reach(self) -> int:
+        """How many voxels around one the metric looks at, to judge that one; by default 0.
+
+        Only voxels count whose surroundings of this size are data in both images.
+        """
+        return 0
+
+    def content(
+        self, pred: jax.Array, target: jax.Array, *, fixed: jax.Array, moving: jax.Array
+    ) -> jax.Array | None:
+        """Return where there is anything to compare, asked for once at the start of a level.
+
+        Parameters
+        ----------
+        pred, target, fixed, moving
+            As for `loss_of_level`.
+
+        Returns
+        -------
+        Array or None
+            ``(1, 1, [Z,] Y, X)``, by which weights are multiplied; by default `None`: everywhere.
+        """
+        return None
 
     def loss_of_level(
         self,
@@ -229,6 +259,8 @@ class LNCC(Metric):
         For another width.
     """
 
+    has_gradient_of_mask: ClassVar[bool] = False
+
     kernel_size: int = 7
 
     def __post_init__(self) -> None:
@@ -238,36 +270,30 @@ class LNCC(Metric):
             )
 
     def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """Return minus the mean of the squared local correlations."""
-        return self._loss(pred, target, mask, fixed=target, moving=pred)
+        """Return minus the mean of the squared local correlations.
 
-    def loss_of_level(
-        self,
-        pred: jax.Array,
-        target: jax.Array,
-        mask: jax.Array,
-        *,
-        fixed: jax.Array,
-        moving: jax.Array,
-    ) -> jax.Array:
-        """Return the same; what is flat is so beside the range of the whole images."""
-        return self._loss(pred, target, mask, fixed=fixed, moving=moving)
-
-    def _loss(
-        self,
-        pred: jax.Array,
-        target: jax.Array,
-        mask: jax.Array | None,
-        *,
-        fixed: jax.Array,
-        moving: jax.Array,
-    ) -> jax.Array:
+        Windows that are flat in both images are alike: they tell nothing, and if they counted as
+        unlike, spreading the rim of an object over its empty surroundings would pay.
+        """
         # The unit of the intensities does not matter so: to the default of `smooth_dr`, which suits
         # intensities that spread by about 1, a map of diffusivities in mm²/s would be flat. What is
         # flat as far as float32 can tell counts as such in any case.
-        size, radius = self.kernel_size, self.kernel_size // 2
-        weight = _window_weights(_varies(pred, moving) | _varies(target, fixed), mask, radius)
-        return lncc_loss(pred, target, kernel_size=size, smooth_dr=1e-18, both_flat=1, mask=weight)
+        size = self.kernel_size
+        return lncc_loss(pred, target, kernel_size=size, smooth_dr=1e-18, both_flat=1, mask=mask)
+
+    @property
+    def reach(self) -> int:
+        """Half of a window: it counts if all that it spans is data."""
+        return self.kernel_size // 2
+
+    def content(
+        self, pred: jax.Array, target: jax.Array, *, fixed: jax.Array, moving: jax.Array
+    ) -> jax.Array:
+        """Return what is less than two windows away from where either image varies."""
+        varies = (_varies(pred, moving) | _varies(target, fixed)).any(axis=1, keepdims=True)
+        for axis in range(2, varies.ndim):
+            varies = _any_within(varies, axis, 2 * self.kernel_size, beyond=False)
+        return varies.astype(pred.dtype)
 
     def scale(self, fixed: jax.Array, moving: jax.Array) -> jax.Array:
         """Return 1."""
@@ -296,29 +322,6 @@ def _varies(image: jax.Array, whole: jax.Array) -> jax.Array:
     return high - low > _FLAT * jax.lax.stop_gradient(width)
 
 
-def _window_weights(varies: jax.Array, mask: jax.Array | None, radius: int) -> jax.Array:
-    """Return what the windows around the voxels count, ``(1, C, [Z,] Y, X)``.
-
-    A window counts as much as its middle, if all that it spans counts, and if it is not flat in
-    both images: of nothing there is no correlation, and if it counted as a bad one, spreading the
-    rim of an object over its empty surroundings would pay.
-    """
-    axes = range(2, varies.ndim)
-    for axis in axes:  # a window is flat if all cubes of neighbours are that it is made of
-        varies = _any_within(varies, axis, radius, radius - 1, beyond=False)
-    if mask is None:
-        return varies.astype(jnp.float32)
-    mask = jax.lax.stop_gradient(mask)
-    counts = mask > 0
-    for axis in axes:
-        # Of a thin volume the windows may reach out of it, lest none be left.
-        reach = min(radius, (mask.shape[axis] - 1) // 4)
-        counts = ~_any_within(~counts, axis, reach, reach, beyond=True)
-    # Where no window is covered as a whole, those count that are covered in part.
-    counts = counts | ~counts.any()
-    return mask * (counts & varies)
-
-
 def _next(array: jax.Array, axis: int) -> jax.Array:
     """Return the array shifted by a voxel; the last one is repeated."""
     size = array.shape[axis]
@@ -326,12 +329,12 @@ def _next(array: jax.Array, axis: int) -> jax.Array:
     return jnp.concatenate([jax.lax.slice_in_dim(array, 1, size, axis=axis), last], axis)
 
 
-def _any_within(array: jax.Array, axis: int, before: int, after: int, *, beyond: bool) -> jax.Array:
-    """Return whether anything so far before to so far after each voxel is true."""
+def _any_within(array: jax.Array, axis: int, reach: int, *, beyond: bool) -> jax.Array:
+    """Return whether anything along an axis is true so far around each voxel."""
     pads = [(0, 0)] * array.ndim
-    pads[axis] = (before, after)
+    pads[axis] = (reach, reach)
     padded = jnp.pad(array, pads, constant_values=beyond)
-    size, width = array.shape[axis], before + after + 1
+    size, width = array.shape[axis], 2 * reach + 1
     spanned = 1
     while spanned < width:  # of so many voxels each holds whether any is true
         step = min(spanned, width - spanned)
@@ -341,6 +344,22 @@ def _any_within(array: jax.Array, axis: int, before: int, after: int, *, beyond:
         )
         spanned += step
     return jax.lax.slice_in_dim(padded, 0, size, axis=axis)
+
+
+def shrunk(mask: jax.Array, reach: int) -> jax.Array:
+    """Return a mask without the voxels that lie up to ``reach`` voxels from what it leaves out.
+
+    Parameters
+    ----------
+    mask
+        ``(1, 1, [Z,] Y, X)``, at least 0. Beyond the grid nothing is left out.
+    reach
+        In voxels.
+    """
+    leaves_out = mask <= 0
+    for axis in range(2, mask.ndim):
+        leaves_out = _any_within(leaves_out, axis, reach, beyond=False)
+    return jnp.where(leaves_out, 0, mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,6 +377,8 @@ class MI(Metric):
         For another number of bins.
     """
 
+    has_gradient_of_mask: ClassVar[bool] = False
+
     num_bins: int = 32
 
     def __post_init__(self) -> None:
@@ -366,8 +387,7 @@ class MI(Metric):
 
     def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Return minus the mutual information, the mean over the channels."""
-        weight = None if mask is None else jax.lax.stop_gradient(mask)
-        return mutual_information_loss(pred, target, num_bins=self.num_bins, mask=weight)
+        return mutual_information_loss(pred, target, num_bins=self.num_bins, mask=mask)
 
     def loss_of_level(
         self,
@@ -393,7 +413,7 @@ class MI(Metric):
                 target[:, c : c + 1],
                 num_bins=self.num_bins,
                 value_range=(extremes(moving[:, c]), extremes(fixed[:, c])),
-                mask=jax.lax.stop_gradient(mask),
+                mask=mask,
             )
             for c in range(pred.shape[1])
         ]

@@ -71,7 +71,8 @@ class Moments(Stage):
         self, problem: Problem, alignment: Alignment, callback: Callback | None = None
     ) -> tuple[Alignment, tuple[Trace, ...]]:
         """Return the best alignment; its trace has the losses at the start and at the end."""
-        matrix, losses = _best(self.for_scale(self.scale), problem.level(self.scale, alignment))
+        stage = self.for_scale(self.scale)
+        matrix, losses = _best(stage, problem.level(self.scale, alignment, stage.metric))
         if callback is not None:
             callback(Progress(self.name, self.scale, 1, 1, losses))
         trace = Trace(losses, jnp.asarray(2, jnp.int32), jnp.ones((), jnp.bool))
@@ -107,7 +108,7 @@ def _best(stage: Moments, level: Level) -> tuple[jax.Array, jax.Array]:
 
     def evaluate(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
         moved = level.moved(matrix, level.displacement)
-        weight = moved.weight * target.weight
+        weight = level.weight(moved, target)
         loss = stage.metric.loss_of_level(
             moved.image, target.image, weight, fixed=level.fixed, moving=level.moving
         )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxreg import compose, gaussian_smooth, interpolate
 from jaxreg.registration.stages.coverage import coverage, margins
 from jaxreg.registration.stages.intensities import Clip, clipped
+from jaxreg.registration.stages.metrics import Metric, shrunk
 from jaxreg.registration.stages.pyramid import downsample, level_shape, resize_field
 
 __all__ = ["Alignment", "Level", "Problem", "Weighted", "charged", "matmul"]
@@ -94,6 +95,10 @@ class Level(NamedTuple):
     fixed_margin: jax.Array
     moving_margin: jax.Array
     """Voxels at the ends of the axes that are not data, ``(D,)``; see `margins`."""
+    reach: jax.Array
+    """How many voxels around one have to be data, too, for it to count; a scalar."""
+    content: jax.Array | None
+    """Where there is anything to compare; see `Metric.content`."""
     overlap: jax.Array
     """The sum of the weights at the alignment, a scalar: how many voxels count, of this grid."""
 
@@ -170,8 +175,13 @@ class Level(NamedTuple):
                 padding_mode="border",
             )
 
-        weight = coverage(image.shape[2:], self.shape, margin, affine, displacement)
+        weight = coverage(image.shape[2:], self.shape, margin, affine, displacement, self.reach)
         return Weighted(sample(image), weight if mask is None else weight * sample(mask))
+
+    def weight(self, one: Weighted, other: Weighted) -> jax.Array:
+        """Return what the voxels of two images on the fixed grid count together."""
+        weight = one.weight * other.weight
+        return weight if self.content is None else weight * self.content
 
 
 def charged(loss: jax.Array, overlap: jax.Array, reference: jax.Array) -> jax.Array:
@@ -191,10 +201,51 @@ def charged(loss: jax.Array, overlap: jax.Array, reference: jax.Array) -> jax.Ar
     return jnp.where(loss < 0, loss * kept, loss / jnp.maximum(kept, 1e-3))
 
 
-@jax.jit
-def _overlap(level: Level) -> jax.Array:
-    moved = level.moved(level.matrix, level.displacement)
-    return (moved.weight * level.target().weight).sum()
+class _Attention(NamedTuple):
+    """What a metric looks at of a level: these fields of it."""
+
+    fixed_mask: jax.Array | None
+    moving_mask: jax.Array | None
+    reach: jax.Array
+    content: jax.Array | None
+    overlap: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames="metric")
+def _attention(level: Level, metric: Metric | None) -> _Attention:
+    def overlap(level: Level) -> jax.Array:
+        total: jax.Array = level.weight(
+            level.moved(level.matrix, level.displacement), level.target()
+        ).sum()
+        return total
+
+    if metric is not None and metric.reach > 0:
+
+        def narrowed(mask: jax.Array | None) -> jax.Array | None:
+            return None if mask is None else shrunk(mask, metric.reach)
+
+        wide = level._replace(
+            fixed_mask=narrowed(level.fixed_mask),
+            moving_mask=narrowed(level.moving_mask),
+            reach=jnp.full((), metric.reach, jnp.float32),
+        )
+        # Where hardly any surroundings are covered as a whole, those count that are in part.
+        enough = overlap(wide) >= 0.25 * overlap(level)
+        chosen = (
+            jax.tree.map(functools.partial(jnp.where, enough), one, other)
+            for one, other in zip(_looked_at(wide), _looked_at(level), strict=True)
+        )
+        fixed_mask, moving_mask, reach = chosen
+        level = level._replace(fixed_mask=fixed_mask, moving_mask=moving_mask, reach=reach)
+    if metric is not None:
+        moved = level.moved(level.matrix, level.displacement).image
+        content = metric.content(moved, level.fixed, fixed=level.fixed, moving=level.moving)
+        level = level._replace(content=content)
+    return _Attention(*_looked_at(level), level.content, overlap(level))
+
+
+def _looked_at(level: Level) -> tuple[jax.Array | None, jax.Array | None, jax.Array]:
+    return level.fixed_mask, level.moving_mask, level.reach
 
 
 _Images = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
@@ -246,8 +297,11 @@ class Problem:
         """Return the alignment that trusts the places of the images: the identity."""
         return Alignment(jnp.eye(len(self.shape) + 1, dtype=jnp.float32))
 
-    def level(self, scale: float, alignment: Alignment) -> Level:
-        """Return the images at a scale; stages that ask for the same one share them."""
+    def level(self, scale: float, alignment: Alignment, metric: Metric | None = None) -> Level:
+        """Return the images at a scale; stages that ask for the same one share them.
+
+        With a metric, the voxels count that it can judge.
+        """
         shape = level_shape(self.shape, scale)
         if scale not in self._pyramids:
             other = level_shape(self._moving.shape[2:], max(scale * self._moving_ratio, 1.0))
@@ -257,13 +311,19 @@ class Problem:
                 _continued(downsample(self._moving, other), masks[1]),
                 *masks,
             )
-        return self._level(self._pyramids[scale], shape, alignment)
+        return self._level(self._pyramids[scale], shape, alignment, metric)
 
     def whole(self, alignment: Alignment) -> Level:
         """Return the images as they are."""
-        return self._level((self._fixed, self._moving, *self._masks), self.shape, alignment)
+        return self._level((self._fixed, self._moving, *self._masks), self.shape, alignment, None)
 
-    def _level(self, images: _Images, shape: tuple[int, ...], alignment: Alignment) -> Level:
+    def _level(
+        self,
+        images: _Images,
+        shape: tuple[int, ...],
+        alignment: Alignment,
+        metric: Metric | None,
+    ) -> Level:
         displacement = alignment.displacement
         level = Level(
             *images,
@@ -273,9 +333,12 @@ class Problem:
             None if displacement is None else resize_field(displacement, shape),
             margins(self._fixed.shape[2:], images[0].shape[2:]),
             margins(self._moving.shape[2:], images[1].shape[2:]),
-            jnp.zeros((), jnp.float32),
+            reach=jnp.zeros((), jnp.float32),
+            content=None,
+            overlap=jnp.zeros((), jnp.float32),
         )
-        return level._replace(overlap=_overlap(level))
+        attention = _attention(level, metric)
+        return level._replace(**attention._asdict())
 
 
 @jax.jit
