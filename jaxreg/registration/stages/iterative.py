@@ -237,7 +237,8 @@ def _advance(stage: Iterative, level: Level, state: State, trace: Trace) -> _Car
     # copy in each of them. The block before was tested, too: the losses had fallen until this one.
     # A small rise is no reason to undo it: what looks alike on this level goes on to a finer one.
     bearable = block[0] + 0.1 * jnp.maximum(losses[0] - block[0], 0)
-    undone = converged & ~(block[-1] <= bearable)  # a NaN is not bearable, either
+    rose = ~(block[-1] <= bearable) if stage.stops_when_worse else jnp.isnan(block[-1])
+    undone = converged & rose  # a NaN is not bearable, either
     found = jax.tree.map(functools.partial(jnp.where, undone), start, state.found)
     # The next level must not go on with moments that have led astray.
     moments = jax.tree.map(lambda x: jnp.where(undone, jnp.zeros_like(x), x), state.moments)
@@ -253,8 +254,9 @@ def _converged(stage: Iterative, losses: jax.Array, ran: jax.Array) -> jax.Array
     recent = jax.lax.dynamic_slice(losses, (ran - window,), (window,))
     time = jnp.arange(window, dtype=jnp.float32) - (window - 1) / 2
     slope = (time * recent).sum() / (time**2).sum()
-    falls = -slope * window >= stage.tolerance * jnp.abs(losses).max()
-    return ~falls
+    # A stage that returns to its start in the end may well find a way down after a way up.
+    change = -slope if stage.stops_when_worse else jnp.abs(slope)
+    return ~(change * window >= stage.tolerance * jnp.abs(losses).max())
 
 
 def _run_level(stage: Iterative, level: Level, state: State, trace: Trace) -> _Carry:
