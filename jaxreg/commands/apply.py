@@ -12,8 +12,15 @@ import typer
 
 from jaxreg.commands import devices
 from jaxreg.commands.devices import Device
-from jaxreg.commands.inputs import naming, read_chain, refuse_overwriting
-from jaxreg.registration import resample
+from jaxreg.commands.inputs import (
+    format_values,
+    naming,
+    parse_outside,
+    read_chain,
+    refuse_overwriting,
+)
+from jaxreg.registration import outside_values, resample
+from jaxreg.registration.transforms import resampling
 from regkernels import read_volume, write_volume
 from regkernels.files.images import check_image_grid, check_image_name, read_grid
 
@@ -59,6 +66,15 @@ def apply(
     interpolation: Annotated[
         Interpolation, typer.Option(help="Between voxels; for labels rather say --labels.")
     ] = Interpolation.LINEAR,
+    outside: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VALUE",
+            help="What is outside of IMAGE: a number, one for each channel with commas between "
+            "them, or background, its own background where that is clear, else 0. By default "
+            "background; with --labels 0.",
+        ),
+    ] = None,
     device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,
 ) -> None:
     """Resample IMAGE onto the grid of a reference, through any number of transforms.
@@ -66,9 +82,10 @@ def apply(
     For example, after `jaxreg register fixed.nii.gz moving.nii.gz -o out`:
     jaxreg apply moving.nii.gz -r fixed.nii.gz -t out/warp.nii.gz -t out/affine.tfm -o moved.nii.gz
 
-    Beyond IMAGE there is 0. Labels and nearest neighbours keep the type of the voxels, linear
-    interpolation writes float32.
+    Labels and nearest neighbours keep the type of the voxels, linear interpolation writes float32.
+    What is taken to be outside of IMAGE is printed, unless it is 0.
     """
+    around = parse_outside(outside)
     if labels and interpolation is not Interpolation.LINEAR:
         raise ValueError(f"--labels: expected no --interpolation beside it, got {interpolation}")
     texts = transform or []
@@ -91,7 +108,11 @@ def apply(
         check_image_grid(grid, output, volume.channels)
     with jax.default_device(devices.find(device)):
         parts = read_chain("--transform", texts, volume.ndim)
+        kind: resampling.Interpolation = "labels" if labels else interpolation.value
+        values = outside_values(volume, around, kind)
         with naming("IMAGE"):
-            moved = resample(volume, grid, parts, "labels" if labels else interpolation.value)
+            moved = resample(volume, grid, parts, kind, values)
     with naming("--output"):
         write_volume(moved, output)
+    if values.any():
+        print(f"Outside of IMAGE is {format_values(values)}.")

@@ -7,15 +7,27 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxreg.registration import invert_part
+from jaxreg.registration.intensities import Clip, check_clip
+from jaxreg.registration.transforms.resampling import Outside
 from jaxreg.warp import INVERSE_TOLERANCE
 from regkernels import read_transform
 from regkernels.maps import Part
 
-__all__ = ["inverted", "naming", "read_chain", "refuse_overwriting"]
+__all__ = [
+    "format_values",
+    "inverted",
+    "naming",
+    "parse_clip",
+    "parse_outside",
+    "read_chain",
+    "refuse_overwriting",
+]
 
 _INVERSE = ":inverse"
 
@@ -79,6 +91,46 @@ def inverted(parts: Sequence[Part], name: str) -> tuple[Part, ...]:
             )
         result.append(inverse)
     return tuple(result)
+
+
+def parse_outside(text: str | None) -> Outside:
+    """Return what is outside of an image, of a word or of numbers with commas between them."""
+    if text is None or text == "background":
+        return None if text is None else "background"
+    numbers = _numbers(text)
+    if numbers is None:
+        raise ValueError(
+            f"outside: expected background, or a number for all channels or for each, got {text!r}"
+        )
+    return numbers
+
+
+def format_values(values: NDArray[Any]) -> str:
+    """Write the values of all channels, as `parse_outside` takes them."""
+    return ",".join(
+        str(value) if isinstance(value, int) else f"{value:g}" for value in values.tolist()
+    )
+
+
+def parse_clip(text: str) -> Clip:
+    """Return which intensities are clipped, of a word or of two numbers."""
+    if text in ("none", "outliers"):
+        return None if text == "none" else "outliers"
+    try:
+        return check_clip(_numbers(text) or ())
+    except ValueError:
+        raise ValueError(
+            "clip: expected outliers, none, or two quantiles from 0 to 1 such as 0.005,0.995, got "
+            f"{text!r}"
+        ) from None
+
+
+def _numbers(text: str) -> tuple[float, ...] | None:
+    try:
+        # Integers stay exact: a label may have more digits than a float.
+        return tuple(int(t) if re.fullmatch(r"[+-]?\d+", t) else float(t) for t in text.split(","))
+    except ValueError:
+        return None
 
 
 def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[tuple[str, Path | str]]) -> None:

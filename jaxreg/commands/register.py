@@ -18,10 +18,24 @@ from rich.table import Table
 from jaxreg.commands import devices
 from jaxreg.commands.compilation import keep_compiled
 from jaxreg.commands.devices import Device
-from jaxreg.commands.inputs import naming, read_chain, refuse_overwriting
+from jaxreg.commands.inputs import (
+    format_values,
+    naming,
+    parse_clip,
+    parse_outside,
+    read_chain,
+    refuse_overwriting,
+)
 from jaxreg.commands.progress_bars import register_watched
 from jaxreg.commands.timing import Stopwatch, fact_table
-from jaxreg.registration import Registration, Stage, Transform, preset, stage_from_name
+from jaxreg.registration import (
+    Registration,
+    Stage,
+    Transform,
+    outside_values,
+    preset,
+    stage_from_name,
+)
 from jaxreg.registration.report.page import write_report
 from jaxreg.registration.stages.metrics import MetricName
 from jaxreg.warp import INVERSE_TOLERANCE
@@ -105,6 +119,24 @@ def register(
             "`jaxreg apply -t`.",
         ),
     ] = None,
+    clip: Annotated[
+        str,
+        typer.Option(
+            metavar="LOW,HIGH",
+            help="Which intensities the metrics see. outliers: a few that are far from all others "
+            "are brought nearer. Two quantiles such as 0.005,0.995: those beyond are moved there. "
+            "none: all as they are.",
+        ),
+    ] = "outliers",
+    outside: Annotated[
+        str,
+        typer.Option(
+            metavar="VALUE",
+            help=f"What is outside of the images in {_MOVED} and {_FIXED_MOVED}: a number, one for "
+            "each channel with commas between them, or background, the own background of each "
+            "where that is clear, else 0.",
+        ),
+    ] = "background",
     device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,
     report: Annotated[
         bool,
@@ -128,6 +160,7 @@ def register(
     losses.
     """
     stopwatch = Stopwatch()
+    clipping, around = parse_clip(clip), parse_outside(outside)
     given = [("--initial", text) for text in initial or []]
     files = (
         ("FIXED", fixed),
@@ -161,20 +194,33 @@ def register(
             fixed_mask=volumes.get("--fixed-mask"),
             moving_mask=volumes.get("--moving-mask"),
             initial=Transform.from_parts(image.grid, parts).with_inverse() if parts else None,
+            clip=clipping,
+            outside=around,
         )
         _write(result, folder)
         facts = {**describe(), "device": devices.describe(target)}
         inputs = {name: str(path) for name, path in read} | {"--initial": initial or []}
-        record = json.dumps(_record(result, inputs, facts), indent=2)
+        beyond = {
+            name: outside_values(volume, result.outside)
+            for name, volume in ((_MOVED, result.moving), (_FIXED_MOVED, result.fixed))
+        }
+        settings = {"clip": clipping, "outside": {n: v.tolist() for n, v in beyond.items()}}
+        record = json.dumps(_record(result, inputs, facts) | settings, indent=2)
         (folder / _RECORD).write_text(f"{record}\n")
         if report:
             title = f"{moving.name} registered to {fixed.name}"
             told = {name: str(path) for name, path in read}
             told |= {"--initial": " ".join(initial)} if initial else {}
+            told |= {"--clip": clip}
+            told |= {f"Outside of the image in {n}": format_values(v) for n, v in beyond.items()}
             tables = {"Inputs": told, "Versions": facts}
             write_report(result, folder / _REPORT, title=title, tables=tables)
         written = sorted(path.name for path in folder.iterdir())
     console.print(_summary(result, stopwatch, target))
+    for name, values in beyond.items():
+        if values.any():
+            text = f"Outside of the image in {name} is {format_values(values)}."
+            console.print(text, highlight=False, soft_wrap=True, markup=False)
     for name in written:
         console.print(output / name, highlight=False, soft_wrap=True, markup=False)
 

@@ -51,7 +51,7 @@ from jaxreg.registration.stages.pyramid import downsample, level_shape, resize_f
 from jaxreg.registration.stages.svf import SVF
 from jaxreg.registration.stages.syn import SyN
 from jaxreg.registration.transforms.parts import invert_part
-from jaxreg.registration.transforms.resampling import resample
+from jaxreg.registration.transforms.resampling import outside_values, resample
 from jaxreg.registration.transforms.transform import Transform
 
 __all__ = [
@@ -91,6 +91,7 @@ __all__ = [
     "mse_loss",
     "ncc",
     "ncc_loss",
+    "outside_values",
     "preset",
     "register",
     "register_images",

@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import compose, jacobian_determinant
+from jaxreg.registration.intensities import Clip
 from jaxreg.registration.progress import Callback
 from jaxreg.registration.register_images import check_stages, make_problem
 from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.presets import preset
 from jaxreg.registration.stages.problem import Alignment
 from jaxreg.registration.stages.pyramid import level_shape
+from jaxreg.registration.transforms.resampling import Outside, outside_values
 from jaxreg.registration.transforms.transform import Transform
 from jaxreg.warp import INVERSE_TOLERANCE
 from regkernels import Volume
@@ -123,22 +125,25 @@ class Registration:
         Takes points of the fixed space to the moving space.
     stages
         One record for each stage that ran, in their order.
+    outside
+        What is outside of either volume where it is moved; see `outside_values`.
     """
 
     fixed: Volume
     moving: Volume
     transform: Transform
     stages: tuple[StageRecord, ...]
+    outside: Outside = "background"
 
     @functools.cached_property
     def moved(self) -> Volume:
-        """The moving volume on the fixed grid, linearly interpolated; 0 outside of its own."""
-        return self.transform.apply(self.moving)
+        """The moving volume on the fixed grid, linearly interpolated."""
+        return self.transform.apply(self.moving, outside=self.outside)
 
     @functools.cached_property
     def fixed_moved(self) -> Volume:
-        """The fixed volume on the moving grid, through the inverse; 0 outside of its own."""
-        return self.transform.apply_inverse(self.fixed, self.moving)
+        """The fixed volume on the moving grid, through the inverse."""
+        return self.transform.apply_inverse(self.fixed, self.moving, outside=self.outside)
 
     @functools.cached_property
     def jacobian(self) -> NDArray[np.float32]:
@@ -180,6 +185,8 @@ def register(
     fixed_mask: Volume | None = None,
     moving_mask: Volume | None = None,
     initial: ArrayLike | Transform | None = None,
+    clip: Clip = "outliers",
+    outside: Outside = "background",
     callback: Callback | None = None,
 ) -> Registration:
     """Register a moving volume to a fixed one.
@@ -191,7 +198,7 @@ def register(
     ----------
     fixed, moving
         Volumes that may differ in size, spacing, origin and direction, of the same dimension and
-        with the same channels. Outside of its grid the moving volume is 0.
+        with the same channels. Where one of them has no data, nothing is compared.
     stages
         What to run, one after the other; each goes on from where the one before has come to. By
         default the preset ``"default"`` for the device; see `preset`.
@@ -201,6 +208,15 @@ def register(
     initial
         Where to start: ``(D + 1, D + 1)``, physical fixed -> physical moving, millimetres, or a
         transform, whose grid may be another one. By default the headers are trusted.
+    clip
+        Which intensities the metrics see. ``"outliers"``: those further from nearly all others (all
+        but one in ten thousand at either end, or eight) than twice the range of these are brought
+        to that distance, so that a few hot voxels spoil nothing; few images have any. Two numbers
+        from 0 to 1: the quantiles, of each channel, that bound them. `None`: all as they are.
+    outside
+        What is outside of the volumes in `Registration.moved` and `Registration.fixed_moved`: a
+        number, one for each channel, or ``"background"``, for each volume its own background where
+        that is clear, else 0; see `outside_values`.
     callback
         Called with a `Progress` after each block of iterations.
 
@@ -216,11 +232,12 @@ def register(
         by less than metrics can tell, 1e-7, in all (of a constant image nothing moves); for a mask
         of another grid, with several channels, with a negative weight or without a positive one;
         for a matrix that cannot be inverted; if, after the stages, the moving image
-        covers no voxel of the fixed one that counts: then there was nothing to compare; or if a
-        metric or its gradient is not finite.
+        covers no voxel of the fixed one that counts: then there was nothing to compare; if a
+        metric or its gradient is not finite; or for a `clip` or `outside` that does not fit.
     TypeError
-        If there is something else among the stages, if a volume or a mask is none, or if `initial`
-        is neither numbers nor a transform.
+        If there is something else among the stages, if a volume or a mask is none, if `initial`
+        is neither numbers nor a transform, or if `outside` is neither numbers nor
+        ``"background"``.
     """
     _check_volumes(fixed=fixed, moving=moving)
     masks = {"fixed_mask": fixed_mask, "moving_mask": moving_mask}
@@ -236,6 +253,8 @@ def register(
         )
     stages = check_stages(stages)
     _check_intensities(fixed, moving)
+    if not isinstance(outside, str) or outside != "background":
+        outside_values(fixed, outside)
     # About the middle of the fixed grid float32 holds coordinates to a fraction of a micrometre.
     centre = np.eye(fixed.grid.ndim + 1)
     centre[:-1, -1] = fixed.grid.centre()
@@ -247,6 +266,7 @@ def register(
         fixed_to_physical=np.linalg.solve(centre, fixed.grid.normalised_to_physical()),
         moving_to_physical=np.linalg.solve(centre, moving.grid.normalised_to_physical()),
         moving_ratio=_moving_ratio(fixed.grid, moving.grid),
+        clip=clip,
     )
     matrix, *fields = _initial(initial, fixed.grid)
     start = _float32(np.linalg.solve(centre, matrix @ centre))
@@ -281,7 +301,7 @@ def register(
     transform = Transform(
         fixed.grid, matrix, alignment.displacement, alignment.inverse_displacement
     )
-    return Registration(fixed, moving, transform, tuple(records))
+    return Registration(fixed, moving, transform, tuple(records), outside)
 
 
 def _check_volumes(**volumes: object) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxreg.registration.intensities import Clip, check_clip
 from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.problem import Alignment, Problem
 from regkernels.grid import normalised_to_voxel
@@ -43,6 +44,7 @@ def register_images(
     moving_to_physical: ArrayLike | None = None,
     initial: Alignment | None = None,
     moving_ratio: float = 1.0,
+    clip: Clip = "outliers",
 ) -> ArrayRegistration:
     """Register one array to another; for ``jax.jit``, and for ``jax.vmap`` over pairs.
 
@@ -64,6 +66,8 @@ def register_images(
     moving_ratio
         How many times wider the voxels of the fixed grid are than those of the moving one. The
         moving image is made coarser by as much more, or less, than the fixed one.
+    clip
+        Which intensities the metrics see; see `register`.
 
     Returns
     -------
@@ -73,7 +77,7 @@ def register_images(
     Raises
     ------
     ValueError
-        If the arrays do not fit together.
+        If the arrays do not fit together, or for a `clip` that does not say what is clipped.
     TypeError
         If there is something else among the stages.
 
@@ -91,6 +95,7 @@ def register_images(
         fixed_to_physical=fixed_to_physical,
         moving_to_physical=moving_to_physical,
         moving_ratio=moving_ratio,
+        clip=clip,
     )
     alignment = problem.start()
     if initial is not None:
@@ -120,8 +125,10 @@ def make_problem(
     fixed_to_physical: ArrayLike | None,
     moving_to_physical: ArrayLike | None,
     moving_ratio: float,
+    clip: Clip,
 ) -> Problem:
     """Check the operands of `register_images` and put them together."""
+    clip = check_clip(clip)
     target, source = _image("fixed", fixed), _image("moving", moving)
     if source.ndim != target.ndim:
         raise ValueError(
@@ -139,6 +146,7 @@ def make_problem(
         _geometry("fixed_to_physical", fixed_to_physical, target),
         _geometry("moving_to_physical", moving_to_physical, source),
         moving_ratio,
+        clip,
     )
 
 

@@ -170,6 +170,8 @@ def test_the_record_tells_settings_versions_and_losses(pair: Path, registered: P
     assert residual["share"] == 0
     assert 0 < residual["mean"] < residual["maximum"] < 0.011
     assert {"jax", "python", "device"} <= set(record["versions"])
+    assert record["clip"] == "outliers"
+    assert list(record["outside"]) == ["moved.nii.gz", "fixed_moved.nii.gz"]
 
 
 def test_the_report_is_one_file_with_everything(pair: Path, registered: Path) -> None:
@@ -323,6 +325,72 @@ def test_apply_keeps_the_type_and_the_value_of_any_label(tmp_path: Path, dtype: 
         np.testing.assert_array_equal(kept, labels)
 
 
+@pytest.fixture
+def ct(tmp_path: Path) -> Path:
+    """A folder with two CTs in air at -1024, a transform that leads beyond them, and labels."""
+    volume = header((30, 32), (2.5, 2.5))
+    points = physical_grid(volume)
+    for name, p in (("fixed", points), ("moving", points + 4)):
+        image = np.where(scene(p) > 0.4, 1000 * scene(p) - 500, -1024).astype(np.int16)
+        write_volume(volume.with_array(image), tmp_path / f"{name}.nii.gz")
+    write_volume(volume.with_array((image > 0).astype(np.uint8)), tmp_path / "labels.nii.gz")
+    write_affine(rotation(0, (40, 0)), tmp_path / "away.tfm")
+    return tmp_path
+
+
+def test_register_says_what_is_outside_and_what_is_clipped(
+    ct: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["register", ct / "fixed.nii.gz", ct / "moving.nii.gz", "--stages", "translation"]
+    start = ["--initial", ct / "away.tfm", "-o", ct / "out"]
+
+    def outside(*options: object) -> tuple[Any, np.ndarray, np.ndarray, str]:
+        assert run(*command, *start, *options) == 0
+        record = json.loads((ct / "out" / "registration.json").read_text())
+        moved = read_volume(ct / "out" / "moved.nii.gz").array
+        fixed_moved = read_volume(ct / "out" / "fixed_moved.nii.gz").array
+        return record, moved, fixed_moved, capsys.readouterr().out
+
+    record, moved, fixed_moved, told = outside()
+    assert (moved.min(), fixed_moved.min()) == (-1024, -1024)
+    assert record["outside"] == {"moved.nii.gz": [-1024], "fixed_moved.nii.gz": [-1024]}
+    for name in ("moved", "fixed_moved"):
+        assert f"Outside of the image in {name}.nii.gz is -1024.\n" in told
+    record, moved, _, told = outside("--outside", "-3000", "--clip", "0.01,0.99")
+    assert moved.min() == -3000
+    assert record["outside"]["moved.nii.gz"] == [-3000]
+    assert record["clip"] == [0.01, 0.99]
+    record, moved, fixed_moved, told = outside("--outside", 0, "--clip", "none")
+    assert record["outside"] == {"moved.nii.gz": [0], "fixed_moved.nii.gz": [0]}
+    assert record["clip"] is None
+    assert "Outside" not in told
+
+
+def test_apply_says_what_is_outside(ct: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ct / "out.nii.gz"
+
+    def applied(name: str, *options: object) -> tuple[np.ndarray, str]:
+        reference = ["-r", ct / "fixed.nii.gz", "-t", ct / "away.tfm", "-o", out]
+        assert run("apply", ct / f"{name}.nii.gz", *reference, *options) == 0
+        return read_volume(out).array, capsys.readouterr().out
+
+    for options, dtype in (((), np.float32), (("--interpolation", "nearest"), np.int16)):
+        moved, told = applied("moving", *options)
+        assert moved.dtype == dtype
+        assert (moved[:, -10:] == -1024).all()
+        assert told == "Outside of IMAGE is -1024.\n"
+        moved, told = applied("moving", *options, "--outside=-7")
+        assert (moved[:, -10:] == -7).all()
+        assert told == "Outside of IMAGE is -7.\n"
+    for options in ((), ("--labels",), ("--interpolation", "nearest")):
+        moved, told = applied("labels", *options)
+        assert (moved[:, -10:] == 0).all()
+        assert told == ""
+    moved, _ = applied("labels", "--labels", "--outside", 5)
+    assert moved.dtype == np.uint8
+    assert (moved[:, -10:] == 5).all()
+
+
 def test_apply_takes_a_transform_that_simpleitk_made(pair: Path, tmp_path: Path) -> None:
     fixed = sitk.ReadImage(str(pair / "fixed.nii.gz"))
     moving = sitk.ReadImage(str(pair / "moving.mha"), sitk.sitkFloat32)
@@ -469,6 +537,11 @@ APPLY = "apply moving.mha -r fixed.nii.gz -o out.nrrd"
         (f"{REGISTER} -o out --stages=", "--stages: stage: expected one of moments"),
         (f"{REGISTER} -o out --metric magic", "error: --metric: expected one of"),
         (f"{REGISTER} -o out --preset magic", "--preset"),
+        (f"{REGISTER} -o out --clip magic", "error: --clip: expected outliers, none, or two"),
+        (f"{REGISTER} -o out --clip .9,.1", "error: --clip: expected outliers, none, or two"),
+        (f"{REGISTER} -o out --outside air", "error: --outside: expected background, or a number"),
+        (f"{REGISTER} -o out --outside 1,2", "error: --outside: expected 1 number"),
+        (f"{REGISTER} -o out --outside nan", "error: --outside: expected a finite number"),
         (f"{REGISTER} -o out --device abacus", "--device"),
         (f"{REGISTER} -o out --initial text.tfm", "--initial: text.tfm: not a transform"),
         (f"{REGISTER} -o out --initial space.tfm", "space.tfm: expected a 2-D transform, got 3"),
@@ -486,6 +559,12 @@ APPLY = "apply moving.mha -r fixed.nii.gz -o out.nrrd"
         (f"{APPLY} -t fixed.nii.gz", "--transform: fixed.nii.gz: expected displacements, 2"),
         (f"{APPLY} -r space.nrrd", "--reference: space.nrrd: expected a 2-D image, got 3-D"),
         (f"{APPLY} --interpolation magic", "--interpolation"),
+        (f"{APPLY} --outside air", "error: --outside: expected background, or a number for all"),
+        (f"{APPLY} --outside 1,2", "error: --outside: expected 1 number, or 1 as channels, got 2"),
+        (
+            f"{APPLY} --outside .5 --labels",
+            "error: --outside: expected an integer that int16 holds",
+        ),
         (f"{APPLY} --labels --interpolation nearest", "--labels: expected no --interpolation"),
         ("apply fixed.nii.gz -r moving.mha --labels -o out.nrrd", "IMAGE: fixed.nii.gz: expected"),
         (f"{APPLY} -o out.magic", "--output: out.magic: cannot write it: expected one of .nii, "),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from transforms import (
     waves,
 )
 
-from jaxreg.registration import Registration, Transform, resample
+from jaxreg.registration import Registration, Transform, outside_values, resample
 from regkernels import (
     DisplacementField,
     Grid,
@@ -187,6 +188,151 @@ def test_nearest_keeps_values_and_dtype_of_every_channel(dtype: type) -> None:
         )
         # A position halfway between two voxels may be rounded to either.
         assert (sitk.GetArrayFromImage(theirs) == one.array).mean() > 0.99
+
+
+def ball(background: float, shape: tuple[int, ...] = (18, 20), noise: float = 0) -> Volume:
+    """An object of 10 to 90 above the background, or below it, in the middle of a volume."""
+    index = np.indices(shape)
+    distance = sum((axis - (n - 1) / 2) ** 2 for axis, n in zip(index, shape, strict=True))
+    sign = 1 if background < 100 else -1
+    inside = background + sign * (50 + 40 * np.sin(index[-1] * 0.8 + index[0]))
+    rng = np.random.default_rng(0)
+    return Volume.create(
+        np.where(distance < 36, inside, background + noise * rng.normal(size=shape))
+    )
+
+
+def away(dim: int, shift: float = 9.25) -> np.ndarray:
+    """A shift along x by a part of a voxel, too."""
+    matrix = np.eye(dim + 1)
+    matrix[0, -1] = shift
+    return matrix
+
+
+@pytest.mark.parametrize("shape", [(18, 20), (18, 20, 22)])
+@pytest.mark.parametrize("background", [-1024, 0, 245])
+def test_outside_of_an_image_is_its_own_background(
+    background: float, shape: tuple[int, ...]
+) -> None:
+    image = ball(background, shape)
+    exact = image.with_array(np.round(image.array).astype(np.int16))
+    for moving, interpolation in ((image, "linear"), (exact, "linear"), (exact, "nearest")):
+        moved = resample(moving, moving, [away(len(shape))], interpolation).array
+        np.testing.assert_allclose(moved[..., -8:], background, atol=1e-4)
+    assert moved.dtype == np.int16
+    np.testing.assert_array_equal(outside_values(exact, interpolation="nearest"), [background])
+    transform = Transform(image.grid, away(len(shape)))
+    there, back = transform.apply(image), transform.apply_inverse(image, image)
+    np.testing.assert_allclose(there.array[..., -8:], background, atol=1e-4)
+    np.testing.assert_allclose(back.array[..., :8], background, atol=1e-4)
+
+
+def test_the_background_of_a_noisy_image_is_a_median_and_nearest_makes_up_no_value() -> None:
+    image = ball(-1000, noise=2)
+    (linear,), (nearest,) = outside_values(image), outside_values(image, interpolation="nearest")
+    assert abs(linear + 1000) < 0.5
+    assert nearest in image.array
+    steps = image.with_array(10 * np.round(image.array / 10).astype(np.int16))
+    steps.array[:, 0] = steps.array[:, -1] = -1010  # so that the median may lie between two values
+    moved = resample(steps, steps, [away(2)], "nearest").array
+    assert moved.dtype == np.int16
+    assert set(np.unique(moved)) <= set(np.unique(steps.array))
+
+
+def test_every_channel_has_a_background_of_its_own() -> None:
+    slide = ball(245)
+    channels = slide.with_array(np.stack([slide.array, slide.array - 40, ball(0).array]))
+    for interpolation in ("linear", "nearest"):
+        moved = resample(channels, channels, [away(2)], interpolation).array
+        for channel, background in zip(moved, (245, 205, 0), strict=True):
+            np.testing.assert_allclose(channel[:, -8:], background, atol=1e-4)
+    # A colour is not mixed of backgrounds and of zeros.
+    full = np.random.default_rng(0).uniform(0, 200, slide.shape)
+    unclear = channels.with_array(np.stack([slide.array, full]))
+    np.testing.assert_array_equal(outside_values(unclear), [0, 0])
+
+
+def test_where_no_background_is_clear_there_is_0_outside() -> None:
+    rng = np.random.default_rng(0)
+    image = ball(-1024)
+    brain = image.array > -1024
+    cut = brain[6:12, 7:13]  # a mask that reaches the border everywhere
+    cases = (
+        rng.uniform(50, 100, image.shape),
+        np.full(image.shape, 7.0),
+        ~brain,
+        (~brain).astype(np.float32),
+        cut,
+        np.where(brain, 2**31, 2**30),  # labels
+    )
+    for array in cases:
+        volume = Volume.create(array)
+        for interpolation in ("linear", "nearest"):
+            np.testing.assert_array_equal(outside_values(volume, None, interpolation), 0)
+            moved = resample(volume, volume, [away(2, volume.shape[1] + 1)], interpolation)
+            np.testing.assert_array_equal(moved.array, 0)
+
+
+def test_labels_have_0_outside_unless_another_label_is_asked_for() -> None:
+    labels = Volume.create(np.round(ball(245).array).astype(np.int16))
+    shift = [away(2)]
+    assert (resample(labels, labels, shift, "labels").array[:, -8:] == 0).all()
+    other = resample(labels, labels, shift, "labels", outside=-3).array
+    assert other.dtype == np.int16
+    assert (other[:, -8:] == -3).all()
+    assert (resample(labels, labels, shift, "labels", "background").array[:, -8:] == 245).all()
+    two = labels.with_array(np.stack([labels.array, labels.array + 1]))
+    assert [c[0, -1] for c in resample(two, two, shift, "labels", (4, 5)).array] == [4, 5]
+    large = labels.with_array(labels.array.astype(np.int64))
+    assert resample(large, large, shift, "labels", 2**60 + 1).array[0, -1] == 2**60 + 1
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_inside_of_an_image_the_outside_changes_no_bit(dim: int) -> None:
+    image, parts = volume(dim, turn=20.0), (affine(dim),)
+    np.testing.assert_array_equal(resample(image, image, (), outside=-1024).array, image.array)
+    where = inside(image, image, parts)
+    for interpolation in ("linear", "nearest"):
+        one, other = (
+            resample(image, image, parts, interpolation, outside=value).array
+            for value in (0, -1024)
+        )
+        np.testing.assert_array_equal(one[where], other[where])
+        assert not np.array_equal(one, other)
+
+
+def test_linear_interpolation_gets_to_what_is_outside_over_one_voxel() -> None:
+    image = Volume.create([[4.0, 2.0, 6.0], [4.0, 2.0, 6.0]])
+    wide = Volume.create(np.zeros((4, 8)), (0.5, 0.5), (0.5, -0.5))
+    found = resample(image, wide, outside=10).array
+    np.testing.assert_allclose(found[1], [3, 2, 4, 6, 8, 10, 10, 10])
+    np.testing.assert_allclose(found[0], [6.5, 6, 7, 8, 9, 10, 10, 10])  # half a voxel above
+    np.testing.assert_allclose(found[3], found[1])
+    channels = image.with_array(np.stack([image.array, -image.array]))
+    found = resample(channels, wide, outside=(10, 20)).array
+    np.testing.assert_allclose(found[:, 1, 3:], [[6, 8, 10, 10, 10], [-6, 7, 20, 20, 20]])
+
+
+@pytest.mark.parametrize(
+    ("outside", "options", "message"),
+    [
+        ("air", {}, "expected 'background' or numbers, got 'air'"),
+        (True, {}, "expected 'background' or numbers, got True"),
+        ([1, "2"], {}, "expected 'background' or numbers"),
+        ([1, 2, 3], {}, "expected 1 number, or 2 as channels, got 3"),
+        ((), {}, "expected 1 number, or 2 as channels, got 0"),
+        (np.nan, {}, "expected a finite number that float32 holds, got nan"),
+        (1e39, {}, "expected a finite number that float32 holds, got 1e.39"),
+        (10**400, {}, "expected a finite number that float32 holds, got 1000"),
+        (0.5, {"interpolation": "nearest"}, "expected an integer that int16 holds, got 0.5"),
+        (40000, {"interpolation": "nearest"}, "an integer that int16 holds, got 40000"),
+        (0.5, {"interpolation": "labels"}, "expected an integer that int16 holds, got 0.5"),
+    ],
+)
+def test_what_cannot_be_outside_is_refused(outside: Any, options: Any, message: str) -> None:
+    image = Volume.create(np.zeros((2, 4, 5), np.int16), (1, 1))
+    with pytest.raises((TypeError, ValueError), match=f"^outside: .*{message}"):
+        resample(image, image, outside=outside, **options)
 
 
 @pytest.mark.parametrize("dim", [2, 3])

@@ -555,7 +555,7 @@ def test_what_spoils_a_level_at_once_is_undone_however_short_the_blocks(
     stage = Scripted((1,), (40,), block=5, losses=(1.0, *np.linspace(2, 3, 39)))
     image = jnp.zeros((1, 16, 16))
     nothing = dict.fromkeys(
-        ("fixed_mask", "moving_mask", "fixed_to_physical", "moving_to_physical")
+        ("fixed_mask", "moving_mask", "fixed_to_physical", "moving_to_physical", "clip")
     )
     problem = make_problem(image, image, moving_ratio=1, **nothing)
     alignment, (trace,) = stage.run(problem, problem.start(), callback)

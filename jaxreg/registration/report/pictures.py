@@ -8,9 +8,11 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxreg.registration.intensities import background
 from jaxreg.registration.register import Registration, StageRecord
 from jaxreg.registration.transforms.resampling import resample
 from regkernels import Volume
@@ -43,7 +45,8 @@ def draw_slices(
     logarithm of the Jacobian determinant (the affine left out); differences and checkerboards
     before and after. Of volumes each panel has an axial, a coronal and a sagittal slice through
     the middle of the fixed one, radiological (the patient's right on the left), and everything is
-    true to scale in millimetres. Differences are taken after matching the moving image's gain and
+    true to scale in millimetres. Grey values span the background of an image and its object, of
+    which a hundredth is left out. Differences are taken after matching the moving image's gain and
     offset to the fixed image. Of several channels the mean is shown.
 
     Parameters
@@ -61,13 +64,16 @@ def draw_slices(
         13 inches wide.
     """
     view = View.of(result.fixed)
-    resampled = resample(result.moving, result.fixed)
-    fixed, before, moved = (view.scalar(v) for v in (result.fixed, resampled, result.moved))
-    fixed = _scaled(fixed, fixed)
+    resampled = resample(result.moving, result.fixed, outside=result.outside)
+    fixed = np.clip(_scaled(view.scalar(result.fixed)), 0, 1)
+    # What lies outside of the moving image does not change how bright it is shown.
+    window = _window(view.scalar(result.moving))
+    before, moved = (
+        np.clip(_scaled(view.scalar(v), window), 0, 1) for v in (resampled, result.moved)
+    )
     # Both get one gain and offset, or the differences before and after could not be compared.
     gain, offset = np.polyfit(moved.ravel(), fixed.ravel(), 1) if np.ptp(moved) else (1.0, 0.0)
     differences = [gain * image + offset - fixed for image in (before, moved)]
-    before, moved = _scaled(before, moved), _scaled(moved, moved)
     log_jacobian = np.log2(np.maximum(view.arrange(_in_space(result.jacobian)), 2.0**-8))
     slices = _middle_slices(fixed, view.spacing, result.fixed.ndim)
     length = max(abs(b - a) for cut in slices for a, b in (cut.window[:2], cut.window[2:]))
@@ -126,7 +132,7 @@ def draw_contours(
     """
     view = View.of(fixed)
     image, beneath = view.scalar(fixed), view.scalar(reference)
-    image = _scaled(image, image)
+    image = _scaled(image)
     slices = _middle_slices(image, view.spacing, fixed.ndim)
     gray: dict[str, Any] = {"cmap": _colours(BACKGROUND, "white"), "vmin": 0, "vmax": 1.4}
     panels = _Panels(slices, title, subtitle, number=len(placed))
@@ -198,11 +204,24 @@ def _in_space(array: NDArray[Any], components: int = 0) -> NDArray[Any]:
     return np.pad(array, padding)[None]
 
 
-def _scaled(image: NDArray[np.float32], like: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Map an image so that another one has its minimum at 0, and nearly all of it below 1."""
-    low = like.min()
-    high = np.percentile(like[like > low], 99.5) if np.ptp(like) else low + 1
-    scaled: NDArray[np.float32] = (image - low) / np.float32(high - low)
+def _window(image: NDArray[np.float32]) -> tuple[np.float32, np.float32]:
+    """Return two intensities between which nearly all of an object is, and its background."""
+    (value,), (spread,), (clear,) = map(np.asarray, background(jnp.asarray(image)[None, None]))
+    away = image[np.abs(image - value) > spread] if clear else image
+    if not away.size:
+        return value, value + 1
+    low, high = np.percentile(away, (0.5, 99.5)).astype(np.float32)
+    if clear:
+        low, high = min(low, value), max(high, value)
+    return low, high if high > low else low + 1
+
+
+def _scaled(
+    image: NDArray[np.float32], window: tuple[np.float32, np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Map an image so that its window, or another one, becomes 0 to 1."""
+    low, high = window or _window(image)
+    scaled: NDArray[np.float32] = (image - low) / (high - low)
     return scaled
 
 

@@ -10,9 +10,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from jaxreg.registration.intensities import background
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.stages.base import Stage, Trace
-from jaxreg.registration.stages.intensities import background
 from jaxreg.registration.stages.metrics import NCC, MetricField
 from jaxreg.registration.stages.problem import Alignment, Level, Problem, charged, matmul
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg import compose, gaussian_smooth, interpolate
+from jaxreg.registration.intensities import Clip, clipped
 from jaxreg.registration.stages.coverage import coverage, margins
-from jaxreg.registration.stages.intensities import Clip, clipped
 from jaxreg.registration.stages.metrics import Metric, shrunk
 from jaxreg.registration.stages.pyramid import downsample, level_shape, resize_field
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import jax
@@ -11,14 +12,21 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import interpolate, interpolate_labels
+from jaxreg.registration.intensities import background
 from jaxreg.registration.transforms.parts import affine_between, compose_parts, rotate
 from regkernels import Grid, Volume
 from regkernels.grid import inverse_matrix
 from regkernels.maps import Part
 
-__all__ = ["Interpolation", "resample"]
+__all__ = ["Interpolation", "Outside", "outside_values", "resample"]
 
 Interpolation = Literal["linear", "nearest", "labels"]
+
+Outside = float | Sequence[float] | NDArray[Any] | Literal["background"] | None
+"""What is outside of a volume: a number, one for each channel, its background, or the default."""
+
+_ROUNDING = 1e-6
+"""So far from 1 may the weights of a sample within an image add up to."""
 
 
 def resample(
@@ -26,13 +34,14 @@ def resample(
     reference: Volume | Grid,
     parts: Sequence[Part | ArrayLike] = (),
     interpolation: Interpolation = "linear",
+    outside: Outside = None,
 ) -> Volume:
     """Sample a volume where a chain of transforms sends the voxels of a grid.
 
     Parameters
     ----------
     volume
-        What to sample; zero outside of its grid, with a linear decline over one voxel.
+        What to sample.
     reference
         Gives the grid of the result.
     parts
@@ -41,6 +50,10 @@ def resample(
     interpolation
         ``"linear"``, with a result in float32; ``"nearest"``; or ``"labels"``, the label with the
         largest sum of linear weights. The latter two keep the dtype, and make up no values.
+    outside
+        What is outside of the volume's grid, as `outside_values` takes it: by default the volume's
+        own background where that is clear, else 0; of labels 0. Between the outermost voxels'
+        centres it has no effect; beyond, linear interpolation gets to it over one voxel.
 
     Returns
     -------
@@ -50,14 +63,16 @@ def resample(
     Raises
     ------
     ValueError
-        If the dimensions differ, a matrix cannot be inverted where it has to be, or labels are
-        not integers.
+        If the dimensions differ, a matrix cannot be inverted where it has to be, labels are
+        not integers, or the volume cannot hold what is to be outside of it.
     TypeError
-        If a part is neither an affine map, a displacement field nor a matrix.
+        If a part is neither an affine map, a displacement field nor a matrix, or what is to be
+        outside is no number.
     """
     grid = reference.grid if isinstance(reference, Volume) else reference
     if grid.ndim != volume.ndim:
         raise ValueError(f"reference: expected {volume.ndim} dimensions as volume, got {grid.ndim}")
+    around = outside_values(volume, outside, interpolation)
     # Between outer edges an axis of one voxel has a length, and leaving it is noticed.
     to_physical = grid.normalised_to_physical(align_corners=False)
     matrix, vectors = compose_parts(parts, grid)
@@ -74,24 +89,151 @@ def resample(
     values = np.asarray(volume.array)
     batch = values.reshape(1, volume.channels, *volume.shape)
     if interpolation == "linear":
-        sampled = np.asarray(interpolate(jnp.asarray(batch, jnp.float32), **where))
+        sampled = _sample_linear(batch, around, where)
     elif interpolation == "nearest":
-        codes, decode = _encode(batch)
-        sampled = decode(np.asarray(interpolate(jnp.asarray(codes), mode="nearest", **where)))
+        sampled = _sample_nearest(batch, around, where)
     else:
-        sampled = _sample_labels(batch, where)
+        sampled = _sample_labels(batch, around, where)
     return Volume.on_grid(grid, sampled.reshape(*values.shape[: -volume.ndim], *grid.shape))
 
 
-def _sample_labels(labels: NDArray[Any], where: dict[str, Any]) -> NDArray[Any]:
+def outside_values(
+    volume: Volume, outside: Outside = None, interpolation: Interpolation = "linear"
+) -> NDArray[Any]:
+    """Return what `resample` finds outside of a volume's grid.
+
+    Parameters
+    ----------
+    volume
+        What is sampled.
+    outside
+        A number, or one for each channel. Or ``"background"``, the value that lies around the
+        object: the median of the voxels on the faces of the volume, if at least half of them are no
+        further from it than a twentieth of the image's range, in every channel. Otherwise the
+        object reaches the border nearly everywhere, no background is clear, and it is 0. So it is
+        of a constant image, of a mask, which holds 0 and 1 alone, and of integers beyond 2^24,
+        which are labels. By default ``"background"``, and 0 with
+        ``interpolation="labels"``.
+    interpolation
+        How it is sampled. If not linearly, the background is the volume's value nearest to the
+        median, because no values are made up.
+
+    Returns
+    -------
+    ndarray
+        ``(C,)``; float32 for linear interpolation, otherwise of the volume's dtype.
+
+    Raises
+    ------
+    ValueError
+        If there are neither one finite number nor one for each channel, or the dtype does not hold
+        them.
+    TypeError
+        If it is neither numbers nor ``"background"``.
+    """
+    array = np.asarray(volume.array)
+    dtype = np.dtype(np.float32) if interpolation == "linear" else array.dtype
+    if outside is None:
+        outside = 0 if interpolation == "labels" else "background"
+    if isinstance(outside, str) and outside == "background":
+        voxels = array.reshape(1, volume.channels, *volume.shape)
+        return _background(voxels, exact=interpolation != "linear").astype(dtype)
+    return _checked(outside, volume.channels, dtype, whole=interpolation == "labels")
+
+
+def _background(image: NDArray[Any], *, exact: bool) -> NDArray[Any]:
+    """Return the background of an image where it is clear, else 0."""
+    channels = image.reshape(image.shape[1], -1)
+    nothing = np.zeros(len(channels), image.dtype)
+    if (channels.min(axis=1) == channels.max(axis=1)).all() or _are_labels(channels):
+        return nothing
+    value, _, clear = map(np.asarray, background(jnp.asarray(image, jnp.float32)))
+    if not clear.all():
+        return nothing
+    if not exact:
+        return value
+    distance = (np.abs(c.astype(np.float64) - v) for c, v in zip(channels, value, strict=True))
+    return np.stack([c[d.argmin()] for c, d in zip(channels, distance, strict=True)])
+
+
+def _are_labels(values: NDArray[Any]) -> bool:
+    """Return whether values are those of a mask, or integers that float32 may not hold."""
+    low, high = values.min(), values.max()
+    if low >= 0 and high <= 1:
+        return bool(((values == 0) | (values == 1)).all())
+    whole = np.issubdtype(values.dtype, np.integer)
+    return bool(whole and max(-int(low), int(high)) > 2**24)
+
+
+def _checked(outside: Any, channels: int, dtype: np.dtype[Any], *, whole: bool) -> NDArray[Any]:
+    """Return numbers as an array that holds them, one for each channel."""
+    outside = outside.tolist() if hasattr(outside, "tolist") else outside
+    numbers = list(outside) if isinstance(outside, Sequence) else [outside]
+    for number in numbers:
+        if not isinstance(number, Real) or isinstance(number, bool | np.bool_):
+            raise TypeError(f"outside: expected 'background' or numbers, got {outside!r}")
+    if len(numbers) not in (1, channels):
+        raise ValueError(
+            f"outside: expected 1 number, or {channels} as channels, got {len(numbers)}"
+        )
+    first: float
+    last: float
+    if np.issubdtype(dtype, np.integer):
+        whole = True
+        first, last = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
+    else:
+        last = 2**24 if whole else float(np.finfo(dtype).max)
+        first = -last
+    for number in numbers:
+        if not first <= number <= last or (whole and number % 1):
+            kind = "an integer" if whole else "a finite number"
+            raise ValueError(f"outside: expected {kind} that {dtype} holds, got {number}")
+    return np.array([dtype.type(number) for number in numbers]).repeat(channels // len(numbers))
+
+
+def _sample_linear(
+    image: NDArray[Any], outside: NDArray[np.float32], where: dict[str, Any]
+) -> NDArray[np.float32]:
+    sampled = interpolate(jnp.asarray(image, jnp.float32), **where)
+    if outside.any():
+        # What the image covers is exact: the rounding of weights does not bring in the outside.
+        missing = 1 - _coverage(image, where)
+        around = outside.reshape(1, -1, *(1,) * (image.ndim - 2))
+        sampled = jnp.where(missing > _ROUNDING, sampled + around * missing, sampled)
+    return np.asarray(sampled)
+
+
+def _sample_nearest(
+    image: NDArray[Any], outside: NDArray[Any], where: dict[str, Any]
+) -> NDArray[Any]:
+    where = {**where, "mode": "nearest"}
+    codes, decode = _encode(image)
+    sampled = decode(np.asarray(interpolate(jnp.asarray(codes), **where)))
+    if outside.any():
+        around = outside.reshape(1, -1, *(1,) * (image.ndim - 2))
+        sampled = np.where(np.asarray(_coverage(image, where)) > 0, sampled, around)
+    return sampled
+
+
+def _coverage(image: NDArray[Any], where: dict[str, Any]) -> jax.Array:
+    """Return the part of each sample's weights that lies within an image, ``(1, 1, *S)``."""
+    return interpolate(jnp.ones((1, 1, *image.shape[2:]), jnp.float32), **where)
+
+
+def _sample_labels(
+    labels: NDArray[Any], outside: NDArray[Any], where: dict[str, Any]
+) -> NDArray[Any]:
     whole = labels
     if not np.issubdtype(labels.dtype, np.integer):
         whole = labels.astype(np.int64)
         if not np.array_equal(whole, labels):
             raise ValueError("volume: expected labels, which are integers, got other numbers")
     with jax.enable_x64(whole.dtype.itemsize == 8):
-        sampled = interpolate_labels(jnp.asarray(whole), **where)
-    return np.asarray(sampled).astype(labels.dtype)
+        sampled = [
+            np.asarray(interpolate_labels(jnp.asarray(whole[:, [k]]), background=int(o), **where))
+            for k, o in enumerate(outside)
+        ]
+    return np.concatenate(sampled, axis=1).astype(labels.dtype)
 
 
 def _encode(

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import compose, convert_displacement, invert_displacement
 from jaxreg.registration.transforms.parts import compose_parts, rotate
-from jaxreg.registration.transforms.resampling import Interpolation, resample
+from jaxreg.registration.transforms.resampling import Interpolation, Outside, resample
 from regkernels import AffineMap, DisplacementField, Grid, Volume, move_points
 from regkernels.grid import inverse_matrix
 from regkernels.maps import Part
@@ -245,26 +245,27 @@ class Transform:
         reference: Volume | Grid | None = None,
         *,
         interpolation: Interpolation = "linear",
+        outside: Outside = None,
     ) -> Volume:
         """Bring a volume of the moving space to the fixed space.
 
         Parameters
         ----------
         moving
-            What to sample; zero outside of its grid.
+            What to sample.
         reference
             Gives the grid of the result; the transform's own by default.
-        interpolation
-            See `resample`.
+        interpolation, outside
+            See `resample`. By default what is outside of an image is its own background where that
+            is clear, else 0; of labels 0.
 
         Returns
         -------
         Volume
             On the reference's grid.
         """
-        return resample(
-            moving, self.grid if reference is None else reference, self.parts, interpolation
-        )
+        grid = self.grid if reference is None else reference
+        return resample(moving, grid, self.parts, interpolation, outside)
 
     def apply_inverse(
         self,
@@ -272,17 +273,19 @@ class Transform:
         reference: Volume | Grid,
         *,
         interpolation: Interpolation = "linear",
+        outside: Outside = None,
     ) -> Volume:
         """Bring a volume of the fixed space to the moving space.
 
         Parameters
         ----------
         fixed
-            What to sample; zero outside of its grid.
+            What to sample.
         reference
             Gives the grid of the result, usually the moving volume.
-        interpolation
-            See `resample`.
+        interpolation, outside
+            See `resample`. By default what is outside of an image is its own background where that
+            is clear, else 0; of labels 0.
 
         Returns
         -------
@@ -294,7 +297,7 @@ class Transform:
         ValueError
             If the inverse of the deformation is not known.
         """
-        return resample(fixed, reference, self.inverse_parts, interpolation)
+        return resample(fixed, reference, self.inverse_parts, interpolation, outside)
 
 
 def _to_physical(displacement: ArrayLike | None, grid: Grid) -> jax.Array:

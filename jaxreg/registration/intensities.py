@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from numbers import Real
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,14 +97,15 @@ def clipped(image: jax.Array, clip: Clip) -> jax.Array:
     return jnp.clip(image, *bounds)
 
 
-def check_clip(clip: object) -> Clip:
+def check_clip(clip: Any) -> Clip:
     """Return what says which intensities are clipped; refuse what does not."""
-    if clip is None or clip == "outliers":
-        return clip
-    if isinstance(clip, tuple | list) and len(clip) == 2:
-        low, high = map(float, clip)
-        if 0 <= low < high <= 1:
-            return low, high
+    if clip is None:
+        return None
+    if isinstance(clip, str) and clip == "outliers":
+        return "outliers"
+    numbers = isinstance(clip, tuple | list) and all(isinstance(q, Real) for q in clip)
+    if numbers and len(clip) == 2 and 0 <= clip[0] < clip[1] <= 1:
+        return float(clip[0]), float(clip[1])
     raise ValueError(
         f"clip: expected 'outliers', None, or two quantiles such as (0.005, 0.995), got {clip!r}"
     )
