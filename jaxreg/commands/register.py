@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -125,7 +126,7 @@ def register(
     Writes moved.nii.gz, MOVING on the grid of FIXED; fixed_moved.nii.gz, FIXED on the grid of
     MOVING; affine.tfm and, if there is a deformation, warp.nii.gz and inverse_warp.nii.gz, which
     `jaxreg apply`, ITK, ANTs and 3D Slicer read; registration.json, with settings, versions and
-    losses.
+    losses. Where the result may be wrong, a warning says why.
     """
     stopwatch = Stopwatch()
     given = [("--initial", text) for text in initial or []]
@@ -175,6 +176,8 @@ def register(
             write_report(result, folder / _REPORT, title=title, tables=tables)
         written = sorted(path.name for path in folder.iterdir())
     console.print(_summary(result, stopwatch, target))
+    for doubt in result.doubts:
+        print(f"jaxreg: warning: {doubt.text}", file=sys.stderr)
     for name in written:
         console.print(output / name, highlight=False, soft_wrap=True, markup=False)
 
@@ -241,6 +244,7 @@ def _record(result: Registration, inputs: dict[str, Any], facts: dict[str, str])
         },
         "jacobian": result.folds._asdict(),
         "inverse residual (voxels)": result.inverse_residual._asdict(),
+        "doubts": [doubt._asdict() for doubt in result.doubts],
         "stages": [
             {
                 "name": stage.name,
