@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -19,6 +18,7 @@ from rich.table import Table
 from jaxreg.commands import devices
 from jaxreg.commands.compilation import keep_compiled
 from jaxreg.commands.devices import Device
+from jaxreg.commands.doubts import tell_doubts
 from jaxreg.commands.inputs import naming, read_chain, refuse_overwriting
 from jaxreg.commands.progress_bars import register_watched
 from jaxreg.commands.timing import Stopwatch, fact_table
@@ -176,8 +176,7 @@ def register(
             write_report(result, folder / _REPORT, title=title, tables=tables)
         written = sorted(path.name for path in folder.iterdir())
     console.print(_summary(result, stopwatch, target))
-    for doubt in result.doubts:
-        print(f"jaxreg: warning: {doubt.text}", file=sys.stderr)
+    tell_doubts(result)
     for name in written:
         console.print(output / name, highlight=False, soft_wrap=True, markup=False)
 

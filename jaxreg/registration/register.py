@@ -144,7 +144,7 @@ class Registration:
         """Why the result may be wrong, the gravest reason first; empty if it looks plausible.
 
         Little overlap, an affine that mirrors or scales much, extreme volume changes, a loss worse
-        than at the start, a level that stopped only because its iterations were used up. It is
+        than at the start, a stage that stopped only because its iterations were used up. It is
         computed when it is first asked for.
         """
         return find_doubts(self)

@@ -178,13 +178,30 @@ def waves(amplitude: float, rows: int = 36) -> Any:
     return convert_displacement(jnp.asarray(vectors), "voxel", "normalised")
 
 
-@pytest.mark.parametrize(("amplitude", "doubted"), [(1.0, False), (3.0, True)])
-def test_folds_and_extreme_determinants_are_doubted(amplitude: float, doubted: bool) -> None:
+@pytest.mark.parametrize(
+    ("amplitude", "told"),
+    [(1.0, None), (1.9, "changes volumes by less than 0.125 "), (3.0, "folds in ")],
+)
+def test_folds_and_extreme_determinants_are_doubted(amplitude: float, told: str | None) -> None:
     result = found(displacement=waves(amplitude))
-    assert codes(result) == ["determinant"] * doubted
-    if doubted:
+    assert codes(result) == ["determinant"] * (told is not None)
+    if told is not None:
         low, high = result.folds.minimum, result.folds.maximum
+        assert f"the deformation {told}" in result.doubts[0].text
         assert f"{low:.3g} to {high:.3g}" in result.doubts[0].text
+
+
+def test_a_few_extreme_determinants_are_not_doubted() -> None:
+    field = np.zeros((1, 36, 40, 2), np.float32)
+    field[0, 20, 20, 0] = 1.7  # half of it is what the pixels beside it lose in width
+    result = found(displacement=convert_displacement(jnp.asarray(field), "voxel", "normalised"))
+    assert result.folds.share == 0
+    assert 0.1 < result.folds.minimum < 0.2
+    assert codes(result) == []
+    field[0, 20, 20, 0] = 1.8
+    result = found(displacement=convert_displacement(jnp.asarray(field), "voxel", "normalised"))
+    assert result.folds.minimum < 1 / 8
+    assert codes(result) == []
 
 
 def test_what_a_deformation_does_where_nothing_counts_is_not_doubted() -> None:
@@ -260,15 +277,24 @@ def test_a_level_that_only_stopped_because_its_iterations_were_used_up_is_doubte
         (Greedy((1,), (40,), tolerance=0), 1.0, False),  # so many were asked for
         (Greedy((1,), (40,), tolerance=0.1), 1.0, False),
         (Greedy((1,), (40,), window=30, block=40), 1.0, False),
-        (Greedy((1,), (40,)), 8.0, False),  # it has slowed down
+        (Greedy((1,), (40,)), 4.0, False),  # it has slowed down
+        (Rigid((1,), (40,)), 4.0, True),  # as a linear stage does by itself
+        (Rigid((1,), (40,)), 400.0, False),
     ],
 )
-def test_iterations_are_missed_where_the_loss_still_falls_as_fast_as_before(
-    stage: Greedy, steepness: float, doubted: bool
+def test_iterations_are_missed_where_the_loss_still_falls(
+    stage: Stage, steepness: float, doubted: bool
 ) -> None:
     losses = -0.5 - 0.4 * np.linspace(0, 1, 40) ** (1 / steepness)
     assert codes(found(stages=ran(stage, losses))) == ["iterations"] * doubted
     assert codes(found(stages=ran(stage, losses, converged=True))) == []
+
+
+def test_what_a_coarse_level_has_not_reached_a_finer_one_may() -> None:
+    falling, level = np.linspace(-0.5, -0.9, 40), np.full(40, -0.9)
+    stage = Rigid((2, 1), (40, 40))
+    assert codes(found(stages=ran(stage, falling, level))) == []
+    assert codes(found(stages=ran(stage, level, falling))) == ["iterations"]
 
 
 def test_every_kind_of_doubt_is_one_line_and_they_have_an_order() -> None:
