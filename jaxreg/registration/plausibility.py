@@ -28,11 +28,11 @@ __all__ = ["Doubt", "find_doubts"]
 
 _LEAST_OVERLAP = 1 / 3
 """A slab lies within the whole head nearly wholly, and so does one field of view of an organ within
-another. Where less than this of the smaller image is left there is more that was not compared than
-that was, twice as much, and a metric is good by chance."""
+another. With less than this, twice as much of the smaller image was left out as was compared."""
 
 _SCALES = 0.7, 1.4
-"""Heads of adults differ in length by a sixth; those of a newborn and an adult by a third."""
+"""What one scanner images of two adults is far within. A newborn's head and an adult's are not:
+somebody who registers them knows why."""
 
 _DETERMINANTS = 1 / 8, 8
 """In space, each length halved or doubled."""
