@@ -35,6 +35,8 @@ class State(NamedTuple):
 _Carry = tuple[State, Trace]
 """What the loop over the blocks of a level carries."""
 
+_Losses = jax.Array | NDArray[np.float32]
+
 _Run = Callable[["Iterative", Level, State, Trace], _Carry]
 
 
@@ -244,25 +246,25 @@ def _advance(stage: Iterative, level: Level, state: State, trace: Trace) -> _Car
     return state._replace(found=found, moments=moments), Trace(losses, ran, converged)
 
 
-def _bearable(losses: Any, block: Any) -> Any:
-    """Return up to which loss the last block of a level is kept, for NumPy and JAX.
+def _bearable(losses: _Losses, block: _Losses) -> jax.Array:
+    """Return up to which loss the last block of a level is kept.
 
     A small rise is no reason to undo it: what looks alike on this level goes on to a finer one.
     """
-    fallen = losses[0] - block[0]
-    return block[0] + 0.1 * fallen * (fallen > 0)
+    return block[0] + 0.1 * jnp.maximum(losses[0] - block[0], 0)
 
 
-def trend(losses: Any) -> Any:
-    """Return by how much a line through losses falls over as many iterations, for NumPy and JAX."""
+def trend(losses: _Losses) -> jax.Array:
+    """Return by how much a line through losses falls over as many iterations."""
     time = np.arange(losses.size, dtype=np.float32) - (losses.size - 1) / 2
-    return -(time * losses).sum() / (time**2).sum() * losses.size
+    fall: jax.Array = -(time * losses).sum() / (time**2).sum() * losses.size
+    return fall
 
 
 def _converged(stage: Iterative, losses: jax.Array, ran: jax.Array) -> jax.Array:
     window = stage.window
     recent = jax.lax.dynamic_slice(losses, (ran - window,), (window,))
-    falls: jax.Array = trend(recent) >= stage.tolerance * jnp.abs(losses).max()
+    falls = trend(recent) >= stage.tolerance * jnp.abs(losses).max()
     # Images that were alike at the start of the level are not made unlike in search of more.
     return ~falls | (losses[ran - 1] > losses[0])
 
