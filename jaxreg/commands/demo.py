@@ -17,6 +17,7 @@ from rich.table import Table
 from jaxreg import lncc_loss
 from jaxreg.commands import devices
 from jaxreg.commands.devices import Device
+from jaxreg.commands.doubts import tell_doubts
 from jaxreg.commands.inputs import naming
 from jaxreg.commands.multimodal import compare_metrics
 from jaxreg.commands.progress_bars import register_watched
@@ -141,6 +142,7 @@ def _register(
 ) -> tuple[Table, Table]:
     """Register the pair and fill a folder; return the scores, and what else there is to tell."""
     result = register_watched(fixed, moving, _stages(quick), console)
+    tell_doubts(result)
     parts = result.transform.parts
     scores = {
         "before": _score(fixed, moving),

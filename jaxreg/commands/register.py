@@ -18,6 +18,7 @@ from rich.table import Table
 from jaxreg.commands import devices
 from jaxreg.commands.compilation import keep_compiled
 from jaxreg.commands.devices import Device
+from jaxreg.commands.doubts import tell_doubts
 from jaxreg.commands.inputs import (
     format_values,
     naming,
@@ -157,7 +158,7 @@ def register(
     Writes moved.nii.gz, MOVING on the grid of FIXED; fixed_moved.nii.gz, FIXED on the grid of
     MOVING; affine.tfm and, if there is a deformation, warp.nii.gz and inverse_warp.nii.gz, which
     `jaxreg apply`, ITK, ANTs and 3D Slicer read; registration.json, with settings, versions and
-    losses.
+    losses. Where the result may be wrong, a warning says why.
     """
     stopwatch = Stopwatch()
     clipping, around = parse_clip(clip), parse_outside(outside)
@@ -221,6 +222,7 @@ def register(
         if values.any():
             text = f"Outside of the image in {name} is {format_values(values)}."
             console.print(text, highlight=False, soft_wrap=True, markup=False)
+    tell_doubts(result)
     for name in written:
         console.print(output / name, highlight=False, soft_wrap=True, markup=False)
 
@@ -287,6 +289,7 @@ def _record(result: Registration, inputs: dict[str, Any], facts: dict[str, str])
         },
         "jacobian": result.folds._asdict(),
         "inverse residual (voxels)": result.inverse_residual._asdict(),
+        "doubts": [doubt._asdict() for doubt in result.doubts],
         "stages": [
             {
                 "name": stage.name,

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from jaxreg.registration import pytrees as pytrees
 from jaxreg.registration.evaluation import dice, target_registration_error
+from jaxreg.registration.plausibility import Doubt
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.register import (
     Folds,
@@ -66,6 +67,7 @@ __all__ = [
     "ArrayRegistration",
     "Callback",
     "Deformable",
+    "Doubt",
     "Folds",
     "Greedy",
     "InverseResidual",

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import compose, jacobian_determinant
 from jaxreg.registration.intensities import Clip
+from jaxreg.registration.plausibility import Doubt, find_doubts
 from jaxreg.registration.progress import Callback
 from jaxreg.registration.register_images import check_stages, make_problem
 from jaxreg.registration.stages.base import Stage, Trace
@@ -127,6 +128,11 @@ class Registration:
         One record for each stage that ran, in their order.
     outside
         What is outside of either volume where it is moved; see `outside_values`.
+    start
+        Matrix that the stages started from, ``(D + 1, D + 1)``, as that of the transform; `None`:
+        the identity.
+    fixed_mask, moving_mask
+        The masks, `None` where there were none.
     """
 
     fixed: Volume
@@ -134,6 +140,19 @@ class Registration:
     transform: Transform
     stages: tuple[StageRecord, ...]
     outside: Outside = "background"
+    start: Matrix | None = None
+    fixed_mask: Volume | None = None
+    moving_mask: Volume | None = None
+
+    @functools.cached_property
+    def doubts(self) -> tuple[Doubt, ...]:
+        """Why the result may be wrong, the gravest reason first; empty if it looks plausible.
+
+        Little overlap, an affine that mirrors or scales much, extreme volume changes, a loss worse
+        than at the start, a stage that stopped only because its iterations were used up. It is
+        computed when it is first asked for.
+        """
+        return find_doubts(self)
 
     @functools.cached_property
     def moved(self) -> Volume:
@@ -223,7 +242,7 @@ def register(
     Returns
     -------
     Registration
-        The transform and what the stages recorded.
+        The transform and what the stages recorded. Its `doubts` tell where it may be wrong.
 
     Raises
     ------
@@ -296,12 +315,13 @@ def register(
             "moments as the first stage brings their centres together"
         )
     # Without a stage that turns or shifts, the matrix keeps all of its digits.
+    found = matrix
     if not np.array_equal(alignment.matrix, start):
-        matrix = centre @ np.asarray(alignment.matrix, np.float64) @ np.linalg.inv(centre)
-    transform = Transform(
-        fixed.grid, matrix, alignment.displacement, alignment.inverse_displacement
+        found = centre @ np.asarray(alignment.matrix, np.float64) @ np.linalg.inv(centre)
+    transform = Transform(fixed.grid, found, alignment.displacement, alignment.inverse_displacement)
+    return Registration(
+        fixed, moving, transform, tuple(records), outside, matrix, fixed_mask, moving_mask
     )
-    return Registration(fixed, moving, transform, tuple(records), outside)
 
 
 def _check_volumes(**volumes: object) -> None:

@@ -84,7 +84,8 @@ def register_images(
     Notes
     -----
     Unlike `register` it cannot look at what it has found: where the images do not overlap, or a
-    metric is not finite, there is no error.
+    metric is not finite, there is no error, and there are no doubts about results that are not
+    plausible.
     """
     stages = check_stages(stages)
     problem = make_problem(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import html
 import importlib
 import io
 import json
@@ -23,7 +24,7 @@ import SimpleITK as sitk  # noqa: N813
 from command import run
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
-from scenes import header, physical_grid, scene
+from scenes import header, physical_grid, placed, scene
 
 from jaxreg import cli
 from jaxreg.commands import progress_bars
@@ -237,6 +238,30 @@ def test_without_a_deformation_everything_but_the_warps_is_there(
         scale = np.abs(expected).max()
         np.testing.assert_allclose(read_volume(found).array, expected, atol=1e-4 * scale)
         assert float(ncc(read_volume(found).batched(), read_volume(grid).batched())[0, 0]) > 0.97
+
+
+def test_why_a_result_may_be_wrong_is_told_on_stderr_in_the_record_and_in_the_report(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Voxels half as wide as they are: the affine has to double them.
+    volume = read_volume(pair / "fixed.nii.gz")
+    wrong = placed(volume, spacing=volume.grid.spacing / 2, origin=volume.grid.origin / 2)
+    write_volume(wrong, tmp_path / "wrong.nii.gz")
+    arguments = ["--stages", "moments,similarity", "--device", "cpu", "--report"]
+    out = tmp_path / "out"
+    command = ["register", pair / "fixed.nii.gz", tmp_path / "wrong.nii.gz", *arguments, "-o", out]
+    assert run(*command) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("jaxreg: warning: the affine multiplies lengths by 0.5")
+    (doubt,) = json.loads((out / "registration.json").read_text())["doubts"]
+    assert doubt == {"code": "scale", "text": line.removeprefix("jaxreg: warning: ")}
+    page = (out / "report.html").read_text()
+    assert html.escape(doubt["text"]) in page[: page.index("<img")]
+
+
+def test_of_a_plausible_result_there_are_no_doubts(pair: Path, registered: Path) -> None:
+    assert json.loads((registered / "registration.json").read_text())["doubts"] == []
+    assert "may be wrong" not in (registered / "report.html").read_text()
 
 
 def test_masks_metric_and_a_start_are_used(pair: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ th, td {{ text-align: left; vertical-align: top; padding: 3px 18px 3px 0; }}
 th {{ color: {FAINT}; font-weight: normal; white-space: nowrap; }}
 .number {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
 tr.rule > * {{ border-top: 1px solid #2a303a; }}
+.doubts {{ border-left: 4px solid #e0a030; padding: 1px 16px; margin: 12px 0; }}
 """
 
 
@@ -46,7 +47,8 @@ def write_report(
     """Write a registration as a picture, or as a page that holds everything it needs.
 
     The picture is that of `draw_slices`. With the ending ``.html`` a page is written: the picture,
-    the loss curves of each stage and scale, the settings, the transform, and the tables.
+    the loss curves of each stage and scale, the settings, the transform, and the tables. At its top
+    are the reasons why the result may be wrong, if there are any.
 
     Parameters
     ----------
@@ -96,6 +98,7 @@ def _page(
         f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<style>{_STYLE}</style></head><body>",
+        *_doubts(result),
         _image(slices, "slices of the images, the deformed grid and what differs", dpi),
     ]
     if losses is not None:
@@ -107,6 +110,16 @@ def _page(
         rows = "".join(f"<tr>{_cells([name], 'th')}{_cells([v])}</tr>" for name, v in facts.items())
         parts += [f"<h2>{html.escape(heading)}</h2>", f"<table>{rows}</table>"]
     return "\n".join([*parts, "</body></html>", ""])
+
+
+def _doubts(result: Registration) -> tuple[str, ...]:
+    if not result.doubts:
+        return ()
+    items = "".join(
+        f"<li><b>{html.escape(doubt.code)}</b>: {html.escape(doubt.text)}</li>"
+        for doubt in result.doubts
+    )
+    return (f"<div class=doubts><h2>This may be wrong</h2><ul>{items}</ul></div>",)
 
 
 def _image(figure: Figure, description: str, dpi: int) -> str:

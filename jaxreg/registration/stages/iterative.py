@@ -12,6 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
 
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.stages.adam import AdamMoments
@@ -19,7 +21,7 @@ from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.metrics import LNCC, MetricField
 from jaxreg.registration.stages.problem import Alignment, Level, Problem, Weighted, charged
 
-__all__ = ["Iterative", "State", "block_length"]
+__all__ = ["Iterative", "State", "block_length", "trend"]
 
 
 class State(NamedTuple):
@@ -32,6 +34,8 @@ class State(NamedTuple):
 
 _Carry = tuple[State, Trace]
 """What the loop over the blocks of a level carries."""
+
+_Losses = jax.Array | NDArray[np.float32]
 
 _Run = Callable[["Iterative", Level, State, Trace], _Carry]
 
@@ -148,13 +152,28 @@ class Iterative(Stage):
     def finish(self, shape: tuple[int, ...], alignment: Alignment, found: Any) -> Alignment:
         """Return the alignment after the stage, its fields on the fixed grid of a shape."""
 
-    def _tests(self, iterations: int) -> bool:
-        """Whether convergence is tested on a level."""
+    def tests(self, iterations: int) -> bool:
+        """Whether convergence is tested on a level with so many iterations."""
         return self.tolerance > 0 and iterations >= self.window
 
     def _block_length(self, iterations: int) -> int:
         # A shorter block could not be tested by itself, and what it has spoilt would stay.
-        return block_length(iterations, self.block, self.window if self._tests(iterations) else 1)
+        return block_length(iterations, self.block, self.window if self.tests(iterations) else 1)
+
+    def kept_loss(self, losses: NDArray[np.float32], iterations: int) -> float:
+        """Return the loss of what a level that has converged kept: that of a block may be undone.
+
+        Parameters
+        ----------
+        losses
+            Of the iterations that ran.
+        iterations
+            How many the level could have run.
+        """
+        block = losses[-self._block_length(iterations) :]
+        if not self.stops_when_worse:
+            return float(min(losses[-1], losses[0]))
+        return float(block[-1] if block[-1] <= _bearable(losses, block) else block[0])
 
     def run(
         self, problem: Problem, alignment: Alignment, callback: Callback | None = None
@@ -229,16 +248,14 @@ def _advance(stage: Iterative, level: Level, state: State, trace: Trace) -> _Car
     losses = jax.lax.dynamic_update_slice(trace.losses, block.astype(jnp.float32), (trace.ran,))
     last = jnp.arange(iterations) >= ran
     losses = jnp.where(last, losses[ran - 1], losses)
-    if not stage._tests(iterations):
+    if not stage.tests(iterations):
         return state, Trace(losses, ran, trace.converged)
     worse = block[-1] > losses[0]
     converged = _converged(stage, losses, ran) | (worse & stage.stops_when_worse)
     # Keeping the start of a block costs one field; keeping the best of all iterations would cost a
     # copy in each of them. The block before was tested, too: the losses had fallen until this one.
-    # A small rise is no reason to undo it: what looks alike on this level goes on to a finer one.
-    bearable = block[0] + 0.1 * jnp.maximum(losses[0] - block[0], 0)
-    rose = ~(block[-1] <= bearable) if stage.stops_when_worse else jnp.isnan(block[-1])
-    undone = converged & rose  # a NaN is not bearable, either
+    bearable = block[-1] <= _bearable(losses, block)  # a NaN is not
+    undone = converged & (~bearable if stage.stops_when_worse else jnp.isnan(block[-1]))
     found = jax.tree.map(functools.partial(jnp.where, undone), start, state.found)
     # The next level must not go on with moments that have led astray.
     moments = jax.tree.map(lambda x: jnp.where(undone, jnp.zeros_like(x), x), state.moments)
@@ -249,14 +266,27 @@ def _advance(stage: Iterative, level: Level, state: State, trace: Trace) -> _Car
     return state._replace(found=found, moments=moments), Trace(losses, ran, converged)
 
 
+def _bearable(losses: _Losses, block: _Losses) -> jax.Array:
+    """Return up to which loss the last block of a level is kept.
+
+    A small rise is no reason to undo it: what looks alike on this level goes on to a finer one.
+    """
+    return block[0] + 0.1 * jnp.maximum(losses[0] - block[0], 0)
+
+
+def trend(losses: _Losses) -> jax.Array:
+    """Return by how much a line through losses falls over as many iterations."""
+    time = np.arange(losses.size, dtype=np.float32) - (losses.size - 1) / 2
+    fall: jax.Array = -(time * losses).sum() / (time**2).sum() * losses.size
+    return fall
+
+
 def _converged(stage: Iterative, losses: jax.Array, ran: jax.Array) -> jax.Array:
     window = stage.window
     recent = jax.lax.dynamic_slice(losses, (ran - window,), (window,))
-    time = jnp.arange(window, dtype=jnp.float32) - (window - 1) / 2
-    slope = (time * recent).sum() / (time**2).sum()
     # A stage that returns to its start in the end may well find a way down after a way up.
-    change = -slope if stage.stops_when_worse else jnp.abs(slope)
-    return ~(change * window >= stage.tolerance * jnp.abs(losses).max())
+    change = trend(recent) if stage.stops_when_worse else jnp.abs(trend(recent))
+    return ~(change >= stage.tolerance * jnp.abs(losses).max())
 
 
 def _run_level(stage: Iterative, level: Level, state: State, trace: Trace) -> _Carry:
@@ -271,7 +301,7 @@ def _run_level(stage: Iterative, level: Level, state: State, trace: Trace) -> _C
         return (carry[1].ran < iterations) & ~carry[1].converged
 
     carry: _Carry = (state, trace)
-    if not stage._tests(iterations) or blocks < 2:
+    if not stage.tests(iterations) or blocks < 2:
         # The host need not wait for the outcome of a test.
         carry = jax.lax.fori_loop(0, blocks, lambda _, carry: advance(carry), carry)
     else:
