@@ -308,8 +308,11 @@ def _comparisons(
 def _kept(stage: StageRecord, number: int) -> float:
     """Return the last loss of a level, without a block that was undone."""
     level, settings = stage.levels[number], stage.settings
-    if isinstance(settings, Iterative) and level.converged:
-        return settings.kept_loss(level.losses, settings.iterations[number])
+    if isinstance(settings, Iterative):
+        iterations = settings.iterations[number]
+        returns = settings.tests(iterations) and not settings.stops_when_worse
+        if level.converged or returns:
+            return settings.kept_loss(level.losses, iterations)
     return float(level.losses[-1])
 
 

@@ -203,6 +203,7 @@ def problem(fixed: np.ndarray, moving: np.ndarray, **masks: np.ndarray) -> Probl
         fixed_to_physical=None,
         moving_to_physical=None,
         moving_ratio=1.0,
+        clip=None,
     )
 
 

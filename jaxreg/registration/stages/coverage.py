@@ -38,7 +38,7 @@ def coverage(
     margin: jax.Array,
     affine: jax.Array | None,
     displacement: jax.Array | None,
-    reach: jax.Array | float = 0,
+    reach: jax.Array | None = None,
 ) -> jax.Array:
     """Return how far an image covers the samples that `jaxreg.interpolate` takes from it.
 
@@ -54,8 +54,9 @@ def coverage(
         ``(1, D, D + 1)`` and ``(1, *shape, D)``, in normalised coordinates; samples are taken at
         ``A(x + d(x))``.
     reach
-        How many voxels of the grid around a sample have to be covered, too, for it to count. Along
-        an axis of the image no more than a quarter of it is asked for.
+        How many voxels of the grid around a sample have to be covered, too, for it to count: those
+        of them that are on the grid. Along an axis of the image no more than a quarter of it is
+        asked for. `None`: nothing else has to be.
 
     Returns
     -------
@@ -65,29 +66,48 @@ def coverage(
         centre. Across a single slice it falls to 0 over the thickness of that slice.
     """
     ndim = len(shape)
-    points = []
-    for component, size in enumerate(reversed(shape)):
-        index = jax.lax.broadcasted_iota(jnp.float32, (1, *shape), ndim - component)
-        along = index * (2 / (size - 1)) - 1 if size > 1 else jnp.zeros_like(index)
-        points.append(along if displacement is None else along + displacement[..., component])
-    halves = [max(size - 1, 1) / 2 for size in reversed(source)]
-    reaches = [reach] * ndim
-    if affine is not None:
-        width = [2 / max(size - 1, 1) for size in reversed(shape)]  # of a voxel of the grid
-        reaches = [
-            half * reach * sum(jnp.abs(row[k]) * width[k] for k in range(ndim))
-            for half, row in zip(halves, affine[0], strict=True)
+
+    def corner(offset: jax.Array | float) -> list[jax.Array]:
+        """Return the coordinates of the voxels so far along all axes, those of the grid."""
+        coordinates = []
+        for component, size in enumerate(reversed(shape)):
+            index = jax.lax.broadcasted_iota(jnp.float32, (1, *shape), ndim - component)
+            along = jnp.clip(index + offset, 0, size - 1) * (2 / max(size - 1, 1)) - 1
+            along = along if size > 1 else jnp.zeros_like(index)
+            shift = 0 if displacement is None else displacement[..., component]
+            coordinates.append(along + shift)
+        return coordinates
+
+    def mapped(one: list[jax.Array], other: list[jax.Array]) -> list[jax.Array]:
+        """Map the corner where a coordinate is that of `one` if its factor is positive."""
+        if affine is None:
+            return one
+        return [
+            sum(
+                (row[k] * jnp.where(row[k] > 0, one[k], other[k]) for k in range(ndim)),
+                start=row[ndim],
+            )
+            for row in affine[0]
         ]
-        points = [
-            sum((row[k] * points[k] for k in range(ndim)), start=row[ndim]) for row in affine[0]
-        ]
+
+    places = corner(0)
+    places = mapped(places, places)
+    ends = [(place, place) for place in places]  # of what has to be covered around each sample
+    if reach is not None:
+        low, high = corner(-reach), corner(reach)
+        ends = list(zip(mapped(low, high), mapped(high, low), strict=True))
     weight = jnp.ones((), jnp.float32)
-    for point, edge, wide, half, size in zip(
-        points, margin, reaches, halves, reversed(source), strict=True
+    for place, (first, last), edge, size in zip(
+        places, ends, margin, reversed(source), strict=True
     ):
-        inside = (half if size > 1 else 0) - jnp.abs(point) * half  # from the last centre, voxels
+        half = max(size - 1, 1) / 2  # in voxels; the centres of a single slice are all one
+        extent = half if size > 1 else 0
+        inside = extent - jnp.abs(place) * half - edge
+        if reach is not None:
+            around = extent - jnp.maximum(jnp.abs(first), jnp.abs(last)) * half
+            inside = jnp.minimum(inside, jnp.maximum(around, inside - (size - 1) // 4))
         slope = jnp.where(edge > 0, 1.0, 2.0 if size > 1 else 1.0)
-        wide = jax.lax.stop_gradient(jnp.minimum(wide, (size - 1) // 4))
-        weight = weight * jnp.clip(1 + slope * (inside - edge - wide), 0, 1)
+        weight = weight * jnp.clip(1 + slope * inside, 0, 1)
+    weight = jnp.broadcast_to(weight, (1, *shape))[:, None]
     weight = jnp.where(weight > 0, weight, 0)  # at a place that is not a number, too
-    return jnp.broadcast_to(weight, (1, *shape))[:, None]
+    return weight

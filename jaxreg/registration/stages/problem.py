@@ -95,8 +95,8 @@ class Level(NamedTuple):
     fixed_margin: jax.Array
     moving_margin: jax.Array
     """Voxels at the ends of the axes that are not data, ``(D,)``; see `margins`."""
-    reach: jax.Array
-    """How many voxels around one have to be data, too, for it to count; a scalar."""
+    reach: jax.Array | None
+    """How many voxels around one have to be data, too, for it to count; a scalar, if any."""
     content: jax.Array | None
     """Where there is anything to compare; see `Metric.content`."""
     overlap: jax.Array
@@ -206,7 +206,7 @@ class _Attention(NamedTuple):
 
     fixed_mask: jax.Array | None
     moving_mask: jax.Array | None
-    reach: jax.Array
+    reach: jax.Array | None
     content: jax.Array | None
     overlap: jax.Array
 
@@ -229,6 +229,7 @@ def _attention(level: Level, metric: Metric | None) -> _Attention:
             moving_mask=narrowed(level.moving_mask),
             reach=jnp.full((), metric.reach, jnp.float32),
         )
+        level = level._replace(reach=jnp.zeros((), jnp.float32))
         # Where hardly any surroundings are covered as a whole, those count that are in part.
         enough = overlap(wide) >= 0.25 * overlap(level)
         chosen = (
@@ -244,7 +245,7 @@ def _attention(level: Level, metric: Metric | None) -> _Attention:
     return _Attention(*_looked_at(level), level.content, overlap(level))
 
 
-def _looked_at(level: Level) -> tuple[jax.Array | None, jax.Array | None, jax.Array]:
+def _looked_at(level: Level) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
     return level.fixed_mask, level.moving_mask, level.reach
 
 
@@ -333,7 +334,7 @@ class Problem:
             None if displacement is None else resize_field(displacement, shape),
             margins(self._fixed.shape[2:], images[0].shape[2:]),
             margins(self._moving.shape[2:], images[1].shape[2:]),
-            reach=jnp.zeros((), jnp.float32),
+            reach=None,
             content=None,
             overlap=jnp.zeros((), jnp.float32),
         )
