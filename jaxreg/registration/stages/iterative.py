@@ -112,7 +112,7 @@ class Iterative(Stage):
 
     def loss(self, level: Level, pred: Weighted, target: Weighted) -> jax.Array:
         """Return the metric of two images, of the voxels that both of them cover."""
-        weight = level.weight(pred, target)
+        weight = pred.weight * target.weight
         if not self.metric.has_gradient_of_mask:
             weight = jax.lax.stop_gradient(weight)
         loss = self.metric.loss_of_level(

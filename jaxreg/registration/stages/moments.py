@@ -108,7 +108,7 @@ def _best(stage: Moments, level: Level) -> tuple[jax.Array, jax.Array]:
 
     def evaluate(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
         moved = level.moved(matrix, level.displacement)
-        weight = level.weight(moved, target)
+        weight = moved.weight * target.weight
         loss = stage.metric.loss_of_level(
             moved.image, target.image, weight, fixed=level.fixed, moving=level.moving
         )

@@ -99,6 +99,8 @@ class Level(NamedTuple):
     """How many voxels around one have to be data, too, for it to count; a scalar, if any."""
     content: jax.Array | None
     """Where there is anything to compare; see `Metric.content`."""
+    fixed_weight: jax.Array | None
+    """What the voxels of the fixed image count, found out once for all iterations."""
     overlap: jax.Array
     """The sum of the weights at the alignment, a scalar: how many voxels count, of this grid."""
 
@@ -149,11 +151,15 @@ class Level(NamedTuple):
 
     def target(self) -> Weighted:
         """Return the fixed image, and what it weighs."""
+        if self.fixed_weight is not None:
+            return Weighted(self.fixed, self.fixed_weight)
         return self.fixed_moved(None)
 
     def fixed_moved(self, displacement: jax.Array | None) -> Weighted:
         """Return the fixed image at ``x + d(x)``, and what it weighs there."""
-        return self._sample(self.fixed, self.fixed_mask, self.fixed_margin, None, displacement)
+        found = self._sample(self.fixed, self.fixed_mask, self.fixed_margin, None, displacement)
+        weight = found.weight if self.content is None else found.weight * self.content
+        return found._replace(weight=weight)
 
     def _sample(
         self,
@@ -177,11 +183,6 @@ class Level(NamedTuple):
 
         weight = coverage(image.shape[2:], self.shape, margin, affine, displacement, self.reach)
         return Weighted(sample(image), weight if mask is None else weight * sample(mask))
-
-    def weight(self, one: Weighted, other: Weighted) -> jax.Array:
-        """Return what the voxels of two images on the fixed grid count together."""
-        weight = one.weight * other.weight
-        return weight if self.content is None else weight * self.content
 
 
 def charged(loss: jax.Array, overlap: jax.Array, reference: jax.Array) -> jax.Array:
@@ -208,15 +209,15 @@ class _Attention(NamedTuple):
     moving_mask: jax.Array | None
     reach: jax.Array | None
     content: jax.Array | None
+    fixed_weight: jax.Array
     overlap: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames="metric")
 def _attention(level: Level, metric: Metric | None) -> _Attention:
     def overlap(level: Level) -> jax.Array:
-        total: jax.Array = level.weight(
-            level.moved(level.matrix, level.displacement), level.target()
-        ).sum()
+        moved, target = level.moved(level.matrix, level.displacement), level.target()
+        total: jax.Array = (moved.weight * target.weight).sum()
         return total
 
     if metric is not None and metric.reach > 0:
@@ -242,7 +243,8 @@ def _attention(level: Level, metric: Metric | None) -> _Attention:
         moved = level.moved(level.matrix, level.displacement).image
         content = metric.content(moved, level.fixed, fixed=level.fixed, moving=level.moving)
         level = level._replace(content=content)
-    return _Attention(*_looked_at(level), level.content, overlap(level))
+    level = level._replace(fixed_weight=level.target().weight)
+    return _Attention(*_looked_at(level), level.content, level.target().weight, overlap(level))
 
 
 def _looked_at(level: Level) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
@@ -336,6 +338,7 @@ class Problem:
             margins(self._moving.shape[2:], images[1].shape[2:]),
             reach=None,
             content=None,
+            fixed_weight=None,
             overlap=jnp.zeros((), jnp.float32),
         )
         attention = _attention(level, metric)
