@@ -405,14 +405,26 @@ __global__ void __launch_bounds__(kThreads, 1)
             strip = rest / (2 * halo);
             column = layout.columns + rest - strip * (2 * halo);
           }
+          const int x = x0 + column - halo;
+          const bool column_inside = x >= 0 && x < arguments.nx;
+          const Place first =
+              static_cast<Place>(y0 + strip * kColumnStrip - halo) * arguments.nx + x;
+          // The mask arrives while the sums are computed.
+          T weight[kColumnStrip];
+          REGKERNELS_UNROLL
+          for (int k = 0; k < kColumnStrip; ++k) {
+            const int row = strip * kColumnStrip + k, y = y0 + row - halo;
+            const bool there =
+                mask != nullptr && column_inside && row < height && y >= 0 && y < arguments.ny;
+            weight[k] =
+                there ? mask[z * plane_size + static_cast<Place>(first + k * arguments.nx)] : T(1);
+          }
           T sums[kWindowSums][kColumnStrip];
           REGKERNELS_UNROLL
           for (int s = 0; s < kWindowSums; ++s) {
             const T* const from = by_row + (s * in_height + strip * kColumnStrip) * stride + column;
             sum_column<kWindow, kBox>(window, from, stride, sums[s]);
           }
-          const int x = x0 + column - halo;
-          const bool column_inside = x >= 0 && x < arguments.nx;
           const bool column_own = own && column >= halo && column < halo + layout.columns;
           // All rows of the strip are computed together, since they do not depend on each other.
           Correlation<T> at[kColumnStrip];
@@ -431,18 +443,15 @@ __global__ void __launch_bounds__(kThreads, 1)
               adjoint_fields(at[k], at[k].mean_i + offset_i, at[k].mean_j + offset_j, fields[k]);
             }
           }
-          const Place first =
-              static_cast<Place>(y0 + strip * kColumnStrip - halo) * arguments.nx + x;
           if (is_special) {
             REGKERNELS_UNROLL
             for (int k = 0; k < kColumnStrip; ++k) {
               if (!inside[k]) continue;
               const int64_t place = z * plane_size + static_cast<Place>(first + k * arguments.nx);
-              const T weight = mask != nullptr ? mask[place] : T(1);
-              at[k].ncc *= weight;
+              at[k].ncc *= weight[k];
               if (map != nullptr && counts[k]) map[place] = -at[k].ncc;
               if constexpr (kFields > 0) {
-                const T factor = cotangent != nullptr ? weight * cotangent[place] : weight;
+                const T factor = cotangent != nullptr ? weight[k] * cotangent[place] : weight[k];
                 REGKERNELS_UNROLL
                 for (int f = 0; f < kFields; ++f) fields[k][f] *= factor;
               }
@@ -721,6 +730,8 @@ __global__ void mask_kernel(const __grid_constant__ LnccArguments<T> arguments) 
   for (int64_t item = 0; item < arguments.items; ++item) {
     for (int channel = 0; channel < arguments.channels; ++channel) {
       const T* const mask = arguments.mask.at(group, item, channel);
+      // Loads that wait for each other would take longer than the whole loss.
+#pragma unroll 8
       for (int64_t i = blockIdx.y * kThreads + threadIdx.x; i < count; i += gridDim.y * kThreads) {
         sum += mask[i];
       }
