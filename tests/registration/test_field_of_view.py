@@ -164,7 +164,9 @@ def test_an_image_stays_where_it_is_on_itself(volume: Callable[[], Volume]) -> N
     image = volume()
     points = some_points(image, np.asarray(image.array) > 0)
     for stages in (
+        [Moments(), Translation()],
         [Rigid()],
+        [Similarity()],
         [Affine()],
         [Greedy()],
         [SyN()],

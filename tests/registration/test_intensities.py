@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scenes import header, physical_grid
 
-from jaxreg.registration import Moments, Rigid, register, register_images
+from jaxreg.registration import Affine, Moments, Rigid, register, register_images
 from jaxreg.registration.intensities import clipped
 from jaxreg.registration.report.pictures import draw_slices
 from regkernels import Volume, move_points, rigid_motion
@@ -77,8 +77,12 @@ def test_moments_do_not_depend_on_the_background(contrast: str) -> None:
 @pytest.mark.parametrize("degrees", [8, 20, 45, 90, 180])
 @pytest.mark.parametrize("contrast", ["bright", "RGB"])
 def test_a_bright_slide_is_found_however_it_is_turned(contrast: str, degrees: float) -> None:
-    result = register(*sections(degrees, CONTRASTS[contrast]), [Moments(), Rigid()])
-    assert error(result.transform, degrees) < 0.3
+    fixed, moving = sections(degrees, CONTRASTS[contrast])
+    ones = fixed.with_array(np.ones(fixed.shape))
+    for stage in (Rigid(), Affine()):
+        for masks in ({}, {"fixed_mask": ones, "moving_mask": ones}):
+            result = register(fixed, moving, [Moments(), stage], **masks)
+            assert error(result.transform, degrees) < 0.3
 
 
 @pytest.mark.parametrize(
