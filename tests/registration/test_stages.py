@@ -449,6 +449,31 @@ def test_what_a_mask_leaves_out_does_not_count(stage: type) -> None:
     assert unmasked.stages[0].levels[0].losses[-1] > 2 * losses[-1]
 
 
+@pytest.mark.parametrize("stage", [Rigid, Greedy])
+def test_losses_of_the_library_will_do_as_metrics(stage: type) -> None:
+    fixed = header((20, 24), (5, 5))
+    points = physical_grid(fixed)
+    fixed, moving = (fixed.with_array(grainy(scene(points + 5 * k), k)) for k in range(2))
+    mask = fixed.with_array(np.pad(np.ones((14, 18)), 3))
+    for loss in (lncc_loss, mutual_information_loss, ncc_loss, mse_loss):
+        for masks in ({}, {"moving_mask": mask}):
+            (record,) = register(fixed, moving, [stage((1,), (15,), metric=loss)], **masks).stages
+            assert record.levels[0].losses[-1] < record.levels[0].losses[0]
+
+
+@pytest.mark.parametrize("stage", [Rigid, Greedy])
+def test_the_unit_of_a_mask_does_not_matter(stage: type) -> None:
+    fixed = header((20, 24), (5, 5))
+    points = physical_grid(fixed)
+    fixed, moving = (fixed.with_array(scene(points + 5 * k)) for k in range(2))
+    losses = []
+    for unit in (1, 2.0**-14):
+        mask = fixed.with_array(unit * np.ones(fixed.shape))
+        result = register(fixed, moving, [stage((1,), (20,), metric="ncc")], fixed_mask=mask)
+        losses.append(result.stages[0].levels[0].losses)
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
 def test_a_metric_that_takes_no_mask_sees_no_difference_where_nothing_counts() -> None:
     fixed = header((16, 16), (5, 5)).with_array(np.eye(16))
     moving = fixed.with_array(np.eye(16) + np.pad(np.ones((6, 6)), 5))

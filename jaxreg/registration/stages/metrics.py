@@ -120,9 +120,10 @@ class Metric(abc.ABC):
     programs are compiled for them, and equal metrics share their programs.
     """
 
-    has_gradient_of_mask: ClassVar[bool] = True
-    """Whether the loss may be differentiated with respect to its mask: linear stages follow what is
-    gained or lost by what the images cover, if so."""
+    has_gradient_of_mask: ClassVar[bool] = False
+    """Whether the loss may be differentiated with respect to its mask, which `lncc_loss` and
+    `mutual_information_loss` may not: if so, linear stages follow what is gained or lost by what
+    the images cover."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -259,8 +260,6 @@ class LNCC(Metric):
         For another width.
     """
 
-    has_gradient_of_mask: ClassVar[bool] = False
-
     kernel_size: int = 7
 
     def __post_init__(self) -> None:
@@ -377,8 +376,6 @@ class MI(Metric):
         For another number of bins.
     """
 
-    has_gradient_of_mask: ClassVar[bool] = False
-
     num_bins: int = 32
 
     def __post_init__(self) -> None:
@@ -432,6 +429,8 @@ class MI(Metric):
 class NCC(Metric):
     """Global normalised cross-correlation, which still pulls where little overlaps; see `ncc`."""
 
+    has_gradient_of_mask: ClassVar[bool] = True
+
     def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Return minus the correlation, the mean over the channels."""
         return ncc_loss(pred, target, mask)
@@ -448,6 +447,8 @@ class NCC(Metric):
 @dataclasses.dataclass(frozen=True)
 class MSE(Metric):
     """Mean squared difference, for intensities that mean the same; see `mse_loss`."""
+
+    has_gradient_of_mask: ClassVar[bool] = True
 
     def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Return the mean squared difference."""

@@ -197,8 +197,13 @@ def charged(loss: jax.Array, overlap: jax.Array, reference: jax.Array) -> jax.Ar
         Any array; a negative one is a similarity.
     overlap, reference
         Sums of weights: of the voxels that count, and of those that could.
+
+    Returns
+    -------
+    Array
+        Of the shape of all of them together.
     """
-    kept = jnp.minimum(1, 2 * overlap / jnp.maximum(reference, 1))
+    kept = jnp.minimum(1, 2 * overlap / jnp.where(reference > 0, reference, 1))
     return jnp.where(loss < 0, loss * kept, loss / jnp.maximum(kept, 1e-3))
 
 
