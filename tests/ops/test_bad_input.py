@@ -239,6 +239,7 @@ ONE_BY_ONE = [
     *[bad_value("lncc_loss", "sigma", s, f"{s:g}") for s in (-1.0, 0.0, NAN, INFINITY)],
     bad_value("lncc_loss", "smooth_nr", -1.0, "-1"),
     *[bad_value("lncc_loss", "smooth_dr", x, f"{x:g}") for x in (-1.0, 0.0, 1e-19)],
+    *[bad_value("lncc_loss", "common_variance", x, f"{x:g}") for x in (-1.0, NAN, INFINITY)],
     *[bad_value("lncc_loss", "both_flat", x, f"{x:g}") for x in (-0.1, 1.5)],
     *[bad_value("invert_displacement", "tolerance", t, f"{t:g}") for t in (-1.0, NAN, INFINITY)],
     *[bad_value("invert_displacement", "max_iterations", n, str(n)) for n in (-1, 0, 10001)],

@@ -333,6 +333,8 @@ class Problem:
         metric: Metric | None,
     ) -> Level:
         displacement = alignment.displacement
+        if metric is not None:
+            images = _in_units(*images, metric)
         level = Level(
             *images,
             self._to_physical,
@@ -348,6 +350,24 @@ class Problem:
         )
         attention = _attention(level, metric)
         return level._replace(**attention._asdict())
+
+
+@functools.partial(jax.jit, static_argnames="metric")
+def _in_units(
+    fixed: jax.Array,
+    moving: jax.Array,
+    fixed_mask: jax.Array | None,
+    moving_mask: jax.Array | None,
+    metric: Metric,
+) -> _Images:
+    """Return the images in the units of a metric, and their masks."""
+
+    def converted(image: jax.Array, mask: jax.Array | None) -> jax.Array:
+        unit = metric.unit(image, mask)
+        return image if unit is None else image / unit
+
+    masks = fixed_mask, moving_mask
+    return converted(fixed, fixed_mask), converted(moving, moving_mask), *masks
 
 
 @jax.jit
