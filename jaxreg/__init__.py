@@ -2,6 +2,14 @@
 
 from jaxreg._ops import export_checks
 from jaxreg.loss import joint_histogram, lncc_loss, mutual_information_loss
+from jaxreg.regularisation import (
+    bending_energy_loss,
+    curvature_loss,
+    diffusion_loss,
+    divergence_loss,
+    elasticity_loss,
+    jacobian_loss,
+)
 from jaxreg.smooth import gaussian_smooth
 from jaxreg.warp import (
     affine_warp,
@@ -18,14 +26,20 @@ from regkernels import __version__
 __all__ = [
     "__version__",
     "affine_warp",
+    "bending_energy_loss",
     "compose",
     "convert_displacement",
+    "curvature_loss",
+    "diffusion_loss",
+    "divergence_loss",
+    "elasticity_loss",
     "export_checks",
     "gaussian_smooth",
     "interpolate",
     "interpolate_labels",
     "invert_displacement",
     "jacobian_determinant",
+    "jacobian_loss",
     "joint_histogram",
     "lncc_loss",
     "mutual_information_loss",

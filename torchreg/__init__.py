@@ -8,6 +8,14 @@ from torchreg.loss import (
     lncc_loss,
     mutual_information_loss,
 )
+from torchreg.regularisation import (
+    bending_energy_loss,
+    curvature_loss,
+    diffusion_loss,
+    divergence_loss,
+    elasticity_loss,
+    jacobian_loss,
+)
 from torchreg.smooth import gaussian_smooth
 from torchreg.warp import (
     affine_warp,
@@ -25,13 +33,19 @@ __all__ = [
     "MutualInformationLoss",
     "__version__",
     "affine_warp",
+    "bending_energy_loss",
     "compose",
     "convert_displacement",
+    "curvature_loss",
+    "diffusion_loss",
+    "divergence_loss",
+    "elasticity_loss",
     "gaussian_smooth",
     "interpolate",
     "interpolate_labels",
     "invert_displacement",
     "jacobian_determinant",
+    "jacobian_loss",
     "joint_histogram",
     "lncc_loss",
     "mutual_information_loss",

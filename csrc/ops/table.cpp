@@ -19,6 +19,7 @@ const std::vector<Op>& op_table() {
     add(gaussian_smooth_ops());
     add(jacobian_determinant_ops());
     add(convert_displacement_ops());
+    add(field_energy_ops());
     add(lncc_loss_ops());
     add(mutual_information_ops());
     add(interpolate_labels_ops());

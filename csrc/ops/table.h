@@ -14,6 +14,7 @@ std::vector<Op> scale_velocity_ops();
 std::vector<Op> gaussian_smooth_ops();
 std::vector<Op> jacobian_determinant_ops();
 std::vector<Op> convert_displacement_ops();
+std::vector<Op> field_energy_ops();
 std::vector<Op> lncc_loss_ops();
 std::vector<Op> mutual_information_ops();
 std::vector<Op> interpolate_labels_ops();

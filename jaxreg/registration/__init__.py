@@ -49,6 +49,15 @@ from jaxreg.registration.stages.moments import Moments
 from jaxreg.registration.stages.presets import preset, stage_from_name
 from jaxreg.registration.stages.problem import Alignment
 from jaxreg.registration.stages.pyramid import downsample, level_shape, resize_field, resize_image
+from jaxreg.registration.stages.regularisers import (
+    Bending,
+    Curvature,
+    Diffusion,
+    Divergence,
+    Elasticity,
+    Jacobian,
+    Regulariser,
+)
 from jaxreg.registration.stages.svf import SVF
 from jaxreg.registration.stages.syn import SyN
 from jaxreg.registration.transforms.parts import invert_part
@@ -65,19 +74,26 @@ __all__ = [
     "Affine",
     "Alignment",
     "ArrayRegistration",
+    "Bending",
     "Callback",
+    "Curvature",
     "Deformable",
+    "Diffusion",
+    "Divergence",
     "Doubt",
+    "Elasticity",
     "Folds",
     "Greedy",
     "InverseResidual",
     "Iterative",
+    "Jacobian",
     "LevelRecord",
     "Linear",
     "Metric",
     "Moments",
     "Progress",
     "Registration",
+    "Regulariser",
     "Rigid",
     "Similarity",
     "Stage",

@@ -3,48 +3,13 @@
 #include "core/dispatch.h"
 #include "core/for_each.h"
 #include "core/operand.h"
-#include "maths/coordinates.h"
+#include "maths/differences.h"
 #include "maths/matrix.h"
 #include "maths/voxel_vectors.h"
 #include "ops/jacobian_determinant/call.h"
 #include "ops/jacobian_determinant/jacobian_determinant.h"
 
 namespace regkernels {
-
-// Takes the differences of a displacement field: they are central inside, one-sided at the two
-// ends, and none along an axis of one voxel.
-template <class T, int D>
-struct Differences {
-  Frame<T, D> frame;
-
-  REGKERNELS_HD int64_t offset(const Vec<int, D>& i) const {
-    int64_t row = D == 3 ? i[D - 1] * static_cast<int64_t>(frame.size[1]) + i[1] : i[1];
-    return row * frame.size[0] + i[0];
-  }
-
-  // Jacobian of x + u(x) at voxel i, in voxel units: entry (k, axis) is d(x + u)_k / d axis.
-  REGKERNELS_HD Matrix<T, D> jacobian(const T* u, const Vec<int, D>& i) const {
-    Matrix<T, D> result;
-    REGKERNELS_UNROLL
-    for (int axis = 0; axis < D; ++axis) {
-      Vec<int, D> low = i, high = i;
-      if (i[axis] > 0) low[axis] -= 1;
-      if (i[axis] < frame.size[axis] - 1) high[axis] += 1;
-      const int steps = high[axis] - low[axis];
-      const T scale = steps == 2 ? T(0.5) : T(1);
-      const T* a = u + offset(low) * D;
-      const T* b = u + offset(high) * D;
-      REGKERNELS_UNROLL
-      for (int k = 0; k < D; ++k) {
-        // A product with 0 would let through a displacement that is not finite.
-        const bool counts = steps != 0 && frame.half[k] != 0;
-        const T slope = counts ? scale * frame.half[k] * (b[k] - a[k]) : T(0);
-        result.m[k][axis] = (k == axis ? T(1) : T(0)) + slope;
-      }
-    }
-    return result;
-  }
-};
 
 template <class Scalar, int D>
 struct JacobianForward {
@@ -60,7 +25,7 @@ struct JacobianForward {
     REGKERNELS_HD void operator()(const Voxel& voxel) const {
       const Differences<T, D>& d = self->differences;
       const Vec<int, D> i = voxel_index<D>(voxel);
-      const T value = determinant(d.jacobian(displacement, i));
+      const T value = determinant(plus_identity(d.slopes(displacement, i)));
       if (voxel.active) output[d.offset(i)] = value;
     }
   };
@@ -85,37 +50,18 @@ struct JacobianBackward {
     const T* grad;
     T* output;
 
-    // The difference at voxel j along `axis` contains the voxel in question `weight` times.
-    REGKERNELS_HD void collect(const Vec<int, D>& j, int axis, T weight, Vec<T, D>& sum) const {
-      const Differences<T, D>& d = self->differences;
-      const Matrix<T, D> jacobian = d.jacobian(displacement, j);
-      const T g = grad[d.offset(j)] * weight;
-      REGKERNELS_UNROLL
-      for (int k = 0; k < D; ++k) {
-        if (d.frame.half[k] != 0) sum[k] += g * d.frame.half[k] * cofactor(jacobian, k, axis);
-      }
-    }
-
     REGKERNELS_HD void operator()(const Voxel& voxel) const {
       const Differences<T, D>& d = self->differences;
       const Vec<int, D> i = voxel_index<D>(voxel);
       Vec<T, D> sum{};
-      REGKERNELS_UNROLL
-      for (int axis = 0; axis < D; ++axis) {
-        const int last = d.frame.size[axis] - 1;
-        if (last == 0) continue;
-        Vec<int, D> j = i;
-        if (i[axis] > 0) {
-          j[axis] = i[axis] - 1;
-          collect(j, axis, j[axis] == 0 ? T(1) : T(0.5), sum);
+      d.for_each_use(i, [&](const Vec<int, D>& j, int axis, T weight) {
+        const Matrix<T, D> jacobian = plus_identity(d.slopes(displacement, j));
+        const T g = grad[d.offset(j)] * weight;
+        REGKERNELS_UNROLL
+        for (int k = 0; k < D; ++k) {
+          if (d.frame.half[k] != 0) sum[k] += g * d.frame.half[k] * cofactor(jacobian, k, axis);
         }
-        if (i[axis] < last) {
-          j[axis] = i[axis] + 1;
-          collect(j, axis, j[axis] == last ? T(-1) : T(-0.5), sum);
-        }
-        if (i[axis] == 0) collect(i, axis, T(-1), sum);
-        if (i[axis] == last) collect(i, axis, T(1), sum);
-      }
+      });
       const int64_t row = static_cast<int64_t>(voxel.z * d.frame.size[1] + voxel.y);
       store_packed(output + row * voxel.row_size * D, voxel, sum);
     }

@@ -11,6 +11,7 @@ import jax
 from jaxreg.registration.progress import Callback
 from jaxreg.registration.stages.metrics import Metric, MetricLike, function_name
 from jaxreg.registration.stages.problem import Alignment, Problem
+from jaxreg.registration.stages.regularisers import Regulariser
 
 __all__ = ["Stage", "Trace"]
 
@@ -104,6 +105,6 @@ class Stage(abc.ABC):
 
 
 def _plain(setting: Any) -> Any:
-    if isinstance(setting, Metric):
+    if isinstance(setting, Metric | Regulariser):
         return str(setting)
     return function_name(setting) if callable(setting) else setting

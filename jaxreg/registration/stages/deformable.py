@@ -49,8 +49,9 @@ class Deformable(Iterative):
         second moment. In units of the metric's scale per voxel of the level, of the summed loss;
         where anything is to be gained gradients are about 0.1, and rounding is mostly below 1e-6.
     regularisation
-        ``penalty(field)``, a scalar that is added to the loss: any JAX function of the stage's
-        field ``(N, [Z,] Y, X, D)``, in normalised coordinates on the grid of the level.
+        ``penalty(field)``, a scalar that is added to the loss: a `Regulariser` such as
+        ``Diffusion(0.3)``, or any JAX function of the stage's field ``(N, [Z,] Y, X, D)``, in
+        normalised coordinates on the grid of the level.
 
     Raises
     ------

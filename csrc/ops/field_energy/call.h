@@ -1,0 +1,44 @@
+#pragma once
+
+#include <array>
+
+#include "core/check.h"
+#include "ops/losses/compared.h"
+
+namespace regkernels {
+
+enum class EnergyKind { kDiffusion, kBending, kCurvature, kElasticity, kDivergence, kJacobian };
+
+// What a checked call amounts to.
+struct FieldEnergyCall {
+  DType dtype;
+  int dimensions;
+  Sizes sizes;
+  Batch batch;
+  EnergyKind kind;
+  Reduction reduction;
+  std::array<double, 3> spacing;  // mm per voxel in x, y, z order, or 1 where the unit is a voxel
+  double mu, lam;
+  bool is_gradient = false;  // alone, for a cotangent
+  int64_t parts;             // that the sum over an item is cut into
+  Shape output;              // (G), or (G, N) where nothing is reduced
+
+  // What the sum over the voxels of an item is multiplied by.
+  double scale() const {
+    const bool mean = reduction == Reduction::kMean && batch.items > 0;
+    return 1 / (static_cast<double>(sizes.voxels()) * (mean ? batch.items : 1));
+  }
+};
+
+// These treat every component by itself, and a row of vectors as a row of numbers.
+inline bool by_component(EnergyKind kind) { return kind <= EnergyKind::kCurvature; }
+
+// A block of threads takes a tile of 32 elements of 8 rows, through so many planes.
+inline constexpr int kEnergyPlanes = 16;
+
+inline int64_t energy_parts(const Sizes& sizes, int64_t row_elements) {
+  const auto pieces = [](int64_t size, int64_t piece) { return (size + piece - 1) / piece; };
+  return pieces(row_elements, 32) * pieces(sizes.y, 8) * pieces(sizes.z, kEnergyPlanes);
+}
+
+}  // namespace regkernels

@@ -1,0 +1,199 @@
+#include <algorithm>
+#include <type_traits>
+
+#include "core/reduce.h"
+#include "ops/field_energy/field_energy.h"
+#include "ops/field_energy/kernels.h"
+#include "ops/losses/finish.h"
+
+namespace regkernels {
+
+namespace {
+
+// Where a block works: 32 elements of each of 8 rows, a warp to a row, through some planes.
+struct Tile {
+  int first;     // element of the warp
+  int y;         // of the warp's row
+  int z, end_z;  // planes
+
+  static __device__ __forceinline__ Tile of(int64_t part, const VoxelSpace& space) {
+    const int tiles_x = (space.x + kWarp - 1) / kWarp;
+    const int tiles_y = (space.y + kRowsPerBlock - 1) / kRowsPerBlock;
+    const int64_t row_of_tiles = part / tiles_x;
+    const int chunk = static_cast<int>(row_of_tiles / tiles_y);
+    const int tile_y = static_cast<int>(row_of_tiles - static_cast<int64_t>(chunk) * tiles_y);
+    const int z = chunk * kEnergyPlanes;
+    return {static_cast<int>(part - row_of_tiles * tiles_x) * kWarp,
+            tile_y * kRowsPerBlock + static_cast<int>(threadIdx.y), z,
+            min(z + kEnergyPlanes, space.z)};
+  }
+};
+
+// One component of a field about a voxel, in a walk through the planes: of the planes before and
+// after, what has been read already is at hand.
+template <class Scalar>
+struct PassingComponent {
+  using T = Scalar;
+  static constexpr int kAxes = 3;
+  Component<T, 3, false> around;
+  const T* per_step;
+  T before, own, after;
+
+  __device__ __forceinline__ bool has(int axis, int before, int after) const {
+    return around.has(axis, before, after);
+  }
+  __device__ __forceinline__ T value() const { return own; }
+  __device__ __forceinline__ T value(int axis, int steps) const {
+    if (axis == 2) return steps < 0 ? before : after;
+    return around.value(axis, steps);
+  }
+};
+
+template <class Body>
+struct WalksThroughPlanes : std::false_type {};
+template <class T>
+struct WalksThroughPlanes<ComponentEnergy<T, 3, DiffusionEnergy>> : std::true_type {};
+
+// The energy of one number of a row, through the planes of a tile, and the gradient.
+template <bool kGradient, class T, int D, class Kind>
+__device__ __forceinline__ T sum_of_tile(const ComponentEnergy<T, D, Kind>& body,
+                                         const VoxelSpace& space, int64_t group, int64_t item,
+                                         const Tile& tile) {
+  using Body = ComponentEnergy<T, D, Kind>;
+  const int e = tile.first + static_cast<int>(threadIdx.x);
+  if (tile.y >= space.y || e >= space.x) return 0;
+  const T unit = body.squared_unit[e % D];
+  const int64_t plane = D == 3 ? body.stride[D - 1] : 0;
+  typename Body::Row row = body.row(group, item, tile.z, tile.y);
+  const T factor = row.scale * unit;
+  T sum = 0;
+  const auto next_plane = [&] {
+    row.displacement += plane;
+    if (kGradient) row.gradient += plane;
+  };
+  if (unit == 0) {  // a product would let through a displacement that is not finite
+    for (int z = tile.z; z < tile.end_z; ++z, next_plane()) {
+      if (kGradient) row.gradient[e] = 0;
+    }
+    return 0;
+  }
+  if constexpr (WalksThroughPlanes<Body>::value) {
+    T before = tile.z > 0 ? row.displacement[e - plane] : T(0);
+    T own = row.displacement[e];
+#pragma unroll 4
+    for (int z = tile.z; z < tile.end_z; ++z, next_plane()) {
+      const T after = z + 1 < space.z ? row.displacement[e + plane] : T(0);
+      T energy = 0, pull = 0;
+      Kind::add(PassingComponent<T>{body.template component<false>(row, z, tile.y, e),
+                                    body.per_step, before, own, after},
+                energy, pull);
+      sum += energy;
+      if (kGradient) row.gradient[e] = factor * pull;
+      before = own;
+      own = after;
+    }
+  } else {
+    constexpr int kReach = Kind::kReach;
+    const bool row_inside = tile.y >= kReach && tile.y + kReach < space.y && e >= kReach * D &&
+                            e + kReach * D < space.x;
+#pragma unroll 1
+    for (int z = tile.z; z < tile.end_z; ++z, next_plane()) {
+      T energy = 0, pull = 0;
+      if (row_inside && (D == 2 || (z >= kReach && z + kReach < space.z))) {
+        Kind::add(body.template component<true>(row, z, tile.y, e), energy, pull);
+      } else {
+        Kind::add(body.template component<false>(row, z, tile.y, e), energy, pull);
+      }
+      sum += energy;
+      if (kGradient) row.gradient[e] = factor * pull;
+    }
+  }
+  return unit * sum;
+}
+
+// The energy of the voxels that a thread visits in a tile, and the gradient.
+template <bool kGradient, class T, int D, class Kind>
+__device__ __forceinline__ T sum_of_tile(const SlopeEnergy<T, D, Kind>& body,
+                                         const VoxelSpace& space, int64_t group, int64_t item,
+                                         const Tile& tile) {
+  if (tile.y >= space.y) return 0;  // a whole warp at a time
+  const int lane_x = tile.first + static_cast<int>(threadIdx.x);
+  const bool active = lane_x < space.x;
+  const int x = active ? lane_x : space.x - 1;
+  auto element = body.element(group, item);
+  if (!kGradient) element.gradient = nullptr;
+  T sum = 0;
+#pragma unroll 1
+  for (int z = tile.z; z < tile.end_z; ++z) {
+    const T energy = element(Voxel{z, tile.y, x, active, tile.first, space.x});
+    if (active) sum += energy;
+  }
+  return sum;
+}
+
+// Each block leaves the sum of one part of an item in `partial`, unless that is null.
+template <bool kGradient, class Body>
+__global__ void __launch_bounds__(kWarp* kRowsPerBlock)
+    sum_parts_kernel(const __grid_constant__ Body body, const __grid_constant__ VoxelSpace space,
+                     int64_t parts, typename Body::T* partial) {
+  using T = typename Body::T;
+  __shared__ T shared[kRowsPerBlock];
+  const int64_t part = blockIdx.x;
+  const Tile tile = Tile::of(part, space);
+  for (int64_t b = blockIdx.y; b < space.batch(); b += gridDim.y) {
+    const int64_t group = b / space.items;
+    T sum = sum_of_tile<kGradient>(body, space, group, b - group * space.items, tile);
+    if (partial == nullptr) continue;
+    __syncwarp();
+    sum = warp_sum(sum);
+    if (threadIdx.x == 0) shared[threadIdx.y] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0 && threadIdx.y == 0) {
+      T total = 0;
+      REGKERNELS_UNROLL
+      for (int warp = 0; warp < kRowsPerBlock; ++warp) total += shared[warp];
+      partial[b * parts + part] = total;
+    }
+    __syncthreads();
+  }
+}
+
+template <class Body>
+void sum_parts(const Cuda& device, const Body& body, const VoxelSpace& space, int64_t parts,
+               typename Body::T* partial) {
+  if (space.batch() == 0) return;
+  const dim3 grid(static_cast<unsigned>(parts),
+                  static_cast<unsigned>(std::min<int64_t>(space.batch(), 65535)));
+  const dim3 block(kWarp, kRowsPerBlock);
+  if (body.gradient.data == nullptr) {
+    sum_parts_kernel<false><<<grid, block, 0, device.stream>>>(body, space, parts, partial);
+  } else {
+    sum_parts_kernel<true><<<grid, block, 0, device.stream>>>(body, space, parts, partial);
+  }
+  check_launch();
+}
+
+}  // namespace
+
+void field_energy_cuda(const Context& context, const Call& call) {
+  const Cuda device(context);
+  const auto& checked = call.checked<FieldEnergyCall>();
+  with_field_energy(call, [&](const auto& body, const VoxelSpace& space) {
+    using T = typename std::decay_t<decltype(body)>::T;
+    T* const partial = call.output("partial_sums").template as<T>();
+    sum_parts(device, body, space, checked.parts, partial);
+    const int64_t terms = checked.output.rank() == 1 ? space.items * checked.parts : checked.parts;
+    sum_groups(device, checked.output.count(), partial, terms, terms, checked.scale(),
+               static_cast<const T*>(nullptr), call.output("output").template as<T>());
+  });
+}
+
+void field_energy_grad_cuda(const Context& context, const Call& call) {
+  const Cuda device(context);
+  with_field_energy(call, [&](const auto& body, const VoxelSpace& space) {
+    using T = typename std::decay_t<decltype(body)>::T;
+    sum_parts(device, body, space, call.checked<FieldEnergyCall>().parts, static_cast<T*>(nullptr));
+  });
+}
+
+}  // namespace regkernels

@@ -1,0 +1,416 @@
+// What each kind of energy is at one voxel, and the derivative of the whole sum by the displacement
+// there: a gather, in which neighbours' differences are computed again.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/dispatch.h"
+#include "core/for_each.h"
+#include "core/operand.h"
+#include "maths/differences.h"
+#include "maths/matrix.h"
+#include "maths/voxel_vectors.h"
+#include "ops/field_energy/call.h"
+
+namespace regkernels {
+
+// ------------------------------------------------- kinds that treat each component by itself
+
+// One component of a field about a voxel. `kInside`: no voxel that is asked for is outside, and
+// nobody has to find out.
+template <class Scalar, int D, bool kInside>
+struct Component {
+  using T = Scalar;
+  static constexpr int kAxes = D;
+  const T* here;
+  const int64_t* stride;  // numbers to the next voxel, by axis
+  const T* per_step;      // one over the length of a step, by axis
+  const int* size;
+  int index[D];
+
+  // Whether there are voxels from `before` behind to `after` ahead of this one.
+  REGKERNELS_HD bool has(int axis, int before, int after) const {
+    return kInside || (index[axis] + before >= 0 && index[axis] + after < size[axis]);
+  }
+  REGKERNELS_HD T value() const { return *here; }
+  REGKERNELS_HD T value(int axis, int steps) const { return here[steps * stride[axis]]; }
+  REGKERNELS_HD Component moved(int axis, int steps) const {
+    Component result = *this;
+    result.here += steps * stride[axis];
+    if (!kInside) result.index[axis] += steps;
+    return result;
+  }
+  // The difference of the next two voxels and the last two, per step squared.
+  REGKERNELS_HD T second(int axis) const {
+    const T w = per_step[axis];
+    return w * w * ((value(axis, 1) - value()) - (value() - value(axis, -1)));
+  }
+  // That between the slopes along one axis of two voxels that are neighbours along another.
+  REGKERNELS_HD T mixed(int a, int b) const {
+    const Component next = moved(a, 1);
+    const T slope = value(b, 1) - value();
+    return per_step[a] * per_step[b] * ((next.value(b, 1) - next.value()) - slope);
+  }
+};
+
+// Each of these has how far it looks, kReach, and adds to `energy` what the voxel's own differences
+// contribute to the sum, and to `pull` half the derivative of the sum by the displacement.
+
+// Squared forward differences. The last voxel of an axis has none.
+struct DiffusionEnergy {
+  static constexpr int kReach = 1;
+
+  template <class Around, class T>
+  REGKERNELS_HD static void add(const Around& u, T& energy, T& pull) {
+    REGKERNELS_UNROLL
+    for (int axis = 0; axis < Around::kAxes; ++axis) {
+      const T w = u.per_step[axis];
+      if (u.has(axis, 0, 1)) {
+        const T slope = w * (u.value(axis, 1) - u.value());
+        energy += slope * slope;
+        pull -= w * slope;
+      }
+      if (u.has(axis, -1, 0)) pull += w * w * (u.value() - u.value(axis, -1));
+    }
+  }
+};
+
+// Squared second differences, those along two axes twice, wherever all voxels of one are there.
+struct BendingEnergy {
+  static constexpr int kReach = 2;
+
+  template <class Around, class T>
+  REGKERNELS_HD static void add(const Around& u, T& energy, T& pull) {
+    REGKERNELS_UNROLL
+    for (int a = 0; a < Around::kAxes; ++a) {
+      const T w = u.per_step[a];
+      T sum = 0;
+      if (u.has(a, -1, 1)) {
+        const T bend = u.second(a);
+        energy += bend * bend;
+        sum -= 2 * bend;
+      }
+      if (u.has(a, -2, 0)) sum += u.moved(a, -1).second(a);
+      if (u.has(a, 0, 2)) sum += u.moved(a, 1).second(a);
+      pull += w * w * sum;
+      REGKERNELS_UNROLL
+      for (int b = a + 1; b < Around::kAxes; ++b) {
+        sum = 0;
+        if (u.has(a, 0, 1) && u.has(b, 0, 1)) {
+          const T twist = u.mixed(a, b);
+          energy += 2 * twist * twist;
+          sum += twist;
+        }
+        if (u.has(a, -1, 0) && u.has(b, 0, 1)) sum -= u.moved(a, -1).mixed(a, b);
+        if (u.has(a, 0, 1) && u.has(b, -1, 0)) sum -= u.moved(b, -1).mixed(a, b);
+        if (u.has(a, -1, 0) && u.has(b, -1, 0)) sum += u.moved(a, -1).moved(b, -1).mixed(a, b);
+        pull += 2 * w * u.per_step[b] * sum;
+      }
+    }
+  }
+};
+
+// The square of the Laplacian. An axis contributes to it where the voxel has two neighbours.
+struct CurvatureEnergy {
+  static constexpr int kReach = 2;
+
+  template <class Around>
+  REGKERNELS_HD static typename Around::T laplacian(const Around& u) {
+    typename Around::T sum = 0;
+    REGKERNELS_UNROLL
+    for (int axis = 0; axis < Around::kAxes; ++axis) {
+      if (u.has(axis, -1, 1)) sum += u.second(axis);
+    }
+    return sum;
+  }
+
+  template <class Around, class T>
+  REGKERNELS_HD static void add(const Around& u, T& energy, T& pull) {
+    const T own = laplacian(u);
+    energy += own * own;
+    REGKERNELS_UNROLL
+    for (int axis = 0; axis < Around::kAxes; ++axis) {
+      const T w = u.per_step[axis];
+      T sum = 0;
+      if (u.has(axis, -1, 1)) sum -= 2 * own;
+      if (u.has(axis, -2, 0)) sum += laplacian(u.moved(axis, -1));
+      if (u.has(axis, 0, 2)) sum += laplacian(u.moved(axis, 1));
+      pull += w * w * sum;
+    }
+  }
+};
+
+template <class Scalar, int D, class Kind>
+struct ComponentEnergy {
+  using T = Scalar;
+  static constexpr int kAxes = D;
+  static constexpr int kReach = Kind::kReach;
+  using EnergyOfComponent = Kind;
+
+  Operand<const T> displacement;
+  Operand<const T> cotangent;
+  Operand<T> gradient;
+  int size[D];
+  int64_t stride[D];
+  T per_step[D];
+  T squared_unit[D];  // of each component, 0 for one that has no effect
+  T scale;
+
+  struct Row {
+    const T* displacement;
+    T* gradient;  // null: nobody asks for it
+    T scale;      // of the gradient
+  };
+
+  REGKERNELS_HD Row row(int64_t group, int64_t item, int64_t z, int64_t y) const {
+    const int64_t first = (z * size[1] + y) * stride[1];
+    const T weight = cotangent.data == nullptr ? T(1) : *cotangent.at(group, item);
+    return {displacement.at(group, item) + first,
+            gradient.data == nullptr ? nullptr : gradient.at(group, item) + first,
+            2 * scale * weight};
+  }
+
+  // A number of a row.
+  template <bool kInside>
+  REGKERNELS_HD Component<T, D, kInside> component(const Row& row, int z, int y, int e) const {
+    Component<T, D, kInside> result{row.displacement + e, stride, per_step, size, {}};
+    if (!kInside) {
+      result.index[0] = e / D;
+      result.index[1] = y;
+      if constexpr (D == 3) result.index[2] = z;
+    }
+    return result;
+  }
+};
+
+// ----------------------------------------------------- kinds that are about all components
+// together
+
+// Each of these gives the energy for the slopes of a displacement in voxels, and its derivative by
+// each of them.
+
+// mu |e|^2 + lam / 2 tr(e)^2, where e is the symmetric part of the slopes.
+template <class T, int D>
+struct ElasticEnergy {
+  T mu, lam;
+  T ratio[D][D];  // from slopes in voxels to slopes in mm
+
+  REGKERNELS_HD Matrix<T, D> strain(const Matrix<T, D>& slopes) const {
+    Matrix<T, D> result;
+    REGKERNELS_UNROLL
+    for (int k = 0; k < D; ++k) {
+      REGKERNELS_UNROLL
+      for (int axis = 0; axis < D; ++axis) {
+        result.m[k][axis] =
+            T(0.5) * (ratio[k][axis] * slopes.m[k][axis] + ratio[axis][k] * slopes.m[axis][k]);
+      }
+    }
+    return result;
+  }
+  REGKERNELS_HD static T trace(const Matrix<T, D>& a) {
+    T sum = 0;
+    REGKERNELS_UNROLL
+    for (int k = 0; k < D; ++k) sum += a.m[k][k];
+    return sum;
+  }
+  REGKERNELS_HD T energy(const Matrix<T, D>& slopes) const {
+    const Matrix<T, D> e = strain(slopes);
+    T squares = 0;
+    REGKERNELS_UNROLL
+    for (int k = 0; k < D; ++k) {
+      REGKERNELS_UNROLL
+      for (int axis = 0; axis < D; ++axis) squares += e.m[k][axis] * e.m[k][axis];
+    }
+    const T t = trace(e);
+    return mu * squares + T(0.5) * lam * t * t;
+  }
+  REGKERNELS_HD Matrix<T, D> derivative(const Matrix<T, D>& slopes) const {
+    Matrix<T, D> e = strain(slopes);
+    const T pressure = lam * trace(e);
+    REGKERNELS_UNROLL
+    for (int k = 0; k < D; ++k) {
+      REGKERNELS_UNROLL
+      for (int axis = 0; axis < D; ++axis) {
+        e.m[k][axis] = ratio[k][axis] * (2 * mu * e.m[k][axis] + (k == axis ? pressure : T(0)));
+      }
+    }
+    return e;
+  }
+};
+
+// The square of the divergence.
+template <class T, int D>
+struct DivergenceEnergy {
+  REGKERNELS_HD static T divergence(const Matrix<T, D>& slopes) {
+    T sum = 0;
+    REGKERNELS_UNROLL
+    for (int k = 0; k < D; ++k) sum += slopes.m[k][k];
+    return sum;
+  }
+  REGKERNELS_HD T energy(const Matrix<T, D>& slopes) const {
+    const T sum = divergence(slopes);
+    return sum * sum;
+  }
+  REGKERNELS_HD Matrix<T, D> derivative(const Matrix<T, D>& slopes) const {
+    Matrix<T, D> result{};
+    const T twice = 2 * divergence(slopes);
+    REGKERNELS_UNROLL
+    for (int k = 0; k < D; ++k) result.m[k][k] = twice;
+    return result;
+  }
+};
+
+// The square of the logarithm of the determinant of x + u(x). Where the determinant is less than
+// kLeast, down to what folds, the curve goes on as its tangent, so that there is always a slope to
+// climb.
+template <class T, int D>
+struct DeterminantEnergy {
+  static constexpr double kLeast = 0.05;
+  T at_least, slope_at_least;  // log(kLeast)^2, and its derivative
+
+  REGKERNELS_HD T energy(const Matrix<T, D>& slopes) const {
+    const T det = determinant(plus_identity(slopes));
+    if (det < T(kLeast)) return at_least + slope_at_least * (det - T(kLeast));
+    const T logarithm = std::log(det);
+    return logarithm * logarithm;
+  }
+  REGKERNELS_HD Matrix<T, D> derivative(const Matrix<T, D>& slopes) const {
+    const Matrix<T, D> jacobian = plus_identity(slopes);
+    const T det = determinant(jacobian);
+    const T slope = det < T(kLeast) ? slope_at_least : 2 * std::log(det) / det;
+    Matrix<T, D> result;
+    REGKERNELS_UNROLL
+    for (int k = 0; k < D; ++k) {
+      REGKERNELS_UNROLL
+      for (int axis = 0; axis < D; ++axis) result.m[k][axis] = slope * cofactor(jacobian, k, axis);
+    }
+    return result;
+  }
+};
+
+template <class Scalar, int D, class Kind>
+struct SlopeEnergy {
+  using T = Scalar;
+  static constexpr int kAxes = D;
+
+  Differences<T, D> differences;
+  Kind kind;
+  Operand<const T> displacement;
+  Operand<const T> cotangent;
+  Operand<T> gradient;
+  T scale;
+
+  struct Element {
+    const SlopeEnergy* self;
+    const T* displacement;
+    T* gradient;  // null: nobody asks for it
+    T scale;      // of the gradient
+
+    // Returns the energy of the voxel. Every lane of the warp must take part.
+    REGKERNELS_HD T operator()(const Voxel& voxel) const {
+      const Differences<T, D>& d = self->differences;
+      const Vec<int, D> i = voxel_index<D>(voxel);
+      const T energy = self->kind.energy(d.slopes(displacement, i));
+      if (gradient != nullptr) {
+        Vec<T, D> sum{};
+        d.for_each_use(i, [&](const Vec<int, D>& j, int axis, T weight) {
+          const Matrix<T, D> slope = self->kind.derivative(d.slopes(displacement, j));
+          REGKERNELS_UNROLL
+          for (int k = 0; k < D; ++k) {
+            if (d.frame.half[k] != 0) sum[k] += weight * d.frame.half[k] * slope.m[k][axis];
+          }
+        });
+        REGKERNELS_UNROLL
+        for (int k = 0; k < D; ++k) sum[k] *= scale;
+        store_packed(gradient + voxel.row(d.frame.size) * D, voxel, sum);
+      }
+      return energy;
+    }
+  };
+
+  REGKERNELS_HD Element element(int64_t group, int64_t item) const {
+    const T weight = cotangent.data == nullptr ? T(1) : *cotangent.at(group, item);
+    return {this, displacement.at(group, item),
+            gradient.data == nullptr ? nullptr : gradient.at(group, item), scale * weight};
+  }
+};
+
+// ------------------------------------------------------------------------------------- a call
+
+template <class T, int D, class Kind>
+ComponentEnergy<T, D, Kind> component_energy(const Call& call) {
+  const auto& checked = call.checked<FieldEnergyCall>();
+  const int64_t extent[3] = {checked.sizes.x, checked.sizes.y, checked.sizes.z};
+  ComponentEnergy<T, D, Kind> body{};
+  int64_t stride = D;
+  for (int k = 0; k < D; ++k) {
+    const double half = half_extent(extent[k], call.flag("align_corners"));
+    body.size[k] = static_cast<int>(extent[k]);
+    body.stride[k] = stride;
+    stride *= extent[k];
+    body.per_step[k] = static_cast<T>(1 / checked.spacing[k]);
+    const double unit = half * checked.spacing[k];
+    body.squared_unit[k] = static_cast<T>(unit * unit);
+  }
+  return body;
+}
+
+template <class T, int D, class Kind>
+SlopeEnergy<T, D, Kind> slope_energy(const Call& call, const Kind& kind) {
+  const auto& checked = call.checked<FieldEnergyCall>();
+  const int64_t extent[3] = {checked.sizes.x, checked.sizes.y, checked.sizes.z};
+  SlopeEnergy<T, D, Kind> body{};
+  body.differences = {make_frame<T, D>(extent, call.flag("align_corners"))};
+  body.kind = kind;
+  return body;
+}
+
+// Calls run(body, space) with the kind of energy that a call asks for, of its type and number of
+// dimensions, and the space of its voxels; for those by component, a row is one of numbers.
+template <class Body>
+void with_field_energy(const Call& call, const Body& run) {
+  const auto& checked = call.checked<FieldEnergyCall>();
+  VoxelSpace space = voxel_space(checked.batch.groups, checked.batch.items, checked.sizes);
+  if (by_component(checked.kind)) space.x *= checked.dimensions;
+  dispatch_dtype(checked.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    dispatch_dimensions(checked.dimensions, [&](auto dimensions) {
+      constexpr int D = decltype(dimensions)::value;
+      const auto run_with = [&](auto body) {
+        body.displacement = Operand<const T>(call.input("displacement"));
+        body.gradient = Operand<T>(call.output("grad_displacement"));
+        body.scale = static_cast<T>(checked.scale());
+        if (checked.is_gradient) body.cotangent = Operand<const T>(call.input("grad_output"));
+        run(body, space);
+      };
+      switch (checked.kind) {
+        case EnergyKind::kDiffusion:
+          return run_with(component_energy<T, D, DiffusionEnergy>(call));
+        case EnergyKind::kBending:
+          return run_with(component_energy<T, D, BendingEnergy>(call));
+        case EnergyKind::kCurvature:
+          return run_with(component_energy<T, D, CurvatureEnergy>(call));
+        case EnergyKind::kElasticity: {
+          ElasticEnergy<T, D> kind{static_cast<T>(checked.mu), static_cast<T>(checked.lam), {}};
+          for (int k = 0; k < D; ++k) {
+            for (int axis = 0; axis < D; ++axis) {
+              kind.ratio[k][axis] = static_cast<T>(checked.spacing[k] / checked.spacing[axis]);
+            }
+          }
+          return run_with(slope_energy<T, D>(call, kind));
+        }
+        case EnergyKind::kDivergence:
+          return run_with(slope_energy<T, D>(call, DivergenceEnergy<T, D>{}));
+        case EnergyKind::kJacobian: {
+          const double least = DeterminantEnergy<T, D>::kLeast, logarithm = std::log(least);
+          return run_with(slope_energy<T, D>(
+              call, DeterminantEnergy<T, D>{static_cast<T>(logarithm * logarithm),
+                                            static_cast<T>(2 * logarithm / least)}));
+        }
+      }
+    });
+  });
+}
+
+}  // namespace regkernels
