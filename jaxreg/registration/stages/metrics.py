@@ -19,6 +19,7 @@ __all__ = [
     "MI",
     "MSE",
     "NCC",
+    "CoarseToFine",
     "FunctionMetric",
     "Metric",
     "MetricField",
@@ -374,7 +375,8 @@ def _typical_contrast(image: jax.Array, mask: jax.Array | None, width: int) -> j
 
     def in_blocks(array: jax.Array) -> jax.Array:
         zero = jnp.zeros((), array.dtype)
-        return jax.lax.reduce_window(array, zero, jax.lax.add, block, block, "valid")
+        sums: jax.Array = jax.lax.reduce_window(array, zero, jax.lax.add, block, block, "valid")
+        return sums
 
     centred = weight * (image - mean(image))
     count = in_blocks(weight)
@@ -648,3 +650,31 @@ class MetricField:
 
     def __set__(self, instance: object, value: MetricLike) -> None:
         vars(instance)[self._name] = as_metric(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class CoarseToFine(Metric):
+    """One metric where images are far apart, and another where they are nearly aligned.
+
+    `NCC` pulls from afar; where it no longer tells more, `LNCC` still does.
+
+    Attributes
+    ----------
+    coarse, fine
+        The metrics of coarse and of fine levels; see `as_metric`.
+    threshold
+        The largest scale of a level that uses the fine one.
+    """
+
+    coarse: MetricField = MetricField(NCC())
+    fine: MetricField = MetricField(LNCC())
+    threshold: float = 2
+
+    def for_scale(self, scale: float) -> Metric:
+        """Return the one of the two that the level uses."""
+        chosen = self.fine if scale <= self.threshold else self.coarse
+        return chosen.for_scale(scale)
+
+    def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Return the loss of the fine metric: no scale is known."""
+        return self.fine.loss(pred, target, mask)

@@ -103,6 +103,8 @@ class Level(NamedTuple):
     """What the voxels of the fixed image count, found out once for all iterations."""
     overlap: jax.Array
     """The sum of the weights at the alignment, a scalar: how many voxels count, of this grid."""
+    loss_unit: jax.Array | None = None
+    """What a penalty of a deformation is multiplied by, a scalar; see `Deformable.prepared`."""
 
     @property
     def shape(self) -> tuple[int, ...]:
