@@ -168,6 +168,22 @@ def test_devices_tell_each_other_no_more_than_the_loss_of_their_items(
     assert_all_close([value, *gradients], [expected, *expected_gradients])
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", ["diffusion_loss", "jacobian_loss"])
+def test_devices_tell_each_other_no_more_than_what_their_fields_cost(
+    name: str, reduction: str, axis_type: AxisType
+) -> None:
+    fields = np.concatenate([*(example(name, seed=seed).operands[0] for seed in range(2))])
+    function = example(name, reduction=reduction).bind(getattr(jaxreg, name))
+    both = jax.value_and_grad(lambda field: 1.5 * function(field))
+    spread = put(fields, mesh(axis_type), "batch")
+    program = compiled(both, spread)
+    assert messages(program.as_text()) == {SCALAR}
+    value, gradient = program(spread)
+    assert spec(gradient) == ("batch",)
+    assert_all_close([value, gradient], jax.jit(both)(fields))
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_against_one_target_for_all_devices(

@@ -29,10 +29,11 @@ TABLE_NAMES = {
 }
 SET_BY_ANOTHER = {"joint_range": "value_range"}  # attributes that an argument of another name sets
 # Attributes that the function sets by itself.
+VOLUMES = ["divergence_loss", "jacobian_loss"]
 SETTLED = {
-    **dict.fromkeys(FIELD_LOSSES, ("kind", "mu", "lam")),
-    "elasticity_loss": ("kind",),
-    **dict.fromkeys(["divergence_loss", "jacobian_loss"], ("kind", "spacing", "mu", "lam")),
+    **dict.fromkeys(FIELD_LOSSES, ("kind", "weight", "mu", "lam")),
+    "elasticity_loss": ("kind", "weight"),
+    **dict.fromkeys(VOLUMES, ("kind", "weight", "mu", "lam", "spacing")),
 }
 
 # The axes of each operand: a small letter is a spatial axis, D has as many entries as those, S as

@@ -47,6 +47,7 @@ def test_a_penalty_is_the_loss_of_all_fields_times_a_weight(kind: type) -> None:
     expected = getattr(reference, LOSSES[kind])(fields, reduction="sum")
     penalty = jax.jit(kind(0.3))(fields)
     assert penalty == pytest.approx(0.3 * float(expected), rel=1e-5)
+    assert kind(0.3).energy(fields) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_an_elastic_body_has_two_parameters() -> None:
@@ -127,11 +128,11 @@ def test_a_penalty_of_ones_own_has_an_energy() -> None:
     assert Greedy(regularisation=Size(3.0)).record()["regularisation"].endswith("Size(weight=3.0)")
 
 
-@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "much", None, True])
+@pytest.mark.parametrize("value", [-0.1, 1e10, float("nan"), "much", None, True])
 def test_weights_and_moduli_that_are_none_are_refused(value: object) -> None:
     for kind in LOSSES:
-        with pytest.raises(ValueError, match="weight: expected a finite number of at least 0"):
+        with pytest.raises(ValueError, match="weight: expected a number from 0 to 1e"):
             kind(value)
     for name in ("mu", "lam"):
-        with pytest.raises(ValueError, match=f"{name}: expected a finite number of at least 0"):
+        with pytest.raises(ValueError, match=f"{name}: expected a number from 0 to 1e"):
             Elasticity(1.0, **{name: value})
