@@ -1,4 +1,4 @@
-"""Sampling and composition: ours beside what one would otherwise use, in one run.
+"""Sampling, composition and penalties: ours beside what one would otherwise use, in one run.
 
     python benchmarks/warp.py [--device cuda|cpu] [--size Z Y X] [--json FILE]
 
@@ -7,13 +7,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import torch
 from harness import Bench, parse_arguments
 
 from regkernels.bench import WORKS
-from regkernels.bench.works import LABELS, make_warp
+from regkernels.bench.works import LABELS, PENALTIES, make_warp
 
 # Of the fixed-point iteration. After 14 some voxels of these fields are above 0.01 voxels, the
 # tolerance of ours; after 20 none is.
@@ -96,6 +98,33 @@ def torch_invert(u_first: torch.Tensor, full_u: torch.Tensor, u: torch.Tensor) -
     return e
 
 
+def in_voxels(u: Any) -> list[Any]:
+    """The components of a displacement."""
+    return [u[..., k] * ((u.shape[3 - k] - 1) / 2) for k in range(3)]
+
+
+def difference(x: Any, axis: int) -> Any:
+    """Of neighbours along an axis, in either framework."""
+    return jnp.diff(x, axis=axis) if isinstance(x, jax.Array) else x.diff(dim=axis)
+
+
+def diffusion(u: Any) -> Any:
+    """The sum of all squared differences of neighbours, in array operations."""
+    total = sum((difference(v, axis) ** 2).sum() for v in in_voxels(u) for axis in (1, 2, 3))
+    return total / u[..., 0].size if isinstance(u, jax.Array) else total / u[..., 0].numel()
+
+
+def bending(u: Any) -> Any:
+    """The sum of all squared second differences, those along two axes twice."""
+    total = 0
+    for v in in_voxels(u):
+        for a in (1, 2, 3):
+            slope = difference(v, a)
+            for b in range(a, 4):
+                total = total + (1 if a == b else 2) * (difference(slope, b) ** 2).sum()
+    return total / u[..., 0].size if isinstance(u, jax.Array) else total / u[..., 0].numel()
+
+
 def run(bench: Bench) -> None:
     full_u = {"u": "full_u"}
     for work in WORKS:
@@ -128,6 +157,14 @@ def run(bench: Bench) -> None:
     bench.ours(work)
 
     bench.ours("smooth field, sigma 1")
+
+    by_hand = {"diffusion": diffusion, "bending_energy": bending}
+    for penalty in PENALTIES:
+        for work in (f"{penalty}_loss u", f"{penalty}_loss u + grad u"):
+            if penalty in by_hand:
+                bench.measure("torch", work, "torch diff", by_hand[penalty])
+                bench.measure("jax", work, "jnp diff", by_hand[penalty])
+            bench.ours(work)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from jaxreg._ops import apply
 from regkernels.options import optional_tuple
 
 
-def _energy(
+def field_energy(
     displacement: ArrayLike,
     kind: str,
     reduction: str,
@@ -20,7 +20,12 @@ def _energy(
     spacing: Sequence[float] | None = None,
     mu: float = 1.0,
     lam: float = 1.0,
+    weight: float = 1.0,
 ) -> jax.Array:
+    """The loss of a kind, times a weight.
+
+    The kernel multiplies by it: outside, the gradient would be gone over once more.
+    """
     return apply(
         "field_energy",
         (displacement,),
@@ -29,6 +34,7 @@ def _energy(
             "spacing": optional_tuple(spacing),
             "mu": mu,
             "lam": lam,
+            "weight": weight,
             "align_corners": align_corners,
             "reduction": reduction,
         },
@@ -82,7 +88,7 @@ def diffusion_loss(
     mean over these and the components: for a linear field, a D-th of what a voxel with all slopes
     contributes here.
     """
-    return _energy(displacement, "diffusion", reduction, align_corners, spacing=spacing)
+    return field_energy(displacement, "diffusion", reduction, align_corners, spacing=spacing)
 
 
 def bending_energy_loss(
@@ -141,7 +147,7 @@ def bending_energy_loss(
        registration using free-form deformations: application to breast MR images. IEEE Transactions
        on Medical Imaging 18(8), 1999.
     """
-    return _energy(displacement, "bending", reduction, align_corners, spacing=spacing)
+    return field_energy(displacement, "bending", reduction, align_corners, spacing=spacing)
 
 
 def curvature_loss(
@@ -194,7 +200,7 @@ def curvature_loss(
     .. [1] B. Fischer, J. Modersitzki: Curvature based image registration. Journal of Mathematical
        Imaging and Vision 18, 2003.
     """
-    return _energy(displacement, "curvature", reduction, align_corners, spacing=spacing)
+    return field_energy(displacement, "curvature", reduction, align_corners, spacing=spacing)
 
 
 def elasticity_loss(
@@ -250,7 +256,7 @@ def elasticity_loss(
     voxel to voxel; whatever descends along this gradient has to be smooth by other means, as the
     steps of a registration are, or by a little of :func:`diffusion_loss`.
     """
-    return _energy(
+    return field_energy(
         displacement, "elasticity", reduction, align_corners, mu=mu, lam=lam, spacing=spacing
     )
 
@@ -298,7 +304,7 @@ def divergence_loss(
     For the velocity of a flow this is exact: one without divergence keeps every volume. For a
     displacement, :func:`jacobian_loss` is.
     """
-    return _energy(displacement, "divergence", reduction, align_corners)
+    return field_energy(displacement, "divergence", reduction, align_corners)
 
 
 def jacobian_loss(
@@ -339,4 +345,4 @@ def jacobian_loss(
     TypeError
         A dtype or an argument's type that is not supported.
     """
-    return _energy(displacement, "jacobian", reduction, align_corners)
+    return field_energy(displacement, "jacobian", reduction, align_corners)

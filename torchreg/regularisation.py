@@ -28,6 +28,7 @@ def _energy(
             "spacing": optional_tuple(spacing),
             "mu": mu,
             "lam": lam,
+            "weight": 1.0,
             "align_corners": align_corners,
             "reduction": reduction,
         },

@@ -13,6 +13,7 @@ __all__ = [
     "BACKGROUNDS",
     "HISTOGRAMS",
     "LABELS",
+    "PENALTIES",
     "SMOOTH_DR",
     "WINDOWS",
     "WORKS",
@@ -26,6 +27,9 @@ Operands = dict[str, np.ndarray]
 
 LABELS = 8
 """Labels of the label map, which has blocks of 16 voxels a side."""
+
+PENALTIES = ("diffusion", "bending_energy", "curvature", "elasticity", "divergence", "jacobian")
+"""Of a displacement: the losses whose names they begin."""
 
 SMOOTH_DR = 1e-5
 
@@ -234,6 +238,18 @@ def _make_works() -> dict[str, Work]:
         "gf",
         lambda reg, u: reg.gaussian_smooth(u, 1.0, channel_last=True),
     )
+
+    for penalty in PENALTIES:
+        for suffix, wrt in (("", ()), (" + grad u", ("u",))):
+            # One pass serves the value and the gradient.
+            works[f"{penalty}_loss u{suffix}"] = Work(
+                lambda reg, u, name=penalty: getattr(reg, f"{name}_loss")(u),
+                ("u",),
+                make_warp,
+                wrt,
+                None,
+                (1, 0),
+            )
 
     def similarity(
         title: str, reads: tuple[int, int], call: Callable[..., Any], background: str = ""

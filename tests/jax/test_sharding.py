@@ -12,7 +12,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from examples import ALL_OPS, LOSSES, example
+from examples import ALL_OPS, FIELD_LOSSES, LOSSES, example
 from inputs import assert_close, assert_same, random_affine, random_array, small_displacement
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -100,7 +100,7 @@ def assert_all_close(actual: Any, expected: Any) -> None:
 @pytest.mark.parametrize("name", ALL_OPS)
 def test_each_device_works_on_its_own_items(name: str, axis_type: AxisType) -> None:
     """Forward and backward, without a word to the others, to the last bit."""
-    options = {"reduction": "none"} if name in LOSSES else {}
+    options = {"reduction": "none"} if name in (*LOSSES, *FIELD_LOSSES) else {}
     cases = [example(name, seed=seed, **options) for seed in range(2)]
     batches = [np.concatenate(pair) for pair in zip(*(c.operands for c in cases), strict=True)]
     function = cases[0].bind(getattr(jaxreg, name))
@@ -166,6 +166,22 @@ def test_devices_tell_each_other_no_more_than_the_loss_of_their_items(
     assert [spec(gradient) for gradient in gradients] == [("batch",)] * 2
     expected, expected_gradients = jax.jit(both)(*batches)
     assert_all_close([value, *gradients], [expected, *expected_gradients])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", ["diffusion_loss", "jacobian_loss"])
+def test_devices_tell_each_other_no_more_than_what_their_fields_cost(
+    name: str, reduction: str, axis_type: AxisType
+) -> None:
+    fields = np.concatenate([*(example(name, seed=seed).operands[0] for seed in range(2))])
+    function = example(name, reduction=reduction).bind(getattr(jaxreg, name))
+    both = jax.value_and_grad(lambda field: 1.5 * function(field))
+    spread = put(fields, mesh(axis_type), "batch")
+    program = compiled(both, spread)
+    assert messages(program.as_text()) == {SCALAR}
+    value, gradient = program(spread)
+    assert spec(gradient) == ("batch",)
+    assert_all_close([value, gradient], jax.jit(both)(fields))
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])

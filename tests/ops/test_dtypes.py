@@ -12,7 +12,7 @@ import pytest
 import reference
 import torch
 from backends import Backend
-from examples import LOSSES, OPERANDS, OPS, WITHOUT_GRADIENT, example
+from examples import FIELD_LOSSES, LOSSES, OPERANDS, OPS, WITHOUT_GRADIENT, example
 from inputs import HALVES, assert_close, assert_same, random_array, small_displacement
 from ml_dtypes import bfloat16
 
@@ -48,7 +48,7 @@ def check_values_and_gradients(
 def test_half_precision_costs_one_rounding(backend: Backend, name: str, dtype: object) -> None:
     """All operands are half precision; coordinates are not, nor is a loss."""
     case = example(name, dtype=dtype)
-    result = FLOAT32 if name in LOSSES else dtype
+    result = FLOAT32 if name in (*LOSSES, *FIELD_LOSSES) else dtype
     check_values_and_gradients(backend, name, list(case.operands), result, **case.options)
 
 

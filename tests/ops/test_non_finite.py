@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import reference
 from backends import Backend
+from examples import FIELD_LOSSES
 from inputs import (
     TOLERANCE,
     assert_same,
@@ -261,6 +262,20 @@ def test_a_determinant_ignores_displacements_along_an_axis_of_one_voxel(backend:
     assert_same(gradient, expected_gradient)
 
 
+@pytest.mark.parametrize("name", FIELD_LOSSES)
+def test_a_penalty_ignores_displacements_along_an_axis_of_one_voxel(
+    backend: Backend, name: str
+) -> None:
+    u, spoilt = small_displacement(0, 1, (1, 5, 6)), small_displacement(0, 1, (1, 5, 6))
+    spoilt[..., 2] = random_array(1, 1, 1, 5, 6) * INFINITY
+    u[..., 2] = 0
+    one = np.ones(())
+    expected, (expected_gradient,) = backend.value_and_vjp(name, (u,), one, (0,))
+    value, (gradient,) = backend.value_and_vjp(name, (spoilt,), one, (0,))
+    assert_same(value, expected)
+    assert_same(gradient, expected_gradient)
+
+
 @pytest.mark.parametrize("dim", [2, 3])
 def test_the_other_ops_spread_nan_as_the_reference_does(backend: Backend, dim: int) -> None:
     shape = SHAPES[dim, True]
@@ -272,6 +287,7 @@ def test_the_other_ops_spread_nan_as_the_reference_does(backend: Backend, dim: i
         ("convert_displacement", (field, "normalised", "voxel"), {"target_channels": "first"}),
         ("gaussian_smooth", (field, 0.4), {"channel_last": True, "truncate": 2.0}),
         ("scaling_and_squaring", (field, 2), {}),
+        *[(name, (field,), {"reduction": "none"}) for name in FIELD_LOSSES],
     ]
     for name, args, options in calls:
         expected = getattr(reference, name)(*args, **options)

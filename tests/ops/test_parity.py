@@ -171,7 +171,7 @@ def test_functions_take_the_same_arguments_in_both_packages(name: str) -> None:
     assert in_jax == in_torch
 
 
-@pytest.mark.parametrize("module", ["loss", "smooth", "warp"])
+@pytest.mark.parametrize("module", ["loss", "regularisation", "smooth", "warp"])
 def test_modules_describe_themselves_alike_in_both_packages(module: str) -> None:
     in_jax, in_torch = (
         importlib.import_module(f"{package}.{module}") for package in ("jaxreg", "torchreg")

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import reference
 from backends import BACKENDS
-from examples import WITHOUT_GRADIENT
+from examples import FIELD_LOSSES, WITHOUT_GRADIENT
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from inputs import assert_close, assert_same, off_grid_displacement, random_affine, random_array
@@ -356,6 +356,8 @@ SIZES = {
     "gaussian_smooth": [(1,), (1e30,), (1e-38,)],
     "jacobian_determinant": [(1,), (1e9,), (1e-38,)],
     "convert_displacement": [(1,), (1e30,), (1e-38,)],
+    **{name: [(1,), (1e30,), (1e-38,)] for name in FIELD_LOSSES},
+    "jacobian_loss": [(1,), (1e9,), (1e-38,)],
     "lncc_loss": [(1, 1), (1e30, 1e30), (1e-38, 1), (1e19, 1e-30)],
     "mutual_information_loss": [(1, 1), (1e38, 1e38), (1e-38, 1), (1e38, 1e-38)],
     "joint_histogram": [(1, 1), (1e38, 1e38), (1e-38, 1), (1e38, 1e-38)],
@@ -423,6 +425,9 @@ def extreme_calls(draw: st.DrawFn) -> tuple[str, tuple[Any, ...], dict[str, Any]
         return name, (values(*axes),), options
     if name == "jacobian_determinant":
         return name, (values(*shape, dim),), aligned
+    if name in FIELD_LOSSES:
+        reduction = draw(st.sampled_from(["mean", "sum", "none"]))
+        return name, (values(*shape, dim),), {**aligned, "reduction": reduction}
     if name == "lncc_loss":
         channels = draw(st.integers(0, 3))
         options = {

@@ -38,6 +38,18 @@ class Example:
         return self.bind(getattr(reference, self.name))(*self.operands)
 
 
+LOSSES = ["lncc_loss", "mutual_information_loss"]
+
+# Kinds of one op of the table, `field_energy`.
+FIELD_LOSSES = [
+    "diffusion_loss",
+    "bending_energy_loss",
+    "curvature_loss",
+    "elasticity_loss",
+    "divergence_loss",
+    "jacobian_loss",
+]
+
 OPS = [
     "interpolate",
     "compose",
@@ -48,9 +60,8 @@ OPS = [
     "convert_displacement",
     "lncc_loss",
     "mutual_information_loss",
+    *FIELD_LOSSES,
 ]
-
-LOSSES = ["lncc_loss", "mutual_information_loss"]
 
 WITHOUT_GRADIENT = ["joint_histogram", "interpolate_labels", "invert_displacement"]
 
@@ -64,6 +75,7 @@ OPERANDS = {
     "gaussian_smooth": ("x",),
     "jacobian_determinant": ("displacement",),
     "convert_displacement": ("displacement",),
+    **dict.fromkeys(FIELD_LOSSES, ("displacement",)),
     **dict.fromkeys([*LOSSES, "joint_histogram"], ("pred", "target")),
     "interpolate_labels": ("labels", "affine", "grid"),
     "invert_displacement": ("displacement",),
@@ -111,6 +123,7 @@ def example(
             (first,),
             {"source": "normalised", "target": "mm", "spacing": spacing},
         ),
+        **{name: Example(name, (first,)) for name in FIELD_LOSSES},
         "lncc_loss": Example("lncc_loss", (image, other), {"kernel_size": 3}),
         "mutual_information_loss": Example("mutual_information_loss", (image, other), binning),
         "joint_histogram": Example("joint_histogram", (image, other), binning),

@@ -803,6 +803,147 @@ def mutual_information_loss_vjp(
     return to_pred, to_target
 
 
+# ------------------------------------------------------------------------- roughness of a field
+
+
+def in_lengths(
+    displacement: Array, spacing: Sequence[float] | None, align_corners: bool
+) -> tuple[Array, Array]:
+    """A displacement in voxels, or in mm, and how long the step to the next voxel is, per axis."""
+    displacement = float64(displacement)
+    shape, dim = displacement.shape[1:-1], displacement.shape[-1]
+    step = np.ones(dim) if spacing is None else np.array(spacing, np.float64)
+    return step * times(half_extent(shape, align_corners), displacement), step
+
+
+def mean_energy(voxels: int, sums: Array, reduction: str) -> Array:
+    """Of each item, or over the items, where ``sums`` are over the voxels of each."""
+    means = sums / voxels
+    return {"none": means, "sum": np.sum(means), "mean": np.sum(means) / max(len(means), 1)}[
+        reduction
+    ]
+
+
+def sum_of_items(values: Array) -> Array:
+    """Over everything but the batch axis."""
+    return values.reshape(len(values), math.prod(values.shape[1:])).sum(axis=1)
+
+
+def diffusion_loss(
+    displacement: Array,
+    *,
+    spacing: Sequence[float] | None = None,
+    reduction: str = "mean",
+    align_corners: bool = True,
+) -> Array:
+    """Squares of all differences of neighbours, per step."""
+    v, step = in_lengths(displacement, spacing, align_corners)
+    dim = v.shape[-1]
+    sums = np.zeros(len(v))
+    for along in range(dim):
+        slope = np.diff(v, axis=dim - along) / step[along]  # x is the last spatial axis
+        sums += sum_of_items(slope**2)
+    return mean_energy(math.prod(v.shape[1:-1]), sums, reduction)
+
+
+def bending_energy_loss(
+    displacement: Array,
+    *,
+    spacing: Sequence[float] | None = None,
+    reduction: str = "mean",
+    align_corners: bool = True,
+) -> Array:
+    """Squares of all differences of differences, of those along two axes in either order."""
+    v, step = in_lengths(displacement, spacing, align_corners)
+    dim = v.shape[-1]
+    sums = np.zeros(len(v))
+    for along in range(dim):
+        slope = np.diff(v, axis=dim - along) / step[along]
+        for then in range(dim):
+            sums += sum_of_items((np.diff(slope, axis=dim - then) / step[then]) ** 2)
+    return mean_energy(math.prod(v.shape[1:-1]), sums, reduction)
+
+
+def curvature_loss(
+    displacement: Array,
+    *,
+    spacing: Sequence[float] | None = None,
+    reduction: str = "mean",
+    align_corners: bool = True,
+) -> Array:
+    """Squares of the Laplacian. The ends of an axis have no second difference along it."""
+    v, step = in_lengths(displacement, spacing, align_corners)
+    dim = v.shape[-1]
+    laplacian = np.zeros_like(v)
+    for along in range(dim):
+        lines = np.moveaxis(v, dim - along, 0)
+        inside = np.moveaxis(laplacian, dim - along, 0)[1:-1]
+        inside += (lines[2:] - 2 * lines[1:-1] + lines[:-2]) / step[along] ** 2
+    return mean_energy(math.prod(v.shape[1:-1]), sum_of_items(laplacian**2), reduction)
+
+
+def central_slopes(v: Array, step: Array) -> Array:
+    """``dv_k / da`` at every voxel, ``(N, [Z,] Y, X, k, a)``, as `jacobian_determinant` has them.
+
+    Central differences inside, one-sided ones at the first and last voxel; an axis of one voxel
+    has no derivative along it.
+    """
+    dim = v.shape[-1]
+    slopes = np.zeros((*v.shape, dim))
+    for along in range(dim):
+        axis = dim - along
+        if v.shape[axis] > 1:
+            slopes[..., along] = np.gradient(v, axis=axis) / step[along]
+    return slopes
+
+
+def elasticity_loss(
+    displacement: Array,
+    *,
+    mu: float = 1.0,
+    lam: float = 1.0,
+    spacing: Sequence[float] | None = None,
+    reduction: str = "mean",
+    align_corners: bool = True,
+) -> Array:
+    """``mu |e|^2 + lam / 2 tr(e)^2``, where the strain e is the symmetric part of the slopes."""
+    slopes = central_slopes(*in_lengths(displacement, spacing, align_corners))
+    strain = (slopes + np.swapaxes(slopes, -1, -2)) / 2
+    squares = np.sum(strain**2, axis=(-1, -2))
+    energy = mu * squares + lam / 2 * np.trace(strain, axis1=-2, axis2=-1) ** 2
+    return mean_energy(math.prod(energy.shape[1:]), sum_of_items(energy), reduction)
+
+
+def divergence_loss(
+    displacement: Array, *, reduction: str = "mean", align_corners: bool = True
+) -> Array:
+    """Squares of the sum of each component's slope along its own axis."""
+    slopes = central_slopes(*in_lengths(displacement, None, align_corners))
+    energy = np.trace(slopes, axis1=-2, axis2=-1) ** 2
+    return mean_energy(math.prod(energy.shape[1:]), sum_of_items(energy), reduction)
+
+
+LEAST_DETERMINANT = 0.05
+
+
+def jacobian_loss(
+    displacement: Array, *, reduction: str = "mean", align_corners: bool = True
+) -> Array:
+    """Squared logarithm of the determinant, and its tangent for the least and what is below."""
+    determinant = jacobian_determinant(displacement, align_corners=align_corners)
+    least = LEAST_DETERMINANT
+    tangent = math.log(least) ** 2 + 2 * math.log(least) / least * (determinant - least)
+    energy = np.where(determinant < least, tangent, np.log(np.maximum(determinant, least)) ** 2)
+    return mean_energy(math.prod(energy.shape[1:]), sum_of_items(energy), reduction)
+
+
+def jacobian_loss_slope(determinant: Array) -> Array:
+    """The derivative of what `jacobian_loss` takes the mean of, by the determinant."""
+    least = LEAST_DETERMINANT
+    at_least = np.maximum(determinant, least)
+    return 2 * np.log(at_least) / at_least
+
+
 # ------------------------------------------------------------------------------------ derivatives
 
 

@@ -137,7 +137,10 @@ def test_kernels_are_told_of_deterministic_algorithms(name: str, asked: bool) ->
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("name", "options"),
-    [*((name, {}) for name in (*FUSED, *WITHOUT_GRADIENT)), ("lncc_loss", {"reduction": "none"})],
+    [
+        *((name, {}) for name in (*FUSED, *WITHOUT_GRADIENT)),
+        *((name, {"reduction": "none"}) for name in ("lncc_loss", "diffusion_loss")),
+    ],
 )
 def test_every_registered_op_passes_opcheck(
     name: str, options: dict[str, str], device: str

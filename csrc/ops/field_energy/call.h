@@ -18,7 +18,7 @@ struct FieldEnergyCall {
   EnergyKind kind;
   Reduction reduction;
   std::array<double, 3> spacing;  // mm per voxel in x, y, z order, or 1 where the unit is a voxel
-  double mu, lam;
+  double mu, lam, weight;
   bool is_gradient = false;  // alone, for a cotangent
   int64_t parts;             // that the sum over an item is cut into
   Shape output;              // (G), or (G, N) where nothing is reduced
@@ -26,7 +26,7 @@ struct FieldEnergyCall {
   // What the sum over the voxels of an item is multiplied by.
   double scale() const {
     const bool mean = reduction == Reduction::kMean && batch.items > 0;
-    return 1 / (static_cast<double>(sizes.voxels()) * (mean ? batch.items : 1));
+    return weight / (static_cast<double>(sizes.voxels()) * (mean ? batch.items : 1));
   }
 };
 

@@ -8,12 +8,12 @@ namespace {
 
 // Squares of these, and their products with the squares of a displacement in voxels, are far from
 // the ends of float32.
-constexpr double kLeastSpacing = 1e-6, kMostSpacing = 1e6, kMostModulus = 1e9;
+constexpr double kLeastSpacing = 1e-6, kMostSpacing = 1e6, kMostFactor = 1e9;
 
-double modulus(const Call& call, const char* name) {
+double factor(const Call& call, const char* name) {
   const double value = call.number(name);
-  if (!(value >= 0 && value <= kMostModulus)) {
-    fail_value(call, name, concat("a number from 0 to ", kMostModulus), concat(value));
+  if (!(value >= 0 && value <= kMostFactor)) {
+    fail_value(call, name, concat("a number from 0 to ", kMostFactor), concat(value));
   }
   return value;
 }
@@ -39,8 +39,9 @@ const FieldEnergyCall& check(Call& call, bool is_gradient) {
     }
     checked.spacing[k] = spacing[k];
   }
-  checked.mu = modulus(call, "mu");
-  checked.lam = modulus(call, "lam");
+  checked.mu = factor(call, "mu");
+  checked.lam = factor(call, "lam");
+  checked.weight = factor(call, "weight");
   checked.batch = check_batch(call);
   const int64_t row = checked.sizes.x * (by_component(checked.kind) ? D : 1);
   checked.parts = energy_parts(checked.sizes, row);
@@ -79,6 +80,7 @@ std::vector<Op> field_energy_ops() {
       {"spacing", AttrKind::kFloats},  // none: displacements and steps are in voxels
       {"mu", AttrKind::kFloat},        // of elasticity, as is the next
       {"lam", AttrKind::kFloat},
+      {"weight", AttrKind::kFloat},  // here, so that nobody has to multiply a gradient by it
       {"align_corners", AttrKind::kBool},
       {"reduction", AttrKind::kChoice, {"mean", "sum", "none"}},
   };

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
-from jaxreg.regularisation import (
-    bending_energy_loss,
-    curvature_loss,
-    diffusion_loss,
-    divergence_loss,
-    elasticity_loss,
-    jacobian_loss,
-)
+from jaxreg.regularisation import field_energy
 
 __all__ = [
     "Bending",
@@ -29,31 +21,33 @@ __all__ = [
 ]
 
 
-def _check_at_least_zero(name: str, value: Any) -> None:
+_MOST = 1e9
+
+
+def _check_factor(name: str, value: Any) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
+    if not is_number or not 0 <= value <= _MOST:
+        raise ValueError(f"{name}: expected a number from 0 to {_MOST:g}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Regulariser(abc.ABC):
     """A penalty for the ``regularisation`` of a deformable stage, as a function of its field.
 
-    Lengths are voxels of the level: a field that looks the same on two grids costs about the same
-    on both. One of your own derives from this class, is a frozen dataclass whose settings have a
-    hash, and has an `energy`. It is a JAX pytree without leaves, and equal ones share their
-    programs.
+    Lengths are voxels of the level. One of your own derives from this class, is a frozen dataclass
+    whose settings have a hash, and has an `energy`. It is a JAX pytree without leaves, and equal
+    ones share their programs.
 
     Attributes
     ----------
     weight
-        What the energy is multiplied by, at least 0, in units of the scale of the stage's metric
+        What the energy is multiplied by, from 0 to 1e9, in units of the scale of the stage's metric
         (`Metric.scale`; without one, of the loss where the stage starts).
 
     Raises
     ------
     ValueError
-        For a weight that is none.
+        For another weight.
     """
 
     weight: float
@@ -63,7 +57,7 @@ class Regulariser(abc.ABC):
         jax.tree_util.register_static(cls)
 
     def __post_init__(self) -> None:
-        _check_at_least_zero("weight", self.weight)
+        _check_factor("weight", self.weight)
 
     def __call__(self, field: jax.Array) -> jax.Array:
         """Return the penalty of a field, or the sum of those of several.
@@ -85,8 +79,23 @@ class Regulariser(abc.ABC):
         """Return the penalty for a weight of 1: the mean over the voxels, summed over fields."""
 
 
+class _FieldEnergy(Regulariser):
+    """One of the penalties that there are losses for, whose kernels take the weight as well."""
+
+    kind: ClassVar[str]
+
+    def __call__(self, field: jax.Array) -> jax.Array:
+        return self._weighted(field, self.weight)
+
+    def energy(self, field: jax.Array) -> jax.Array:
+        return self._weighted(field, 1.0)
+
+    def _weighted(self, field: jax.Array, weight: float) -> jax.Array:
+        return field_energy(field, self.kind, "sum", True, weight=weight)
+
+
 @dataclasses.dataclass(frozen=True)
-class Diffusion(Regulariser):
+class Diffusion(_FieldEnergy):
     """Squared slopes of the field; see `jaxreg.diffusion_loss`.
 
     Attributes
@@ -100,13 +109,11 @@ class Diffusion(Regulariser):
         As `Regulariser`.
     """
 
-    def energy(self, field: jax.Array) -> jax.Array:
-        """Return `diffusion_loss`, summed over fields."""
-        return diffusion_loss(field, reduction="sum")
+    kind: ClassVar[str] = "diffusion"
 
 
 @dataclasses.dataclass(frozen=True)
-class Bending(Regulariser):
+class Bending(_FieldEnergy):
     """Squared second derivatives of the field; see `jaxreg.bending_energy_loss`.
 
     Attributes
@@ -120,13 +127,11 @@ class Bending(Regulariser):
         As `Regulariser`.
     """
 
-    def energy(self, field: jax.Array) -> jax.Array:
-        """Return `bending_energy_loss`, summed over fields."""
-        return bending_energy_loss(field, reduction="sum")
+    kind: ClassVar[str] = "bending"
 
 
 @dataclasses.dataclass(frozen=True)
-class Curvature(Regulariser):
+class Curvature(_FieldEnergy):
     """Squared Laplacian of the field; see `jaxreg.curvature_loss`.
 
     Attributes
@@ -140,13 +145,11 @@ class Curvature(Regulariser):
         As `Regulariser`.
     """
 
-    def energy(self, field: jax.Array) -> jax.Array:
-        """Return `curvature_loss`, summed over fields."""
-        return curvature_loss(field, reduction="sum")
+    kind: ClassVar[str] = "curvature"
 
 
 @dataclasses.dataclass(frozen=True)
-class Elasticity(Regulariser):
+class Elasticity(_FieldEnergy):
     """Energy of the field in an elastic body; see `jaxreg.elasticity_loss`.
 
     Attributes
@@ -154,29 +157,30 @@ class Elasticity(Regulariser):
     weight
         As for `Regulariser`.
     mu, lam
-        Lamé's parameters, at least 0: of the strain's size, and of the change of volume.
+        Lamé's parameters, from 0 to 1e9: of the strain's size, and of the change of volume.
 
     Raises
     ------
     ValueError
-        As `Regulariser`, or for parameters below 0.
+        As `Regulariser`, or for other parameters.
     """
+
+    kind: ClassVar[str] = "elasticity"
 
     mu: float = 1.0
     lam: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_at_least_zero("mu", self.mu)
-        _check_at_least_zero("lam", self.lam)
+        _check_factor("mu", self.mu)
+        _check_factor("lam", self.lam)
 
-    def energy(self, field: jax.Array) -> jax.Array:
-        """Return `elasticity_loss`, summed over fields."""
-        return elasticity_loss(field, mu=self.mu, lam=self.lam, reduction="sum")
+    def _weighted(self, field: jax.Array, weight: float) -> jax.Array:
+        return field_energy(field, self.kind, "sum", True, weight=weight, mu=self.mu, lam=self.lam)
 
 
 @dataclasses.dataclass(frozen=True)
-class Divergence(Regulariser):
+class Divergence(_FieldEnergy):
     """Squared divergence of the field; see `jaxreg.divergence_loss`.
 
     Attributes
@@ -190,13 +194,11 @@ class Divergence(Regulariser):
         As `Regulariser`.
     """
 
-    def energy(self, field: jax.Array) -> jax.Array:
-        """Return `divergence_loss`, summed over fields."""
-        return divergence_loss(field, reduction="sum")
+    kind: ClassVar[str] = "divergence"
 
 
 @dataclasses.dataclass(frozen=True)
-class Jacobian(Regulariser):
+class Jacobian(_FieldEnergy):
     """Squared logarithm of the Jacobian determinant of the field; see `jaxreg.jacobian_loss`.
 
     Attributes
@@ -210,6 +212,4 @@ class Jacobian(Regulariser):
         As `Regulariser`.
     """
 
-    def energy(self, field: jax.Array) -> jax.Array:
-        """Return `jacobian_loss`, summed over fields."""
-        return jacobian_loss(field, reduction="sum")
+    kind: ClassVar[str] = "jacobian"
