@@ -20,7 +20,8 @@ from where they started after the registrations both ways; seconds of the stages
 and peak memory (CUDA).
 
 A start moves the fixed image: `given` trusts the headers, `turned` turns it by 15 degrees and
-shifts it by 20 mm. ANTs is run beside with `--peers`, where `ants` can be imported.
+shifts it by 20 mm. ANTs and FireANTs are run beside with `--peers`, where `ants` and `fireants` can
+be imported; FireANTs by the schedule of its documentation.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import csv
 import itertools
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -42,18 +44,28 @@ import numpy as np
 from harness import Record, add_file_arguments
 
 from jaxreg.registration import (
+    LNCC,
     Affine,
+    Elasticity,
     Greedy,
     Moments,
     Registration,
     Rigid,
     Stage,
+    SyN,
     preset,
     register,
     resample,
 )
 from jaxreg.registration import dice as dice_of_labels
-from regkernels import Volume, move_points, read_volume, rigid_motion
+from regkernels import (
+    Volume,
+    move_points,
+    read_transform,
+    read_volume,
+    rigid_motion,
+    write_volume,
+)
 
 __all__ = ["Labelled", "judge", "non_diffeomorphic_volume", "read_folder"]
 
@@ -61,14 +73,31 @@ DEVICE = "gpu" if jax.default_backend() == "gpu" else "cpu"
 SETTINGS: dict[str, Callable[[int], Sequence[Stage]]] = {
     "headers": lambda ndim: (),
     "rigid": lambda ndim: (Moments(), Rigid()),
-    "affine": lambda ndim: (Moments(), Affine()),
+    "affine": lambda ndim: preset("affine", ndim=ndim, device=DEVICE),
+    "affine, NCC": lambda ndim: (Moments(), Affine()),
     "fast": lambda ndim: preset("fast", ndim=ndim, device=DEVICE),
     "default": lambda ndim: preset("default", ndim=ndim, device=DEVICE),
     "accurate": lambda ndim: preset("accurate", ndim=ndim, device=DEVICE),
-    "greedy": lambda ndim: (*preset("default", ndim=ndim, device=DEVICE)[:-1], Greedy()),
+    "greedy": lambda ndim: deforming(ndim, Greedy),
+    "free": lambda ndim: deforming(ndim, SyN, regularisation=None),
+    "noise": lambda ndim: deforming(ndim, SyN, metric=LNCC(common_variance=0)),
+    "neither": lambda ndim: deforming(
+        ndim, SyN, regularisation=None, metric=LNCC(common_variance=0)
+    ),
+    "softer": lambda ndim: deforming(ndim, SyN, regularisation=Elasticity(0.2)),
+    "stiffer": lambda ndim: deforming(ndim, SyN, regularisation=Elasticity(1.5)),
 }
+"""`free` has no penalty, `noise` no variance in common, `neither` none of the two."""
 STARTS = ("given", "turned")
-ANTS = {"ANTs SyN": "SyN", "ANTs SyNCC": "antsRegistrationSyN[s]"}
+ANTS = {"ANTs affine": "Affine", "ANTs SyN": "SyN", "ANTs SyNCC": "antsRegistrationSyN[s]"}
+FIREANTS = {"FireANTs greedy": "greedy", "FireANTs SyN": "syn"}
+
+
+def deforming(ndim: int, kind: type[Stage], **settings: Any) -> Sequence[Stage]:
+    """Return the stages of the default preset with another deformation at their end."""
+    *start, default = preset("default", ndim=ndim, device=DEVICE)
+    schedule = {"scales": default.scales, "iterations": default.iterations}
+    return *start, kind(**schedule, **settings)
 
 
 class Labelled(NamedTuple):
@@ -258,13 +287,66 @@ def register_with_ants(
     }
 
 
+def register_with_fireants(
+    fixed: Labelled, moving: Labelled, kind: str
+) -> dict[str, np.ndarray] | None:
+    """Return the moved regions, by FireANTs; None without it."""
+    try:
+        import torch
+        from fireants.io import BatchedImages, Image
+        from fireants.registration.affine import AffineRegistration
+        from fireants.registration.greedy import GreedyRegistration
+        from fireants.registration.syn import SyNRegistration
+    except ImportError:
+        return None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+
+        def loaded(volume: Volume, name: str) -> Any:
+            path = Path(folder) / f"{name}.nii.gz"
+            write_volume(volume, path)
+            return BatchedImages([Image.load_file(str(path), device=device)])
+
+        images = loaded(fixed.image, "fixed"), loaded(moving.image, "moving")
+        began = time.perf_counter()
+        affine = AffineRegistration(
+            [8, 4, 2, 1],
+            [200, 100, 50, 20],
+            *images,
+            optimizer="Adam",
+            optimizer_lr=3e-3,
+            cc_kernel_size=5,
+        )
+        affine.optimize()
+        deformation = {"greedy": GreedyRegistration, "syn": SyNRegistration}[kind](
+            scales=[4, 2, 1],
+            iterations=[200, 100, 25],
+            fixed_images=images[0],
+            moving_images=images[1],
+            cc_kernel_size=5,
+            optimizer="Adam",
+            optimizer_lr=0.5,
+            smooth_grad_sigma=1.0,
+            smooth_warp_sigma=0.5,
+            init_affine=affine.get_affine_matrix().detach(),
+        )
+        deformation.optimize()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        warp = Path(folder) / "warp.nii.gz"
+        deformation.save_as_ants_transforms(str(warp))
+        there = resample(moving.regions, fixed.regions, read_transform(warp), "nearest")
+    return {"there": np.asarray(there.array), "seconds": np.array(seconds)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("--settings", nargs="+", default=["affine", "default"], choices=SETTINGS)
     parser.add_argument("--starts", nargs="+", default=["given"], choices=STARTS)
     parser.add_argument("--repeats", type=int, default=2, help="the first run compiles")
-    parser.add_argument("--peers", action="store_true", help="run ANTs as well")
+    parser.add_argument("--peers", action="store_true", help="run ANTs and FireANTs as well")
     add_file_arguments(parser)
     arguments = parser.parse_args()
     images, groups = read_folder(arguments.data)
@@ -292,14 +374,18 @@ def main() -> None:
                 tell(work, name, {**found, "seconds": seconds, "MB": memory})
     if not arguments.peers:
         return
+    peers = [(who, "ANTs", register_with_ants, kind) for who, kind in ANTS.items()]
+    peers += [(who, "FireANTs", register_with_fireants, kind) for who, kind in FIREANTS.items()]
     for fixed, moving in itertools.permutations(images, 2):
-        for who, kind in ANTS.items():
-            peer = register_with_ants(fixed, moving, kind)
+        for who, package, run, kind in peers:
+            peer = run(fixed, moving, kind)
             if peer is None:
-                record.miss("ANTs")
-                return
+                record.miss(package)
+                continue
             found = {"seconds": float(peer["seconds"])}
             for label, array, onto in (("Dice", "there", fixed), ("inverse Dice", "home", moving)):
+                if array not in peer:
+                    continue
                 overlaps = dice_of_labels(peer[array], np.asarray(onto.regions.array))
                 for group, numbers in groups.items():
                     key = f"{label} {group}"
