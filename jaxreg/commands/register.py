@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -28,17 +27,14 @@ from jaxreg.commands.inputs import (
     refuse_overwriting,
 )
 from jaxreg.commands.progress_bars import register_watched
+from jaxreg.commands.stage_options import Preset, choose_stages
 from jaxreg.commands.timing import Stopwatch, fact_table
 from jaxreg.registration import (
     Registration,
-    Stage,
     Transform,
     outside_values,
-    preset,
-    stage_from_name,
 )
 from jaxreg.registration.report.page import write_report
-from jaxreg.registration.stages.metrics import MetricName
 from jaxreg.warp import INVERSE_TOLERANCE
 from regkernels import Volume, read_volume, write_affine, write_displacement, write_volume
 from regkernels.files.atomic import atomic_folder
@@ -55,14 +51,6 @@ _FIXED_MOVED = "fixed_moved.nii.gz"
 _RECORD = "registration.json"
 _REPORT = "report.html"
 _FILES = (_AFFINE, _WARP, _INVERSE_WARP, _MOVED, _FIXED_MOVED, _RECORD, _REPORT)
-
-
-class Preset(enum.StrEnum):
-    """How much effort."""
-
-    FAST = "fast"
-    DEFAULT = "default"
-    ACCURATE = "accurate"
 
 
 def register(
@@ -190,7 +178,7 @@ def register(
         result = register_watched(
             image,
             volumes["MOVING"],
-            _stages(stages, metric, effort, image.ndim, target, console),
+            choose_stages(stages, metric, effort, image.ndim, target, console),
             console,
             fixed_mask=volumes.get("--fixed-mask"),
             moving_mask=volumes.get("--moving-mask"),
@@ -238,32 +226,6 @@ def _check_contrast(argument: str, volume: Volume) -> None:
     low, high = float(np.min(volume.array)), float(np.max(volume.array))
     if low == high:
         raise ValueError(f"{argument}: expected different intensities, got {low:g} everywhere")
-
-
-def _stages(
-    names: str | None,
-    metric: str | None,
-    effort: Preset,
-    ndim: int,
-    target: jax.Device,
-    console: Console,
-) -> tuple[Stage, ...]:
-    """Choose the stages; those that the preset has too take its schedule."""
-    kind: Literal["cpu", "gpu"] = "cpu" if target.platform == "cpu" else "gpu"
-    here, on_gpu = (preset(effort.value, ndim=ndim, device=where) for where in (kind, "gpu"))
-    stages = here
-    if names is not None:
-        known = {stage.name: stage for stage in stages}
-        with naming("--stages"):
-            stages = tuple(
-                known.get(name) or stage_from_name(name)
-                for name in map(str.strip, names.split(","))
-            )
-    if any(stage in here and stage not in on_gpu for stage in stages):
-        console.print("On the CPU this preset has fewer iterations than on a GPU.", style="dim")
-    if metric is not None:
-        stages = tuple(stage.with_metric(cast(MetricName, metric)) for stage in stages)
-    return stages
 
 
 def _write(result: Registration, folder: Path) -> None:

@@ -51,6 +51,13 @@ from jaxreg.registration.stages.problem import Alignment
 from jaxreg.registration.stages.pyramid import downsample, level_shape, resize_field, resize_image
 from jaxreg.registration.stages.svf import SVF
 from jaxreg.registration.stages.syn import SyN
+from jaxreg.registration.template import (
+    RoundRecord,
+    Template,
+    TemplateProgress,
+    build_template,
+)
+from jaxreg.registration.template_store import FolderStore, MemoryStore, TemplateStore
 from jaxreg.registration.transforms.parts import invert_part
 from jaxreg.registration.transforms.resampling import outside_values, resample
 from jaxreg.registration.transforms.transform import Transform
@@ -68,24 +75,31 @@ __all__ = [
     "Callback",
     "Deformable",
     "Doubt",
+    "FolderStore",
     "Folds",
     "Greedy",
     "InverseResidual",
     "Iterative",
     "LevelRecord",
     "Linear",
+    "MemoryStore",
     "Metric",
     "Moments",
     "Progress",
     "Registration",
     "Rigid",
+    "RoundRecord",
     "Similarity",
     "Stage",
     "StageRecord",
     "SyN",
+    "Template",
+    "TemplateProgress",
+    "TemplateStore",
     "Trace",
     "Transform",
     "Translation",
+    "build_template",
     "dice",
     "downsample",
     "invert_part",
