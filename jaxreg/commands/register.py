@@ -29,6 +29,13 @@ from jaxreg.commands.inputs import (
 from jaxreg.commands.progress_bars import register_watched
 from jaxreg.commands.stage_options import Preset, choose_stages
 from jaxreg.commands.timing import Stopwatch, fact_table
+from jaxreg.commands.transform_files import (
+    AFFINE,
+    INVERSE_WARP,
+    WARP,
+    chains,
+    write_transform_files,
+)
 from jaxreg.registration import (
     Registration,
     Transform,
@@ -36,21 +43,18 @@ from jaxreg.registration import (
 )
 from jaxreg.registration.report.page import write_report
 from jaxreg.warp import INVERSE_TOLERANCE
-from regkernels import Volume, read_volume, write_affine, write_displacement, write_volume
+from regkernels import Volume, read_volume, write_volume
 from regkernels.files.atomic import atomic_folder
 from regkernels.files.images import check_image_grid
 from regkernels.info import describe
 
 __all__ = ["register"]
 
-_AFFINE = "affine.tfm"
-_WARP = "warp.nii.gz"
-_INVERSE_WARP = "inverse_warp.nii.gz"
 _MOVED = "moved.nii.gz"
 _FIXED_MOVED = "fixed_moved.nii.gz"
 _RECORD = "registration.json"
 _REPORT = "report.html"
-_FILES = (_AFFINE, _WARP, _INVERSE_WARP, _MOVED, _FIXED_MOVED, _RECORD, _REPORT)
+_FILES = (AFFINE, WARP, INVERSE_WARP, _MOVED, _FIXED_MOVED, _RECORD, _REPORT)
 
 
 def register(
@@ -210,7 +214,7 @@ def register(
         if values.any():
             text = f"Outside of the image in {name} is {format_values(values)}."
             console.print(text, highlight=False, soft_wrap=True, markup=False)
-    tell_doubts(result)
+    tell_doubts(result.doubts)
     for name in written:
         console.print(output / name, highlight=False, soft_wrap=True, markup=False)
 
@@ -229,24 +233,19 @@ def _check_contrast(argument: str, volume: Volume) -> None:
 
 
 def _write(result: Registration, folder: Path) -> None:
-    transform = result.transform
-    write_affine(transform.matrix, folder / _AFFINE)
-    if transform.displacement is not None:
-        write_displacement(transform.displacement_field(), result.fixed, folder / _WARP)
-        inverse = transform.inverse_displacement_field()
-        write_displacement(inverse, result.fixed, folder / _INVERSE_WARP)
+    write_transform_files(result.transform, folder)
     write_volume(result.moved, folder / _MOVED)
     write_volume(result.fixed_moved, folder / _FIXED_MOVED)
 
 
 def _record(result: Registration, inputs: dict[str, Any], facts: dict[str, str]) -> dict[str, Any]:
     """Return what is worth keeping beside the images, for JSON."""
-    deformed = result.transform.displacement is not None
+    there, back = chains(result.transform)
     return {
         "inputs": inputs,
         "transform": {
-            "fixed to moving": [_WARP, _AFFINE] if deformed else [_AFFINE],
-            "moving to fixed": [f"{_AFFINE}:inverse", *([_INVERSE_WARP] if deformed else [])],
+            "fixed to moving": there,
+            "moving to fixed": back,
             "matrix": np.asarray(result.transform.matrix).tolist(),
         },
         "jacobian": result.folds._asdict(),

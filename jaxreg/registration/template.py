@@ -139,28 +139,6 @@ class Template:
         update = _Update.read(_expected(self._store, "update"))
         return update.after(_read_transform(self._store, len(self.rounds), number, grid))
 
-    def moved_labels(self, number: int, labels: Volume) -> Volume:
-        """Bring the labels of an image to the template.
-
-        Parameters
-        ----------
-        number
-            Of the image, from 0 on.
-        labels
-            In the space of the image.
-
-        Returns
-        -------
-        Volume
-            On the template's grid: at each voxel the label with the largest linear weight.
-
-        Raises
-        ------
-        ValueError
-            If the dimensions differ, or these are no integers.
-        """
-        return self.transform(number).apply(labels, interpolation="labels")
-
     def consensus(self, labels: Sequence[Volume]) -> Volume:
         """Return what most images say of each voxel of the template.
 
@@ -625,8 +603,13 @@ class _Construction(NamedTuple):
             "records": [record._asdict() for record in state.records],
             "doubts": state.doubts,
         }
-        arrays = {"array": state.array, "weights": state.weights, "affines": state.affines}
-        self.store.save("state", arrays | {"json": np.array(json.dumps(told))})
+        arrays: dict[str, NDArray[Any]] = {
+            "array": state.array,
+            "weights": state.weights,
+            "affines": state.affines,
+            "json": np.array(json.dumps(told)),
+        }
+        self.store.save("state", arrays)
 
     def begin(self) -> _State:
         """Return the mean of the images as they start."""
