@@ -64,16 +64,18 @@ class TemplateCommand(Command):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the option before each file, as the parser wants it."""
         found: list[str] = []
-        many = False
-        for argument in args:
+        many, files = False, 0
+        for argument in [*args, "-"]:  # at the end, too, it is seen whether files came
+            if many and argument.startswith("-"):
+                if files == 0:
+                    raise ValueError("--labels: expected label maps after it, got none")
+                many = False
             if argument == "--labels":
-                many = True
+                many, files = True, 0
                 continue
-            many = many and not argument.startswith("-")
+            files += 1
             found += ["--labels", argument] if many else [argument]
-        if args[-1:] == ["--labels"]:
-            raise ValueError("--labels: expected label maps after it, got none")
-        return super().parse_args(ctx, found)
+        return super().parse_args(ctx, found[:-1])
 
 
 def template(

@@ -386,15 +386,14 @@ class _Looked(NamedTuple):
     dark: NDArray[np.float64]
     bright: NDArray[np.float64]
     """``(images, channels)``: the background, and how far the median of the rest is from it."""
-    largest: float
-    """Of all intensities, by their absolute values."""
+    largest: NDArray[np.float64]
+    """Of the intensities of each image, by their absolute values."""
     digests: tuple[str, ...]
 
 
 def _look_at(images: Sequence[Volume], names: tuple[str, ...]) -> _Looked:
     grids: list[Grid] = []
-    centres, dark, bright, digests = [], [], [], []
-    largest = 0.0
+    centres, dark, bright, largest, digests = [], [], [], [], []
     channels = 0
     for number, name in enumerate(names):
         volume = images[number]
@@ -421,10 +420,15 @@ def _look_at(images: Sequence[Volume], names: tuple[str, ...]) -> _Looked:
         levels = _levels(volume)
         dark.append(levels[0])
         bright.append(levels[1])
-        largest = max(largest, -float(array.min()), float(array.max()))
+        largest.append(max(-float(array.min()), float(array.max())))
         digests.append(_digest(volume))
     return _Looked(
-        tuple(grids), tuple(centres), np.array(dark), np.array(bright), largest, tuple(digests)
+        tuple(grids),
+        tuple(centres),
+        np.array(dark),
+        np.array(bright),
+        np.array(largest),
+        tuple(digests),
     )
 
 
@@ -494,10 +498,12 @@ class _Images(NamedTuple):
         return mean_of(list(self.looked.dark))
 
     def largest(self) -> float:
-        """Return a bound of the intensities."""
-        dark, bright = self.looked.dark, self.looked.bright
-        grown = (bright.max() / bright.min()) if self.normalise else 1.0
-        return 2 * (self.looked.largest + float(np.abs(dark).max())) * float(grown) or 1.0
+        """Return a bound of the intensities of all images."""
+        dark, bright = np.abs(self.looked.dark), self.looked.bright
+        if not self.normalise:
+            return float(self.looked.largest.max())
+        scaled = (self.looked.largest[:, None] + dark) * bright.max(axis=0) / bright
+        return float((scaled + dark.max(axis=0)).max())
 
 
 # --- Rounds --------------------------------------------------------------------------------------
@@ -683,17 +689,20 @@ class _Construction(NamedTuple):
             # Where no image has data, the template has none, either.
             known = (state.weights > 0).astype(np.float32)
             mask = None if known.all() else Volume.on_grid(self.grid, known)
-            result = register(
-                Volume.on_grid(self.grid, state.array),
-                self.images.read(number),
-                stages,
-                fixed_mask=mask,
-                initial=state.affines[number],
-                clip=self.clip,
-                callback=None
-                if callback is None
-                else (lambda block: callback(told._replace(block=block))),
-            )
+            try:
+                result = register(
+                    Volume.on_grid(self.grid, state.array),
+                    self.images.read(number),
+                    stages,
+                    fixed_mask=mask,
+                    initial=state.affines[number],
+                    clip=self.clip,
+                    callback=None
+                    if callback is None
+                    else (lambda block: callback(told._replace(block=block))),
+                )
+            except ValueError as error:
+                raise ValueError(f"images: {name} to the template: {error}") from error
             transform = result.transform
             field = transform.displacement
             arrays: dict[str, NDArray[Any]] = {
@@ -718,7 +727,10 @@ class _Construction(NamedTuple):
             if transform.displacement is not None:
                 total = total or ExactSum(transform.displacement.shape)
                 total.add(transform.displacement)
-        motion = mean_motion(motions, self.grid.centre())
+        try:
+            motion = mean_motion(motions, self.grid.centre())
+        except ValueError as error:
+            raise ValueError(f"images: their affines have no mean: {error}") from error
         if total is None:
             return _Update(self.grid, motion, None), 0.0
         mean = jnp.asarray(total.value() / count, jnp.float32)

