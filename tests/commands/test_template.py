@@ -172,8 +172,9 @@ def test_bad_input_is_one_line_that_names_the_argument(
 
 
 def test_an_image_is_never_overwritten(
-    folder: Path, built: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    images = [built / "template.nii.gz", folder / "a.nii.gz"]
-    assert run("template", *images, "-o", built) == 2
-    assert "would be overwritten" in capsys.readouterr().err
+    earlier = tmp_path / "template.nii.gz"
+    earlier.write_bytes((folder / "a.nii.gz").read_bytes())
+    assert run("template", earlier, folder / "b.nii.gz", "-o", tmp_path) == 2
+    assert f"IMAGES: {earlier} would be overwritten" in capsys.readouterr().err
