@@ -12,6 +12,7 @@ from jaxreg.commands.demo import demo
 from jaxreg.commands.info import info
 from jaxreg.commands.invert import invert
 from jaxreg.commands.register import register
+from jaxreg.commands.template import TemplateCommand, template
 from regkernels.info import describe
 
 __all__ = ["app"]
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(cls=Command, no_args_is_help=True)(register)
+app.command(cls=TemplateCommand, no_args_is_help=True)(template)
 app.command(cls=Command, no_args_is_help=True)(apply)
 app.command(cls=Command, no_args_is_help=True)(invert)
 app.command(cls=Command)(info)

@@ -44,7 +44,7 @@ class Command(TyperCommand):
             if typed is None or not complaint:
                 raise
             option = typed.param_type_name == "option"
-            name = typed.opts[0] if option else typed.metavar
+            name = typed.opts[0] if option else str(typed.metavar).removesuffix("...")
             raise ValueError(f"{name}: {complaint}") from error
 
 

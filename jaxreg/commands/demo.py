@@ -142,7 +142,7 @@ def _register(
 ) -> tuple[Table, Table]:
     """Register the pair and fill a folder; return the scores, and what else there is to tell."""
     result = register_watched(fixed, moving, _stages(quick), console)
-    tell_doubts(result)
+    tell_doubts(result.doubts)
     parts = result.transform.parts
     scores = {
         "before": _score(fixed, moving),

@@ -25,6 +25,7 @@ __all__ = [
     "naming",
     "parse_clip",
     "parse_outside",
+    "parse_spacing",
     "read_chain",
     "refuse_overwriting",
 ]
@@ -103,6 +104,18 @@ def parse_outside(text: str | None) -> Outside:
             f"outside: expected background, or a number for all channels or for each, got {text!r}"
         )
     return numbers
+
+
+def parse_spacing(text: str | None) -> float | tuple[float, ...] | None:
+    """Return the size of voxels, of a number for all axes, or of one for each."""
+    if text is None:
+        return None
+    numbers = _numbers(text)
+    if numbers is None:
+        raise ValueError(
+            f"spacing: expected millimetres, one number or one for each axis, got {text!r}"
+        )
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def format_values(values: NDArray[Any]) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -28,42 +27,34 @@ from jaxreg.commands.inputs import (
     refuse_overwriting,
 )
 from jaxreg.commands.progress_bars import register_watched
+from jaxreg.commands.stage_options import Preset, choose_stages
 from jaxreg.commands.timing import Stopwatch, fact_table
+from jaxreg.commands.transform_files import (
+    AFFINE,
+    INVERSE_WARP,
+    WARP,
+    chains,
+    write_transform_files,
+)
 from jaxreg.registration import (
     Registration,
-    Stage,
     Transform,
     outside_values,
-    preset,
-    stage_from_name,
 )
 from jaxreg.registration.report.page import write_report
-from jaxreg.registration.stages.metrics import MetricName
 from jaxreg.warp import INVERSE_TOLERANCE
-from regkernels import Volume, read_volume, write_affine, write_displacement, write_volume
+from regkernels import Volume, read_volume, write_volume
 from regkernels.files.atomic import atomic_folder
 from regkernels.files.images import check_image_grid
 from regkernels.info import describe
 
 __all__ = ["register"]
 
-_AFFINE = "affine.tfm"
-_WARP = "warp.nii.gz"
-_INVERSE_WARP = "inverse_warp.nii.gz"
 _MOVED = "moved.nii.gz"
 _FIXED_MOVED = "fixed_moved.nii.gz"
 _RECORD = "registration.json"
 _REPORT = "report.html"
-_FILES = (_AFFINE, _WARP, _INVERSE_WARP, _MOVED, _FIXED_MOVED, _RECORD, _REPORT)
-
-
-class Preset(enum.StrEnum):
-    """How much effort."""
-
-    AFFINE = "affine"
-    FAST = "fast"
-    DEFAULT = "default"
-    ACCURATE = "accurate"
+_FILES = (AFFINE, WARP, INVERSE_WARP, _MOVED, _FIXED_MOVED, _RECORD, _REPORT)
 
 
 def register(
@@ -192,7 +183,7 @@ def register(
         result = register_watched(
             image,
             volumes["MOVING"],
-            _stages(stages, metric, effort, image.ndim, target, console),
+            choose_stages(stages, metric, effort, image.ndim, target, console),
             console,
             fixed_mask=volumes.get("--fixed-mask"),
             moving_mask=volumes.get("--moving-mask"),
@@ -224,7 +215,7 @@ def register(
         if values.any():
             text = f"Outside of the image in {name} is {format_values(values)}."
             console.print(text, highlight=False, soft_wrap=True, markup=False)
-    tell_doubts(result)
+    tell_doubts(result.doubts)
     for name in written:
         console.print(output / name, highlight=False, soft_wrap=True, markup=False)
 
@@ -242,51 +233,20 @@ def _check_contrast(argument: str, volume: Volume) -> None:
         raise ValueError(f"{argument}: expected different intensities, got {low:g} everywhere")
 
 
-def _stages(
-    names: str | None,
-    metric: str | None,
-    effort: Preset,
-    ndim: int,
-    target: jax.Device,
-    console: Console,
-) -> tuple[Stage, ...]:
-    """Choose the stages; those that the preset has too take its schedule."""
-    kind: Literal["cpu", "gpu"] = "cpu" if target.platform == "cpu" else "gpu"
-    here, on_gpu = (preset(effort.value, ndim=ndim, device=where) for where in (kind, "gpu"))
-    stages = here
-    if names is not None:
-        known = {stage.name: stage for stage in stages}
-        with naming("--stages"):
-            stages = tuple(
-                known.get(name) or stage_from_name(name)
-                for name in map(str.strip, names.split(","))
-            )
-    if any(stage in here and stage not in on_gpu for stage in stages):
-        console.print("On the CPU this preset has fewer iterations than on a GPU.", style="dim")
-    if metric is not None:
-        stages = tuple(stage.with_metric(cast(MetricName, metric)) for stage in stages)
-    return stages
-
-
 def _write(result: Registration, folder: Path) -> None:
-    transform = result.transform
-    write_affine(transform.matrix, folder / _AFFINE)
-    if transform.displacement is not None:
-        write_displacement(transform.displacement_field(), result.fixed, folder / _WARP)
-        inverse = transform.inverse_displacement_field()
-        write_displacement(inverse, result.fixed, folder / _INVERSE_WARP)
+    write_transform_files(result.transform, folder)
     write_volume(result.moved, folder / _MOVED)
     write_volume(result.fixed_moved, folder / _FIXED_MOVED)
 
 
 def _record(result: Registration, inputs: dict[str, Any], facts: dict[str, str]) -> dict[str, Any]:
     """Return what is worth keeping beside the images, for JSON."""
-    deformed = result.transform.displacement is not None
+    there, back = chains(result.transform)
     return {
         "inputs": inputs,
         "transform": {
-            "fixed to moving": [_WARP, _AFFINE] if deformed else [_AFFINE],
-            "moving to fixed": [f"{_AFFINE}:inverse", *([_INVERSE_WARP] if deformed else [])],
+            "fixed to moving": there,
+            "moving to fixed": back,
             "matrix": np.asarray(result.transform.matrix).tolist(),
         },
         "jacobian": result.folds._asdict(),

@@ -61,6 +61,13 @@ from jaxreg.registration.stages.regularisers import (
 )
 from jaxreg.registration.stages.svf import SVF
 from jaxreg.registration.stages.syn import SyN
+from jaxreg.registration.template import (
+    RoundRecord,
+    Template,
+    TemplateProgress,
+    build_template,
+)
+from jaxreg.registration.template_store import FolderStore, MemoryStore, TemplateStore
 from jaxreg.registration.transforms.parts import invert_part
 from jaxreg.registration.transforms.resampling import outside_values, resample
 from jaxreg.registration.transforms.transform import Transform
@@ -84,6 +91,7 @@ __all__ = [
     "Divergence",
     "Doubt",
     "Elasticity",
+    "FolderStore",
     "Folds",
     "Greedy",
     "InverseResidual",
@@ -91,19 +99,25 @@ __all__ = [
     "Jacobian",
     "LevelRecord",
     "Linear",
+    "MemoryStore",
     "Metric",
     "Moments",
     "Progress",
     "Registration",
     "Regulariser",
     "Rigid",
+    "RoundRecord",
     "Similarity",
     "Stage",
     "StageRecord",
     "SyN",
+    "Template",
+    "TemplateProgress",
+    "TemplateStore",
     "Trace",
     "Transform",
     "Translation",
+    "build_template",
     "dice",
     "downsample",
     "invert_part",
