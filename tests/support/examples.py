@@ -48,6 +48,7 @@ OPS = [
     "convert_displacement",
     "lncc_loss",
     "mutual_information_loss",
+    "mind_ssc",
 ]
 
 LOSSES = ["lncc_loss", "mutual_information_loss"]
@@ -65,6 +66,7 @@ OPERANDS = {
     "jacobian_determinant": ("displacement",),
     "convert_displacement": ("displacement",),
     **dict.fromkeys([*LOSSES, "joint_histogram"], ("pred", "target")),
+    "mind_ssc": ("image",),
     "interpolate_labels": ("labels", "affine", "grid"),
     "invert_displacement": ("displacement",),
 }
@@ -113,6 +115,7 @@ def example(
         ),
         "lncc_loss": Example("lncc_loss", (image, other), {"kernel_size": 3}),
         "mutual_information_loss": Example("mutual_information_loss", (image, other), binning),
+        "mind_ssc": Example("mind_ssc", (image,), {"radius": 1, "dilation": 1}),
         "joint_histogram": Example("joint_histogram", (image, other), binning),
         "interpolate_labels": Example("interpolate_labels", (labels, affine, first)),
         "invert_displacement": Example("invert_displacement", (gentle,), {"tolerance": 0.0}),
