@@ -38,6 +38,7 @@ from jaxreg.registration.stages.linear import Affine, Linear, Rigid, Similarity,
 from jaxreg.registration.stages.metrics import (
     LNCC,
     MI,
+    MIND,
     MSE,
     NCC,
     Metric,
@@ -58,6 +59,7 @@ from jaxreg.registration.transforms.transform import Transform
 __all__ = [
     "LNCC",
     "MI",
+    "MIND",
     "MSE",
     "NCC",
     "SVF",

@@ -15,8 +15,12 @@ constexpr int kTileRows = 16, kThreadRows = 8, kOwnRows = kTileRows / kThreadRow
 constexpr int kThreads = kWarp * kThreadRows;
 constexpr int kPlanes = 32;  // of results, to a walk
 
+// For how many blocks per multiprocessor the compiler must leave registers.
+template <class T, int kRadius>
+inline constexpr int kBlocks = sizeof(T) == sizeof(double) ? 2 : kRadius > 2 ? 3 : 4;
+
 template <class Source, int kRadius>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<typename Source::T, kRadius>)
     average_patches_kernel(const __grid_constant__ Source source, int64_t arrays, int radius_z,
                            int tiles_x, typename Source::T scale, typename Source::T* out) {
   using T = typename Source::T;

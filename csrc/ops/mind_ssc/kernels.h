@@ -174,7 +174,8 @@ struct Descriptors {
 template <class S, int D>
 struct DistanceSlopes {
   using T = Arithmetic<S>;
-  static constexpr int kDepth = 1, kUnroll = 1, kMinBlocks = 3;
+  static constexpr int kDepth = 1, kUnroll = 1;
+  static constexpr int kMinBlocks = sizeof(T) == sizeof(double) ? 2 : 3;
   Volumes<D> volumes;
   DistanceReader<T, D> distances;
   const T* mean;
