@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
 import json
 from collections.abc import Iterator
@@ -30,7 +31,11 @@ from jaxreg.commands.inputs import (
 from jaxreg.commands.progress_bars import register_watched
 from jaxreg.commands.timing import Stopwatch, fact_table
 from jaxreg.registration import (
+    Deformable,
+    Greedy,
+    Moments,
     Registration,
+    Rigid,
     Stage,
     Transform,
     outside_values,
@@ -93,8 +98,9 @@ def register(
         typer.Option(
             metavar="NAME",
             help="How images are compared, in all stages: lncc or ncc for one contrast, mi for two "
-            "(CT and MR, say), mse for equal intensities. By default linear stages use ncc, "
-            "deforming ones lncc.",
+            "(CT and MR, say), mse for equal intensities. mind deforms images of two contrasts: "
+            "linear stages use mi then, and by default there are moments, rigid and greedy. "
+            "Without it linear stages use ncc, deforming ones lncc.",
         ),
     ] = None,
     effort: Annotated[
@@ -261,9 +267,34 @@ def _stages(
             )
     if any(stage in here and stage not in on_gpu for stage in stages):
         console.print("On the CPU this preset has fewer iterations than on a GPU.", style="dim")
+    if metric == "mind":
+        return tuple(map(_for_descriptors, _rigid_first(stages) if names is None else stages))
     if metric is not None:
         stages = tuple(stage.with_metric(cast(MetricName, metric)) for stage in stages)
     return stages
+
+
+def _rigid_first(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """Return what finds a deformation between two contrasts, in as many steps as these stages.
+
+    By mutual information a size is not found as surely as a place is, where one image shows more of
+    the head than the other, and what is left to one field is found better than what two share.
+    """
+    last = stages[-1]
+    deforming = [Greedy(last.scales, last.iterations)] if isinstance(last, Deformable) else []
+    return Moments(), Rigid(), *deforming
+
+
+def _for_descriptors(stage: Stage) -> Stage:
+    """Return a stage as it serves to deform between two contrasts.
+
+    Descriptors say too little of where images are that are far from each other, and too much of
+    noise for fields that are free to follow it.
+    """
+    if isinstance(stage, Deformable):
+        stage = dataclasses.replace(stage, gradient_sigma=3.0, field_sigma=2.0)
+        return stage.with_metric("mind")
+    return stage.with_metric("mi")
 
 
 def _write(result: Registration, folder: Path) -> None:
