@@ -14,8 +14,8 @@ shapes are in z, y, x order, as NumPy has them.
 
 An op's derivative comes in one of two ways: ``interpolate_vjp``, ``compose_vjp``,
 ``scaling_and_squaring_vjp``, ``lncc_loss_vjp``, ``mutual_information_loss_vjp`` and
-``mind_ssc_vjp`` are written out, with the right-sided derivative where the interpolation has a kink; ``vjp_by_central_differences``
-serves any function away from kinks.
+``mind_ssc_vjp`` are written out, with the right-sided derivative where the interpolation has a
+kink; ``vjp_by_central_differences`` serves any function away from kinks.
 """
 
 from __future__ import annotations

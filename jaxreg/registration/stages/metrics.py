@@ -568,8 +568,9 @@ def as_metric(metric: MetricLike) -> Metric:
     Parameters
     ----------
     metric
-        A metric; ``"lncc"``, ``"mi"``, ``"mind"``, ``"mse"`` or ``"ncc"`` for one with its defaults; or a
-        function ``loss(pred, target)``, ``loss(pred, target, mask=...)`` where there is a mask.
+        A metric; ``"lncc"``, ``"mi"``, ``"mind"``, ``"mse"`` or ``"ncc"`` for one with its
+        defaults; or a function ``loss(pred, target)``, ``loss(pred, target, mask=...)`` where there
+        is a mask.
 
     Returns
     -------
