@@ -17,7 +17,9 @@ constexpr int kPlanes = 32;  // of results, to a walk
 
 // For how many blocks per multiprocessor the compiler must leave registers.
 template <class T, int kRadius>
-inline constexpr int kBlocks = sizeof(T) == sizeof(double) ? 2 : kRadius > 2 ? 3 : 4;
+inline constexpr int kBlocks = sizeof(T) == sizeof(double) ? 2
+                               : kRadius > 2               ? 3
+                                                           : 4;
 
 template <class Source, int kRadius>
 __global__ void __launch_bounds__(kThreads, kBlocks<typename Source::T, kRadius>)
