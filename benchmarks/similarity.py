@@ -12,6 +12,9 @@ Mutual information of noise, and of images with half their voxels at one value, 
 of a brain is: MONAI's loss as it is and compiled, of images scaled to [0, 1], and Parzen windows
 as matrices in jnp under `jax.jit`, multiplied a chunk of voxels at a time.
 
+The mean squared difference of MIND-SSC descriptors: their definition in PyTorch, box means by
+`avg_pool`, as it is and compiled.
+
 Before anything is timed, values are compared with ours. `harness.py` says what the columns are.
 ``--work 'lncc 7' 'mi 32'`` leaves out other work.
 """
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,6 +36,7 @@ from harness import Bench, parse_arguments
 
 from regkernels.bench.works import (
     BACKGROUNDS,
+    DESCRIPTORS,
     HISTOGRAMS,
     SMOOTH_DR,
     WINDOWS,
@@ -201,6 +206,44 @@ def jax_information_losses(num_bins: int, kernel: str, device: str) -> dict[str,
     }
 
 
+def torch_descriptors(image: torch.Tensor, radius: int, dilation: int) -> torch.Tensor:
+    """MIND-SSC by its definition, in array operations."""
+    dim, reach = image.ndim - 2, radius + dilation
+    pad = torch.nn.functional.pad(image, (reach,) * 2 * dim, mode="replicate")
+    average = torch.nn.functional.avg_pool3d if dim == 3 else torch.nn.functional.avg_pool2d
+
+    def moved(axis: int, way: int) -> torch.Tensor:
+        view = pad
+        for a in range(dim):  # x is the last axis
+            start = dilation * (1 + way) if a == axis else dilation
+            view = view.narrow(-1 - a, start, image.shape[-1 - a] + 2 * radius)
+        return view
+
+    distances = torch.stack(
+        [
+            average((moved(i, p) - moved(j, q)) ** 2, 2 * radius + 1, stride=1)
+            for i, j in itertools.combinations(range(dim), 2)
+            for p, q in ((1, 1), (-1, -1), (1, -1), (-1, 1))
+        ],
+        dim=2,
+    )
+    beyond = distances - distances.amin(2, keepdim=True)
+    variance = beyond.mean(2, keepdim=True)
+    mean = variance.mean(tuple(range(2, variance.ndim)), keepdim=True)
+    variance = torch.minimum(torch.maximum(variance, 0.001 * mean), 1000 * mean)
+    return torch.exp(-beyond / variance).flatten(1, 2)
+
+
+def torch_descriptor_losses(radius: int, dilation: int) -> dict[str, TorchLoss]:
+    """The formula in PyTorch."""
+
+    def formula(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        first, second = (torch_descriptors(x, radius, dilation) for x in (pred, target))
+        return ((first - second) ** 2).mean()
+
+    return {"torch": formula, "torch compiled": torch.compile(formula)}
+
+
 def check(
     bench: Bench,
     work: str,
@@ -266,7 +309,7 @@ def measure(
 
 
 def run(bench: Bench, dim: int) -> None:
-    """Measure every window and every histogram."""
+    """Measure every window, every histogram and every kind of descriptors."""
     if not imports("monai.losses"):
         bench.record.miss("MONAI")
     for title, (kernel_size, window) in WINDOWS.items():
@@ -290,6 +333,14 @@ def run(bench: Bench, dim: int) -> None:
                 # On a GPU XLA multiplies matrices of float32 in fewer bits.
                 rtol=1e-2,
             )
+    for title, (radius, dilation) in DESCRIPTORS.items():
+        measure(
+            bench,
+            title,
+            functools.partial(torch_descriptor_losses, radius, dilation),
+            dict,
+            different=(),
+        )
 
 
 def main() -> None:

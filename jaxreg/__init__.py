@@ -1,6 +1,7 @@
 """Fused image-registration kernels for JAX, on CUDA and CPU."""
 
 from jaxreg._ops import export_checks
+from jaxreg.descriptors import mind_ssc
 from jaxreg.loss import joint_histogram, lncc_loss, mutual_information_loss
 from jaxreg.regularisation import (
     bending_energy_loss,
@@ -42,6 +43,7 @@ __all__ = [
     "jacobian_loss",
     "joint_histogram",
     "lncc_loss",
+    "mind_ssc",
     "mutual_information_loss",
     "scaling_and_squaring",
 ]

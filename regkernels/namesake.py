@@ -12,7 +12,15 @@ from pathlib import Path
 
 __all__ = ["refuse_mixture", "trouble"]
 
-_OURS = {"__init__.py", "_ops", "loss.py", "regularisation.py", "smooth.py", "warp.py"}
+_OURS = {
+    "__init__.py",
+    "_ops",
+    "descriptors.py",
+    "loss.py",
+    "regularisation.py",
+    "smooth.py",
+    "warp.py",
+}
 
 
 def trouble(folder: Path) -> str | None:

@@ -222,7 +222,7 @@ def test_torchreg_beneath_its_namesake_is_an_error(site: Path) -> None:
     (site / "torchreg" / "affine.py").touch()
     (site / "torchreg" / "__init__.py").write_text("")
     assert run_with(site, "import torchreg").returncode == 0
-    for module in ("loss", "smooth", "warp"):
+    for module in ("descriptors", "loss", "smooth", "warp"):
         done = run_with(site, f"import torchreg.{module}")
         assert "pip uninstall torchreg regkernels" in done.stderr, module
 

@@ -1,6 +1,7 @@
 """Fused image-registration kernels for PyTorch, on CUDA and CPU."""
 
 from regkernels import __version__
+from torchreg.descriptors import mind_ssc
 from torchreg.loss import (
     LNCCLoss,
     MutualInformationLoss,
@@ -48,6 +49,7 @@ __all__ = [
     "jacobian_loss",
     "joint_histogram",
     "lncc_loss",
+    "mind_ssc",
     "mutual_information_loss",
     "scaling_and_squaring",
 ]

@@ -22,6 +22,7 @@ const std::vector<Op>& op_table() {
     add(field_energy_ops());
     add(lncc_loss_ops());
     add(mutual_information_ops());
+    add(mind_ssc_ops());
     add(interpolate_labels_ops());
     add(invert_displacement_ops());
     return all;

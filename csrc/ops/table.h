@@ -17,6 +17,7 @@ std::vector<Op> convert_displacement_ops();
 std::vector<Op> field_energy_ops();
 std::vector<Op> lncc_loss_ops();
 std::vector<Op> mutual_information_ops();
+std::vector<Op> mind_ssc_ops();
 std::vector<Op> interpolate_labels_ops();
 std::vector<Op> invert_displacement_ops();
 

@@ -38,6 +38,7 @@ from jaxreg.registration.stages.linear import Affine, Linear, Rigid, Similarity,
 from jaxreg.registration.stages.metrics import (
     LNCC,
     MI,
+    MIND,
     MSE,
     NCC,
     CoarseToFine,
@@ -75,6 +76,7 @@ from jaxreg.registration.transforms.transform import Transform
 __all__ = [
     "LNCC",
     "MI",
+    "MIND",
     "MSE",
     "NCC",
     "SVF",

@@ -11,6 +11,7 @@ import numpy as np
 
 __all__ = [
     "BACKGROUNDS",
+    "DESCRIPTORS",
     "HISTOGRAMS",
     "LABELS",
     "PENALTIES",
@@ -40,6 +41,9 @@ WINDOWS["lncc gaussian 7"] = (7, "gaussian")
 HISTOGRAMS = {f"mi {n}": (n, "gaussian") for n in (32, 16, 64, 128)}
 HISTOGRAMS["mi b-spline 32"] = (32, "b-spline")
 """Of the rows of mutual information: the number of bins and the Parzen window."""
+
+DESCRIPTORS = {f"mind {r}": (r, 2) for r in (2, 1)}
+"""Of the rows of descriptors: the radius of the patches and the distance of the neighbours."""
 
 BACKGROUNDS = ("", " with background")
 """Endings of the names of images and of rows: of noise, and of noise with half its voxels alike."""
@@ -280,7 +284,20 @@ def _make_works() -> dict[str, Work]:
                 ),
                 background,
             )
+    for title, (radius, dilation) in DESCRIPTORS.items():
+        # A loss would not have to write descriptors, if it were one kernel.
+        similarity(
+            title,
+            (1, 0),
+            lambda reg, *images, r=radius, d=dilation: _squared_difference(
+                *(reg.mind_ssc(image, radius=r, dilation=d) for image in images)
+            ),
+        )
     return works
+
+
+def _squared_difference(first: Any, second: Any) -> Any:
+    return ((first - second) ** 2).mean()
 
 
 WORKS: Mapping[str, Work] = _make_works()

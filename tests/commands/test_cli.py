@@ -264,6 +264,22 @@ def test_of_a_plausible_result_there_are_no_doubts(pair: Path, registered: Path)
     assert "may be wrong" not in (registered / "report.html").read_text()
 
 
+@pytest.mark.parametrize("given", [[], ["--stages", "affine,syn"]])
+def test_descriptors_deform_what_mutual_information_has_placed(
+    pair: Path, tmp_path: Path, given: list[str]
+) -> None:
+    out = tmp_path / "out"
+    options = ["-o", out, "--metric", "mind", "--preset", "fast", "--device", "cpu", *given]
+    assert run("register", pair / "fixed.nii.gz", pair / "moving.mha", *options) == 0
+    stages = json.loads((out / "registration.json").read_text())["stages"]
+    names = given[1].split(",") if given else ["moments", "rigid", "greedy"]
+    assert [stage["name"] for stage in stages] == names
+    *placing, deforming = (stage["settings"] for stage in stages)
+    assert {settings["metric"] for settings in placing} == {"MI(num_bins=32)"}
+    assert deforming["metric"] == "MIND(radius=2, dilation=2)"
+    assert (deforming["gradient_sigma"], deforming["field_sigma"]) == (3, 2)
+
+
 def test_masks_metric_and_a_start_are_used(pair: Path, tmp_path: Path) -> None:
     arguments = ["register", pair / "fixed.nii.gz", pair / "moving.mha", "-o", tmp_path]
     arguments += ["--stages", "translation", "--metric", "ncc", "--device", "cpu"]

@@ -248,6 +248,8 @@ ONE_BY_ONE = [
     bad_value("gaussian_smooth", "sigma", (1.0, 2.0), "2"),
     bad_value("gaussian_smooth", "truncate", -1.0, "-1"),
     bad_value("gaussian_smooth", "truncate", 0, "0"),
+    *[bad_value("mind_ssc", "radius", n, str(n)) for n in (-1, 0, 5)],
+    *[bad_value("mind_ssc", "dilation", n, str(n)) for n in (-1, 0, 17)],
     bad_value("convert_displacement", "spacing", None, "None"),
     bad_value("convert_displacement", "spacing", (1.0, 0.0, 2.0), "0"),
     bad_value("convert_displacement", "spacing", (1.0, 1e-60, 2.0), "1e-60"),

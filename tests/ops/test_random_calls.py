@@ -271,6 +271,31 @@ def test_gaussian_smooth(device: str, call: tuple[np.ndarray, Any, dict[str, Any
 
 
 @st.composite
+def described(draw: st.DrawFn) -> tuple[np.ndarray, dict[str, Any]]:
+    dim = draw(DIMS)
+    image = random_array(
+        draw(SEEDS), draw(st.integers(1, 3)), draw(st.integers(1, 3)), *draw(shapes(dim))
+    )
+    return image, {"radius": draw(st.integers(1, 4)), "dilation": draw(st.integers(1, 5))}
+
+
+@ON_EACH_DEVICE
+@given(described())
+def test_mind_ssc(device: str, call: tuple[np.ndarray, dict[str, Any]]) -> None:
+    image, options = call
+    backend = BACKENDS["torch", device]
+    expected = reference.mind_ssc(image, **options)
+    assert_close(backend.call("mind_ssc", image, **options), expected, np.float64)
+    distances = np.sort(reference.patch_distances(image, **options), axis=2)
+    # Where two pairs are the nearest, either may be taken for it.
+    assume(np.all(distances[:, :, 1] - distances[:, :, 0] > 1e-12))
+    cotangent = random_array(0, *expected.shape)
+    (gradient,) = backend.vjp("mind_ssc", (image,), cotangent, (0,), **options)
+    expected_gradient = reference.mind_ssc_vjp(cotangent, image, **options)
+    assert_close(gradient, expected_gradient, np.float64)
+
+
+@st.composite
 def losses(draw: st.DrawFn) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
     dim, seed = draw(DIMS), draw(SEEDS)
     shape, sizes, channels = draw(shapes(dim)), draw(batches(3)), draw(st.integers(1, 3))
@@ -360,6 +385,7 @@ SIZES = {
     "jacobian_loss": [(1,), (1e9,), (1e-38,)],
     "lncc_loss": [(1, 1), (1e30, 1e30), (1e-38, 1), (1e19, 1e-30)],
     "mutual_information_loss": [(1, 1), (1e38, 1e38), (1e-38, 1), (1e38, 1e-38)],
+    "mind_ssc": [(1,), (1e15,), (1e-14,), (1e-38,)],
     "joint_histogram": [(1, 1), (1e38, 1e38), (1e-38, 1), (1e38, 1e-38)],
     "interpolate_labels": [(9, 1, 1), (9, 1e20, 1e-38), (9, 1, 1e30)],
     "invert_displacement": [(1, 1), (30, 1), (1e30, 1e30), (1e-38, 1e-38)],
@@ -428,6 +454,9 @@ def extreme_calls(draw: st.DrawFn) -> tuple[str, tuple[Any, ...], dict[str, Any]
     if name in FIELD_LOSSES:
         reduction = draw(st.sampled_from(["mean", "sum", "none"]))
         return name, (values(*shape, dim),), {**aligned, "reduction": reduction}
+    if name == "mind_ssc":
+        options = {"radius": draw(st.integers(1, 4)), "dilation": draw(st.sampled_from([1, 2, 16]))}
+        return name, (values(draw(st.integers(0, 3)), *shape),), options
     if name == "lncc_loss":
         channels = draw(st.integers(0, 3))
         options = {

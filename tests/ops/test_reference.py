@@ -354,3 +354,31 @@ def test_mutual_information_counts_every_channel_by_itself() -> None:
         )
         for slope, gradient in zip(slopes, gradients, strict=True):
             np.testing.assert_allclose(slope, gradient[:, c : c + 1], atol=1e-14)
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("shape", [(5, 6), (3, 4, 3)])
+def test_the_gradient_of_descriptors_is_that_of_central_differences(
+    shape: tuple[int, ...], dilation: int
+) -> None:
+    image = random_array(0, 1, 2, *shape)
+    image[..., -2:] *= 1e-3  # so faint that the bound counts
+    options = {"radius": 1, "dilation": dilation}
+    bounds = reference.variance_bounds(image, **options)
+    cotangent = random_array(1, *reference.mind_ssc(image, **options).shape)
+    (expected,) = reference.vjp_by_central_differences(
+        lambda x: reference.mind_ssc(x, **options, bounds=bounds), (image,), cotangent, (0,), 1e-8
+    )
+    actual = reference.mind_ssc_vjp(cotangent, image, **options)
+    np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_descriptors_compare_the_patches_that_their_definition_names() -> None:
+    image, x, y = random_array(0, 1, 1, 12, 14), 6, 5
+
+    def patch(across: int, down: int) -> np.ndarray:
+        return image[0, 0, y + down - 1 : y + down + 2, x + across - 1 : x + across + 2]
+
+    pairs = [((2, 0), (0, 2)), ((-2, 0), (0, -2)), ((2, 0), (0, -2)), ((-2, 0), (0, 2))]
+    expected = [np.mean((patch(*p) - patch(*q)) ** 2) for p, q in pairs]
+    np.testing.assert_allclose(reference.patch_distances(image, 1, 2)[0, 0, :, y, x], expected)

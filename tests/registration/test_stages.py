@@ -21,11 +21,13 @@ from jaxreg import (
     convert_displacement,
     interpolate,
     lncc_loss,
+    mind_ssc,
     mutual_information_loss,
 )
 from jaxreg.registration import (
     LNCC,
     MI,
+    MIND,
     MSE,
     NCC,
     SVF,
@@ -357,6 +359,7 @@ def test_a_stage_minimises_the_metric_that_it_is_given(stage: type) -> None:
             (one(metric="ncc"), ncc_loss(*images)),
             (one(metric="mse"), mse_loss(*images)),
             (one(metric=MI(num_bins=20)), mutual_information_loss(*images, num_bins=20)),
+            (one(metric=MIND(radius=1)), mse_loss(*(mind_ssc(x, radius=1) for x in images))),
         ]
     for settings, loss in cases:
         result = register(fixed, moving, [settings])
@@ -603,11 +606,15 @@ def test_settings_of_a_metric_out_of_range_are_refused() -> None:
         message = f"num_bins: expected an integer from 2 to 256, got {bins}"
         with pytest.raises(ValueError, match=message):
             MI(num_bins=bins)
+    with pytest.raises(ValueError, match="radius: expected an integer from 1 to 4, got 5"):
+        MIND(radius=5)
+    with pytest.raises(ValueError, match="dilation: expected an integer from 1 to 16, got 0"):
+        MIND(dilation=0)
 
 
 @pytest.mark.parametrize("stage", [Affine, *DEFORMABLE, Moments])
 def test_the_name_of_a_metric_stands_for_the_one_with_its_defaults(stage: type) -> None:
-    metrics = {"lncc": LNCC(7), "mi": MI(32), "mse": MSE(), "ncc": NCC()}
+    metrics = {"lncc": LNCC(7), "mi": MI(32), "mind": MIND(2, 2), "mse": MSE(), "ncc": NCC()}
     for name, metric in metrics.items():
         assert stage(metric=name).metric == metric
         assert stage(metric=name) == stage(metric=metric) == stage().with_metric(name)

@@ -61,6 +61,7 @@ OPS = [
     "lncc_loss",
     "mutual_information_loss",
     *FIELD_LOSSES,
+    "mind_ssc",
 ]
 
 WITHOUT_GRADIENT = ["joint_histogram", "interpolate_labels", "invert_displacement"]
@@ -77,6 +78,7 @@ OPERANDS = {
     "convert_displacement": ("displacement",),
     **dict.fromkeys(FIELD_LOSSES, ("displacement",)),
     **dict.fromkeys([*LOSSES, "joint_histogram"], ("pred", "target")),
+    "mind_ssc": ("image",),
     "interpolate_labels": ("labels", "affine", "grid"),
     "invert_displacement": ("displacement",),
 }
@@ -126,6 +128,7 @@ def example(
         **{name: Example(name, (first,)) for name in FIELD_LOSSES},
         "lncc_loss": Example("lncc_loss", (image, other), {"kernel_size": 3}),
         "mutual_information_loss": Example("mutual_information_loss", (image, other), binning),
+        "mind_ssc": Example("mind_ssc", (image,), {"radius": 1, "dilation": 1}),
         "joint_histogram": Example("joint_histogram", (image, other), binning),
         "interpolate_labels": Example("interpolate_labels", (labels, affine, first)),
         "invert_displacement": Example("invert_displacement", (gentle,), {"tolerance": 0.0}),

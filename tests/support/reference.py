@@ -13,9 +13,9 @@ Small vectors over the axes (sizes, centres, half extents) are in x, y, z order 
 shapes are in z, y, x order, as NumPy has them.
 
 An op's derivative comes in one of two ways: ``interpolate_vjp``, ``compose_vjp``,
-``scaling_and_squaring_vjp``, ``lncc_loss_vjp`` and ``mutual_information_loss_vjp`` are written out,
-with the right-sided derivative where the interpolation has a kink; ``vjp_by_central_differences``
-serves any function away from kinks.
+``scaling_and_squaring_vjp``, ``lncc_loss_vjp``, ``mutual_information_loss_vjp`` and
+``mind_ssc_vjp`` are written out, with the right-sided derivative where the interpolation has a
+kink; ``vjp_by_central_differences`` serves any function away from kinks.
 """
 
 from __future__ import annotations
@@ -942,6 +942,114 @@ def jacobian_loss_slope(determinant: Array) -> Array:
     least = LEAST_DETERMINANT
     at_least = np.maximum(determinant, least)
     return 2 * np.log(at_least) / at_least
+
+
+# ------------------------------------------------------------------------------------ descriptors
+
+
+def patch_pairs(dim: int) -> list[tuple[Array, Array]]:
+    """The neighbours p and q that each channel compares, as directions in x, y, z order."""
+    along = np.eye(dim, dtype=int)
+    pairs = []
+    for first, second in itertools.combinations(along, 2):
+        pairs += [(first, second), (-first, -second), (first, -second), (-first, second)]
+    return pairs
+
+
+def squared_differences(image: Array, radius: int, dilation: int) -> Iterator[Array]:
+    """Of each pair, ``(N, C, *S)`` with ``radius`` more voxels on each side: ``I(x+p) - I(x+q)``.
+
+    The image is continued by its nearest voxel.
+    """
+    shape, dim = image.shape[2:], image.ndim - 2
+    around = [(0, 0), (0, 0), *[(radius + dilation,) * 2] * dim]
+    continued = np.pad(image, around, mode="edge")
+
+    def moved(direction: Array) -> Array:
+        start = dilation * (1 + direction[::-1])
+        ends = start + np.array(shape) + 2 * radius
+        return continued[(..., *itertools.starmap(slice, zip(start, ends, strict=True)))]
+
+    for p, q in patch_pairs(dim):
+        yield (moved(p) - moved(q)) ** 2
+
+
+def patch_distances(image: Array, radius: int, dilation: int) -> Array:
+    """Mean squared differences of the pairs of patches: ``(N, C, K, *S)``."""
+    dim = image.ndim - 2
+    axes, width = tuple(range(2, 2 + dim)), (2 * radius + 1,) * dim
+    distances = [
+        np.lib.stride_tricks.sliding_window_view(squares, width, axes).mean(tuple(range(-dim, 0)))
+        for squares in squared_differences(image, radius, dilation)
+    ]
+    return np.stack(distances, axis=2)
+
+
+def variance_bounds(image: Array, radius: int, dilation: int) -> tuple[Array, Array]:
+    """Of the local variance, for each channel of an image: ``(N, C, 1, ...)``."""
+    distances = patch_distances(float64(image), radius, dilation)
+    variance = np.mean(distances - distances.min(axis=2, keepdims=True), axis=2, keepdims=True)
+    mean = variance.mean(axis=tuple(range(2, variance.ndim)), keepdims=True)
+    return 0.001 * mean, 1000 * mean
+
+
+def mind_ssc(
+    image: Array,
+    *,
+    radius: int = 2,
+    dilation: int = 2,
+    bounds: tuple[Array, Array] | None = None,
+) -> Array:
+    """Descriptors ``exp(-(D_k - min D) / V)`` of the distances D_k of pairs of patches.
+
+    V is the mean of ``D_k - min D``, kept within ``bounds``, which by default are those of the
+    image. Where the bounds are 0, the image is constant, and all descriptors are 1.
+    """
+    image = float64(image)
+    low, high = bounds or variance_bounds(image, radius, dilation)
+    distances = patch_distances(image, radius, dilation)
+    beyond = distances - distances.min(axis=2, keepdims=True)
+    variance = np.clip(beyond.mean(axis=2, keepdims=True), low, high)
+    descriptors = np.exp(-divide_or_zero(beyond, variance))
+    return descriptors.reshape(image.shape[0], -1, *image.shape[2:])
+
+
+def mind_ssc_vjp(cotangent: Array, image: Array, *, radius: int = 2, dilation: int = 2) -> Array:
+    """Gradient of ``sum(cotangent * mind_ssc(...))`` to the image, the bounds held fixed."""
+    image = float64(image)
+    low, high = variance_bounds(image, radius, dilation)
+    distances = patch_distances(image, radius, dilation)
+    nearest = np.argmin(distances, axis=2)[:, :, None]
+    beyond = distances - distances.min(axis=2, keepdims=True)
+    raw = beyond.mean(axis=2, keepdims=True)
+    variance = np.clip(raw, low, high)
+    quotient = divide_or_zero(beyond, variance)
+    by_quotient = -float64(cotangent).reshape(distances.shape) * np.exp(-quotient)
+    by_beyond = divide_or_zero(by_quotient, variance)
+    by_variance = -divide_or_zero(by_quotient * quotient, variance).sum(axis=2, keepdims=True)
+    free = (raw >= low) & (raw <= high)
+    by_beyond += np.where(free, by_variance, 0) / distances.shape[2]
+    by_distance = by_beyond.copy()
+    least = np.take_along_axis(by_beyond, nearest, 2) - by_beyond.sum(axis=2, keepdims=True)
+    np.put_along_axis(by_distance, nearest, least, 2)
+
+    shape, dim = image.shape[2:], image.ndim - 2
+    gradient = np.zeros(image.shape)
+    reach = range(-radius, radius + 1)
+    for k, (p, q) in enumerate(patch_pairs(dim)):
+        for offset in itertools.product(reach, repeat=dim):
+            places = [
+                tuple(
+                    np.clip(np.arange(n) + o + dilation * d, 0, n - 1)
+                    for n, o, d in zip(shape, offset, direction[::-1], strict=True)
+                )
+                for direction in (p, q)
+            ]
+            (at_p, at_q) = (np.ix_(*map(np.arange, image.shape[:2]), *place) for place in places)
+            slope = 2 * by_distance[:, :, k] * (image[at_p] - image[at_q]) / len(reach) ** dim
+            np.add.at(gradient, at_p, slope)
+            np.add.at(gradient, at_q, -slope)
+    return gradient
 
 
 # ------------------------------------------------------------------------------------ derivatives

@@ -54,9 +54,10 @@ class Iterative(Stage):
         How far a step may go, in voxels of the level; see the stage.
     metric
         What is minimised: a `Metric`, such as ``LNCC(kernel_size=5)``; the name ``"lncc"``,
-        ``"mi"``, ``"mse"`` or ``"ncc"`` of one with its default settings; or ``loss(pred,
-        target)``, a scalar, the mean over the voxels: any JAX function of two images ``(1, C, [Z,]
-        Y, X)``, which takes ``mask=``, too, if there are masks. The stage holds the metric.
+        ``"mi"``, ``"mind"``, ``"mse"`` or ``"ncc"`` of one with its default settings; or
+        ``loss(pred, target)``, a scalar, the mean over the voxels: any JAX function of two images
+        ``(1, C, [Z,] Y, X)``, which takes ``mask=``, too, if there are masks. The stage holds the
+        metric.
     window, tolerance
         A level ends when a line through its last ``window`` losses falls by less than ``tolerance``
         times the largest loss of the level, in magnitude, or rises. If in the last block the loss

@@ -12,11 +12,13 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxreg.descriptors import mind_ssc
 from jaxreg.loss import lncc_loss, mutual_information_loss
 
 __all__ = [
     "LNCC",
     "MI",
+    "MIND",
     "MSE",
     "NCC",
     "CoarseToFine",
@@ -512,6 +514,54 @@ class MI(Metric):
 
 
 @dataclasses.dataclass(frozen=True)
+class MIND(Metric):
+    """Mean squared difference of descriptors, for deformations between contrasts; see `mind_ssc`.
+
+    Attributes
+    ----------
+    radius
+        Of the patches that descriptors compare, in voxels of the level, from 1 to 4.
+    dilation
+        How far from its voxel a descriptor's patches are, in voxels of the level, from 1 to 16.
+
+    Raises
+    ------
+    ValueError
+        For another radius or dilation.
+    """
+
+    radius: int = 2
+    dilation: int = 2
+
+    has_gradient_of_mask: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name, value, most in (("radius", self.radius, 4), ("dilation", self.dilation, 16)):
+            if value not in range(1, most + 1):
+                raise ValueError(f"{name}: expected an integer from 1 to {most}, got {value!r}")
+
+    def _describe(self, image: jax.Array) -> jax.Array:
+        return mind_ssc(image, radius=self.radius, dilation=self.dilation)
+
+    def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Return the mean squared difference of the images' descriptors."""
+        return mse_loss(self._describe(pred), self._describe(target), mask)
+
+    @property
+    def reach(self) -> int:
+        """A descriptor looks as far as its patches do: it counts if all of them are data."""
+        return self.radius + self.dilation
+
+    def scale(self, fixed: jax.Array, moving: jax.Array) -> jax.Array:
+        """Return the mean of the variances of the images' descriptors."""
+        return (jnp.var(self._describe(fixed)) + jnp.var(self._describe(moving))) / 2
+
+    def format_loss(self, loss: float) -> str:
+        """Return the mean squared difference of descriptors."""
+        return f"MIND {loss:.4g}"
+
+
+@dataclasses.dataclass(frozen=True)
 class NCC(Metric):
     """Global normalised cross-correlation, which still pulls where little overlaps; see `ncc`."""
 
@@ -583,13 +633,19 @@ def function_name(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__qualname__", function))
 
 
-MetricName = Literal["lncc", "mi", "mse", "ncc"]
+MetricName = Literal["lncc", "mi", "mind", "mse", "ncc"]
 """Shorthand for a metric with its default settings."""
 
 MetricLike = Metric | MetricName | Callable[..., jax.Array]
 """What a stage takes as its metric."""
 
-_METRICS: dict[str, type[Metric]] = {"lncc": LNCC, "mi": MI, "mse": MSE, "ncc": NCC}
+_METRICS: dict[str, type[Metric]] = {
+    "lncc": LNCC,
+    "mi": MI,
+    "mind": MIND,
+    "mse": MSE,
+    "ncc": NCC,
+}
 
 
 def as_metric(metric: MetricLike) -> Metric:
@@ -598,8 +654,9 @@ def as_metric(metric: MetricLike) -> Metric:
     Parameters
     ----------
     metric
-        A metric; ``"lncc"``, ``"mi"``, ``"mse"`` or ``"ncc"`` for one with its defaults; or a
-        function ``loss(pred, target)``, ``loss(pred, target, mask=...)`` where there is a mask.
+        A metric; ``"lncc"``, ``"mi"``, ``"mind"``, ``"mse"`` or ``"ncc"`` for one with its
+        defaults; or a function ``loss(pred, target)``, ``loss(pred, target, mask=...)`` where there
+        is a mask.
 
     Returns
     -------
