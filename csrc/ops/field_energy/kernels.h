@@ -29,9 +29,9 @@ struct Component {
   const int* size;
   int index[D];
 
-  // Whether there are voxels from `before` behind to `after` ahead of this one.
-  REGKERNELS_HD bool has(int axis, int before, int after) const {
-    return kInside || (index[axis] + before >= 0 && index[axis] + after < size[axis]);
+  // Whether all voxels from `first` to `last` steps along an axis are there.
+  REGKERNELS_HD bool has(int axis, int first, int last) const {
+    return kInside || (index[axis] + first >= 0 && index[axis] + last < size[axis]);
   }
   REGKERNELS_HD T value() const { return *here; }
   REGKERNELS_HD T value(int axis, int steps) const { return here[steps * stride[axis]]; }
