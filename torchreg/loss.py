@@ -32,6 +32,7 @@ def lncc_loss(
     sigma: float | None = None,
     smooth_nr: float = 0.0,
     smooth_dr: float = 1e-5,
+    common_variance: float = 0.0,
     both_flat: float | None = None,
     mask: torch.Tensor | None = None,
     reduction: str = "mean",
@@ -44,6 +45,9 @@ def lncc_loss(
         cross = sum(I J) - sum(I) sum(J) / m
         v_I   = max(sum(I I) - sum(I)^2 / m, smooth_dr)         v_J likewise
         ncc   = (cross^2 + smooth_nr) / (v_I v_J)               loss = -mean(ncc)
+
+    With a ``common_variance`` c, m c is added to cross, v_I and v_J: the images are compared as if
+    they shared, besides what they show, a pattern of that variance.
 
     These are the values of MONAI's ``LocalNormalizedCrossCorrelationLoss``; its gradient is that of
     the number returned, clamped variances included. Sums are taken about a value near the image's,
@@ -65,6 +69,10 @@ def lncc_loss(
         Of the Gaussian, in voxels; a third of ``kernel_size`` when ``None``.
     smooth_nr, smooth_dr
         Added to the numerator, at least 0; the least variance, at least 1e-18.
+    common_variance
+        In squared intensities, at least 0. Windows that vary by much less in both images are alike,
+        so that noise where there is no contrast is not matched; one that varies by much more has
+        the correlation that it has without. Images that are the same still have a correlation of 1.
     both_flat
         From 0 to 1: the correlation of windows that are constant in both images, where there is
         nothing to correlate. ``None``: what the formula gives, which is 0 without ``smooth_nr``.
@@ -96,6 +104,7 @@ def lncc_loss(
             "sigma": optional_tuple(sigma),
             "smooth_nr": smooth_nr,
             "smooth_dr": smooth_dr,
+            "common_variance": common_variance,
             "both_flat": optional_tuple(both_flat),
             "reduction": reduction,
         },
@@ -300,7 +309,7 @@ class LNCCLoss(_Loss):
 
     Parameters
     ----------
-    kernel_size, window, sigma, smooth_nr, smooth_dr, both_flat, reduction
+    kernel_size, window, sigma, smooth_nr, smooth_dr, common_variance, both_flat, reduction
         As for :func:`lncc_loss`.
 
     Examples
@@ -319,6 +328,7 @@ class LNCCLoss(_Loss):
         sigma: float | None = None,
         smooth_nr: float = 0.0,
         smooth_dr: float = 1e-5,
+        common_variance: float = 0.0,
         both_flat: float | None = None,
         reduction: str = "mean",
     ) -> None:
@@ -328,6 +338,7 @@ class LNCCLoss(_Loss):
             sigma=sigma,
             smooth_nr=smooth_nr,
             smooth_dr=smooth_dr,
+            common_variance=common_variance,
             both_flat=both_flat,
             reduction=reduction,
         )

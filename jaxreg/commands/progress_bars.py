@@ -10,6 +10,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 from jaxreg.registration import Progress, Registration, Stage, register
+from jaxreg.registration.stages.deformable import Deformable
 from regkernels import Volume
 
 __all__ = ["register_watched"]
@@ -83,4 +84,6 @@ def register_watched(
 def _note(stage: Stage, block: Progress) -> str:
     loss = float(block.losses[-1])  # waits for the block
     metric = stage.for_scale(block.scale).metric
-    return f"1/{block.scale:g} resolution, {metric.format_loss(loss)}"
+    held_back = isinstance(stage, Deformable) and stage.regularisation is not None
+    penalty = " with penalty" if held_back else ""
+    return f"1/{block.scale:g} resolution, {metric.format_loss(loss)}{penalty}"

@@ -60,6 +60,7 @@ _FILES = (_AFFINE, _WARP, _INVERSE_WARP, _MOVED, _FIXED_MOVED, _RECORD, _REPORT)
 class Preset(enum.StrEnum):
     """How much effort."""
 
+    AFFINE = "affine"
     FAST = "fast"
     DEFAULT = "default"
     ACCURATE = "accurate"
@@ -93,16 +94,17 @@ def register(
         typer.Option(
             metavar="NAME",
             help="How images are compared, in all stages: lncc or ncc for one contrast, mi for two "
-            "(CT and MR, say), mse for equal intensities. By default linear stages use ncc, "
-            "deforming ones lncc.",
+            "(CT and MR, say), mse for equal intensities. By default linear stages use ncc (the "
+            "affine one of most presets lncc at its end), deforming ones lncc.",
         ),
     ] = None,
     effort: Annotated[
         Preset,
         typer.Option(
             "--preset",
-            help="fast: moments, affine and greedy, down to half the resolution; default: moments, "
-            "affine and syn at full resolution; accurate: the same with more iterations.",
+            help="affine: moments and affine alone; fast: these and greedy, down to half the "
+            "resolution; default: moments, affine and syn at full resolution; accurate: the same "
+            "with more iterations.",
         ),
     ] = Preset.DEFAULT,
     fixed_mask: Annotated[

@@ -255,6 +255,7 @@ ONE_BY_ONE = [
     *[bad_value("lncc_loss", "sigma", s, f"{s:g}") for s in (-1.0, 0.0, NAN, INFINITY)],
     bad_value("lncc_loss", "smooth_nr", -1.0, "-1"),
     *[bad_value("lncc_loss", "smooth_dr", x, f"{x:g}") for x in (-1.0, 0.0, 1e-19)],
+    *[bad_value("lncc_loss", "common_variance", x, f"{x:g}") for x in (-1.0, NAN, INFINITY)],
     *[bad_value("lncc_loss", "both_flat", x, f"{x:g}") for x in (-0.1, 1.5)],
     *[bad_value("elasticity_loss", name, x, came) for name in ("mu", "lam") for x, came in MODULI],
     *[bad_value(op, "spacing", (1.0, x, 2.0), came) for op in IN_MM for x, came in SPACINGS],

@@ -337,6 +337,46 @@ def test_windows_that_are_flat_in_both_images_correlate_as_told(
     np.testing.assert_array_equal(value[one], 0)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kernel_size", [3, 7, 11])
+@WINDOWS
+@pytest.mark.parametrize("dim", [2, 3])
+def test_images_may_have_a_variance_in_common(
+    backend: Backend, dim: int, window: str, kernel_size: int, dtype: object
+) -> None:
+    """Also where one of them, or both, are flat."""
+    shape = (9, 26, 27)[-dim:]
+    pred, target = images(*shape, batches=(1, 1), dtype=dtype)
+    pred[..., :14] = 0.5
+    target[..., 3:, :] = 0
+    options = {"window": window, "kernel_size": kernel_size, "common_variance": 0.3}
+    check(backend, pred, target, reduction="none", **options)
+    check(backend, pred, target, **options)
+
+
+def test_windows_with_less_contrast_than_what_is_common_are_alike(backend: Backend) -> None:
+    pred, target = (random_array(k, 1, 1, 12, 13) for k in (0, 1))
+    faint = 1e-3 * pred, 1e-3 * target
+    options = {"kernel_size": 5, "common_variance": 1.0}
+    assert backend.call("lncc_loss", *faint, **options) < -0.99999
+    # What stands out in one image alone is not.
+    assert backend.call("lncc_loss", 1e3 * pred, faint[1], **options) > -1e-3
+
+
+@pytest.mark.parametrize("common_variance", [0.0, 0.1, 10.0])
+def test_an_image_is_like_itself_whatever_is_common(
+    backend: Backend, common_variance: float
+) -> None:
+    """And nothing pulls at it: its gradient is zero."""
+    image = random_array(0, 1, 1, 9, 10, 11)
+    options = {"kernel_size": 5, "common_variance": common_variance}
+    value, gradients = backend.value_and_vjp(
+        "lncc_loss", (image, image), np.ones(()), (0,), **options
+    )
+    np.testing.assert_allclose(value, -1, rtol=1e-12)
+    np.testing.assert_allclose(gradients[0], 0, atol=1e-14)
+
+
 def test_an_image_with_an_empty_background_is_like_itself_everywhere(backend: Backend) -> None:
     image, _ = images(12, 13, 14, batches=(1, 1), dtype=np.float32)
     image[..., :7] = 0
@@ -573,7 +613,7 @@ def test_the_module_shows_its_options_and_has_no_state() -> None:
     module = torchreg.LNCCLoss(9, window="gaussian")
     assert repr(module) == (
         "LNCCLoss(kernel_size=9, window='gaussian', sigma=None, smooth_nr=0.0, "
-        "smooth_dr=1e-05, both_flat=None, reduction='mean')"
+        "smooth_dr=1e-05, common_variance=0.0, both_flat=None, reduction='mean')"
     )
     assert not module.state_dict()
 

@@ -280,6 +280,7 @@ def losses(draw: st.DrawFn) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
         "sigma": draw(st.one_of(st.none(), st.floats(0.5, 4))),
         "smooth_nr": draw(st.sampled_from([0.0, 0.1])),
         "smooth_dr": draw(st.sampled_from([1e-5, 0.1])),
+        "common_variance": draw(st.sampled_from([0.0, 0.3])),
         "both_flat": draw(st.sampled_from([None, 0.0, 1.0])),
         "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
     }

@@ -227,9 +227,10 @@ def test_conversions_between_units_undo_each_other() -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("window", ["rectangular", "gaussian"])
+@pytest.mark.parametrize("common_variance", [0.0, 0.6])
 @pytest.mark.parametrize("dim", [2, 3])
 def test_lncc_loss_gradients_are_the_differences_of_its_values(
-    dim: int, window: str, reduction: str
+    dim: int, common_variance: float, window: str, reduction: str
 ) -> None:
     """With variances above and below the least one, and a target and a mask for all items."""
     shape = (2, 3, 4)[-dim:]
@@ -239,6 +240,7 @@ def test_lncc_loss_gradients_are_the_differences_of_its_values(
         "window": window,
         "smooth_nr": 0.2,
         "smooth_dr": 1.8,
+        "common_variance": common_variance,
         "both_flat": 0.7,
         "mask": abs(random_array(2, 1, 1, *shape)),
         "reduction": reduction,

@@ -349,7 +349,7 @@ def test_a_stage_minimises_the_metric_that_it_is_given(stage: type) -> None:
 
     one = functools.partial(stage, (1,), (1,))
     cases = [
-        (one(metric=LNCC(kernel_size=5)), lncc_loss(*images, kernel_size=5)),
+        (one(metric=LNCC(5, common_variance=0)), lncc_loss(*images, kernel_size=5)),
         (one(metric=absolute), absolute(*images)),
     ]
     if stage in (Affine, SyN):  # the others take the same way
@@ -619,7 +619,11 @@ def test_a_record_of_a_stage_can_be_read() -> None:
     def absolute(pred: jax.Array, target: jax.Array) -> jax.Array:
         return jnp.abs(pred - target).mean()
 
-    for metric, told in ((LNCC(5), "LNCC(kernel_size=5)"), ("mse", "MSE"), (absolute, "absolute")):
+    for metric, told in (
+        (LNCC(5), "LNCC(kernel_size=5, common_variance=0.5)"),
+        ("mse", "MSE"),
+        (absolute, "absolute"),
+    ):
         record = Greedy(metric=metric, regularisation=jnp.sum).record()
         assert record["metric"].endswith(told)
         assert record["regularisation"] == "sum"
@@ -633,7 +637,7 @@ class WiderWhereFiner(Metric):
     sizes: tuple[tuple[float, int], ...]
 
     def for_scale(self, scale: float) -> Metric:
-        return LNCC(dict(self.sizes)[scale])
+        return LNCC(dict(self.sizes)[scale], common_variance=0)
 
     def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
         raise AssertionError("a level uses the metric for its scale")

@@ -565,6 +565,7 @@ def lncc_loss(
     sigma: float | None = None,
     smooth_nr: float = 0.0,
     smooth_dr: float = 1e-5,
+    common_variance: float = 0.0,
     both_flat: float | None = None,
     mask: Array | None = None,
     reduction: str = "mean",
@@ -572,9 +573,10 @@ def lncc_loss(
     """Minus the local normalised cross-correlation of two images, weighted by a mask."""
     pred, target = float64(pred), float64(target)
     sums, mass = correlation_window(kernel_size, window, sigma, pred.ndim - 2)
-    cross = sums(pred * target) - sums(pred) * sums(target) / mass
+    common = mass * common_variance
+    cross = sums(pred * target) - sums(pred) * sums(target) / mass + common
     raw = [sums(x**2) - sums(x) ** 2 / mass for x in (pred, target)]
-    of_pred, of_target = (np.maximum(v, smooth_dr) for v in raw)
+    of_pred, of_target = (np.maximum(v, smooth_dr) + common for v in raw)
     ncc = (cross**2 + smooth_nr) / (of_pred * of_target)
     if both_flat is not None:
         flat = [v <= 1e-12 * sums(x**2) for v, x in zip(raw, (pred, target), strict=True)]
@@ -594,6 +596,7 @@ def lncc_loss_vjp(
     sigma: float | None = None,
     smooth_nr: float = 0.0,
     smooth_dr: float = 1e-5,
+    common_variance: float = 0.0,
     both_flat: float | None = None,
     mask: Array | None = None,
     reduction: str = "mean",
@@ -607,8 +610,9 @@ def lncc_loss_vjp(
     sums, mass = correlation_window(kernel_size, window, sigma, pred.ndim - 2)
     means = [sums(x) / mass for x in images]
     raw = [sums(x**2) - sums(x) ** 2 / mass for x in images]
-    variances = [np.maximum(v, smooth_dr) for v in raw]
-    cross = sums(images[0] * images[1]) - sums(images[0]) * means[1]
+    common = mass * common_variance
+    variances = [np.maximum(v, smooth_dr) + common for v in raw]
+    cross = sums(images[0] * images[1]) - sums(images[0]) * means[1] + common
     ncc = (cross**2 + smooth_nr) / (variances[0] * variances[1])
     shape = (batch_size(pred, target, mask), *ncc.shape[1:])
     to_ncc = -cotangent * shares(mask, shape, reduction)

@@ -22,6 +22,7 @@ struct Window {
   T weight[kMaxRadius + 1];
   T inverse_mass;  // 1 / (sum of the window's weights)
   T smooth_nr, smooth_dr;
+  T common;            // what is added to both variances and to the covariance
   bool replaces_flat;  // the correlation of windows that are constant in both images is both_flat
   T both_flat;
   // How much of a window the volume can fill. The sums are taken about this part of a typical
@@ -56,10 +57,11 @@ REGKERNELS_HD void add_products(T value_i, T value_j, T (&sums)[kWindowSums]) {
   sums[4] += value_i * value_j;
 }
 
-// With c = ΣIJ - ΣI ΣJ / m and the variances v, raised to smooth_dr at least,
+// With c = ΣIJ - ΣI ΣJ / m and the variances v, raised to smooth_dr at least, and what the images
+// have in common added to all three,
 //   ncc = (c² + smooth_nr) / (v_I v_J).
 // Its derivatives: `cross` with respect to c, `variance_*` with respect to ΣI² and ΣJ². A window
-// that is constant as far as its sums can tell has no correlation; a variance that was raised has
+// that is constant as far as its sums can tell has no covariance; a variance that was raised has
 // no derivative.
 template <class T>
 struct Correlation {
@@ -93,13 +95,15 @@ REGKERNELS_HD Correlation<T> correlate(const T (&sums)[kWindowSums], const Windo
   const bool flat_i = is_flat(raw_i, sums[2], window), flat_j = is_flat(raw_j, sums[3], window);
   const bool clamped_i = flat_i | (raw_i < window.smooth_dr);
   const bool clamped_j = flat_j | (raw_j < window.smooth_dr);
-  const T inverse_i = reciprocal(clamped_i ? window.smooth_dr : raw_i);
-  const T inverse_j = reciprocal(clamped_j ? window.smooth_dr : raw_j);
+  const T inverse_i = reciprocal((clamped_i ? window.smooth_dr : raw_i) + window.common);
+  const T inverse_j = reciprocal((clamped_j ? window.smooth_dr : raw_j) + window.common);
   const T raw_c = sums[4] - sums[0] * mean_j;
-  const T c = flat_i | flat_j ? T(0) : raw_c;
-  // No derivative of a flat window involves its mean, which need not be finite.
-  result.mean_i = flat_i ? T(0) : mean_i;
-  result.mean_j = flat_j ? T(0) : mean_j;
+  const T c = (flat_i | flat_j ? T(0) : raw_c) + window.common;
+  // Without a covariance no derivative of a flat window involves its mean, which need not be
+  // finite.
+  const bool unlinked = window.common == 0;
+  result.mean_i = flat_i & unlinked ? T(0) : mean_i;
+  result.mean_j = flat_j & unlinked ? T(0) : mean_j;
   // In this order nothing overflows that the result does not.
   const T by_j = c * inverse_j;
   const T ncc = c * inverse_i * by_j + window.smooth_nr * inverse_i * inverse_j;

@@ -42,6 +42,11 @@ LnccCall check(const Call& call) {
     fail_value(call, "smooth_dr", "a finite number of at least 1e-18", concat(smooth_dr));
   }
 
+  const double common_variance = call.number("common_variance");
+  if (!std::isfinite(common_variance) || common_variance < 0) {
+    fail_value(call, "common_variance", "a finite number of at least 0", concat(common_variance));
+  }
+
   const std::vector<double>& both_flat = call.numbers("both_flat");
   if (both_flat.size() > 1) {
     fail_value(call, "both_flat", "one number", concat(both_flat.size(), " numbers"));
@@ -79,7 +84,8 @@ Window<T> lncc_window(const Call& call, const LnccCall& checked) {
     window.weight[d] = std::max(static_cast<T>(weight), std::numeric_limits<T>::min());
     sum += (d == 0 ? 1 : 2) * static_cast<double>(window.weight[d]);
   }
-  window.inverse_mass = static_cast<T>(1 / std::pow(sum, checked.dimensions));
+  const double mass = std::pow(sum, checked.dimensions);
+  window.inverse_mass = static_cast<T>(1 / mass);
   const auto filled = [&](int64_t size) {
     return std::min(1.0, static_cast<double>(size) / checked.kernel_size);
   };
@@ -88,6 +94,7 @@ Window<T> lncc_window(const Call& call, const LnccCall& checked) {
   window.largest_pivot = std::numeric_limits<T>::max() * (std::numeric_limits<T>::epsilon() / 8);
   window.smooth_nr = static_cast<T>(call.number("smooth_nr"));
   window.smooth_dr = static_cast<T>(call.number("smooth_dr"));
+  window.common = static_cast<T>(mass * call.number("common_variance"));
   const std::vector<double>& both_flat = call.numbers("both_flat");
   window.replaces_flat = !both_flat.empty();
   window.both_flat = both_flat.empty() ? T(0) : static_cast<T>(both_flat[0]);
@@ -157,6 +164,7 @@ std::vector<Op> lncc_loss_ops() {
       {"sigma", AttrKind::kFloats},  // none: a third of kernel_size
       {"smooth_nr", AttrKind::kFloat},
       {"smooth_dr", AttrKind::kFloat},
+      {"common_variance", AttrKind::kFloat},
       {"both_flat", AttrKind::kFloats},  // none: what the formula makes of constant windows
       {"reduction", AttrKind::kChoice, {"mean", "sum", "none"}},
   };

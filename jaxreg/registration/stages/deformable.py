@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import ClassVar
@@ -19,10 +20,12 @@ from jaxreg.registration.stages.adam import (
     riemannian_adam_step,
 )
 from jaxreg.registration.stages.iterative import Iterative, State
+from jaxreg.registration.stages.metrics import Metric, as_metric
 from jaxreg.registration.stages.problem import Alignment, Level, Weighted
 from jaxreg.registration.stages.pyramid import resize_field
+from jaxreg.registration.stages.regularisers import Regulariser
 
-__all__ = ["Deformable", "Regularisation", "confined", "step_gradient"]
+__all__ = ["Deformable", "Regularisation", "confined", "step_gradient", "through_warp"]
 
 Regularisation = Callable[[jax.Array], jax.Array]
 """``penalty(field)``: a scalar that is added to the loss."""
@@ -49,9 +52,9 @@ class Deformable(Iterative):
         second moment. In units of the metric's scale per voxel of the level, of the summed loss;
         where anything is to be gained gradients are about 0.1, and rounding is mostly below 1e-6.
     regularisation
-        ``penalty(field)``, a scalar that is added to the loss: a `Regulariser` such as
-        ``Diffusion(0.3)``, or any JAX function of the stage's field ``(N, [Z,] Y, X, D)``, in
-        normalised coordinates on the grid of the level.
+        What is added to the loss: a `Regulariser` such as ``Diffusion(0.3)``, in units of the
+        metric's scale; or ``penalty(field)``, a scalar in units of the loss, any JAX function of
+        the stage's field ``(N, [Z,] Y, X, D)``, in normalised coordinates on the grid of the level.
 
     Raises
     ------
@@ -115,16 +118,34 @@ class Deformable(Iterative):
         )
         return confined(step), moments
 
-    def penalty_of_composing(self, displacement: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the regularisation of a field, and its gradient with respect to a step.
+    def prepared(self, level: Level) -> Level:
+        """Return a level with the unit of the regularisation.
+
+        That is the metric's scale or, if it has none, the magnitude of its loss where the stage
+        starts: so one weight fits metrics of any size.
+        """
+        if not isinstance(self.regularisation, Regulariser):
+            return level
+        return level._replace(loss_unit=_loss_unit(self, level))
+
+    def penalty(self, level: Level, field: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the regularisation of a field, and its gradient with respect to the field."""
+        if self.regularisation is None:
+            return jnp.zeros((), field.dtype), jnp.zeros_like(field)
+        penalty, pull = jax.value_and_grad(self.regularisation)(field)
+        if level.loss_unit is None:
+            return penalty, pull
+        return level.loss_unit * penalty, level.loss_unit * pull
+
+    def penalty_of_composing(
+        self, level: Level, displacement: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the regularisation of a displacement, and its gradient with respect to a step.
 
         As for the metric, the step is composed from the right, at the zero step.
         """
-        zero = jnp.zeros_like(displacement)
-        if self.regularisation is None:
-            return jnp.zeros((), displacement.dtype), zero
-        penalty = self.regularisation
-        return jax.value_and_grad(lambda step: penalty(compose(displacement, step)))(zero)
+        penalty, pull = self.penalty(level, displacement)
+        return penalty, pull if self.regularisation is None else through_warp(displacement, pull)
 
     def objective(
         self, level: Level, moved: Weighted, target: Weighted
@@ -157,6 +178,15 @@ class Deformable(Iterative):
         return Alignment(alignment.matrix, displacement, invert_displacement(displacement, inverse))
 
 
+@functools.partial(jax.jit, static_argnames="stage")
+def _loss_unit(stage: Deformable, level: Level) -> jax.Array:
+    metric = as_metric(stage.metric)
+    if type(metric).scale is not Metric.scale:
+        return metric.scale(level.fixed, level.moving)
+    moved = level.moved(level.matrix, level.displacement)
+    return jnp.abs(stage.loss(level, moved, level.target()))
+
+
 def _smooth(field: jax.Array, sigma: float) -> jax.Array:
     """Return `gaussian_smooth` of a field.
 
@@ -185,6 +215,34 @@ def confined(field: jax.Array) -> jax.Array:
     return jnp.where(on_face, 0, field)
 
 
+def through_warp(displacement: jax.Array, slope: jax.Array) -> jax.Array:
+    r"""Gradient of a function of a displacement with respect to a step composed from the right.
+
+    With :math:`\psi = \mathrm{id} + d` it is :math:`D\psi^T \,\partial P / \partial d`, at the zero
+    step.
+
+    Parameters
+    ----------
+    displacement
+        :math:`d`, ``(N, [Z,] Y, X, D)``, normalised coordinates.
+    slope
+        The function's gradient with respect to it, :math:`\partial P / \partial d`.
+
+    Returns
+    -------
+    Array
+        ``(N, [Z,] Y, X, D)``. Central differences, one-sided at the borders; the displacement does
+        not change along an axis of length 1.
+    """
+    ndim = displacement.shape[-1]
+    components = []
+    for component in range(ndim):
+        axis = ndim - component  # components are in x, y, z order
+        turned = (slope * _along(displacement, axis)).sum(axis=-1)
+        components.append(slope[..., component] + turned)
+    return jnp.stack(components, axis=-1)
+
+
 def step_gradient(moved: jax.Array, slope: jax.Array) -> jax.Array:
     r"""Gradient of a loss with respect to a step composed from the right, at the zero step.
 
@@ -204,12 +262,14 @@ def step_gradient(moved: jax.Array, slope: jax.Array) -> jax.Array:
         ``(N, [Z,] Y, X, D)`` per unit of normalised coordinates. Central differences, one-sided
         at the borders; 0 along an axis of length 1.
     """
-    components = []
-    for axis in reversed(range(2, moved.ndim)):
-        size = moved.shape[axis]
-        if size == 1:
-            components.append(jnp.zeros_like(moved[:, 0]))
-            continue
-        (derivative,) = jnp.gradient(moved, axis=(axis,))
-        components.append((slope * derivative).sum(axis=1) * ((size - 1) / 2))
-    return jnp.stack(components, axis=-1)
+    axes = reversed(range(2, moved.ndim))
+    return jnp.stack([(slope * _along(moved, axis)).sum(axis=1) for axis in axes], axis=-1)
+
+
+def _along(array: jax.Array, axis: int) -> jax.Array:
+    """Return the derivative along an axis of a grid per unit of normalised coordinates."""
+    if array.shape[axis] == 1:
+        return jnp.zeros_like(array)
+    derivative = jnp.gradient(array, axis=axis)
+    assert isinstance(derivative, jax.Array)  # a single axis has no list of them
+    return derivative * ((array.shape[axis] - 1) / 2)

@@ -31,11 +31,15 @@ from typing import ClassVar
 import jax
 
 from jaxreg import compose
-from jaxreg.registration.stages.deformable import Deformable, step_gradient
+from jaxreg.registration.stages.deformable import Deformable, Regularisation, step_gradient
 from jaxreg.registration.stages.iterative import State
 from jaxreg.registration.stages.problem import Level
+from jaxreg.registration.stages.regularisers import Elasticity
 
 __all__ = ["Greedy"]
+
+# About half of that of SyN, whose halves, each half as long, have together half the energy.
+_ELASTICITY = Elasticity(0.2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +51,15 @@ class Greedy(Deformable):
 
     name: ClassVar[str] = "greedy"
 
+    regularisation: Regularisation | None = _ELASTICITY
+
     def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
         """Take one step; return the loss before it."""
         displacement = state.found
         moved, target = level.moved(level.matrix, level.after(displacement)), level.target()
         objective = self.objective(level, moved, target)
         loss, slope = jax.value_and_grad(objective)(moved.image, target.image)
-        penalty, pull = self.penalty_of_composing(displacement)
+        penalty, pull = self.penalty_of_composing(level, displacement)
         step, moments = self.descend(level, step_gradient(moved.image, slope) + pull, state.moments)
         displacement = self.smooth(compose(displacement, step))
         return State(displacement, moments), loss + penalty

@@ -132,6 +132,10 @@ class Iterative(Stage):
         unit = jnp.where(scale > 0, scale, 1)
         return jax.tree.map(lambda g: g / unit, gradient), jnp.where(scale > 0, epsilon, 1e-8)
 
+    def prepared(self, level: Level) -> Level:
+        """Return a level with what the stage needs to know of it before its iterations."""
+        return level
+
     @abc.abstractmethod
     def begin(self, level: Level) -> State:
         """Return what the iterations change, before the first of them."""
@@ -184,7 +188,7 @@ class Iterative(Stage):
         done, total = 0, sum(self.iterations)
         for scale, iterations in zip(self.scales, self.iterations, strict=True):
             stage = self.for_scale(scale)
-            level = problem.level(scale, alignment, stage.metric)
+            level = stage.prepared(problem.level(scale, alignment, stage.metric))
             state = self.begin(level) if state is None else self.resized(state, level.shape)
             trace = _no_trace(iterations)
             if iterations == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +19,7 @@ __all__ = [
     "MI",
     "MSE",
     "NCC",
+    "CoarseToFine",
     "FunctionMetric",
     "Metric",
     "MetricField",
@@ -150,6 +152,24 @@ class Metric(abc.ABC):
             A scalar, the mean over the voxels: its size must not depend on that of the grid.
         """
 
+    def unit(self, image: jax.Array, mask: jax.Array | None) -> jax.Array | None:
+        """Return the unit of an image's intensities, asked for once at the start of a level.
+
+        Parameters
+        ----------
+        image
+            The fixed or the moving image of the level, ``(1, C, [Z,] Y, X)``, on its own grid.
+        mask
+            What its voxels count, ``(1, 1, [Z,] Y, X)``; `None` if all count alike.
+
+        Returns
+        -------
+        Array or None
+            Broadcast against the image, by which it is divided for this level: what the other
+            methods get has that unit. By default `None`: images are compared as they are.
+        """
+        return None
+
     @property
     def reach(self) -> int:
         """How many voxels around one the metric looks at, to judge that one; by default 0.
@@ -253,20 +273,27 @@ class LNCC(Metric):
     ----------
     kernel_size
         Width of the windows in voxels of the level, odd, from 3 to 31.
+    common_variance
+        At least 0, in units of the typical variance in a window of each image. The larger, the less
+        is made of windows with little contrast: what correlates there is noise, and matching it
+        costs what it tears apart. Images that are the same have a correlation of 1 in any case.
 
     Raises
     ------
     ValueError
-        For another width.
+        For another width, or a negative variance.
     """
 
     kernel_size: int = 7
+    common_variance: float = 0.5
 
     def __post_init__(self) -> None:
         if self.kernel_size not in range(3, 32, 2):
             raise ValueError(
                 f"kernel_size: expected an odd number from 3 to 31, got {self.kernel_size!r}"
             )
+        if not 0 <= self.common_variance < math.inf:
+            raise ValueError(f"common_variance: expected at least 0, got {self.common_variance!r}")
 
     def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Return minus the mean of the squared local correlations.
@@ -274,11 +301,37 @@ class LNCC(Metric):
         Windows that are flat in both images are alike: they tell nothing, and if they counted as
         unlike, spreading the rim of an object over its empty surroundings would pay.
         """
-        # The unit of the intensities does not matter so: to the default of `smooth_dr`, which suits
-        # intensities that spread by about 1, a map of diffusivities in mm²/s would be flat. What is
-        # flat as far as float32 can tell counts as such in any case.
-        size = self.kernel_size
-        return lncc_loss(pred, target, kernel_size=size, smooth_dr=1e-18, both_flat=1, mask=mask)
+        pred, target = (image / self.unit(image, mask) for image in (pred, target))
+        return self._loss(pred, target, mask)
+
+    def loss_of_level(
+        self,
+        pred: jax.Array,
+        target: jax.Array,
+        mask: jax.Array,
+        *,
+        fixed: jax.Array,
+        moving: jax.Array,
+    ) -> jax.Array:
+        """Return the loss with the units of the whole images."""
+        return self._loss(pred, target, mask)
+
+    def _loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
+        # To the default of `smooth_dr` a faint image would be flat. What is flat as far as float32
+        # can tell counts as such in any case.
+        return lncc_loss(
+            pred,
+            target,
+            kernel_size=self.kernel_size,
+            smooth_dr=1e-18,
+            common_variance=self.common_variance,
+            both_flat=1,
+            mask=mask,
+        )
+
+    def unit(self, image: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Return the typical standard deviation in a window, ``(1, C, 1, ...)``."""
+        return _typical_contrast(image, mask, self.kernel_size)
 
     @property
     def reach(self) -> int:
@@ -301,6 +354,39 @@ class LNCC(Metric):
     def format_loss(self, loss: float) -> str:
         """Return the mean squared correlation, which is minus the loss."""
         return f"LNCC {-loss:.4f}"
+
+
+_EMPTY = 1e-4
+"""Blocks whose variance is less than this share of the image's show nothing."""
+
+
+def _typical_contrast(image: jax.Array, mask: jax.Array | None, width: int) -> jax.Array:
+    """Return the geometric mean of the standard deviations in blocks of an image that vary.
+
+    Neither an empty background nor a few very bright places change it much.
+    """
+    image = jax.lax.stop_gradient(image)
+    axes = tuple(range(2, image.ndim))
+    weight = jnp.ones_like(image[:, :1]) if mask is None else (mask > 0).astype(image.dtype)
+    block = (1, 1, *(min(width, size) for size in image.shape[2:]))
+
+    def mean(array: jax.Array) -> jax.Array:
+        return (weight * array).sum(axes, keepdims=True) / jnp.maximum(weight.sum(), 1)
+
+    def in_blocks(array: jax.Array) -> jax.Array:
+        zero = jnp.zeros((), array.dtype)
+        sums: jax.Array = jax.lax.reduce_window(array, zero, jax.lax.add, block, block, "valid")
+        return sums
+
+    centred = weight * (image - mean(image))
+    count = in_blocks(weight)
+    first, second = (in_blocks(x) / jnp.maximum(count, 1) for x in (centred, centred**2))
+    variance = second - first**2
+    varies = (variance > _EMPTY * mean(centred**2)) & (2 * count >= math.prod(block))
+    logarithm = jnp.where(varies, jnp.log(jnp.where(varies, variance, 1)), 0)
+    blocks = jnp.maximum(varies.sum(axes, keepdims=True), 1)
+    deviation: jax.Array = jnp.exp(logarithm.sum(axes, keepdims=True) / blocks / 2)
+    return deviation
 
 
 _FLAT = 1e-4
@@ -564,3 +650,31 @@ class MetricField:
 
     def __set__(self, instance: object, value: MetricLike) -> None:
         vars(instance)[self._name] = as_metric(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class CoarseToFine(Metric):
+    """One metric where images are far apart, and another where they are nearly aligned.
+
+    `NCC` pulls from afar; where it no longer tells more, `LNCC` still does.
+
+    Attributes
+    ----------
+    coarse, fine
+        The metrics of coarse and of fine levels; see `as_metric`.
+    threshold
+        The largest scale of a level that uses the fine one.
+    """
+
+    coarse: MetricField = MetricField(NCC())
+    fine: MetricField = MetricField(LNCC())
+    threshold: float = 2
+
+    def for_scale(self, scale: float) -> Metric:
+        """Return the one of the two that the level uses."""
+        chosen = self.fine if scale <= self.threshold else self.coarse
+        return chosen.for_scale(scale)
+
+    def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Return the loss of the fine metric: no scale is known."""
+        return self.fine.loss(pred, target, mask)

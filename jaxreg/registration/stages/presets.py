@@ -8,13 +8,14 @@ from typing import Any, Literal, get_args
 from jaxreg.registration.stages.base import Stage
 from jaxreg.registration.stages.greedy import Greedy
 from jaxreg.registration.stages.linear import Affine, Rigid, Similarity, Translation
+from jaxreg.registration.stages.metrics import CoarseToFine
 from jaxreg.registration.stages.moments import Moments
 from jaxreg.registration.stages.svf import SVF
 from jaxreg.registration.stages.syn import SyN
 
 __all__ = ["PresetName", "preset", "stage_from_name"]
 
-PresetName = Literal["fast", "default", "accurate"]
+PresetName = Literal["affine", "fast", "default", "accurate"]
 
 _STAGES: dict[str, type[Stage]] = {
     stage.name: stage
@@ -63,8 +64,8 @@ def preset(
     Parameters
     ----------
     name
-        ``"fast"``: a look, at half the resolution; ``"default"``; ``"accurate"``: more iterations
-        at full resolution.
+        ``"affine"``: without a deformation; ``"fast"``: a look, at half the resolution;
+        ``"default"``; ``"accurate"``: more iterations at full resolution.
     ndim
         Number of spatial dimensions, 2 or 3. In the plane all iterations are cheap, so a level
         more than in space is run at full resolution.
@@ -89,9 +90,17 @@ def preset(
     if device not in ("cpu", "gpu"):
         raise ValueError(f"device: expected 'cpu' or 'gpu', got {device!r}")
     lighter = device == "cpu" and ndim == 3
-    start: tuple[Stage, ...] = (Moments(), Affine())
     if name == "fast":
-        return *start, Greedy((4, 2), (60, 30))
+        return Moments(), Affine(), Greedy((4, 2), (60, 30))
+    refined = CoarseToFine()
+    start: tuple[Stage, ...] = (
+        Moments(),
+        Affine((4, 2), (80, 60), metric=refined)
+        if lighter
+        else Affine((4, 2, 1), (80, 60, 30), metric=refined),
+    )
+    if name == "affine":
+        return start
     if name == "default":
         return *start, SyN((4, 2, 1), (60, 40, 20) if lighter else (100, 70, 40))
     return *start, SyN((4, 2, 1), (100, 70, 40) if lighter else (200, 100, 80))

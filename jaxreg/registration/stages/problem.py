@@ -103,6 +103,8 @@ class Level(NamedTuple):
     """What the voxels of the fixed image count, found out once for all iterations."""
     overlap: jax.Array
     """The sum of the weights at the alignment, a scalar: how many voxels count, of this grid."""
+    loss_unit: jax.Array | None = None
+    """What a penalty of a deformation is multiplied by, a scalar; see `Deformable.prepared`."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -333,6 +335,8 @@ class Problem:
         metric: Metric | None,
     ) -> Level:
         displacement = alignment.displacement
+        if metric is not None:
+            images = _in_units(*images, metric)
         level = Level(
             *images,
             self._to_physical,
@@ -348,6 +352,24 @@ class Problem:
         )
         attention = _attention(level, metric)
         return level._replace(**attention._asdict())
+
+
+@functools.partial(jax.jit, static_argnames="metric")
+def _in_units(
+    fixed: jax.Array,
+    moving: jax.Array,
+    fixed_mask: jax.Array | None,
+    moving_mask: jax.Array | None,
+    metric: Metric,
+) -> _Images:
+    """Return the images in the units of a metric, and their masks."""
+
+    def converted(image: jax.Array, mask: jax.Array | None) -> jax.Array:
+        unit = metric.unit(image, mask)
+        return image if unit is None else image / unit
+
+    masks = fixed_mask, moving_mask
+    return converted(fixed, fixed_mask), converted(moving, moving_mask), *masks
 
 
 @jax.jit

@@ -41,7 +41,8 @@ class Regulariser(abc.ABC):
     Attributes
     ----------
     weight
-        What the energy is multiplied by, from 0 to 1e9; in units of the stage's metric.
+        What the energy is multiplied by, from 0 to 1e9, in units of the scale of the stage's metric
+        (`Metric.scale`; without one, of the loss where the stage starts).
 
     Raises
     ------

@@ -16,11 +16,14 @@ from typing import ClassVar
 import jax
 
 from jaxreg import scaling_and_squaring
-from jaxreg.registration.stages.deformable import Deformable, step_gradient
+from jaxreg.registration.stages.deformable import Deformable, Regularisation, step_gradient
 from jaxreg.registration.stages.iterative import State
 from jaxreg.registration.stages.problem import Level
+from jaxreg.registration.stages.regularisers import Elasticity
 
 __all__ = ["SVF"]
+
+_ELASTICITY = Elasticity(0.2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,7 @@ class SVF(Deformable):
     name: ClassVar[str] = "svf"
 
     num_steps: int = 6
+    regularisation: Regularisation | None = _ELASTICITY
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,12 +60,9 @@ class SVF(Deformable):
         moved, target = level.moved(level.matrix, level.after(displacement)), level.target()
         objective = self.objective(level, moved, target)
         loss, slope = jax.value_and_grad(objective)(moved.image, target.image)
-        gradient = step_gradient(moved.image, slope)
-        if self.regularisation is not None:
-            penalty, pull = jax.value_and_grad(self.regularisation)(velocity)
-            loss, gradient = loss + penalty, gradient + pull
-        step, moments = self.descend(level, gradient, state.moments)
-        return State(self.smooth(velocity + step), moments), loss
+        penalty, pull = self.penalty(level, velocity)
+        step, moments = self.descend(level, step_gradient(moved.image, slope) + pull, state.moments)
+        return State(self.smooth(velocity + step), moments), loss + penalty
 
     def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the flows of the velocity and of its negative."""

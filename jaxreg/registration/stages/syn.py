@@ -23,11 +23,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg import compose, invert_displacement
-from jaxreg.registration.stages.deformable import Deformable, step_gradient
+from jaxreg.registration.stages.deformable import Deformable, Regularisation, step_gradient
 from jaxreg.registration.stages.iterative import State
 from jaxreg.registration.stages.problem import Level
+from jaxreg.registration.stages.regularisers import Elasticity
 
 __all__ = ["SyN"]
+
+_ELASTICITY = Elasticity(0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,8 @@ class SyN(Deformable):
     name: ClassVar[str] = "syn"
     fields: ClassVar[int] = 2
 
+    regularisation: Regularisation | None = _ELASTICITY
+
     def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
         """Take one step of both halves; return the loss before it."""
         halves = state.found
@@ -52,7 +57,7 @@ class SyN(Deformable):
         gradient = jnp.concatenate(
             [step_gradient(fixed.image, slopes[1]), step_gradient(moved.image, slopes[0])]
         )
-        penalty, pull = self.penalty_of_composing(halves)
+        penalty, pull = self.penalty_of_composing(level, halves)
         step, moments = self.descend(level, gradient + pull, state.moments)
         return State(self.smooth(compose(halves, step)), moments), loss + penalty
 
