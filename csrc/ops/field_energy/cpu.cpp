@@ -123,6 +123,16 @@ class SlopeRows {
   const VoxelSpace space_;
 };
 
+// Calls body(IntTag<k>) for k from 0 to kCount - 1. Loops would be unrolled too late for those
+// around them to become vector code.
+template <int kCount, class Body>
+inline __attribute__((always_inline)) void for_each_axis(const Body& body) {
+  if constexpr (kCount > 0) {
+    for_each_axis<kCount - 1>(body);
+    body(IntTag<kCount - 1>{});
+  }
+}
+
 // The voxels of a row together, where they are far from the border and the gradient is a formula.
 // The loop is over numbers, whichever component they are of, as vector code has it: what is meant
 // for one component is computed for all, and kept for that one.
@@ -202,15 +212,22 @@ class PullRows {
 #pragma GCC ivdep
     for (int j = 0; j < kBlock; ++j) {
       const T* const here = u + j;
-      Matrix<T, D> slopes;
-      REGKERNELS_UNROLL
-      for (int k = 0; k < D; ++k) {
-        REGKERNELS_UNROLL
-        for (int a = 0; a < D; ++a) {
-          slopes.m[k][a] = T(0.5) * frame.half[k] * (here[k + stride[a]] - here[k - stride[a]]);
-        }
-      }
-      const T own = kind.energy(slopes);
+      const auto slope = [&](auto k, auto a) {
+        return T(0.5) * frame.half[k.value] *
+               (here[k.value + stride[a.value]] - here[k.value - stride[a.value]]);
+      };
+      T squares = 0, trace = 0;
+      for_each_axis<D>([&](auto k) {
+        const T stretch = slope(k, k);
+        squares += stretch * stretch;
+        trace += stretch;
+        for_each_axis<k.value>([&](auto a) {
+          const T shear = kind.ratio[k.value][a.value] * slope(k, a) +
+                          kind.ratio[a.value][k.value] * slope(a, k);
+          squares += T(0.5) * shear * shear;
+        });
+      });
+      const T own = kind.mu * squares + T(0.5) * kind.lam * trace * trace;
       energy[j] = table.is_first[j] != 0 ? own : T(0);
     }
     if (!kGradient) return;
@@ -218,21 +235,19 @@ class PullRows {
     for (int j = 0; j < kBlock; ++j) {
       const T* const here = u + j;
       T sum = 0;
-      REGKERNELS_UNROLL
-      for (int a = 0; a < D; ++a) {
-        sum += table.second[a][j] *
-               ((here[0] - here[-2 * stride[a]]) + (here[0] - here[2 * stride[a]]));
-      }
-      REGKERNELS_UNROLL
-      for (int k = 0; k < D; ++k) {
-        REGKERNELS_UNROLL
-        for (int a = 0; a < D; ++a) {
-          if (a == k) continue;
-          const T weight = table.mixed[k][a][j];
-          const T twist = Kind::twist(here - k, a, stride[k], stride[a]);
-          sum += weight != 0 ? weight * twist : T(0);
-        }
-      }
+      for_each_axis<D>([&](auto a) {
+        const int64_t two = 2 * stride[a.value];
+        sum += table.second[a.value][j] * ((here[0] - here[-two]) + (here[0] - here[two]));
+      });
+      for_each_axis<D>([&](auto k) {
+        for_each_axis<D>([&](auto a) {
+          if constexpr (k.value != a.value) {
+            const T weight = table.mixed[k.value][a.value][j];
+            const T twist = Kind::twist(here - k.value, a.value, stride[k.value], stride[a.value]);
+            sum += weight != 0 ? weight * twist : T(0);
+          }
+        });
+      });
       gradient[j] = scale * sum;
     }
   }
