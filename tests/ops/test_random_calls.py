@@ -331,6 +331,41 @@ def test_lncc_loss(device: str, call: tuple[tuple[np.ndarray, ...], dict[str, An
         assert_close(gradient, expected, np.float64)
 
 
+@st.composite
+def field_losses(draw: st.DrawFn) -> tuple[str, np.ndarray, dict[str, Any]]:
+    name, dim = draw(st.sampled_from(FIELD_LOSSES)), draw(DIMS)
+    shape = draw(shapes(dim))
+    u = random_array(draw(SEEDS), draw(st.integers(1, 3)), *shape, dim) / max(shape)
+    options = {
+        "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
+        "align_corners": draw(FLAGS),
+    }
+    if name not in ("divergence_loss", "jacobian_loss") and draw(FLAGS):
+        options["spacing"] = draw(st.tuples(*[st.floats(0.3, 3)] * dim))
+    if name == "elasticity_loss":
+        options |= {"mu": draw(st.floats(0, 3)), "lam": draw(st.floats(0, 3))}
+    return name, u, options
+
+
+@ON_EACH_DEVICE
+@given(field_losses())
+def test_losses_of_a_field(device: str, call: tuple[str, np.ndarray, dict[str, Any]]) -> None:
+    name, u, options = call
+    backend = BACKENDS["torch", device]
+    function = getattr(reference, name)
+    expected = function(u, **options)
+    assert_close(backend.call(name, u, **options), np.asarray(expected), np.float64)
+    cotangent = random_array(0, *expected.shape)
+    (gradient,) = backend.vjp(name, (u,), cotangent, (0,), **options)
+    if name == "jacobian_loss":
+        return
+    # The loss is quadratic: the difference over any step is its slope in the middle.
+    step = random_array(1, *u.shape)
+    sides = [np.sum(cotangent * function(u + h * step, **options)) for h in (0.5, -0.5)]
+    error = abs((gradient * step).sum() - (sides[0] - sides[1]))
+    assert error <= 1e-12 * max(1, *map(abs, sides))
+
+
 KERNELS = st.sampled_from(["gaussian", "b-spline"])
 
 

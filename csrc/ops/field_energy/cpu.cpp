@@ -102,15 +102,19 @@ class ComponentRows {
   T* unit_;  // what squares are multiplied by
 };
 
+// One voxel after the other.
 template <class Body>
 class SlopeRows {
  public:
   SlopeRows(const Body& body, const VoxelSpace& space, Scratch&) : body_(body), space_(space) {}
 
   double sum(int64_t group, int64_t item, int z, int y) const {
+    return sum(group, item, z, y, 0, space_.x);
+  }
+  double sum(int64_t group, int64_t item, int z, int y, int first, int last) const {
     const auto element = body_.element(group, item);
     double total = 0;
-    for (int x = 0; x < space_.x; ++x) total += element(Voxel{z, y, x, true, x, space_.x});
+    for (int x = first; x < last; ++x) total += element(Voxel{z, y, x, true, x, space_.x});
     return total;
   }
 
@@ -119,9 +123,145 @@ class SlopeRows {
   const VoxelSpace space_;
 };
 
+// Calls body(IntTag<k>) for k from 0 to kCount - 1. Loops would be unrolled too late for those
+// around them to become vector code.
+template <int kCount, class Body>
+inline __attribute__((always_inline)) void for_each_axis(const Body& body) {
+  if constexpr (kCount > 0) {
+    for_each_axis<kCount - 1>(body);
+    body(IntTag<kCount - 1>{});
+  }
+}
+
+// The voxels of a row together, where they are far from the border and the gradient is a formula.
+// The loop is over numbers, whichever component they are of, as vector code has it: what is meant
+// for one component is computed for all, and kept for that one.
+template <class Body>
+class PullRows {
+ public:
+  using T = typename Body::T;
+
+  PullRows(const Body& body, const VoxelSpace& space, Scratch& scratch)
+      : body_(body),
+        space_(space),
+        by_voxel_(body, space, scratch),
+        energy_(scratch.take<T>(space.x * D)) {
+    for (int j = 0; j < kBlock; ++j) {
+      const int k = j % D;
+      table_.is_first[j] = k == 0 ? T(1) : T(0);
+      for (int a = 0; a < D; ++a) {
+        table_.second[a][j] = body.kind.second[k][a];
+        for (int c = 0; c < D; ++c) {
+          table_.mixed[c][a][j] = c == k && a != k ? body.kind.mixed[k][a] : T(0);
+        }
+      }
+    }
+  }
+
+  double sum(int64_t group, int64_t item, int z, int y) const {
+    const bool inside = y >= kReach && y + kReach < space_.y &&
+                        (D == 2 || (z >= kReach && z + kReach < space_.z)) &&
+                        (space_.x - 2 * kReach) * D >= kBlock;
+    if (!inside) return by_voxel_.sum(group, item, z, y, 0, space_.x);
+    const auto element = body_.element(group, item);
+    const int64_t row = (static_cast<int64_t>(z) * space_.y + y) * space_.x * D;
+    const T* const u = element.displacement + row;
+    const int first = kReach * D, last = (space_.x - kReach) * D;
+    with_vector_code([&] {
+      if (element.gradient != nullptr) {
+        add_inside<true>(u, element.gradient + row, element.scale, first, last);
+      } else {
+        add_inside<false>(u, static_cast<T*>(nullptr), element.scale, first, last);
+      }
+    });
+    return by_voxel_.sum(group, item, z, y, 0, kReach) +
+           sum_in_strands(energy_ + first, last - first) +
+           by_voxel_.sum(group, item, z, y, space_.x - kReach, space_.x);
+  }
+
+ private:
+  static constexpr int D = Body::kAxes;
+  static constexpr int kReach = 2;
+  static constexpr int kBlock = 16 * D;  // whole vectors of any set, and whole voxels
+
+  struct Table {
+    T is_first[kBlock];
+    T second[D][kBlock];
+    T mixed[D][D][kBlock];  // of component, and axis
+  };
+
+  // Blocks that overlap write the same twice.
+  template <bool kGradient>
+  void add_inside(const T* u, T* gradient, T scale, int first, int last) const {
+    for (int begin = first; begin < last; begin += kBlock) {
+      const int block = std::min(begin, last - kBlock);
+      add_block<kGradient>(u + block, energy_ + block, kGradient ? gradient + block : nullptr,
+                           scale);
+    }
+  }
+
+  template <bool kGradient>
+  void add_block(const T* u, T* energy, T* gradient, T scale) const {
+    using Kind = typename Body::EnergyOfSlopes;
+    // The compiler knows that nobody changes what is local.
+    const Kind kind = body_.kind;
+    const Frame<T, D> frame = body_.differences.frame;
+    int64_t stride[D];
+    for (int a = 0; a < D; ++a) stride[a] = body_.stride[a];
+    const Table& table = table_;
+#pragma GCC ivdep
+    for (int j = 0; j < kBlock; ++j) {
+      const T* const here = u + j;
+      const auto slope = [&](auto k, auto a) {
+        return T(0.5) * frame.half[k.value] *
+               (here[k.value + stride[a.value]] - here[k.value - stride[a.value]]);
+      };
+      T squares = 0, trace = 0;
+      for_each_axis<D>([&](auto k) {
+        const T stretch = slope(k, k);
+        squares += stretch * stretch;
+        trace += stretch;
+        for_each_axis<k.value>([&](auto a) {
+          const T shear = kind.ratio[k.value][a.value] * slope(k, a) +
+                          kind.ratio[a.value][k.value] * slope(a, k);
+          squares += T(0.5) * shear * shear;
+        });
+      });
+      const T own = kind.mu * squares + T(0.5) * kind.lam * trace * trace;
+      energy[j] = table.is_first[j] != 0 ? own : T(0);
+    }
+    if (!kGradient) return;
+#pragma GCC ivdep
+    for (int j = 0; j < kBlock; ++j) {
+      const T* const here = u + j;
+      T sum = 0;
+      for_each_axis<D>([&](auto a) {
+        const int64_t two = 2 * stride[a.value];
+        sum += table.second[a.value][j] * ((here[0] - here[-two]) + (here[0] - here[two]));
+      });
+      for_each_axis<D>([&](auto k) {
+        for_each_axis<D>([&](auto a) {
+          if constexpr (k.value != a.value) {
+            const T weight = table.mixed[k.value][a.value][j];
+            const T twist = Kind::twist(here - k.value, a.value, stride[k.value], stride[a.value]);
+            sum += weight != 0 ? weight * twist : T(0);
+          }
+        });
+      });
+      gradient[j] = scale * sum;
+    }
+  }
+
+  const Body& body_;
+  const VoxelSpace space_;
+  const SlopeRows<Body> by_voxel_;
+  T* energy_;
+  Table table_;
+};
+
 template <class Body, class = void>
 struct RowsOf {
-  using type = SlopeRows<Body>;
+  using type = std::conditional_t<Body::EnergyOfSlopes::kHasPull, PullRows<Body>, SlopeRows<Body>>;
 };
 template <class Body>
 struct RowsOf<Body, std::void_t<typename Body::EnergyOfComponent>> {

@@ -39,8 +39,8 @@ struct PassingComponent {
   const T* per_step;
   T before, own, after;
 
-  __device__ __forceinline__ bool has(int axis, int before, int after) const {
-    return around.has(axis, before, after);
+  __device__ __forceinline__ bool has(int axis, int first, int last) const {
+    return around.has(axis, first, last);
   }
   __device__ __forceinline__ T value() const { return own; }
   __device__ __forceinline__ T value(int axis, int steps) const {

@@ -29,9 +29,9 @@ struct Component {
   const int* size;
   int index[D];
 
-  // Whether there are voxels from `before` behind to `after` ahead of this one.
-  REGKERNELS_HD bool has(int axis, int before, int after) const {
-    return kInside || (index[axis] + before >= 0 && index[axis] + after < size[axis]);
+  // Whether all voxels from `first` to `last` steps along an axis are there.
+  REGKERNELS_HD bool has(int axis, int first, int last) const {
+    return kInside || (index[axis] + first >= 0 && index[axis] + last < size[axis]);
   }
   REGKERNELS_HD T value() const { return *here; }
   REGKERNELS_HD T value(int axis, int steps) const { return here[steps * stride[axis]]; }
@@ -188,13 +188,47 @@ struct ComponentEnergy {
 // together
 
 // Each of these gives the energy for the slopes of a displacement in voxels, and its derivative by
-// each of them.
+// each of them. One whose derivatives, gathered, make a short formula two voxels and more from the
+// border says so by kHasPull, and has that formula.
 
 // mu |e|^2 + lam / 2 tr(e)^2, where e is the symmetric part of the slopes.
 template <class T, int D>
 struct ElasticEnergy {
+  static constexpr bool kHasPull = true;
   T mu, lam;
   T ratio[D][D];  // from slopes in voxels to slopes in mm
+  // What `pull` multiplies by: the second differences of component k, two steps wide, along an
+  // axis; and the mixed ones of another component, along the axes of both.
+  T second[D][D], mixed[D][D];
+
+  // A quarter of these is the coefficient's for central differences of central differences.
+  void set_coefficients(const T (&half)[D]) {
+    for (int k = 0; k < D; ++k) {
+      for (int a = 0; a < D; ++a) {
+        const T stiffness = k == a ? 2 * mu + lam : mu * ratio[k][a] * ratio[k][a];
+        second[k][a] = T(0.25) * half[k] * half[k] * stiffness;
+        mixed[k][a] = T(0.25) * half[k] * half[a] * (mu + lam);
+      }
+    }
+  }
+
+  // The mixed difference of component a at a voxel, along its axis and another: the numbers of the
+  // voxel begin at `u`.
+  REGKERNELS_HD static T twist(const T* u, int a, int64_t along_k, int64_t along_a) {
+    return (u[a - along_a + along_k] - u[a - along_a - along_k]) -
+           (u[a + along_a + along_k] - u[a + along_a - along_k]);
+  }
+
+  // The derivative of the sum over the volume by component k of a voxel.
+  REGKERNELS_HD T pull(const T* u, const int64_t (&stride)[D], int k) const {
+    T sum = 0;
+    REGKERNELS_UNROLL
+    for (int a = 0; a < D; ++a) {
+      sum += second[k][a] * ((u[k] - u[k - 2 * stride[a]]) + (u[k] - u[k + 2 * stride[a]]));
+      if (a != k) sum += mixed[k][a] * twist(u, a, stride[k], stride[a]);
+    }
+    return sum;
+  }
 
   REGKERNELS_HD Matrix<T, D> strain(const Matrix<T, D>& slopes) const {
     Matrix<T, D> result;
@@ -242,6 +276,7 @@ struct ElasticEnergy {
 // The square of the divergence.
 template <class T, int D>
 struct DivergenceEnergy {
+  static constexpr bool kHasPull = false;
   REGKERNELS_HD static T divergence(const Matrix<T, D>& slopes) {
     T sum = 0;
     REGKERNELS_UNROLL
@@ -266,6 +301,7 @@ struct DivergenceEnergy {
 // climb.
 template <class T, int D>
 struct DeterminantEnergy {
+  static constexpr bool kHasPull = false;
   static constexpr double kLeast = 0.05;
   T at_least, slope_at_least;  // log(kLeast)^2, and its derivative
 
@@ -294,7 +330,10 @@ struct SlopeEnergy {
   using T = Scalar;
   static constexpr int kAxes = D;
 
+  using EnergyOfSlopes = Kind;
+
   Differences<T, D> differences;
+  int64_t stride[D];  // numbers to the next voxel, by axis
   Kind kind;
   Operand<const T> displacement;
   Operand<const T> cotangent;
@@ -307,6 +346,29 @@ struct SlopeEnergy {
     T* gradient;  // null: nobody asks for it
     T scale;      // of the gradient
 
+    REGKERNELS_HD bool far_from_border(const Vec<int, D>& i) const {
+      bool far = true;
+      REGKERNELS_UNROLL
+      for (int a = 0; a < D; ++a) {
+        far = far && i[a] >= 2 && i[a] + 2 < self->differences.frame.size[a];
+      }
+      return far;
+    }
+
+    // The derivative of the sum over the volume by the displacement at a voxel.
+    REGKERNELS_HD Vec<T, D> gathered(const Vec<int, D>& i) const {
+      const Differences<T, D>& d = self->differences;
+      Vec<T, D> sum{};
+      d.for_each_use(i, [&](const Vec<int, D>& j, int axis, T weight) {
+        const Matrix<T, D> slope = self->kind.derivative(d.slopes(displacement, j));
+        REGKERNELS_UNROLL
+        for (int k = 0; k < D; ++k) {
+          if (d.frame.half[k] != 0) sum[k] += weight * d.frame.half[k] * slope.m[k][axis];
+        }
+      });
+      return sum;
+    }
+
     // Returns the energy of the voxel. Every lane of the warp must take part.
     REGKERNELS_HD T operator()(const Voxel& voxel) const {
       const Differences<T, D>& d = self->differences;
@@ -314,13 +376,17 @@ struct SlopeEnergy {
       const T energy = self->kind.energy(d.slopes(displacement, i));
       if (gradient != nullptr) {
         Vec<T, D> sum{};
-        d.for_each_use(i, [&](const Vec<int, D>& j, int axis, T weight) {
-          const Matrix<T, D> slope = self->kind.derivative(d.slopes(displacement, j));
-          REGKERNELS_UNROLL
-          for (int k = 0; k < D; ++k) {
-            if (d.frame.half[k] != 0) sum[k] += weight * d.frame.half[k] * slope.m[k][axis];
+        bool gathers = true;
+        if constexpr (Kind::kHasPull) {
+          if (far_from_border(i)) {
+            gathers = false;
+            REGKERNELS_UNROLL
+            for (int k = 0; k < D; ++k) {
+              sum[k] = self->kind.pull(displacement + d.offset(i) * D, self->stride, k);
+            }
           }
-        });
+        }
+        if (gathers) sum = gathered(i);
         REGKERNELS_UNROLL
         for (int k = 0; k < D; ++k) sum[k] *= scale;
         store_packed(gradient + voxel.row(d.frame.size) * D, voxel, sum);
@@ -362,7 +428,13 @@ SlopeEnergy<T, D, Kind> slope_energy(const Call& call, const Kind& kind) {
   const int64_t extent[3] = {checked.sizes.x, checked.sizes.y, checked.sizes.z};
   SlopeEnergy<T, D, Kind> body{};
   body.differences = {make_frame<T, D>(extent, call.flag("align_corners"))};
+  int64_t stride = D;
+  for (int k = 0; k < D; ++k) {
+    body.stride[k] = stride;
+    stride *= extent[k];
+  }
   body.kind = kind;
+  if constexpr (Kind::kHasPull) body.kind.set_coefficients(body.differences.frame.half);
   return body;
 }
 
@@ -392,7 +464,9 @@ void with_field_energy(const Call& call, const Body& run) {
         case EnergyKind::kCurvature:
           return run_with(component_energy<T, D, CurvatureEnergy>(call));
         case EnergyKind::kElasticity: {
-          ElasticEnergy<T, D> kind{static_cast<T>(checked.mu), static_cast<T>(checked.lam), {}};
+          ElasticEnergy<T, D> kind{};
+          kind.mu = static_cast<T>(checked.mu);
+          kind.lam = static_cast<T>(checked.lam);
           for (int k = 0; k < D; ++k) {
             for (int axis = 0; axis < D; ++axis) {
               kind.ratio[k][axis] = static_cast<T>(checked.spacing[k] / checked.spacing[axis]);
