@@ -84,11 +84,11 @@ def register(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="How images are compared, in all stages: lncc or ncc for one contrast, mi or nmi for "
-            "two (CT and MR, say), mse for equal intensities; mind deforms images of two contrasts: "
-            "linear stages use mi then, and by default there are moments, rigid and greedy. By "
-            "default linear stages use ncc (the affine one of most presets lncc at its end), "
-            "deforming ones lncc.",
+            help="How images are compared, in all stages: lncc or ncc for one contrast, mi or nmi "
+            "for two (CT and MR, say), mse for equal intensities; mind deforms images of two "
+            "contrasts: linear stages use mi then, and by default there are moments, rigid and "
+            "greedy. By default linear stages use ncc (the affine one of most presets lncc at its "
+            "end), deforming ones lncc.",
         ),
     ] = None,
     effort: Annotated[
