@@ -28,6 +28,7 @@ from jaxreg.registration import (
     MI,
     MSE,
     NCC,
+    NMI,
     SVF,
     Affine,
     Greedy,
@@ -357,6 +358,10 @@ def test_a_stage_minimises_the_metric_that_it_is_given(stage: type) -> None:
             (one(metric="ncc"), ncc_loss(*images)),
             (one(metric="mse"), mse_loss(*images)),
             (one(metric=MI(num_bins=20)), mutual_information_loss(*images, num_bins=20)),
+            (
+                one(metric=NMI(num_bins=20)),
+                mutual_information_loss(*images, num_bins=20, normalised=True),
+            ),
         ]
     for settings, loss in cases:
         result = register(fixed, moving, [settings])
@@ -369,7 +374,10 @@ def other_contrast(image: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_mutual_information_aligns_contrasts_that_do_not_correlate(masked: bool) -> None:
+@pytest.mark.parametrize("metric", [MI(num_bins=16), NMI(num_bins=16)])
+def test_mutual_information_aligns_contrasts_that_do_not_correlate(
+    metric: Metric, masked: bool
+) -> None:
     truth = plane(rigid_motion(9, (0, 0, 1), (6, -5, 0), (0, 0, 0)), 2)
     fixed = header((30, 32), (4, 4))
     same = seen_through(fixed, truth)
@@ -383,7 +391,7 @@ def test_mutual_information_aligns_contrasts_that_do_not_correlate(masked: bool)
         seen[:8] = 0
         fixed, moving = fixed.with_array(spoilt_fixed), moving.with_array(spoilt_moving)
         masks = {"fixed_mask": fixed.with_array(seen), "moving_mask": moving.with_array(seen)}
-    stage = Rigid((1,), (80,), metric=MI(num_bins=16), tolerance=0)
+    stage = Rigid((1,), (80,), metric=metric, tolerance=0)
     found = register(fixed, moving, [stage], **masks).transform.matrix
     assert error_in_mm(found, truth, fixed) < 1.5  # of voxels 4 mm wide
     other = dataclasses.replace(stage, metric="ncc")
@@ -603,11 +611,13 @@ def test_settings_of_a_metric_out_of_range_are_refused() -> None:
         message = f"num_bins: expected an integer from 2 to 256, got {bins}"
         with pytest.raises(ValueError, match=message):
             MI(num_bins=bins)
+        with pytest.raises(ValueError, match=message):
+            NMI(num_bins=bins)
 
 
 @pytest.mark.parametrize("stage", [Affine, *DEFORMABLE, Moments])
 def test_the_name_of_a_metric_stands_for_the_one_with_its_defaults(stage: type) -> None:
-    metrics = {"lncc": LNCC(7), "mi": MI(32), "mse": MSE(), "ncc": NCC()}
+    metrics = {"lncc": LNCC(7), "mi": MI(32), "mse": MSE(), "ncc": NCC(), "nmi": NMI(32)}
     for name, metric in metrics.items():
         assert stage(metric=name).metric == metric
         assert stage(metric=name) == stage(metric=metric) == stage().with_metric(name)

@@ -18,8 +18,8 @@ from jaxreg.registration.stages.adam import (
     resize_moments,
     riemannian_adam_step,
 )
-from jaxreg.registration.stages.iterative import Iterative, State
-from jaxreg.registration.stages.problem import Alignment, Level, Weighted
+from jaxreg.registration.stages.iterative import Iterative, State, mean_over_channels
+from jaxreg.registration.stages.problem import Alignment, Level, Weighted, charged
 from jaxreg.registration.stages.pyramid import resize_field
 
 __all__ = ["Deformable", "Regularisation", "confined", "step_gradient"]
@@ -138,6 +138,56 @@ class Deformable(Iterative):
             return self.loss(level, moved._replace(image=pred), target._replace(image=image))
 
         return of_images
+
+    def loss_and_gradients(
+        self,
+        level: Level,
+        pair: Callable[[Level], tuple[Weighted, Weighted]],
+        wrt: tuple[int, ...],
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Return the loss of two images, and its gradients with respect to steps that warp them.
+
+        Parameters
+        ----------
+        level
+            The level.
+        pair
+            ``pair(level)``: the moved image and its target, of all channels of a level.
+        wrt
+            Which gradients: 0 with respect to a step of the moved image, 1 of its target.
+
+        Returns
+        -------
+        loss
+            A scalar.
+        gradients
+            As of `step_gradient`, one for each of ``wrt``.
+        """
+        if not self.takes_channels_singly(level):
+            images = pair(level)
+            objective = self.objective(level, *images)
+            loss, slopes = jax.value_and_grad(objective, wrt)(*(image.image for image in images))
+            gradients = zip(wrt, slopes, strict=True)
+            return loss, tuple(step_gradient(images[k].image, slope) for k, slope in gradients)
+        moved, target = pair(level.channel(0))
+        weight = moved.weight * target.weight
+
+        def of_channel(channel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+            one = level.channel(channel)
+            images = tuple(image.image for image in pair(one))
+
+            def of_images(pred: jax.Array, image: jax.Array) -> jax.Array:
+                return self.metric.loss_of_level(
+                    pred, image, weight, fixed=one.fixed, moving=one.moving
+                )
+
+            loss, slopes = jax.value_and_grad(of_images, wrt)(*images)
+            gradients = zip(wrt, slopes, strict=True)
+            return loss, tuple(step_gradient(images[k], slope) for k, slope in gradients)
+
+        loss, sums = mean_over_channels(of_channel, level.fixed.shape[1])
+        loss, rate = jax.value_and_grad(charged)(loss, weight.sum(), level.overlap)
+        return loss, tuple(rate * gradient for gradient in sums)
 
     @abc.abstractmethod
     def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array | None]:

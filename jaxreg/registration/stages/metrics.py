@@ -18,6 +18,7 @@ __all__ = [
     "MI",
     "MSE",
     "NCC",
+    "NMI",
     "FunctionMetric",
     "Metric",
     "MetricField",
@@ -125,8 +126,16 @@ class Metric(abc.ABC):
     `mutual_information_loss` may not: if so, linear stages follow what is gained or lost by what
     the images cover."""
 
+    mean_over_channels: ClassVar[bool] = False
+    """Whether the loss of several channels is the mean of the losses of each alone, and the content
+    is where that of any channel is: stages then take many channels one after the other, which needs
+    the memory of one. A class with a loss of its own has to say so itself."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        own = vars(cls)
+        if ("loss" in own or "loss_of_level" in own) and "mean_over_channels" not in own:
+            cls.mean_over_channels = False
         jax.tree_util.register_static(cls)
 
     def __str__(self) -> str:
@@ -260,6 +269,8 @@ class LNCC(Metric):
         For another width.
     """
 
+    mean_over_channels: ClassVar[bool] = True
+
     kernel_size: int = 7
 
     def __post_init__(self) -> None:
@@ -362,19 +373,13 @@ def shrunk(mask: jax.Array, reach: int) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class MI(Metric):
-    """Mutual information, for contrasts that differ; see `mutual_information_loss`.
+class _Information(Metric):
+    """What `MI` and `NMI` have in common."""
 
-    Attributes
-    ----------
-    num_bins
-        Bins of each image's intensities, from 2 to 256.
+    mean_over_channels: ClassVar[bool] = True
 
-    Raises
-    ------
-    ValueError
-        For another number of bins.
-    """
+    normalised: ClassVar[bool]
+    """Whether the information is divided by the joint entropy."""
 
     num_bins: int = 32
 
@@ -383,8 +388,10 @@ class MI(Metric):
             raise ValueError(f"num_bins: expected an integer from 2 to 256, got {self.num_bins!r}")
 
     def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """Return minus the mutual information, the mean over the channels."""
-        return mutual_information_loss(pred, target, num_bins=self.num_bins, mask=mask)
+        """Return minus the information, the mean over the channels."""
+        return mutual_information_loss(
+            pred, target, num_bins=self.num_bins, normalised=self.normalised, mask=mask
+        )
 
     def loss_of_level(
         self,
@@ -409,12 +416,31 @@ class MI(Metric):
                 pred[:, c : c + 1],
                 target[:, c : c + 1],
                 num_bins=self.num_bins,
+                normalised=self.normalised,
                 value_range=(extremes(moving[:, c]), extremes(fixed[:, c])),
                 mask=mask,
             )
             for c in range(pred.shape[1])
         ]
         return jnp.stack(losses).mean()
+
+
+@dataclasses.dataclass(frozen=True)
+class MI(_Information):
+    """Mutual information, for contrasts that differ; see `mutual_information_loss`.
+
+    Attributes
+    ----------
+    num_bins
+        Bins of each image's intensities, from 2 to 256.
+
+    Raises
+    ------
+    ValueError
+        For another number of bins.
+    """
+
+    normalised: ClassVar[bool] = False
 
     def scale(self, fixed: jax.Array, moving: jax.Array) -> jax.Array:
         """Return 1."""
@@ -426,10 +452,39 @@ class MI(Metric):
 
 
 @dataclasses.dataclass(frozen=True)
+class NMI(_Information):
+    """Normalised mutual information, for contrasts that differ; see `mutual_information_loss`.
+
+    It depends less than `MI` on how much of the images overlaps, and on what they show there.
+
+    Attributes
+    ----------
+    num_bins
+        Bins of each image's intensities, from 2 to 256.
+
+    Raises
+    ------
+    ValueError
+        For another number of bins.
+    """
+
+    normalised: ClassVar[bool] = True
+
+    def scale(self, fixed: jax.Array, moving: jax.Array) -> jax.Array:
+        """Return 1/4: it is 1 + MI / H(A, B), and the joint entropy of images is about 4."""
+        return jnp.full((), 0.25, fixed.dtype)
+
+    def format_loss(self, loss: float) -> str:
+        """Return the normalised mutual information, which is minus the loss."""
+        return f"NMI {-loss:.4f}"
+
+
+@dataclasses.dataclass(frozen=True)
 class NCC(Metric):
     """Global normalised cross-correlation, which still pulls where little overlaps; see `ncc`."""
 
     has_gradient_of_mask: ClassVar[bool] = True
+    mean_over_channels: ClassVar[bool] = True
 
     def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Return minus the correlation, the mean over the channels."""
@@ -449,6 +504,7 @@ class MSE(Metric):
     """Mean squared difference, for intensities that mean the same; see `mse_loss`."""
 
     has_gradient_of_mask: ClassVar[bool] = True
+    mean_over_channels: ClassVar[bool] = True
 
     def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Return the mean squared difference."""
@@ -497,13 +553,19 @@ def function_name(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__qualname__", function))
 
 
-MetricName = Literal["lncc", "mi", "mse", "ncc"]
+MetricName = Literal["lncc", "mi", "mse", "ncc", "nmi"]
 """Shorthand for a metric with its default settings."""
 
 MetricLike = Metric | MetricName | Callable[..., jax.Array]
 """What a stage takes as its metric."""
 
-_METRICS: dict[str, type[Metric]] = {"lncc": LNCC, "mi": MI, "mse": MSE, "ncc": NCC}
+_METRICS: dict[str, type[Metric]] = {
+    "lncc": LNCC,
+    "mi": MI,
+    "mse": MSE,
+    "ncc": NCC,
+    "nmi": NMI,
+}
 
 
 def as_metric(metric: MetricLike) -> Metric:
@@ -512,8 +574,9 @@ def as_metric(metric: MetricLike) -> Metric:
     Parameters
     ----------
     metric
-        A metric; ``"lncc"``, ``"mi"``, ``"mse"`` or ``"ncc"`` for one with its defaults; or a
-        function ``loss(pred, target)``, ``loss(pred, target, mask=...)`` where there is a mask.
+        A metric; ``"lncc"``, ``"mi"``, ``"mse"``, ``"ncc"`` or ``"nmi"`` for one with its defaults;
+        or a function ``loss(pred, target)``, ``loss(pred, target, mask=...)`` where there is a
+        mask.
 
     Returns
     -------

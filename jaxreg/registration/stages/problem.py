@@ -13,7 +13,7 @@ from jaxreg import compose, gaussian_smooth, interpolate
 from jaxreg.registration.intensities import Clip, clipped
 from jaxreg.registration.stages.coverage import coverage, margins
 from jaxreg.registration.stages.metrics import Metric, shrunk
-from jaxreg.registration.stages.pyramid import downsample, level_shape, resize_field
+from jaxreg.registration.stages.pyramid import FEW_CHANNELS, downsample, level_shape, resize_field
 
 __all__ = ["Alignment", "Level", "Problem", "Weighted", "charged", "matmul"]
 
@@ -113,6 +113,19 @@ class Level(NamedTuple):
     def ndim(self) -> int:
         """Number of spatial dimensions."""
         return self.fixed.ndim - 2
+
+    @property
+    def has_many_channels(self) -> bool:
+        """Whether it pays to have what an iteration computes for one channel at a time only."""
+        return self.fixed.shape[1] > FEW_CHANNELS
+
+    def channel(self, index: int | jax.Array) -> Level:
+        """Return the level with one channel of both images alone."""
+        fixed, moving = (
+            jax.lax.dynamic_slice_in_dim(image, index, 1, axis=1)
+            for image in (self.fixed, self.moving)
+        )
+        return self._replace(fixed=fixed, moving=moving)
 
     def voxel_size(self) -> jax.Array:
         """Return the largest distance between voxels of the fixed grid, in physical units."""
@@ -245,11 +258,29 @@ def _attention(level: Level, metric: Metric | None) -> _Attention:
         fixed_mask, moving_mask, reach = chosen
         level = level._replace(fixed_mask=fixed_mask, moving_mask=moving_mask, reach=reach)
     if metric is not None:
-        moved = level.moved(level.matrix, level.displacement).image
-        content = metric.content(moved, level.fixed, fixed=level.fixed, moving=level.moving)
-        level = level._replace(content=content)
+        level = level._replace(content=_content(level, metric))
     level = level._replace(fixed_weight=level.target().weight)
     return _Attention(*_looked_at(level), level.content, level.target().weight, overlap(level))
+
+
+def _content(level: Level, metric: Metric) -> jax.Array | None:
+    """Return where there is anything to compare, in any channel."""
+
+    def of(level: Level) -> jax.Array | None:
+        moved = level.moved(level.matrix, level.displacement).image
+        return metric.content(moved, level.fixed, fixed=level.fixed, moving=level.moving)
+
+    if not (metric.mean_over_channels and level.has_many_channels):
+        return of(level)
+    first = of(level.channel(0))
+    if first is None:
+        return None
+
+    def join(channel: jax.Array, so_far: jax.Array) -> jax.Array:
+        return jnp.maximum(so_far, of(level.channel(channel)))
+
+    content: jax.Array = jax.lax.fori_loop(1, level.fixed.shape[1], join, first)
+    return content
 
 
 def _looked_at(level: Level) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:

@@ -16,9 +16,9 @@ from typing import ClassVar
 import jax
 
 from jaxreg import scaling_and_squaring
-from jaxreg.registration.stages.deformable import Deformable, step_gradient
+from jaxreg.registration.stages.deformable import Deformable
 from jaxreg.registration.stages.iterative import State
-from jaxreg.registration.stages.problem import Level
+from jaxreg.registration.stages.problem import Level, Weighted
 
 __all__ = ["SVF"]
 
@@ -53,10 +53,12 @@ class SVF(Deformable):
         """Take one step; return the loss before it."""
         velocity = state.found
         displacement = scaling_and_squaring(velocity, self.num_steps)
-        moved, target = level.moved(level.matrix, level.after(displacement)), level.target()
-        objective = self.objective(level, moved, target)
-        loss, slope = jax.value_and_grad(objective)(moved.image, target.image)
-        gradient = step_gradient(moved.image, slope)
+        through = level.after(displacement)
+
+        def pair(level: Level) -> tuple[Weighted, Weighted]:
+            return level.moved(level.matrix, through), level.target()
+
+        loss, (gradient,) = self.loss_and_gradients(level, pair, (0,))
         if self.regularisation is not None:
             penalty, pull = jax.value_and_grad(self.regularisation)(velocity)
             loss, gradient = loss + penalty, gradient + pull
