@@ -47,7 +47,16 @@ def level_of(metric: Metric, channels: int, shape: tuple[int, ...] = SHAPE) -> L
     fixed, moving = images(channels, shape)
     mask = np.ones(shape, np.float32)
     mask[:3] = 0.5
-    problem = make_problem(fixed, moving, fixed_mask=mask)
+    problem = make_problem(
+        fixed,
+        moving,
+        fixed_mask=mask,
+        moving_mask=None,
+        fixed_to_physical=None,
+        moving_to_physical=None,
+        moving_ratio=1.0,
+        clip="outliers",
+    )
     start = problem.start()
     shifted = start.matrix.at[0, -1].set(0.7)
     return problem.level(1, start._replace(matrix=shifted), metric)
@@ -56,7 +65,7 @@ def level_of(metric: Metric, channels: int, shape: tuple[int, ...] = SHAPE) -> L
 def step(stage: Iterative, level: Level) -> tuple[Any, jax.Array]:
     """What a first step finds, and the loss before it."""
     state, loss = jax.jit(lambda level: stage.step(level, stage.begin(level), jnp.zeros(())))(level)
-    return state.moments.first, loss
+    return state.moments.mu, loss
 
 
 @pytest.mark.parametrize("metric", [LNCC(5), MI(16), NMI(16), MSE(), NCC()], ids=str)
