@@ -142,6 +142,7 @@ def mutual_information_loss(
     sigma_ratio: float = 1.0,
     value_range: ValueRange = None,
     mask: torch.Tensor | None = None,
+    normalised: bool = False,
     reduction: str = "mean",
     smooth_nr: float = 1e-7,
     smooth_dr: float = 1e-7,
@@ -155,9 +156,14 @@ def mutual_information_loss(
 
         MI = sum over a, b of p_ab log((p_ab + smooth_nr) / (p_a p_b + smooth_dr) + smooth_dr)
 
-    for each item and channel; the loss is -MI, reduced. The gradient is that of the number
-    returned, with the range held fixed: where the clamp acts there is none, at the very ends of the
-    range there is one. The same bits come out every time.
+    for each item and channel; the loss is -MI, reduced. If ``normalised``, it is -NMI instead, with
+    the entropies H of p_a, of p_b and of p_ab::
+
+        NMI = (H(A) + H(B)) / H(A, B),    H = -sum p log p
+
+    from 1 for independent images to 2 for those that tell all about each other. The gradient is
+    that of the number returned, with the range held fixed: where the clamp acts there is none, at
+    the very ends of the range there is one. The same bits come out every time.
 
     Parameters
     ----------
@@ -184,12 +190,16 @@ def mutual_information_loss(
         channel NaN, unless it weighs nothing.
     mask : float or bool [N, C, *S], optional
         Weights of the voxels, at least 0, constant, broadcast against ``pred``: p_ab is then the
-        weighted mean, and all is 0 where the mask is empty. ``value_range=None`` and "joint" look
-        at every voxel all the same.
+        weighted mean, and all is 0 where the mask is empty, but NMI 1. ``value_range=None`` and
+        "joint" look at every voxel all the same.
+    normalised
+        Whether the loss is -NMI, Studholme's [2]_, which depends less on how much two images
+        overlap. Where H(A, B) is 0 (below 1e-12), both images are constant: NMI is 1 there and has
+        no gradient.
     reduction
         "mean" or "sum" over items and channels, or "none".
     smooth_nr, smooth_dr
-        Keep the logarithm finite, as above; from 0, and from 1e-30, to 1e30.
+        Keep the logarithm finite, as above; from 0, and from 1e-30, to 1e30. NMI needs neither.
 
     Returns
     -------
@@ -217,6 +227,8 @@ def mutual_information_loss(
     .. [1] D. Mattes, D. R. Haynor, H. Vesselle, T. K. Lewellen, W. Eubank: PET-CT image
        registration in the chest using free-form deformations. IEEE Transactions on Medical Imaging
        22(1), 2003.
+    .. [2] C. Studholme, D. L. G. Hill, D. J. Hawkes: An overlap invariant entropy measure of 3D
+       medical image alignment. Pattern Recognition 32(1), 1999.
     """
     op = "mutual_information_loss"
     ranges = _intensity_ranges(op, value_range, pred, target)
@@ -228,6 +240,7 @@ def mutual_information_loss(
             "kernel": kernel,
             "sigma_ratio": sigma_ratio,
             "joint_range": is_joint(value_range),
+            "normalised": normalised,
             "smooth_nr": smooth_nr,
             "smooth_dr": smooth_dr,
             "reduction": reduction,
@@ -349,7 +362,7 @@ class MutualInformationLoss(_Loss):
 
     Parameters
     ----------
-    num_bins, kernel, sigma_ratio, value_range, reduction, smooth_nr, smooth_dr
+    num_bins, kernel, sigma_ratio, value_range, normalised, reduction, smooth_nr, smooth_dr
         As for :func:`mutual_information_loss`.
 
     Examples
@@ -367,6 +380,7 @@ class MutualInformationLoss(_Loss):
         kernel: str = "gaussian",
         sigma_ratio: float = 1.0,
         value_range: ValueRange = None,
+        normalised: bool = False,
         reduction: str = "mean",
         smooth_nr: float = 1e-7,
         smooth_dr: float = 1e-7,
@@ -376,6 +390,7 @@ class MutualInformationLoss(_Loss):
             kernel=kernel,
             sigma_ratio=sigma_ratio,
             value_range=value_range,
+            normalised=normalised,
             reduction=reduction,
             smooth_nr=smooth_nr,
             smooth_dr=smooth_dr,

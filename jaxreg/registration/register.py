@@ -296,14 +296,15 @@ def register(
         alignment, traces = stage.run(problem, alignment, callback)
         finite = _is_finite(alignment).block_until_ready()
         seconds = time.perf_counter() - began
-        records.append(StageRecord(stage.name, stage, _levels(stage, fixed, traces), seconds))
-        # The losses may be finite all the same: a sample whose place is not finite is 0.
-        if not finite:
+        # A loss that is not finite from the start has no gradient, either. Others may be finite all
+        # the same: a sample whose place is not finite is 0.
+        if not finite and all(np.isfinite(trace.losses[:1]).all() for trace in traces):
             raise ValueError(
                 "metric: expected finite gradients, got a transform that is not finite from the "
                 f"stage {stage.name}; choose a metric whose gradient is finite even where the "
                 "images are equal or constant: that of a square root at 0 is not"
             )
+        records.append(StageRecord(stage.name, stage, _levels(stage, fixed, traces), seconds))
     # Overlap is asked for after the stages only, because they may bring images together that have
     # nothing in common at the start.
     if stages and not problem.whole(alignment).overlap > 0:

@@ -158,6 +158,79 @@ def test_volumes_larger_than_a_block_of_work(backend: Backend, kind: str, kernel
     check_histogram(backend, pred, target, kernel=kernel)
 
 
+# ------------------------------------------------------------------------------------ normalised
+
+
+@DTYPES
+@KERNELS
+@REDUCTIONS
+@pytest.mark.parametrize("num_bins", [2, 20, 33, 64])
+def test_the_normalised_loss_is_that_of_its_entropies(
+    backend: Backend, num_bins: int, reduction: str, kernel: str, dtype: object
+) -> None:
+    pred, target = images(4, 5, 6, channels=2, dtype=dtype)
+    mask = abs(random_array(5, 2, 1, 4, 5, 6)).astype(dtype)
+    options = {"num_bins": num_bins, "kernel": kernel, "reduction": reduction}
+    check(backend, pred, target, normalised=True, mask=mask, **options)
+
+
+@pytest.mark.parametrize("sigma_ratio", [0.25, 0.7, 4])
+@pytest.mark.parametrize("value_range", [None, "joint", NARROW])
+@pytest.mark.parametrize("batches", [(3, 1), (1, 3)])
+def test_the_normalised_loss_takes_every_range_width_and_batch(
+    backend: Backend, batches: tuple[int, int], value_range: Any, sigma_ratio: float
+) -> None:
+    pred, target = random_array(0, batches[0], 1, 5, 6), random_array(1, batches[1], 1, 5, 6)
+    options = {"num_bins": 16, "sigma_ratio": sigma_ratio, "value_range": value_range}
+    check(backend, pred, target, normalised=True, **options)
+
+
+def test_the_normalised_loss_goes_from_independence_to_identity(backend: Backend) -> None:
+    """With hard bins from -1 to -2, and with any it is that of the histogram's entropies."""
+    image, other = (random_array(seed, 1, 1, 40, 40, 40) for seed in range(2))
+    options = {"num_bins": 8, "normalised": True}
+    same = backend.call(LOSS, image, -3 * image + 1, kernel="delta", **options)
+    np.testing.assert_allclose(same, -2, rtol=1e-6)
+    unlike = backend.call(LOSS, image, other, kernel="delta", **options)
+    assert -1.001 < unlike < -1
+    joint = backend.call("joint_histogram", image, image + other, num_bins=8)[0, 0]
+    expected = (entropy(joint.sum(axis=0)) + entropy(joint.sum(axis=1))) / entropy(joint)
+    value = backend.call(LOSS, image, image + other, **options)
+    np.testing.assert_allclose(-value, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "b-spline", "delta"])
+@DTYPES
+def test_constant_images_are_as_independent_ones(
+    backend: Backend, dtype: object, kernel: str
+) -> None:
+    """Also in the middle of a given range, where a narrow window leaves them in one bin."""
+    image = random_array(0, 1, 1, 4, 5, dtype=dtype)
+    flat = np.full_like(image, 0.25)
+    options: dict[str, Any] = {"num_bins": 4, "kernel": kernel, "normalised": True}
+    for pair in ((flat, flat), (flat, image), (image, flat)):
+        for own in ({}, {"value_range": ((-1, 1), (-1, 1)), "sigma_ratio": 0.25}):
+            np.testing.assert_allclose(backend.call(LOSS, *pair, **options, **own), -1, rtol=1e-5)
+    if kernel == "delta":
+        return
+    for gradient in backend.vjp(LOSS, (flat, flat), np.ones((), dtype), (0, 1), **options):
+        np.testing.assert_array_equal(gradient, 0)
+    mask = np.zeros_like(image)
+    value = backend.call(LOSS, image, image, mask=mask, **options)
+    np.testing.assert_array_equal(value, -1)
+    one = np.ones((), dtype)
+    for gradient in backend.vjp(LOSS, (image, image), one, (0, 1), mask=mask, **options):
+        np.testing.assert_array_equal(gradient, 0)
+
+
+def test_what_is_not_a_number_makes_the_normalised_loss_none(backend: Backend) -> None:
+    pred, target = images(4, 5)
+    pred[0, 0, 1, 2] = np.nan
+    value = backend.call(LOSS, pred, target, normalised=True, reduction="none")
+    assert np.isnan(value[0, 0])
+    assert np.isfinite(value[1, 0])
+
+
 # ---------------------------------------------------------------------------------- value_range
 
 RANGES: dict[str, Any] = {

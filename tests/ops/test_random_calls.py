@@ -382,9 +382,12 @@ def binnings(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @ON_EACH_DEVICE
-@given(losses(), binnings())
+@given(losses(), binnings(), FLAGS)
 def test_mutual_information(
-    device: str, call: tuple[tuple[np.ndarray, ...], dict[str, Any]], binning: dict[str, Any]
+    device: str,
+    call: tuple[tuple[np.ndarray, ...], dict[str, Any]],
+    binning: dict[str, Any],
+    normalised: bool,
 ) -> None:
     operands, others = call
     # Rounding of intensities counts in units of their range.
@@ -395,6 +398,7 @@ def test_mutual_information(
     histogram = reference.joint_histogram(*operands, **options)
     assert_close(backend.call("joint_histogram", *operands, **options), histogram, np.float64)
     options["reduction"] = others["reduction"]
+    options["normalised"] = normalised
     expected = reference.mutual_information_loss(*operands, **options)
     actual = backend.call("mutual_information_loss", *operands, **options)
     assert_close(actual, expected, np.float64)
@@ -510,6 +514,7 @@ def extreme_calls(draw: st.DrawFn) -> tuple[str, tuple[Any, ...], dict[str, Any]
             "value_range": draw(st.sampled_from([None, "joint", ((-0.5, 0.5), (0, 1e-30))])),
         }
         if name == "mutual_information_loss":
+            options["normalised"] = draw(FLAGS)
             options["reduction"] = draw(st.sampled_from(["sum", "none"]))
         return name, (values(channels, *shape), values(channels, *shape)), options
     units, ends = st.sampled_from(["normalised", "voxel", "mm"]), st.sampled_from(["first", "last"])

@@ -302,8 +302,9 @@ def range_held_fixed(pred: np.ndarray, target: np.ndarray, value_range: object) 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("value_range", RANGES.values(), ids=RANGES.keys())
 @pytest.mark.parametrize("kernel", ["gaussian", "b-spline"])
+@pytest.mark.parametrize("normalised", [False, True])
 def test_mutual_information_loss_gradients_are_the_differences_of_its_values(
-    kernel: str, value_range: object, reduction: str
+    normalised: bool, kernel: str, value_range: object, reduction: str
 ) -> None:
     """With the range held fixed, where it is the images' own, too; and a target for all items."""
     own_range = value_range is None or value_range == "joint"
@@ -313,6 +314,7 @@ def test_mutual_information_loss_gradients_are_the_differences_of_its_values(
         "kernel": kernel,
         "sigma_ratio": 1.3,
         "mask": abs(random_array(2, 2, 1, 3, 4)),
+        "normalised": normalised,
         "reduction": reduction,
         "smooth_nr": 1e-3,
         "smooth_dr": 1e-2,

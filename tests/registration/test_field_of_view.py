@@ -142,7 +142,7 @@ def test_the_right_transform_is_found_whatever_only_one_image_shows(name: str, s
         assert error_of(result, truth, points) < 0.15, told
 
 
-@pytest.mark.parametrize("metric", ["lncc", "mi", "mse"])
+@pytest.mark.parametrize("metric", ["lncc", "mi", "mse", "nmi"])
 @pytest.mark.parametrize("name", ["slab", "head cut at the neck"])
 def test_no_metric_counts_what_only_one_image_shows(name: str, metric: Any) -> None:
     fixed, moving, truth, points = PAIRS[name]()

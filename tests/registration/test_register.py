@@ -162,7 +162,7 @@ def test_double_precision_elsewhere_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("power", [-20, 20])
-@pytest.mark.parametrize("metric", ["lncc", "mi", "mind", "mse", "ncc"])
+@pytest.mark.parametrize("metric", ["lncc", "mi", "mind", "mse", "ncc", "nmi"])
 def test_the_unit_of_the_intensities_does_not_matter(metric: Any, power: int) -> None:
     volumes = pair()
     scaled = [v.with_array(np.ldexp(v.array, power).astype(np.float32)) for v in volumes]

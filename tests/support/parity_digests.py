@@ -62,6 +62,9 @@ def cases() -> dict[str, Example]:
     result[f"{name} b-spline, joint range, 64 bins"] = Example(
         name, shared, {"kernel": "b-spline", "value_range": "joint", "num_bins": 64}
     )
+    result[f"{name} normalised, with a broadcast target and a mask"] = Example(
+        name, shared, {"normalised": True, "mask": mask}
+    )
     result[f"{name} of each item, wide windows"] = Example(
         name, (pred, target), {"sigma_ratio": 4.0, "reduction": "none"}
     )

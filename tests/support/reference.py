@@ -743,6 +743,28 @@ def mutual_information(joint: Array, smooth_nr: float, smooth_dr: float) -> tupl
     return np.sum(joint * np.log(ratio + smooth_dr)), slope
 
 
+def information(
+    joint: Array, normalised: bool, smooth_nr: float, smooth_dr: float
+) -> tuple[float, Array]:
+    """The mutual information of a joint histogram, normalised or not, and its derivative."""
+    if normalised:
+        return normalised_mutual_information(joint)
+    return mutual_information(joint, smooth_nr, smooth_dr)
+
+
+def normalised_mutual_information(joint: Array) -> tuple[float, Array]:
+    """Of a joint histogram, and its derivative by every entry, marginals included."""
+    p_a, p_b = joint.sum(axis=1, keepdims=True), joint.sum(axis=0, keepdims=True)
+    logs = [np.log(np.where(p == 0, 1, p)) for p in (p_a, p_b, joint)]
+    of_a, of_b, of_both = (-np.sum(p * log) for p, log in zip((p_a, p_b, joint), logs, strict=True))
+    if of_both < 1e-12:
+        return 1.0, np.zeros(joint.shape)
+    value = (of_a + of_b) / of_both
+    # A bin in which there is nothing has a derivative that is not finite, and nothing moves there.
+    slope = (value * (logs[2] + 1) - (logs[0] + 1) - (logs[1] + 1)) / of_both
+    return value, np.where(joint == 0, 0, slope)
+
+
 def mutual_information_loss(
     pred: Array,
     target: Array,
@@ -752,11 +774,12 @@ def mutual_information_loss(
     sigma_ratio: float = 1.0,
     value_range: str | Sequence[Sequence[object]] | None = None,
     mask: Array | None = None,
+    normalised: bool = False,
     reduction: str = "mean",
     smooth_nr: float = 1e-7,
     smooth_dr: float = 1e-7,
 ) -> Array:
-    """Minus the mutual information of two images: ``(N, C)``, its mean or its sum."""
+    """Minus the information of two images: ``(N, C)``, its mean or its sum."""
     joint = joint_histogram(
         pred,
         target,
@@ -768,7 +791,7 @@ def mutual_information_loss(
     )
     loss = np.zeros(joint.shape[:2])
     for index in np.ndindex(loss.shape):
-        loss[index] = -mutual_information(joint[index], smooth_nr, smooth_dr)[0]
+        loss[index] = -information(joint[index], normalised, smooth_nr, smooth_dr)[0]
     return {"mean": np.mean, "sum": np.sum, "none": np.asarray}[reduction](loss)
 
 
@@ -782,6 +805,7 @@ def mutual_information_loss_vjp(
     sigma_ratio: float = 1.0,
     value_range: str | Sequence[Sequence[object]] | None = None,
     mask: Array | None = None,
+    normalised: bool = False,
     reduction: str = "mean",
     smooth_nr: float = 1e-7,
     smooth_dr: float = 1e-7,
@@ -795,7 +819,7 @@ def mutual_information_loss_vjp(
     for (n, c), share, windows in paired_samples(pred, target, *options):
         (of_pred, pred_slope), (of_target, target_slope) = windows
         joint = (of_pred * share[:, None]).T @ of_target
-        to_joint = -to_loss[n, c] * mutual_information(joint, smooth_nr, smooth_dr)[1]
+        to_joint = -to_loss[n, c] * information(joint, normalised, smooth_nr, smooth_dr)[1]
         by_pred = share * np.sum(of_target @ to_joint.T * pred_slope, axis=1)
         by_target = share * np.sum(of_pred @ to_joint * target_slope, axis=1)
         item(to_pred, n)[c] += by_pred.reshape(pred.shape[2:])

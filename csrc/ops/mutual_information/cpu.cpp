@@ -328,12 +328,12 @@ struct CpuHistograms {
   }
 };
 
-// The mutual information of one element, and its derivatives with respect to p_ab.
+// The information of one element, normalised or not, and its derivatives with respect to p_ab.
 struct Information {
   double value = 0;
   std::vector<double> by_p;  // empty: not wanted
 
-  Information(const double* counts, double total, int num_bins, double smooth_nr, double smooth_dr,
+  Information(const Call& call, const double* counts, double total, int num_bins,
               bool wants_derivatives) {
     const double scale = total == 0 ? 0 : 1 / total;
     std::vector<double> p_a(num_bins), p_b(num_bins);
@@ -344,6 +344,35 @@ struct Information {
       }
     }
     if (wants_derivatives) by_p.resize(int64_t{1} * num_bins * num_bins);
+    if (call.flag("normalised")) {
+      normalise(counts, scale, p_a, p_b);
+    } else {
+      sum_terms(call, counts, scale, p_a, p_b);
+    }
+  }
+
+ private:
+  void normalise(const double* counts, double scale, const std::vector<double>& p_a,
+                 const std::vector<double>& p_b) {
+    const auto num_bins = static_cast<int>(p_a.size());
+    double separate = 0, joint = 0;
+    for (int a = 0; a < num_bins; ++a) separate += entropy_term(p_a[a]) + entropy_term(p_b[a]);
+    for (int i = 0; i < num_bins * num_bins; ++i) joint += entropy_term(counts[i] * scale);
+    const NormalisedInformation information(separate, joint);
+    value = information.value();
+    if (by_p.empty()) return;
+    for (int a = 0; a < num_bins; ++a) {
+      for (int b = 0; b < num_bins; ++b) {
+        const int i = a * num_bins + b;
+        by_p[i] = information.slope(counts[i] * scale, p_a[a], p_b[b]);
+      }
+    }
+  }
+
+  void sum_terms(const Call& call, const double* counts, double scale,
+                 const std::vector<double>& p_a, const std::vector<double>& p_b) {
+    const auto num_bins = static_cast<int>(p_a.size());
+    const double smooth_nr = call.number("smooth_nr"), smooth_dr = call.number("smooth_dr");
     std::vector<double> by_p_a(num_bins), by_p_b(num_bins);
     for (int a = 0; a < num_bins; ++a) {
       for (int b = 0; b < num_bins; ++b) {
@@ -351,13 +380,13 @@ struct Information {
         const InformationTerm term =
             information_term(counts[i] * scale, p_a[a] * p_b[b], smooth_nr, smooth_dr);
         value += term.value;
-        if (!wants_derivatives) continue;
+        if (by_p.empty()) continue;
         by_p[i] = term.by_p;
         by_p_a[a] += term.by_q * p_b[b];
         by_p_b[b] += term.by_q * p_a[a];
       }
     }
-    if (!wants_derivatives) return;
+    if (by_p.empty()) return;
     for (int a = 0; a < num_bins; ++a) {
       for (int b = 0; b < num_bins; ++b) by_p[a * num_bins + b] += by_p_a[a] + by_p_b[b] + 1;
     }
@@ -398,9 +427,8 @@ void run_loss(const Call& call) {
   std::vector<double> losses(elements);
   parallel_for(elements, 1, [&](int64_t first, int64_t last) {
     for (int64_t element = first; element < last; ++element) {
-      const Information information(
-          histograms.counts.data() + element * histograms.bins(), histograms.totals[element],
-          checked.num_bins, call.number("smooth_nr"), call.number("smooth_dr"), table.present);
+      const Information information(call, histograms.counts.data() + element * histograms.bins(),
+                                    histograms.totals[element], checked.num_bins, table.present);
       losses[element] = -information.value;
       if (table.present) save(histograms, element, information, table, call.output("scaling"));
     }

@@ -81,6 +81,7 @@ Counting<T> count_samples(const Cuda& device, const Call& call) {
 template <class T>
 void run_loss(const Cuda& device, const Call& call) {
   Counting<T> counting = count_samples<T>(device, call);
+  counting.normalised = call.flag("normalised");
   counting.smooth_nr = call.number("smooth_nr");
   counting.smooth_dr = call.number("smooth_dr");
   const Tensor& output = call.output("output");

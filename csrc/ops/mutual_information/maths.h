@@ -197,4 +197,30 @@ REGKERNELS_HD InformationTerm information_term(double p, double q, double smooth
   return {p * logarithm, logarithm + slope, -slope * ratio};
 }
 
+// One share's term of an entropy.
+REGKERNELS_HD double entropy_term(double p) { return p == 0 ? 0.0 : -p * log(p); }
+
+// The normalised mutual information, (H(A) + H(B)) / H(A, B), and its derivatives.
+class NormalisedInformation {
+ public:
+  // Takes H(A) + H(B) and H(A, B). Where the latter is 0, or as good as that, neither image tells
+  // anything: as for images that are independent the value is 1, and nothing would change it.
+  REGKERNELS_HD NormalisedInformation(double separate, double joint)
+      : value_(joint < kLeastEntropy ? 1.0 : separate / joint),
+        inverse_(joint < kLeastEntropy ? 0.0 : 1 / joint) {}
+
+  REGKERNELS_HD double value() const { return value_; }
+  // The derivative with respect to p, marginals included, but for a constant, which makes no
+  // difference because the slopes of a sample's weights add up to 0. It is 0 where A and B are
+  // independent. No sample has a part in a bin of p = 0.
+  REGKERNELS_HD double slope(double p, double p_a, double p_b) const {
+    return p == 0 ? 0.0 : (value_ * log(p) - log(p_a) - log(p_b)) * inverse_;
+  }
+
+ private:
+  // Far below the joint entropy of two images of which a single voxel differs from the others.
+  static constexpr double kLeastEntropy = 1e-12;
+  double value_, inverse_;
+};
+
 }  // namespace regkernels

@@ -1,5 +1,6 @@
-// mutual_information_loss: the mutual information of two images' intensities, from their joint
-// histogram by Parzen windows, and its exact gradient. joint_histogram: that histogram.
+// mutual_information_loss: the mutual information of two images' intensities, normalised or not,
+// from their joint histogram by Parzen windows, and its exact gradient. joint_histogram: that
+// histogram.
 #pragma once
 
 #include "core/op.h"

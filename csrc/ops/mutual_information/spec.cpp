@@ -182,6 +182,7 @@ std::vector<Op> mutual_information_ops() {
       {"joint_range", AttrKind::kBool},
   };
   std::vector<AttrSpec> attributes = binning;
+  attributes.push_back({"normalised", AttrKind::kBool});
   attributes.push_back({"smooth_nr", AttrKind::kFloat});
   attributes.push_back({"smooth_dr", AttrKind::kFloat});
   attributes.push_back({"reduction", AttrKind::kChoice, {"mean", "sum", "none"}});

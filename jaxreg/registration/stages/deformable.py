@@ -19,9 +19,9 @@ from jaxreg.registration.stages.adam import (
     resize_moments,
     riemannian_adam_step,
 )
-from jaxreg.registration.stages.iterative import Iterative, State
+from jaxreg.registration.stages.iterative import Iterative, State, mean_over_channels
 from jaxreg.registration.stages.metrics import Metric, as_metric
-from jaxreg.registration.stages.problem import Alignment, Level, Weighted
+from jaxreg.registration.stages.problem import Alignment, Level, Weighted, charged
 from jaxreg.registration.stages.pyramid import resize_field
 from jaxreg.registration.stages.regularisers import Regulariser
 
@@ -161,6 +161,55 @@ class Deformable(Iterative):
 
         return of_images
 
+    def loss_and_gradients(
+        self,
+        level: Level,
+        pair: Callable[[Level], tuple[Weighted, Weighted]],
+        wrt: tuple[int, ...],
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Return the loss of two images, and its gradients with respect to steps that warp them.
+
+        Parameters
+        ----------
+        level
+            The level.
+        pair
+            ``pair(level)``: the moved image and its target, of all channels of a level.
+        wrt
+            Which gradients: 0 with respect to a step of the moved image, 1 of its target.
+
+        Returns
+        -------
+        loss
+            A scalar.
+        gradients
+            As of `step_gradient`, one for each of ``wrt``.
+        """
+        if not self.takes_channels_singly(level):
+            images = pair(level)
+            objective = self.objective(level, *images)
+            loss, slopes = jax.value_and_grad(objective, wrt)(*(image.image for image in images))
+            gradients = zip(wrt, slopes, strict=True)
+            return loss, tuple(step_gradient(images[k].image, slope) for k, slope in gradients)
+        metric = as_metric(self.metric)
+        moved, target = pair(level.channel(0))
+        weight = moved.weight * target.weight
+
+        def of_channel(channel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+            one = level.channel(channel)
+            images = tuple(image.image for image in pair(one))
+
+            def of_images(pred: jax.Array, image: jax.Array) -> jax.Array:
+                return metric.loss_of_level(pred, image, weight, fixed=one.fixed, moving=one.moving)
+
+            loss, slopes = jax.value_and_grad(of_images, wrt)(*images)
+            gradients = zip(wrt, slopes, strict=True)
+            return loss, tuple(step_gradient(images[k], slope) for k, slope in gradients)
+
+        loss, sums = mean_over_channels(of_channel, level.fixed.shape[1])
+        loss, rate = jax.value_and_grad(charged)(loss, weight.sum(), level.overlap)
+        return loss, tuple(rate * gradient for gradient in sums)
+
     @abc.abstractmethod
     def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Return the displacement of the fields that were found, and what is known of its inverse.
@@ -180,9 +229,8 @@ class Deformable(Iterative):
 
 @functools.partial(jax.jit, static_argnames="stage")
 def _loss_unit(stage: Deformable, level: Level) -> jax.Array:
-    metric = as_metric(stage.metric)
-    if type(metric).scale is not Metric.scale:
-        return metric.scale(level.fixed, level.moving)
+    if type(as_metric(stage.metric)).scale is not Metric.scale:
+        return level.metric_scale
     moved = level.moved(level.matrix, level.displacement)
     return jnp.abs(stage.loss(level, moved, level.target()))
 

@@ -31,9 +31,9 @@ from typing import ClassVar
 import jax
 
 from jaxreg import compose
-from jaxreg.registration.stages.deformable import Deformable, Regularisation, step_gradient
+from jaxreg.registration.stages.deformable import Deformable, Regularisation
 from jaxreg.registration.stages.iterative import State
-from jaxreg.registration.stages.problem import Level
+from jaxreg.registration.stages.problem import Level, Weighted
 from jaxreg.registration.stages.regularisers import Elasticity
 
 __all__ = ["Greedy"]
@@ -56,11 +56,14 @@ class Greedy(Deformable):
     def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
         """Take one step; return the loss before it."""
         displacement = state.found
-        moved, target = level.moved(level.matrix, level.after(displacement)), level.target()
-        objective = self.objective(level, moved, target)
-        loss, slope = jax.value_and_grad(objective)(moved.image, target.image)
+        through = level.after(displacement)
+
+        def pair(level: Level) -> tuple[Weighted, Weighted]:
+            return level.moved(level.matrix, through), level.target()
+
+        loss, (gradient,) = self.loss_and_gradients(level, pair, (0,))
         penalty, pull = self.penalty_of_composing(level, displacement)
-        step, moments = self.descend(level, step_gradient(moved.image, slope) + pull, state.moments)
+        step, moments = self.descend(level, gradient + pull, state.moments)
         displacement = self.smooth(compose(displacement, step))
         return State(displacement, moments), loss + penalty
 

@@ -21,7 +21,7 @@ from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.metrics import LNCC, MetricField
 from jaxreg.registration.stages.problem import Alignment, Level, Problem, Weighted, charged
 
-__all__ = ["Iterative", "State", "block_length", "trend"]
+__all__ = ["Iterative", "State", "block_length", "mean_over_channels", "trend"]
 
 
 class State(NamedTuple):
@@ -54,7 +54,7 @@ class Iterative(Stage):
         How far a step may go, in voxels of the level; see the stage.
     metric
         What is minimised: a `Metric`, such as ``LNCC(kernel_size=5)``; the name ``"lncc"``,
-        ``"mi"``, ``"mind"``, ``"mse"`` or ``"ncc"`` of one with its default settings; or
+        ``"mi"``, ``"mind"``, ``"mse"``, ``"ncc"`` or ``"nmi"`` of one with its default settings; or
         ``loss(pred, target)``, a scalar, the mean over the voxels: any JAX function of two images
         ``(1, C, [Z,] Y, X)``, which takes ``mask=``, too, if there are masks. The stage holds the
         metric.
@@ -121,6 +121,10 @@ class Iterative(Stage):
         )
         return charged(loss, weight.sum(), level.overlap)
 
+    def takes_channels_singly(self, level: Level) -> bool:
+        """Whether the channels of a level are taken one after the other, to need less memory."""
+        return self.metric.mean_over_channels and level.has_many_channels
+
     def in_scale(
         self, level: Level, gradient: Any, epsilon: float | jax.Array
     ) -> tuple[Any, jax.Array]:
@@ -129,7 +133,7 @@ class Iterative(Stage):
         Beside that ``epsilon`` what is no more than rounding leads nowhere. Without a scale the
         gradient stays what it is, and nothing is taken for rounding.
         """
-        scale = self.metric.scale(level.fixed, level.moving)
+        scale = level.metric_scale
         unit = jnp.where(scale > 0, scale, 1)
         return jax.tree.map(lambda g: g / unit, gradient), jnp.where(scale > 0, epsilon, 1e-8)
 
@@ -207,6 +211,27 @@ class Iterative(Stage):
         found = state.found
         del state  # the moments need not be there while the inverse is found
         return self.finish(problem.shape, alignment, found), tuple(traces)
+
+
+def mean_over_channels(function: Callable[[jax.Array], Any], channels: int) -> Any:
+    """Return the mean of what a function returns for each channel, one after the other.
+
+    Parameters
+    ----------
+    function
+        ``function(channel)``: any arrays, for the index of a channel.
+    channels
+        How many there are.
+    """
+    index = jnp.arange(channels, dtype=jnp.int32)
+    shapes = jax.eval_shape(function, index[0])
+    total = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+    def add(total: Any, channel: jax.Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(channel)), None
+
+    total, _ = jax.lax.scan(add, total, index)
+    return jax.tree.map(lambda sums: sums / channels, total)
 
 
 def block_length(iterations: int, block: int, least: int = 1) -> int:

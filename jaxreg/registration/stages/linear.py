@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxreg.registration.stages.adam import adam_direction, no_moments
-from jaxreg.registration.stages.iterative import Iterative, State
+from jaxreg.registration.stages.iterative import Iterative, State, mean_over_channels
 from jaxreg.registration.stages.metrics import NCC, MetricField
 from jaxreg.registration.stages.moments import centre_and_covariance
-from jaxreg.registration.stages.problem import Alignment, Level, matmul
+from jaxreg.registration.stages.problem import Alignment, Level, Weighted, charged, matmul
 
 __all__ = ["Affine", "Linear", "Rigid", "Similarity", "Translation", "rotation_matrix"]
 
@@ -117,12 +118,16 @@ class Linear(Iterative):
         """Take one step; return the loss before it."""
         motion: _Motion = state.found
 
-        def objective(parameters: _Parameters) -> jax.Array:
-            matrix = matmul(level.matrix, motion.matrix(parameters))
-            pred = level.moved(matrix, level.displacement)
-            return self.loss(level, pred, level.target())
+        def moved(level: Level, parameters: _Parameters) -> Weighted:
+            return level.moved(matmul(level.matrix, motion.matrix(parameters)), level.displacement)
 
-        loss, gradient = jax.value_and_grad(objective)(motion.parameters)
+        def objective(parameters: _Parameters) -> jax.Array:
+            return self.loss(level, moved(level, parameters), level.target())
+
+        if self.takes_channels_singly(level):
+            loss, gradient = self._of_many_channels(level, moved, motion.parameters)
+        else:
+            loss, gradient = jax.value_and_grad(objective)(motion.parameters)
         voxel = level.voxel_size() / motion.length
         gradient, epsilon = self.in_scale(level, gradient, _EPSILON / voxel)
         direction, moments = adam_direction(
@@ -132,6 +137,42 @@ class Linear(Iterative):
         rate *= 0.55 + 0.45 * jnp.cos(jnp.pi * progress)
         parameters = jax.tree.map(lambda p, d: p - rate * d, motion.parameters, direction)
         return State(motion._replace(parameters=parameters), moments), loss
+
+    def _of_many_channels(
+        self,
+        level: Level,
+        moved: Callable[[Level, _Parameters], Weighted],
+        parameters: _Parameters,
+    ) -> tuple[jax.Array, _Parameters]:
+        """Return the loss and its gradient, found channel by channel."""
+
+        def weigh(parameters: _Parameters) -> jax.Array:
+            return moved(level.channel(0), parameters).weight * level.target().weight
+
+        weight, to_parameters = jax.vjp(weigh, parameters)
+
+        def of_channel(channel: jax.Array) -> tuple[jax.Array, tuple[_Parameters, jax.Array]]:
+            one = level.channel(channel)
+
+            def of(parameters: _Parameters, weight: jax.Array) -> jax.Array:
+                if not self.metric.has_gradient_of_mask:
+                    weight = jax.lax.stop_gradient(weight)
+                pred = moved(one, parameters).image
+                return self.metric.loss_of_level(
+                    pred, one.fixed, weight, fixed=one.fixed, moving=one.moving
+                )
+
+            return jax.value_and_grad(of, (0, 1))(parameters, weight)
+
+        loss, (direct, by_weight) = mean_over_channels(of_channel, level.fixed.shape[1])
+        loss, (rate, by_overlap) = jax.value_and_grad(charged, (0, 1))(
+            loss, weight.sum(), level.overlap
+        )
+        gradient = jax.tree.map(lambda g: rate * g, direct)
+        if self.metric.has_gradient_of_mask:
+            (aside,) = to_parameters(rate * by_weight + by_overlap)
+            gradient = jax.tree.map(jnp.add, gradient, aside)
+        return loss, gradient
 
     def finish(self, shape: tuple[int, ...], alignment: Alignment, found: _Motion) -> Alignment:
         """Return the alignment with the motion before its matrix."""

@@ -21,6 +21,7 @@ __all__ = [
     "MIND",
     "MSE",
     "NCC",
+    "NMI",
     "CoarseToFine",
     "FunctionMetric",
     "Metric",
@@ -129,8 +130,16 @@ class Metric(abc.ABC):
     `mutual_information_loss` may not: if so, linear stages follow what is gained or lost by what
     the images cover."""
 
+    mean_over_channels: ClassVar[bool] = False
+    """Whether the loss of several channels is the mean of the losses of each alone, and the content
+    is where that of any channel is: stages then take many channels one after the other, which needs
+    the memory of one. A class with a loss of its own has to say so itself."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        own = vars(cls)
+        if ("loss" in own or "loss_of_level" in own) and "mean_over_channels" not in own:
+            cls.mean_over_channels = False
         jax.tree_util.register_static(cls)
 
     def __str__(self) -> str:
@@ -160,9 +169,9 @@ class Metric(abc.ABC):
         Parameters
         ----------
         image
-            The fixed or the moving image of the level, ``(1, C, [Z,] Y, X)``, on its own grid.
+            The fixed or the moving image on the grid of the level, ``(1, C, [Z,] Y, X)``.
         mask
-            What its voxels count, ``(1, 1, [Z,] Y, X)``; `None` if all count alike.
+            What both images cover there, ``(1, 1, [Z,] Y, X)``; `None` if all voxels count.
 
         Returns
         -------
@@ -286,6 +295,8 @@ class LNCC(Metric):
         For another width, or a negative variance.
     """
 
+    mean_over_channels: ClassVar[bool] = True
+
     kernel_size: int = 7
     common_variance: float = 0.5
 
@@ -369,11 +380,16 @@ def _typical_contrast(image: jax.Array, mask: jax.Array | None, width: int) -> j
     """
     image = jax.lax.stop_gradient(image)
     axes = tuple(range(2, image.ndim))
-    weight = jnp.ones_like(image[:, :1]) if mask is None else (mask > 0).astype(image.dtype)
+    if mask is None:
+        weight = jnp.ones((1,) * image.ndim, image.dtype)
+        voxels = jnp.full((), math.prod(image.shape[2:]), image.dtype)
+    else:
+        weight = (mask > 0).astype(image.dtype)
+        voxels = weight.sum()
     block = (1, 1, *(min(width, size) for size in image.shape[2:]))
 
     def mean(array: jax.Array) -> jax.Array:
-        return (weight * array).sum(axes, keepdims=True) / jnp.maximum(weight.sum(), 1)
+        return (weight * array).sum(axes, keepdims=True) / jnp.maximum(voxels, 1)
 
     def in_blocks(array: jax.Array) -> jax.Array:
         zero = jnp.zeros((), array.dtype)
@@ -381,13 +397,19 @@ def _typical_contrast(image: jax.Array, mask: jax.Array | None, width: int) -> j
         return sums
 
     centred = weight * (image - mean(image))
-    count = in_blocks(weight)
+    # A power of two, by which nothing is rounded: images in units that differ by one have units
+    # that do so exactly.
+    _, exponent = jnp.frexp(jnp.sqrt(mean(centred**2)))
+    power = jnp.ldexp(jnp.ones_like(exponent, image.dtype), exponent)
+    centred = centred / power
+    # XLA would fold sums of ones while it compiles, for seconds.
+    count = weight * math.prod(block) if mask is None else in_blocks(weight)
     first, second = (in_blocks(x) / jnp.maximum(count, 1) for x in (centred, centred**2))
     variance = second - first**2
     varies = (variance > _EMPTY * mean(centred**2)) & (2 * count >= math.prod(block))
     logarithm = jnp.where(varies, jnp.log(jnp.where(varies, variance, 1)), 0)
     blocks = jnp.maximum(varies.sum(axes, keepdims=True), 1)
-    deviation: jax.Array = jnp.exp(logarithm.sum(axes, keepdims=True) / blocks / 2)
+    deviation: jax.Array = power * jnp.exp(logarithm.sum(axes, keepdims=True) / blocks / 2)
     return deviation
 
 
@@ -450,19 +472,13 @@ def shrunk(mask: jax.Array, reach: int) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class MI(Metric):
-    """Mutual information, for contrasts that differ; see `mutual_information_loss`.
+class _Information(Metric):
+    """What `MI` and `NMI` have in common."""
 
-    Attributes
-    ----------
-    num_bins
-        Bins of each image's intensities, from 2 to 256.
+    mean_over_channels: ClassVar[bool] = True
 
-    Raises
-    ------
-    ValueError
-        For another number of bins.
-    """
+    normalised: ClassVar[bool]
+    """Whether the information is divided by the joint entropy."""
 
     num_bins: int = 32
 
@@ -471,8 +487,10 @@ class MI(Metric):
             raise ValueError(f"num_bins: expected an integer from 2 to 256, got {self.num_bins!r}")
 
     def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """Return minus the mutual information, the mean over the channels."""
-        return mutual_information_loss(pred, target, num_bins=self.num_bins, mask=mask)
+        """Return minus the information, the mean over the channels."""
+        return mutual_information_loss(
+            pred, target, num_bins=self.num_bins, normalised=self.normalised, mask=mask
+        )
 
     def loss_of_level(
         self,
@@ -497,12 +515,31 @@ class MI(Metric):
                 pred[:, c : c + 1],
                 target[:, c : c + 1],
                 num_bins=self.num_bins,
+                normalised=self.normalised,
                 value_range=(extremes(moving[:, c]), extremes(fixed[:, c])),
                 mask=mask,
             )
             for c in range(pred.shape[1])
         ]
         return jnp.stack(losses).mean()
+
+
+@dataclasses.dataclass(frozen=True)
+class MI(_Information):
+    """Mutual information, for contrasts that differ; see `mutual_information_loss`.
+
+    Attributes
+    ----------
+    num_bins
+        Bins of each image's intensities, from 2 to 256.
+
+    Raises
+    ------
+    ValueError
+        For another number of bins.
+    """
+
+    normalised: ClassVar[bool] = False
 
     def scale(self, fixed: jax.Array, moving: jax.Array) -> jax.Array:
         """Return 1."""
@@ -530,10 +567,11 @@ class MIND(Metric):
         For another radius or dilation.
     """
 
+    has_gradient_of_mask: ClassVar[bool] = True
+    mean_over_channels: ClassVar[bool] = True
+
     radius: int = 2
     dilation: int = 2
-
-    has_gradient_of_mask: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, value, most in (("radius", self.radius, 4), ("dilation", self.dilation, 16)):
@@ -562,10 +600,39 @@ class MIND(Metric):
 
 
 @dataclasses.dataclass(frozen=True)
+class NMI(_Information):
+    """Normalised mutual information, for contrasts that differ; see `mutual_information_loss`.
+
+    It depends less than `MI` on how much of the images overlaps, and on what they show there.
+
+    Attributes
+    ----------
+    num_bins
+        Bins of each image's intensities, from 2 to 256.
+
+    Raises
+    ------
+    ValueError
+        For another number of bins.
+    """
+
+    normalised: ClassVar[bool] = True
+
+    def scale(self, fixed: jax.Array, moving: jax.Array) -> jax.Array:
+        """Return 1/4: it is 1 + MI / H(A, B), and the joint entropy of images is about 4."""
+        return jnp.full((), 0.25, fixed.dtype)
+
+    def format_loss(self, loss: float) -> str:
+        """Return the normalised mutual information, which is minus the loss."""
+        return f"NMI {-loss:.4f}"
+
+
+@dataclasses.dataclass(frozen=True)
 class NCC(Metric):
     """Global normalised cross-correlation, which still pulls where little overlaps; see `ncc`."""
 
     has_gradient_of_mask: ClassVar[bool] = True
+    mean_over_channels: ClassVar[bool] = True
 
     def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Return minus the correlation, the mean over the channels."""
@@ -585,6 +652,7 @@ class MSE(Metric):
     """Mean squared difference, for intensities that mean the same; see `mse_loss`."""
 
     has_gradient_of_mask: ClassVar[bool] = True
+    mean_over_channels: ClassVar[bool] = True
 
     def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Return the mean squared difference."""
@@ -633,7 +701,7 @@ def function_name(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__qualname__", function))
 
 
-MetricName = Literal["lncc", "mi", "mind", "mse", "ncc"]
+MetricName = Literal["lncc", "mi", "mind", "mse", "ncc", "nmi"]
 """Shorthand for a metric with its default settings."""
 
 MetricLike = Metric | MetricName | Callable[..., jax.Array]
@@ -645,6 +713,7 @@ _METRICS: dict[str, type[Metric]] = {
     "mind": MIND,
     "mse": MSE,
     "ncc": NCC,
+    "nmi": NMI,
 }
 
 
@@ -654,9 +723,9 @@ def as_metric(metric: MetricLike) -> Metric:
     Parameters
     ----------
     metric
-        A metric; ``"lncc"``, ``"mi"``, ``"mind"``, ``"mse"`` or ``"ncc"`` for one with its
-        defaults; or a function ``loss(pred, target)``, ``loss(pred, target, mask=...)`` where there
-        is a mask.
+        A metric; ``"lncc"``, ``"mi"``, ``"mind"``, ``"mse"``, ``"ncc"`` or ``"nmi"`` for one with
+        its defaults; or a function ``loss(pred, target)``, ``loss(pred, target, mask=...)`` where
+        there is a mask.
 
     Returns
     -------

@@ -13,7 +13,7 @@ from jaxreg import compose, gaussian_smooth, interpolate
 from jaxreg.registration.intensities import Clip, clipped
 from jaxreg.registration.stages.coverage import coverage, margins
 from jaxreg.registration.stages.metrics import Metric, shrunk
-from jaxreg.registration.stages.pyramid import downsample, level_shape, resize_field
+from jaxreg.registration.stages.pyramid import FEW_CHANNELS, downsample, level_shape, resize_field
 
 __all__ = ["Alignment", "Level", "Problem", "Weighted", "charged", "matmul"]
 
@@ -103,6 +103,8 @@ class Level(NamedTuple):
     """What the voxels of the fixed image count, found out once for all iterations."""
     overlap: jax.Array
     """The sum of the weights at the alignment, a scalar: how many voxels count, of this grid."""
+    metric_scale: jax.Array
+    """How large losses are, a scalar; see `Metric.scale`."""
     loss_unit: jax.Array | None = None
     """What a penalty of a deformation is multiplied by, a scalar; see `Deformable.prepared`."""
 
@@ -115,6 +117,19 @@ class Level(NamedTuple):
     def ndim(self) -> int:
         """Number of spatial dimensions."""
         return self.fixed.ndim - 2
+
+    @property
+    def has_many_channels(self) -> bool:
+        """Whether it pays to have what an iteration computes for one channel at a time only."""
+        return self.fixed.shape[1] > FEW_CHANNELS
+
+    def channel(self, index: int | jax.Array) -> Level:
+        """Return the level with one channel of both images alone."""
+        fixed, moving = (
+            jax.lax.dynamic_slice_in_dim(image, index, 1, axis=1)
+            for image in (self.fixed, self.moving)
+        )
+        return self._replace(fixed=fixed, moving=moving)
 
     def voxel_size(self) -> jax.Array:
         """Return the largest distance between voxels of the fixed grid, in physical units."""
@@ -218,6 +233,9 @@ class _Attention(NamedTuple):
     content: jax.Array | None
     fixed_weight: jax.Array
     overlap: jax.Array
+    metric_scale: jax.Array
+    fixed: jax.Array
+    moving: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames="metric")
@@ -247,11 +265,68 @@ def _attention(level: Level, metric: Metric | None) -> _Attention:
         fixed_mask, moving_mask, reach = chosen
         level = level._replace(fixed_mask=fixed_mask, moving_mask=moving_mask, reach=reach)
     if metric is not None:
-        moved = level.moved(level.matrix, level.displacement).image
-        content = metric.content(moved, level.fixed, fixed=level.fixed, moving=level.moving)
-        level = level._replace(content=content)
+        level = level._replace(content=_content(level, metric))
     level = level._replace(fixed_weight=level.target().weight)
-    return _Attention(*_looked_at(level), level.content, level.target().weight, overlap(level))
+    if metric is not None:
+        level = _in_units(level, metric)
+        level = level._replace(metric_scale=metric.scale(level.fixed, level.moving))
+    return _Attention(
+        *_looked_at(level),
+        level.content,
+        level.target().weight,
+        overlap(level),
+        level.metric_scale,
+        level.fixed,
+        level.moving,
+    )
+
+
+def _in_units(level: Level, metric: Metric) -> Level:
+    """Return a level whose images are in the units of a metric.
+
+    The units are those of what both images cover at the alignment. What each of them shows besides
+    may vary by more or less, and then the same would not be the same in both.
+    """
+    if type(metric).unit is Metric.unit:
+        return level
+
+    def units(level: Level) -> tuple[jax.Array, jax.Array]:
+        moved, target = level.moved(level.matrix, level.displacement), level.target()
+        weight = moved.weight * target.weight
+        weight = jnp.where(weight.sum() > 0, weight, 1)
+        of_fixed, of_moving = (metric.unit(x, weight) for x in (target.image, moved.image))
+        one = jnp.ones((1,) * moved.image.ndim, moved.image.dtype)
+        return (one if of_fixed is None else of_fixed), (one if of_moving is None else of_moving)
+
+    if not (metric.mean_over_channels and level.has_many_channels):
+        of_fixed, of_moving = units(level)
+    else:
+        channels = jnp.arange(level.fixed.shape[1])
+        each = jax.lax.map(lambda channel: units(level.channel(channel)), channels)
+        of_fixed, of_moving = (jnp.moveaxis(x[:, :, 0], 0, 1) for x in each)
+    return level._replace(fixed=level.fixed / of_fixed, moving=level.moving / of_moving)
+
+
+def _content(level: Level, metric: Metric) -> jax.Array | None:
+    """Return where there is anything to compare, in any channel."""
+
+    def of(level: Level) -> jax.Array | None:
+        moved = level.moved(level.matrix, level.displacement).image
+        return metric.content(moved, level.fixed, fixed=level.fixed, moving=level.moving)
+
+    if not (metric.mean_over_channels and level.has_many_channels):
+        return of(level)
+    first = of(level.channel(0))
+    if first is None:
+        return None
+
+    def join(channel: jax.Array, so_far: jax.Array) -> jax.Array:
+        here = of(level.channel(channel))
+        assert here is not None  # as of the first channel
+        return jnp.maximum(so_far, here)
+
+    content: jax.Array = jax.lax.fori_loop(1, level.fixed.shape[1], join, first)
+    return content
 
 
 def _looked_at(level: Level) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
@@ -335,8 +410,6 @@ class Problem:
         metric: Metric | None,
     ) -> Level:
         displacement = alignment.displacement
-        if metric is not None:
-            images = _in_units(*images, metric)
         level = Level(
             *images,
             self._to_physical,
@@ -349,27 +422,10 @@ class Problem:
             content=None,
             fixed_weight=None,
             overlap=jnp.zeros((), jnp.float32),
+            metric_scale=jnp.zeros((), jnp.float32),
         )
         attention = _attention(level, metric)
         return level._replace(**attention._asdict())
-
-
-@functools.partial(jax.jit, static_argnames="metric")
-def _in_units(
-    fixed: jax.Array,
-    moving: jax.Array,
-    fixed_mask: jax.Array | None,
-    moving_mask: jax.Array | None,
-    metric: Metric,
-) -> _Images:
-    """Return the images in the units of a metric, and their masks."""
-
-    def converted(image: jax.Array, mask: jax.Array | None) -> jax.Array:
-        unit = metric.unit(image, mask)
-        return image if unit is None else image / unit
-
-    masks = fixed_mask, moving_mask
-    return converted(fixed, fixed_mask), converted(moving, moving_mask), *masks
 
 
 @jax.jit

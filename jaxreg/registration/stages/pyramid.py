@@ -15,7 +15,11 @@ import jax.numpy as jnp
 
 from jaxreg import gaussian_smooth, interpolate
 
-__all__ = ["downsample", "level_shape", "resize_field", "resize_image"]
+__all__ = ["FEW_CHANNELS", "downsample", "level_shape", "resize_field", "resize_image"]
+
+FEW_CHANNELS = 4
+"""Up to so many channels are computed with at the same time, which is faster; of more, each by
+itself, so that no more memory is needed for the many."""
 
 _TRUNCATE = 4.0
 
@@ -122,6 +126,10 @@ def downsample(image: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         raise ValueError(f"shape: expected at most {old}, got {shape}")
     if tuple(shape) == old:
         return image  # the same array: a full resolution is large enough to be there once
+    if image.shape[1] > FEW_CHANNELS:
+        each = jnp.moveaxis(image, 1, 0)[:, :, None]
+        singly: jax.Array = jax.lax.map(functools.partial(downsample, shape=tuple(shape)), each)
+        return jnp.moveaxis(singly[:, :, 0], 0, 1)
     factors = [max(n - 1, 1) / max(new - 1, 1) for n, new in zip(old, shape, strict=True)]
     sigma = [math.sqrt(f**2 - 1) / 2 for f in factors]
     radius = [math.ceil(_TRUNCATE * s) for s in sigma]

@@ -16,9 +16,9 @@ from typing import ClassVar
 import jax
 
 from jaxreg import scaling_and_squaring
-from jaxreg.registration.stages.deformable import Deformable, Regularisation, step_gradient
+from jaxreg.registration.stages.deformable import Deformable, Regularisation
 from jaxreg.registration.stages.iterative import State
-from jaxreg.registration.stages.problem import Level
+from jaxreg.registration.stages.problem import Level, Weighted
 from jaxreg.registration.stages.regularisers import Elasticity
 
 __all__ = ["SVF"]
@@ -57,11 +57,14 @@ class SVF(Deformable):
         """Take one step; return the loss before it."""
         velocity = state.found
         displacement = scaling_and_squaring(velocity, self.num_steps)
-        moved, target = level.moved(level.matrix, level.after(displacement)), level.target()
-        objective = self.objective(level, moved, target)
-        loss, slope = jax.value_and_grad(objective)(moved.image, target.image)
+        through = level.after(displacement)
+
+        def pair(level: Level) -> tuple[Weighted, Weighted]:
+            return level.moved(level.matrix, through), level.target()
+
+        loss, (gradient,) = self.loss_and_gradients(level, pair, (0,))
         penalty, pull = self.penalty(level, velocity)
-        step, moments = self.descend(level, step_gradient(moved.image, slope) + pull, state.moments)
+        step, moments = self.descend(level, gradient + pull, state.moments)
         return State(self.smooth(velocity + step), moments), loss + penalty
 
     def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg import compose, invert_displacement
-from jaxreg.registration.stages.deformable import Deformable, Regularisation, step_gradient
+from jaxreg.registration.stages.deformable import Deformable, Regularisation
 from jaxreg.registration.stages.iterative import State
-from jaxreg.registration.stages.problem import Level
+from jaxreg.registration.stages.problem import Level, Weighted
 from jaxreg.registration.stages.regularisers import Elasticity
 
 __all__ = ["SyN"]
@@ -49,14 +49,13 @@ class SyN(Deformable):
     def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
         """Take one step of both halves; return the loss before it."""
         halves = state.found
-        fixed = level.fixed_moved(halves[:1])
-        moved = level.moved(level.matrix, level.after(halves[1:]))
+        through = level.after(halves[1:])
 
-        objective = self.objective(level, moved, fixed)
-        loss, slopes = jax.value_and_grad(objective, (0, 1))(moved.image, fixed.image)
-        gradient = jnp.concatenate(
-            [step_gradient(fixed.image, slopes[1]), step_gradient(moved.image, slopes[0])]
-        )
+        def pair(level: Level) -> tuple[Weighted, Weighted]:
+            return level.moved(level.matrix, through), level.fixed_moved(halves[:1])
+
+        loss, (of_moved, of_fixed) = self.loss_and_gradients(level, pair, (0, 1))
+        gradient = jnp.concatenate([of_fixed, of_moved])
         penalty, pull = self.penalty_of_composing(level, halves)
         step, moments = self.descend(level, gradient + pull, state.moments)
         return State(self.smooth(compose(halves, step)), moments), loss + penalty

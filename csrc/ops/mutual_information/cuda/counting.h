@@ -27,6 +27,7 @@ struct Counting {
   // (elements, num_bins^2 + 1), where the last is not 0 if a sample was not a number
   unsigned long long* counts;
   double units;  // what one sample adds to the counts
+  bool normalised;
   double smooth_nr, smooth_dr;
   int reach;
 

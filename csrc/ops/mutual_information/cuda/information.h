@@ -15,8 +15,29 @@ namespace {
 inline constexpr int kMaxBins = 256;
 inline constexpr int kFinishThreads = 512;
 
-// Each block turns the counts of one element into its mutual information, and into the table of
-// derivatives if one is wanted.
+// The normalised information of an element, for all threads of its block: from the shares of its
+// bins, p_at(i), and their marginals. `scratch` has room for a value of each warp.
+template <class Share>
+__device__ NormalisedInformation normalised_information(int num_bins, const double* p_pred,
+                                                        const double* p_target, const Share& p_at,
+                                                        double* scratch) {
+  __shared__ double entropies[2];
+  double separate = 0, joint = 0;
+  for (int a = threadIdx.x; a < num_bins; a += kFinishThreads) {
+    separate += entropy_term(p_pred[a]) + entropy_term(p_target[a]);
+  }
+  for (int i = threadIdx.x; i < num_bins * num_bins; i += kFinishThreads) {
+    joint += entropy_term(p_at(i));
+  }
+  separate = block_sum<kFinishThreads>(separate, scratch);
+  joint = block_sum<kFinishThreads>(joint, scratch);
+  if (threadIdx.x == 0) entropies[0] = separate, entropies[1] = joint;
+  __syncthreads();
+  return {entropies[0], entropies[1]};
+}
+
+// Each block turns the counts of one element into its mutual information, normalised or not, into
+// the table of derivatives if one is wanted.
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads)
     information_kernel(const __grid_constant__ Counting<T> call, T* maps, double* values, T* table,
@@ -56,22 +77,29 @@ __global__ void __launch_bounds__(kFinishThreads)
       p_target[threadIdx.x] *= share;
     }
     __syncthreads();
+    const auto p_at = [&](int i) { return static_cast<double>(counts[i]) * share; };
     const auto term_at = [&](int a, int b) {
-      return information_term(static_cast<double>(counts[a * num_bins + b]) * share,
-                              p_pred[a] * p_target[b], call.smooth_nr, call.smooth_dr);
+      return information_term(p_at(a * num_bins + b), p_pred[a] * p_target[b], call.smooth_nr,
+                              call.smooth_dr);
     };
     double information = 0;
-    for (int a = warp; a < num_bins; a += kFinishWarps) {
-      double slope = 0;
-      for (int b = lane; b < num_bins; b += kWarp) {
-        const InformationTerm term = term_at(a, b);
-        information += term.value;
-        slope += term.by_q * p_target[b];
+    NormalisedInformation normalised(0, 0);
+    if (call.normalised) {
+      normalised = normalised_information(num_bins, p_pred, p_target, p_at, scratch);
+      information = normalised.value();
+    } else {
+      for (int a = warp; a < num_bins; a += kFinishWarps) {
+        double slope = 0;
+        for (int b = lane; b < num_bins; b += kWarp) {
+          const InformationTerm term = term_at(a, b);
+          information += term.value;
+          slope += term.by_q * p_target[b];
+        }
+        slope = warp_sum(slope);
+        if (lane == 0) by_pred[a] = slope;
       }
-      slope = warp_sum(slope);
-      if (lane == 0) by_pred[a] = slope;
+      information = block_sum<kFinishThreads>(information, scratch);
     }
-    information = block_sum<kFinishThreads>(information, scratch);
     if (threadIdx.x == 0) {
       if (values != nullptr) {
         values[element] = -information;
@@ -80,7 +108,7 @@ __global__ void __launch_bounds__(kFinishThreads)
       }
     }
     if (table == nullptr) continue;
-    for (int b = warp; b < num_bins; b += kFinishWarps) {
+    for (int b = warp; b < num_bins && !call.normalised; b += kFinishWarps) {
       double slope = 0;
       for (int a = lane; a < num_bins; a += kWarp) slope += term_at(a, b).by_q * p_pred[a];
       slope = warp_sum(slope);
@@ -89,13 +117,18 @@ __global__ void __launch_bounds__(kFinishThreads)
     __syncthreads();
     // The slopes of a sample's weights add up to 0, so that a constant in the table makes no
     // difference. With this one, entries are near 0, not near -1, where the images are independent.
+    const auto slope_at = [&](int a, int b) {
+      if (call.normalised) {
+        return normalised.slope(p_at(a * num_bins + b), p_pred[a], p_target[b]);
+      }
+      return term_at(a, b).by_p + by_pred[a] + by_target[b] + 1;
+    };
     const int size = num_bins + 2 * call.reach;
     T* const rows = table + element * size * size;
     for (int i = threadIdx.x; i < size * size; i += kFinishThreads) {
       const int a = i / size - call.reach, b = i % size - call.reach;
       const bool inside = a >= 0 && a < num_bins && b >= 0 && b < num_bins;
-      rows[i] =
-          inside ? static_cast<T>(-(term_at(a, b).by_p + by_pred[a] + by_target[b] + 1)) : T(0);
+      rows[i] = inside ? static_cast<T>(-slope_at(a, b)) : T(0);
     }
     if (threadIdx.x == 0) {
       T* const values_here = scaling + element * kScalings;
