@@ -93,7 +93,8 @@ def about(result: Result) -> str:
     where = [f"One {facts['device']}" if "driver" in facts else f"On the CPU ({facts['device']})"]
     if "driver" in facts:
         where.append(f"driver {facts['driver']}")
-    where += [facts["dtype"], "\N{MULTIPLICATION SIGN}".join(map(str, facts["shape"]))]
+    if "shape" in facts:
+        where += [facts["dtype"], "\N{MULTIPLICATION SIGN}".join(map(str, facts["shape"]))]
     names = {"torch": "PyTorch", "jax": "JAX", "monai": "MONAI", "regkernels": "regkernels"}
     where += [
         f"{title} {versions[name]}"
@@ -177,11 +178,48 @@ def latency_table(result: Result) -> str:
     return table(["microseconds of a call", *steps], lines)
 
 
+def quality_table(result: Result) -> str:
+    """Means over the pairs and directions of what labels and Jacobians say, by setting."""
+    found: dict[tuple[str, str], list[Result]] = {}
+    for row in result["rows"]:
+        start = row["work"].rpartition(", ")[2]
+        found.setdefault((row["who"], start), []).append(row)
+    groups = [key.removeprefix("Dice ") for key in result["rows"][0] if key.startswith("Dice ")]
+
+    def mean(rows: Sequence[Result], key: str, digits: str) -> str:
+        values = [row[key] for row in rows if row.get(key) is not None]
+        return format(sum(values) / len(values), digits) if values else NOTHING
+
+    lines = []
+    for (who, start), rows in found.items():
+        inside = [r for r in rows if "inverted ppm" in r]
+        extremes = NOTHING
+        if inside:
+            least, largest = min(r["det min"] for r in inside), max(r["det max"] for r in inside)
+            extremes = f"{least:.2g} to {largest:.2g}"
+        lines.append(
+            [
+                who if start == "given" else f"{who}, {start}",
+                *(mean(rows, f"Dice {group}", ".3f") for group in groups),
+                *(mean(rows, f"inverse Dice {group}", ".3f") for group in groups),
+                extremes,
+                mean(inside, "log det spread", ".2f"),
+                mean(inside, "inverted ppm", ".2g"),
+                mean(rows, "there and back mm", ".2f"),
+                mean(rows, "seconds", ".2f"),
+            ]
+        )
+    heads = ["setting", *(f"Dice {g}" for g in groups), *(f"inverse, {g}" for g in groups)]
+    heads += ["determinants", "spread of their logarithms", "inside out (ppm)"]
+    return table([*heads, "there and back (mm)", "seconds"], lines)
+
+
 TABLES: Mapping[str, Callable[[Result], str]] = {
     "warp": peers_table(WARP),
     "similarity": peers_table(SIMILARITY),
     "registration": registration_table,
     "latency": latency_table,
+    "quality": quality_table,
 }
 
 

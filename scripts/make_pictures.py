@@ -1,4 +1,4 @@
-"""Make the pictures of docs/when_it_goes_wrong.md from the shipped volumes.
+"""Make the pictures of docs/when_it_goes_wrong.md and docs/choosing.md from the shipped volumes.
 
 python scripts/make_pictures.py
 """
@@ -14,7 +14,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from jaxreg.registration import Moments, Rigid, register, resample
+from jaxreg.registration import (
+    LNCC,
+    Elasticity,
+    Moments,
+    Rigid,
+    SyN,
+    preset,
+    register,
+    resample,
+)
 from regkernels import AffineMap, Volume, read_volume, rigid_motion
 from regkernels.data import load_multimodal_paths, load_pair_paths
 
@@ -72,6 +81,36 @@ def background() -> None:
     draw("background.png", [("a CT", np.asarray(ct.array)[:, row], None), *shown])
 
 
+def volumes_changed() -> None:
+    """Show by how much deformations of a person onto a template change volumes."""
+    fixed, moving = (read_volume(path) for path in load_pair_paths())
+    row = fixed.shape[1] // 2
+    *start, default = preset("default")
+    schedule = {"scales": default.scales, "iterations": default.iterations}
+    free = SyN(**schedule, regularisation=None, metric=LNCC(common_variance=0))
+    stages = {
+        "similarity alone": free,
+        "default": default,
+        "Elasticity(1.5)": SyN(**schedule, regularisation=Elasticity(1.5)),
+    }
+    figure, axes = plt.subplots(1, 4, figsize=(9.6, 3.2), dpi=80, layout="constrained")
+    axes[0].imshow(np.asarray(fixed.array)[:, row], cmap="gray", origin="lower")
+    axes[0].set_title("fixed", fontsize=9)
+    for axis, (title, last) in zip(axes[1:], stages.items(), strict=True):
+        result = register(fixed, moving, [*start, last])
+        logarithm = np.log2(np.maximum(result.jacobian, 1e-3))[:, row]
+        shown = axis.imshow(logarithm, cmap="RdBu_r", vmin=-3, vmax=3, origin="lower")
+        axis.set_title(title, fontsize=9)
+        print(title, f"determinants {result.folds.minimum:.2g} to {result.folds.maximum:.2g}")
+    for axis in axes:
+        axis.axis("off")
+    bar = figure.colorbar(shown, ax=axes, shrink=0.8, ticks=[-3, 0, 3])
+    bar.ax.set_yticklabels(["1/8", "1", "8"], fontsize=8)
+    figure.savefig(DOCS / "volumes_changed.png", pil_kwargs={"optimize": True})
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     field_of_view()
     background()
+    volumes_changed()

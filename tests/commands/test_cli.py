@@ -163,7 +163,7 @@ def test_the_record_tells_settings_versions_and_losses(pair: Path, registered: P
     (part,) = read_transform(registered / "affine.tfm")
     np.testing.assert_array_equal(record["transform"]["matrix"], part.matrix)
     assert [stage["name"] for stage in record["stages"]] == ["affine", "greedy"]
-    assert record["stages"][1]["settings"]["metric"] == "LNCC(kernel_size=7)"
+    assert record["stages"][1]["settings"]["metric"] == "LNCC(kernel_size=7, common_variance=0.5)"
     for stage in record["stages"]:
         assert stage["levels"][0]["losses"][-1] < stage["levels"][0]["losses"][0]
     assert record["jacobian"]["share"] == 0
@@ -182,7 +182,8 @@ def test_the_report_is_one_file_with_everything(pair: Path, registered: Path) ->
     words = ("moving.mha registered to fixed.nii.gz", "learning_rate", "jaxlib", "greedy")
     for word in (
         *words,
-        "metric = LNCC(kernel_size=7)",
+        "metric = LNCC(kernel_size=7, common_variance=0.5)",
+        "regularisation = Elasticity(weight=0.2, mu=1.0, lam=1.0)",
         "residual of the inverse",
         str(pair / "fixed.nii.gz"),
     ):
@@ -203,7 +204,8 @@ def test_the_same_command_gives_the_same_bits(
     told = capsys.readouterr().out
     lines = [line for line in told.splitlines() if line.startswith(("affine: ", "greedy: "))]
     assert len(lines) == 4  # of two scales each
-    assert re.fullmatch(r"greedy: 1/2 resolution, LNCC 0\.\d{4}, iteration (\d+) of \1", lines[-1])
+    told = r"greedy: 1/2 resolution, LNCC 0\.\d{4} with penalty, iteration (\d+) of \1"
+    assert re.fullmatch(told, lines[-1])
 
 
 def test_without_a_deformation_everything_but_the_warps_is_there(

@@ -15,6 +15,7 @@ from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.metrics import NCC, MetricField
 from jaxreg.registration.stages.problem import Alignment, Level, Problem, charged, matmul
+from jaxreg.registration.stages.pyramid import FEW_CHANNELS
 
 __all__ = ["Moments", "centre_and_covariance"]
 
@@ -142,6 +143,20 @@ def _rotations(fixed: jax.Array, moving: jax.Array) -> list[jax.Array]:
 
 
 @jax.jit
+def _mass(image: jax.Array) -> jax.Array:
+    """Return what the voxels of an image weigh, the sum over its channels, ``([Z,] Y, X)``."""
+    around = background(image)
+    spatial = tuple(range(2, image.ndim))
+
+    def each(values: jax.Array) -> jax.Array:  # of the channels
+        return values.reshape(1, -1, *(1,) * len(spatial))
+
+    away = jnp.maximum(jnp.abs(image - each(around.value)) - each(around.spread), 0)
+    above = image - image.min(axis=spatial, keepdims=True)
+    mass: jax.Array = jnp.where(each(around.clear), away, above).sum(axis=(0, 1))
+    return mass
+
+
 def centre_and_covariance(
     image: jax.Array, mask: jax.Array | None, to_physical: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -161,16 +176,20 @@ def centre_and_covariance(
     centre, covariance
         ``(D,)`` and ``(D, D)``. An image without mass has its centre in the middle.
     """
-    around = background(image)
-    spatial = tuple(range(2, image.ndim))
+    channels = image.shape[1]
+    if channels <= FEW_CHANNELS:
+        mass = _mass(image)
+    else:  # of all at once there would be copies
 
-    def each(values: jax.Array) -> jax.Array:  # of the channels
-        return values.reshape(1, -1, *(1,) * len(spatial))
+        def add(channel: jax.Array, so_far: jax.Array) -> jax.Array:
+            one = jax.lax.dynamic_slice_in_dim(image, channel, 1, axis=1)
+            total: jax.Array = so_far + _mass(one)
+            return total
 
-    away = jnp.maximum(jnp.abs(image - each(around.value)) - each(around.spread), 0)
-    above = image - image.min(axis=spatial, keepdims=True)
-    mass = jnp.where(each(around.clear), away, above)
-    mass = (mass if mask is None else mass * mask).sum(axis=(0, 1))
+        start = jnp.zeros(image.shape[2:], image.dtype)
+        mass = jax.lax.fori_loop(0, channels, add, start)
+    if mask is not None:
+        mass = mass * mask[0, 0]
     mass = mass / jnp.maximum(mass.sum(), jnp.finfo(mass.dtype).tiny)
     ndim = mass.ndim
     coordinates = []
