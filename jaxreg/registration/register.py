@@ -296,9 +296,13 @@ def register(
         alignment, traces = stage.run(problem, alignment, callback)
         finite = _is_finite(alignment).block_until_ready()
         seconds = time.perf_counter() - began
-        # A loss that is not finite from the start has no gradient, either. Others may be finite all
-        # the same: a sample whose place is not finite is 0.
-        if not finite and all(np.isfinite(trace.losses[:1]).all() for trace in traces):
+        # A loss that is finite at first and not later comes from places that are not. It may also
+        # stay finite there: a sample whose place is not finite is 0, and a penalty may be none.
+        lost = any(
+            np.isfinite(trace.losses[:1]).all() and not np.isfinite(trace.losses).all()
+            for trace in traces
+        )
+        if lost or (not finite and all(np.isfinite(trace.losses).all() for trace in traces)):
             raise ValueError(
                 "metric: expected finite gradients, got a transform that is not finite from the "
                 f"stage {stage.name}; choose a metric whose gradient is finite even where the "
