@@ -908,7 +908,7 @@ def test_the_module_shows_its_options_and_has_no_state() -> None:
     module = torchreg.MutualInformationLoss(64, kernel="b-spline")
     assert repr(module) == (
         "MutualInformationLoss(num_bins=64, kernel='b-spline', sigma_ratio=1.0, "
-        "value_range=None, reduction='mean', smooth_nr=1e-07, smooth_dr=1e-07)"
+        "value_range=None, normalised=False, reduction='mean', smooth_nr=1e-07, smooth_dr=1e-07)"
     )
     assert not module.state_dict()
 
