@@ -192,7 +192,7 @@ def mutual_information_loss(
         "joint" look at every voxel all the same.
     normalised
         Whether the loss is -NMI, Studholme's [2]_, which depends less on how much two images
-        overlap. Where H(A, B) is 0 (below 1e-12), both images are constant: NMI is 1 there and has
+        overlap. Where H(A, B) is 0 (below 1e-10), both images are constant: NMI is 1 there and has
         no gradient.
     reduction
         "mean" or "sum" over items and channels, or "none".

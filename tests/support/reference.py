@@ -757,7 +757,7 @@ def normalised_mutual_information(joint: Array) -> tuple[float, Array]:
     p_a, p_b = joint.sum(axis=1, keepdims=True), joint.sum(axis=0, keepdims=True)
     logs = [np.log(np.where(p == 0, 1, p)) for p in (p_a, p_b, joint)]
     of_a, of_b, of_both = (-np.sum(p * log) for p, log in zip((p_a, p_b, joint), logs, strict=True))
-    if of_both < 1e-12:
+    if of_both < 1e-10:
         return 1.0, np.zeros(joint.shape)
     value = (of_a + of_b) / of_both
     # A bin in which there is nothing has a derivative that is not finite, and nothing moves there.

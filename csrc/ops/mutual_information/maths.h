@@ -218,8 +218,9 @@ class NormalisedInformation {
   }
 
  private:
-  // Far below the joint entropy of two images of which a single voxel differs from the others.
-  static constexpr double kLeastEntropy = 1e-12;
+  // Far below the joint entropy of two images of which a single voxel of 2^31 differs from the
+  // others, 1e-8, and far above what rounding makes of the shares of a constant image, 1e-15.
+  static constexpr double kLeastEntropy = 1e-10;
   double value_, inverse_;
 };
 

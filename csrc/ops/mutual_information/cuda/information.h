@@ -139,6 +139,7 @@ __global__ void __launch_bounds__(kFinishThreads)
       values_here[kInverseTotal] = total == 0 ? T(0) : static_cast<T>(call.units * share);
       values_here[kLargestWeight] = scale.largest_weight;
     }
+    __syncthreads();  // the next element's marginals take the place of these
   }
 }
 
