@@ -126,7 +126,9 @@ class Deformable(Iterative):
         """
         if not isinstance(self.regularisation, Regulariser):
             return level
-        return level._replace(loss_unit=_loss_unit(self, level))
+        if type(as_metric(self.metric)).scale is not Metric.scale:
+            return level._replace(loss_unit=level.metric_scale)
+        return level._replace(loss_unit=_first_loss(self, level))
 
     def penalty(self, level: Level, field: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the regularisation of a field, and its gradient with respect to the field."""
@@ -228,9 +230,8 @@ class Deformable(Iterative):
 
 
 @functools.partial(jax.jit, static_argnames="stage")
-def _loss_unit(stage: Deformable, level: Level) -> jax.Array:
-    if type(as_metric(stage.metric)).scale is not Metric.scale:
-        return level.metric_scale
+def _first_loss(stage: Deformable, level: Level) -> jax.Array:
+    """Return the magnitude of a stage's loss where it starts, a scalar."""
     moved = level.moved(level.matrix, level.displacement)
     return jnp.abs(stage.loss(level, moved, level.target()))
 
