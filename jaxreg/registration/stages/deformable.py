@@ -12,20 +12,21 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxreg import compose, gaussian_smooth, invert_displacement
+from jaxreg import compose, invert_displacement
 from jaxreg.registration.stages.adam import (
     AdamMoments,
     no_moments,
     resize_moments,
     riemannian_adam_step,
 )
+from jaxreg.registration.stages.fields import confined, mended, smoothed
 from jaxreg.registration.stages.iterative import Iterative, State, mean_over_channels
 from jaxreg.registration.stages.metrics import Metric, as_metric
 from jaxreg.registration.stages.problem import Alignment, Level, Weighted, charged
 from jaxreg.registration.stages.pyramid import resize_field
 from jaxreg.registration.stages.regularisers import Regulariser
 
-__all__ = ["Deformable", "Regularisation", "confined", "step_gradient", "through_warp"]
+__all__ = ["Deformable", "Regularisation", "step_gradient", "through_warp"]
 
 Regularisation = Callable[[jax.Array], jax.Array]
 """``penalty(field)``: a scalar that is added to the loss."""
@@ -55,6 +56,9 @@ class Deformable(Iterative):
         What is added to the loss: a `Regulariser` such as ``Diffusion(0.3)``, in units of the
         metric's scale; or ``penalty(field)``, a scalar in units of the loss, any JAX function of
         the stage's field ``(N, [Z,] Y, X, D)``, in normalised coordinates on the grid of the level.
+    volume_change
+        What lies between voxels becomes at most so many times larger or smaller, and never turns
+        inside out: where it would, the deformation that the stage found is smoothed in the end.
 
     Raises
     ------
@@ -74,6 +78,7 @@ class Deformable(Iterative):
     beta2: float = 0.99
     epsilon: float = 1e-5
     regularisation: Regularisation | None = None
+    volume_change: float = 10.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +90,8 @@ class Deformable(Iterative):
                 raise ValueError(f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
         if not self.epsilon > 0:
             raise ValueError(f"epsilon: expected a positive number, got {self.epsilon}")
+        if not self.volume_change > 1:
+            raise ValueError(f"volume_change: expected more than 1, got {self.volume_change}")
 
     def begin(self, level: Level) -> State:
         """Return fields of zero, ``(fields, [Z,] Y, X, D)``."""
@@ -97,7 +104,7 @@ class Deformable(Iterative):
 
     def smooth(self, field: jax.Array) -> jax.Array:
         """Smooth a field after its step."""
-        return confined(_smooth(field, self.field_sigma))
+        return confined(smoothed(field, self.field_sigma))
 
     def descend(
         self, level: Level, gradient: jax.Array, moments: AdamMoments
@@ -105,7 +112,7 @@ class Deformable(Iterative):
         """Return the step for the gradient of a mean loss, and Adam's moments after it."""
         # The loss is a mean: its sum has a gradient whose size does not depend on the grid.
         gradient = gradient * math.prod(gradient.shape[1:-1])
-        gradient = _smooth(gradient, self.gradient_sigma)
+        gradient = smoothed(gradient, self.gradient_sigma)
         per_voxel = jnp.asarray([max(n - 1, 1) / 2 for n in level.shape[::-1]], gradient.dtype)
         gradient, epsilon = self.in_scale(level, gradient, self.epsilon * per_voxel)
         step, moments = riemannian_adam_step(
@@ -226,6 +233,7 @@ class Deformable(Iterative):
             displacement = compose(alignment.displacement, displacement)
             before = alignment.inverse_displacement
             inverse = None if inverse is None or before is None else compose(inverse, before)
+        displacement = mended(displacement, self.volume_change)
         return Alignment(alignment.matrix, displacement, invert_displacement(displacement, inverse))
 
 
@@ -234,34 +242,6 @@ def _first_loss(stage: Deformable, level: Level) -> jax.Array:
     """Return the magnitude of a stage's loss where it starts, a scalar."""
     moved = level.moved(level.matrix, level.displacement)
     return jnp.abs(stage.loss(level, moved, level.target()))
-
-
-def _smooth(field: jax.Array, sigma: float) -> jax.Array:
-    """Return `gaussian_smooth` of a field.
-
-    Across a single slice there is nothing to mix with but the zeros outside, so that axis is left.
-    """
-    if sigma == 0:
-        return field
-    sigmas = [sigma if size > 1 else 0 for size in field.shape[1:-1]]
-    return gaussian_smooth(field, sigmas, channel_last=True)
-
-
-def confined(field: jax.Array) -> jax.Array:
-    """Set the component across each face of the volume to 0 there; along it points may slide.
-
-    A flow that never crosses the border takes the volume onto itself. Otherwise points would leave
-    the grid, where nothing is known of the inverse.
-    """
-    *sizes, ndim = shape = field.shape[1:]
-    across = jax.lax.broadcasted_iota(jnp.int32, shape, ndim)
-    on_face = jnp.zeros((), jnp.bool)
-    for component in range(ndim):
-        axis = ndim - 1 - component  # components are in x, y, z order
-        index = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-        ends = (index == 0) | (index == sizes[axis] - 1)
-        on_face |= ends & (across == component)
-    return jnp.where(on_face, 0, field)
 
 
 def through_warp(displacement: jax.Array, slope: jax.Array) -> jax.Array:

@@ -65,7 +65,7 @@ def preset(
     ----------
     name
         ``"affine"``: without a deformation; ``"fast"``: a look, at half the resolution;
-        ``"default"``; ``"accurate"``: more iterations at full resolution.
+        ``"default"``; ``"accurate"``: longer steps, and more of them.
     ndim
         Number of spatial dimensions, 2 or 3. In the plane all iterations are cheap, so a level
         more than in space is run at full resolution.
@@ -103,4 +103,5 @@ def preset(
         return start
     if name == "default":
         return *start, SyN((4, 2, 1), (60, 40, 20) if lighter else (100, 70, 40))
-    return *start, SyN((4, 2, 1), (100, 70, 40) if lighter else (200, 100, 80))
+    iterations = (100, 70, 40) if lighter else (150, 100, 80)
+    return *start, SyN((4, 2, 1), iterations, learning_rate=0.7, tolerance=1e-5)

@@ -1,0 +1,155 @@
+"""Fields of displacements: smoothed, confined to their volume, and one to one between voxels."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg import gaussian_smooth
+
+__all__ = ["cell_determinants", "confined", "mended", "smoothed"]
+
+_Carry = tuple[jax.Array, jax.Array, jax.Array]
+"""The field, its bad cells, and the number of rounds."""
+
+_ROUNDS = 20
+"""Each takes a deformation nearer to a smooth one, so that more of them are hardly ever needed."""
+
+_SIGMA = 1.5
+"""Voxels: what is wrong with a cell is gone after a round or two, and little else changes."""
+
+
+def smoothed(field: jax.Array, sigma: float) -> jax.Array:
+    """Return `gaussian_smooth` of a field.
+
+    Across a single slice there is nothing to mix with but the zeros outside, so that axis is left.
+    """
+    if sigma == 0:
+        return field
+    sigmas = [sigma if size > 1 else 0 for size in field.shape[1:-1]]
+    return gaussian_smooth(field, sigmas, channel_last=True)
+
+
+def confined(field: jax.Array) -> jax.Array:
+    """Set the component across each face of the volume to 0 there; along it points may slide.
+
+    A flow that never crosses the border takes the volume onto itself. Otherwise points would leave
+    the grid, where nothing is known of the inverse.
+    """
+    *sizes, ndim = shape = field.shape[1:]
+    across = jax.lax.broadcasted_iota(jnp.int32, shape, ndim)
+    on_face = jnp.zeros((), jnp.bool)
+    for component in range(ndim):
+        axis = ndim - 1 - component  # components are in x, y, z order
+        index = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+        ends = (index == 0) | (index == sizes[axis] - 1)
+        on_face |= ends & (across == component)
+    return jnp.where(on_face, 0, field)
+
+
+def cell_determinants(displacement: jax.Array) -> list[jax.Array]:
+    r"""Return by how much the cells between voxels grow.
+
+    A cell is cut into the :math:`D!` simplices of Kuhn's triangulation, which follow the paths from
+    its first corner to its last along the axes, in every order. What a displacement makes of a
+    simplex is known exactly. After Liu, Chen, Liu, Carass and Prince, "On finite difference
+    Jacobian computation in deformable image registration", IJCV 2024.
+
+    Parameters
+    ----------
+    displacement
+        ``(N, [Z,] Y, X, D)``, normalised coordinates.
+
+    Returns
+    -------
+    list of Array
+        Of each simplex the determinant of the deformation, ``(N, [Z - 1,] Y - 1, X - 1)``. Axes of
+        length 1 keep it, and do not count.
+    """
+    sizes = displacement.shape[1:-1]
+    axes = [axis for axis, size in enumerate(sizes) if size > 1]
+    lasting = {axis: len(sizes) - 1 - axis for axis in axes}  # components are in x, y, z order
+    determinants = []
+    for order in itertools.permutations(axes):
+        corner = [slice(0, -1 if size > 1 else None) for size in sizes]
+        edges = {}
+        before = displacement[:, *corner]
+        for axis in order:
+            corner[axis] = slice(1, None)
+            after = displacement[:, *corner]
+            edges[axis] = [
+                (after - before)[..., component] * ((sizes[row] - 1) / 2) + (row == axis)
+                for row, component in lasting.items()
+            ]
+            before = after
+        determinants.append(_determinant([edges[axis] for axis in axes]))
+    return determinants
+
+
+def _determinant(rows: list[list[jax.Array]]) -> jax.Array:
+    if len(rows) == 1:
+        return rows[0][0]
+    total = jnp.zeros_like(rows[0][0])
+    for k, factor in enumerate(rows[0]):
+        total += (-1) ** k * factor * _determinant([row[:k] + row[k + 1 :] for row in rows[1:]])
+    return total
+
+
+@functools.partial(jax.jit, static_argnames="volume_change")
+def mended(displacement: jax.Array, volume_change: float) -> jax.Array:
+    """Return a displacement that is smoothed where cells between voxels change too much.
+
+    Where points come near to each other, or move past each other in opposite directions, a
+    deformation whose values at the voxels are sound may fold between them.
+
+    Parameters
+    ----------
+    displacement
+        ``(N, [Z,] Y, X, D)``, normalised coordinates, 0 across the faces of the volume.
+    volume_change
+        Simplices of a cell may become this many times larger or smaller, and not turn inside out.
+
+    Returns
+    -------
+    Array
+        Of the same shape, and the same values but near such cells. After twenty rounds of smoothing
+        it is returned as it is.
+    """
+    long_axes = [axis for axis, size in enumerate(displacement.shape[1:-1], 1) if size > 1]
+    if not long_axes:
+        return displacement
+
+    # One over the weight that a Gaussian has, about, on the corners of one cell.
+    full = (math.sqrt(2 * math.pi) * _SIGMA / 2) ** len(long_axes)
+
+    def bad_cells(field: jax.Array) -> jax.Array:
+        # What is not a number is not among them: smoothing would not mend it.
+        bad = [(d <= 1 / volume_change) | (d > volume_change) for d in cell_determinants(field)]
+        return functools.reduce(jnp.logical_or, bad)
+
+    def smoother(carry: _Carry) -> _Carry:
+        field, bad, rounds = carry
+        corners = bad.astype(field.dtype)
+        for axis in long_axes:
+            first = [(0, 0)] * corners.ndim
+            first[axis] = (1, 1)
+            padded = jnp.pad(corners, first)
+            count = padded.shape[axis]
+            corners = jnp.maximum(
+                jax.lax.slice_in_dim(padded, 0, count - 1, axis=axis),
+                jax.lax.slice_in_dim(padded, 1, count, axis=axis),
+            )
+        # The corners of a cell take all of the smoothed field.
+        share = jnp.minimum(1, smoothed(corners[..., None], _SIGMA) * full)
+        field = confined(field + share * (smoothed(field, _SIGMA) - field))
+        return field, bad_cells(field), rounds + 1
+
+    def unsound(carry: _Carry) -> jax.Array:
+        return carry[1].any() & (carry[2] < _ROUNDS)
+
+    start = (displacement, bad_cells(displacement), jnp.zeros((), jnp.int32))
+    return jax.lax.while_loop(unsound, smoother, start)[0]

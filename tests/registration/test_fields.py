@@ -1,0 +1,117 @@
+"""Deformations that are found are one to one, between voxels, too."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from inputs import random_array
+from scipy.ndimage import gaussian_filter
+
+from jaxreg.registration import Greedy, SyN, register
+from jaxreg.registration.stages.fields import cell_determinants, mended
+from regkernels import Volume
+
+Array = np.ndarray
+
+
+def in_voxels(displacement: Array) -> Array:
+    sizes = np.asarray(displacement.shape[1:-1][::-1])
+    return displacement * (sizes - 1) / 2
+
+
+def kuhn_determinants(displacement: Array) -> Array:
+    """Of the simplices of every cell of one displacement, one cell after the other."""
+    points = in_voxels(displacement)[0]
+    *sizes, ndim = points.shape
+    found = []
+    for corner in itertools.product(*(range(n - 1) for n in sizes)):
+        for order in itertools.permutations(range(ndim)):
+            here, columns, unit = np.array(corner), [], []
+            for axis in order:
+                step = np.eye(ndim, dtype=int)[axis]
+                moved = points[tuple(here + step)] - points[tuple(here)]
+                columns.append(moved + step[::-1])
+                unit.append(step[::-1])
+                here = here + step
+            found.append(np.linalg.det(columns) / np.linalg.det(unit))
+    return np.array(found)
+
+
+def rough(*sizes: int, voxels: float) -> Array:
+    """A displacement of neighbours that know nothing of each other, at rest near the faces."""
+    field = random_array(0, 1, *sizes, len(sizes), dtype=np.float32)
+    inside = np.zeros(sizes, np.float32)
+    inside[tuple(slice(3, -3) for _ in sizes)] = 1
+    return field * inside[..., None] * voxels * 2 / (np.array(sizes[::-1], np.float32) - 1)
+
+
+@pytest.mark.parametrize("sizes", [(6, 7), (4, 5, 6)])
+def test_cells_grow_by_the_determinants_of_their_simplices(sizes: tuple[int, ...]) -> None:
+    field = random_array(1, 1, *sizes, len(sizes), dtype=np.float32)
+    actual = np.stack(cell_determinants(jnp.asarray(field)), axis=-1).ravel()
+    np.testing.assert_allclose(actual, kuhn_determinants(field), rtol=1e-3, atol=1e-3)
+
+
+def test_a_single_slice_has_the_determinants_of_its_plane() -> None:
+    plane = random_array(1, 1, 6, 7, 2, dtype=np.float32)
+    volume = np.concatenate([plane, np.zeros_like(plane[..., :1])], axis=-1)[:, None]
+    for actual, expected in zip(
+        cell_determinants(jnp.asarray(volume)), cell_determinants(jnp.asarray(plane)), strict=True
+    ):
+        np.testing.assert_array_equal(actual[:, 0], expected)
+    point = jnp.zeros((1, 1, 1, 2))
+    np.testing.assert_array_equal(mended(point, 10.0), point)
+
+
+@pytest.mark.parametrize("sizes", [(20, 22), (12, 13, 14), (1, 20, 22)])
+def test_what_is_inside_out_is_smoothed(sizes: tuple[int, ...]) -> None:
+    field = rough(*[n for n in sizes if n > 1], voxels=1.0)
+    if sizes[0] == 1:
+        field = np.concatenate([field, np.zeros_like(field[..., :1])], axis=-1)[:, None]
+    before = np.stack(cell_determinants(jnp.asarray(field)))
+    after = np.stack(cell_determinants(mended(jnp.asarray(field), 10.0)))
+    assert before.min() < 0
+    assert after.min() >= 0.1
+    assert after.max() <= 10
+
+
+def test_all_else_stays_bit_for_bit() -> None:
+    sound = gaussian_filter(rough(12, 13, 14, voxels=1.0), (0, 2, 2, 2, 0))
+    np.testing.assert_array_equal(mended(jnp.asarray(sound), 10.0), sound)
+    torn = np.zeros((1, 40, 41, 2), np.float32)
+    torn[0, 20, 20] = 0.2
+    found = np.asarray(mended(jnp.asarray(torn), 10.0))
+    assert np.any(found != torn)
+    changed = np.argwhere((found != torn).any(axis=-1)[0])
+    assert np.abs(changed - 20).max() < 12
+
+
+def test_a_bound_may_be_chosen() -> None:
+    """Growth alone, which turns nothing inside out, counts from the bound on."""
+    ramp = np.zeros((1, 30, 30, 2), np.float32)
+    ramp[0, :, :15, 0] = -4 * 2 / 29  # a gap of five voxels between two neighbours
+    kept = mended(jnp.asarray(ramp), 6.0)
+    np.testing.assert_array_equal(kept, ramp)
+    found = np.stack(cell_determinants(mended(jnp.asarray(ramp), 3.0)))
+    assert found.max() <= 3
+    with pytest.raises(ValueError, match="volume_change"):
+        SyN(volume_change=1.0)
+
+
+@pytest.mark.parametrize("stage", [SyN, Greedy])
+def test_a_stage_leaves_nothing_inside_out(stage: type[SyN] | type[Greedy]) -> None:
+    """Without anything that holds the deformation back, on images that do not fit at all."""
+    fixed, moving = (gaussian_filter(random_array(k, 24, 24), 1.5) for k in range(2))
+    settings = {"field_sigma": 0.0, "gradient_sigma": 0.7, "regularisation": None}
+    found = {}
+    for bound in (float("inf"), 10.0):
+        loose = stage((1,), (60,), tolerance=0.0, volume_change=bound, **settings)
+        result = register(Volume.create(fixed), Volume.create(moving), [loose])
+        displacement = jnp.asarray(result.transform.displacement)
+        found[bound] = np.stack(cell_determinants(displacement))
+    assert found[10.0].min() >= 0.1
+    assert found[10.0].max() <= 10
+    assert found[float("inf")].min() > 0
