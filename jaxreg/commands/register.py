@@ -252,6 +252,7 @@ def _record(result: Registration, inputs: dict[str, Any], facts: dict[str, str])
             "matrix": np.asarray(result.transform.matrix).tolist(),
         },
         "jacobian": result.folds._asdict(),
+        "mended": result.mended,
         "inverse residual (voxels)": result.inverse_residual._asdict(),
         "doubts": [doubt._asdict() for doubt in result.doubts],
         "stages": [

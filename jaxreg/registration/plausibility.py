@@ -94,7 +94,7 @@ def find_doubts(result: Registration) -> tuple[Doubt, ...]:
     return (
         *_overlap_doubts(found),
         *_scale_doubts(result),
-        *_determinant_doubts(found),
+        *_determinant_doubts(found, result.mended),
         *_loss_doubts(result),
         *_iteration_doubts(result),
     )
@@ -210,7 +210,7 @@ def _overlap_doubts(found: _Found) -> Iterator[Doubt]:
         )
 
 
-def _determinant_doubts(found: _Found) -> Iterator[Doubt]:
+def _determinant_doubts(found: _Found, mended: float) -> Iterator[Doubt]:
     if found.folded > _FOLDED_SHARE:
         what = f"the deformation folds in {_percent(found.folded)} of the voxels"
     elif found.extreme > _EXTREME_SHARE:
@@ -219,6 +219,8 @@ def _determinant_doubts(found: _Found) -> Iterator[Doubt]:
             f"the deformation changes volumes by less than {low:g} or more than {high:g} times in "
             f"{_percent(found.extreme)} of the voxels"
         )
+    elif mended > _FOLDED_SHARE:
+        what = f"the deformation had to be smoothed in {_percent(mended)} of its cells"
     else:
         return
     yield Doubt(

@@ -133,6 +133,9 @@ class Registration:
         the identity.
     fixed_mask, moving_mask
         The masks, `None` where there were none.
+    mended
+        Part of the cells between voxels that a deformation turned inside out, or changed by more
+        than its stage's `Deformable.volume_change`, before it was smoothed there; from 0 to 1.
     """
 
     fixed: Volume
@@ -143,6 +146,7 @@ class Registration:
     start: Matrix | None = None
     fixed_mask: Volume | None = None
     moving_mask: Volume | None = None
+    mended: float = 0.0
 
     @functools.cached_property
     def doubts(self) -> tuple[Doubt, ...]:
@@ -324,8 +328,9 @@ def register(
     if not np.array_equal(alignment.matrix, start):
         found = centre @ np.asarray(alignment.matrix, np.float64) @ np.linalg.inv(centre)
     transform = Transform(fixed.grid, found, alignment.displacement, alignment.inverse_displacement)
+    mended = 0.0 if alignment.mended is None else float(alignment.mended)
     return Registration(
-        fixed, moving, transform, tuple(records), outside, matrix, fixed_mask, moving_mask
+        fixed, moving, transform, tuple(records), outside, matrix, fixed_mask, moving_mask, mended
     )
 
 

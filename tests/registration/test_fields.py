@@ -63,7 +63,7 @@ def test_a_single_slice_has_the_determinants_of_its_plane() -> None:
     ):
         np.testing.assert_array_equal(actual[:, 0], expected)
     point = jnp.zeros((1, 1, 1, 2))
-    np.testing.assert_array_equal(mended(point, 10.0), point)
+    np.testing.assert_array_equal(mended(point, 10.0)[0], point)
 
 
 @pytest.mark.parametrize("sizes", [(20, 22), (12, 13, 14), (1, 20, 22)])
@@ -72,7 +72,7 @@ def test_what_is_inside_out_is_smoothed(sizes: tuple[int, ...]) -> None:
     if sizes[0] == 1:
         field = np.concatenate([field, np.zeros_like(field[..., :1])], axis=-1)[:, None]
     before = np.stack(cell_determinants(jnp.asarray(field)))
-    after = np.stack(cell_determinants(mended(jnp.asarray(field), 10.0)))
+    after = np.stack(cell_determinants(mended(jnp.asarray(field), 10.0)[0]))
     assert before.min() < 0
     assert after.min() >= 0.1
     assert after.max() <= 10
@@ -80,11 +80,15 @@ def test_what_is_inside_out_is_smoothed(sizes: tuple[int, ...]) -> None:
 
 def test_all_else_stays_bit_for_bit() -> None:
     sound = gaussian_filter(rough(12, 13, 14, voxels=1.0), (0, 2, 2, 2, 0))
-    np.testing.assert_array_equal(mended(jnp.asarray(sound), 10.0), sound)
+    found, share = mended(jnp.asarray(sound), 10.0)
+    np.testing.assert_array_equal(found, sound)
+    assert share == 0
     torn = np.zeros((1, 40, 41, 2), np.float32)
     torn[0, 20, 20] = 0.2
-    found = np.asarray(mended(jnp.asarray(torn), 10.0))
+    found, share = map(np.asarray, mended(jnp.asarray(torn), 10.0))
     assert np.any(found != torn)
+    bad = np.any([(d <= 0.1) | (d > 10) for d in cell_determinants(jnp.asarray(torn))], axis=0)
+    np.testing.assert_allclose(share, bad.mean())
     changed = np.argwhere((found != torn).any(axis=-1)[0])
     assert np.abs(changed - 20).max() < 12
 
@@ -93,9 +97,9 @@ def test_a_bound_may_be_chosen() -> None:
     """Growth alone, which turns nothing inside out, counts from the bound on."""
     ramp = np.zeros((1, 30, 30, 2), np.float32)
     ramp[0, :, :15, 0] = -4 * 2 / 29  # a gap of five voxels between two neighbours
-    kept = mended(jnp.asarray(ramp), 6.0)
+    kept, _ = mended(jnp.asarray(ramp), 6.0)
     np.testing.assert_array_equal(kept, ramp)
-    found = np.stack(cell_determinants(mended(jnp.asarray(ramp), 3.0)))
+    found = np.stack(cell_determinants(mended(jnp.asarray(ramp), 3.0)[0]))
     assert found.max() <= 3
     with pytest.raises(ValueError, match="volume_change"):
         SyN(volume_change=1.0)
@@ -114,4 +118,6 @@ def test_a_stage_leaves_nothing_inside_out(stage: type[SyN] | type[Greedy]) -> N
         found[bound] = np.stack(cell_determinants(displacement))
     assert found[10.0].min() >= 0.1
     assert found[10.0].max() <= 10
+    assert result.mended > 1e-3
+    assert "determinant" in [doubt.code for doubt in result.doubts]
     assert found[float("inf")].min() > 0

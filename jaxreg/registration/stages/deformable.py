@@ -233,8 +233,11 @@ class Deformable(Iterative):
             displacement = compose(alignment.displacement, displacement)
             before = alignment.inverse_displacement
             inverse = None if inverse is None or before is None else compose(inverse, before)
-        displacement = mended(displacement, self.volume_change)
-        return Alignment(alignment.matrix, displacement, invert_displacement(displacement, inverse))
+        displacement, share = mended(displacement, self.volume_change)
+        if alignment.mended is not None:
+            share = jnp.maximum(share, alignment.mended)
+        inverse = invert_displacement(displacement, inverse)
+        return Alignment(alignment.matrix, displacement, inverse, share)
 
 
 @functools.partial(jax.jit, static_argnames="stage")

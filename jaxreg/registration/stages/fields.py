@@ -100,7 +100,7 @@ def _determinant(rows: list[list[jax.Array]]) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="volume_change")
-def mended(displacement: jax.Array, volume_change: float) -> jax.Array:
+def mended(displacement: jax.Array, volume_change: float) -> tuple[jax.Array, jax.Array]:
     """Return a displacement that is smoothed where cells between voxels change too much.
 
     Where points come near to each other, or move past each other in opposite directions, a
@@ -115,13 +115,15 @@ def mended(displacement: jax.Array, volume_change: float) -> jax.Array:
 
     Returns
     -------
-    Array
+    displacement
         Of the same shape, and the same values but near such cells. After twenty rounds of smoothing
         it is returned as it is.
+    share
+        How many of the cells were such, from 0 to 1, a scalar.
     """
     long_axes = [axis for axis, size in enumerate(displacement.shape[1:-1], 1) if size > 1]
     if not long_axes:
-        return displacement
+        return displacement, jnp.zeros((), displacement.dtype)
 
     # One over the weight that a Gaussian has, about, on the corners of one cell.
     full = (math.sqrt(2 * math.pi) * _SIGMA / 2) ** len(long_axes)
@@ -152,4 +154,4 @@ def mended(displacement: jax.Array, volume_change: float) -> jax.Array:
         return carry[1].any() & (carry[2] < _ROUNDS)
 
     start = (displacement, bad_cells(displacement), jnp.zeros((), jnp.int32))
-    return jax.lax.while_loop(unsound, smoother, start)[0]
+    return jax.lax.while_loop(unsound, smoother, start)[0], start[1].mean(dtype=displacement.dtype)

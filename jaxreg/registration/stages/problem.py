@@ -68,11 +68,15 @@ class Alignment(NamedTuple):
         nothing is deformed.
     inverse_displacement
         ``e`` with ``(id + d) o (id + e) = id``, likewise.
+    mended
+        The largest share of the cells between voxels that a stage had to smooth, a scalar; `None`
+        as long as nothing is deformed.
     """
 
     matrix: jax.Array
     displacement: jax.Array | None = None
     inverse_displacement: jax.Array | None = None
+    mended: jax.Array | None = None
 
 
 class Level(NamedTuple):
