@@ -58,7 +58,7 @@ def test_an_elastic_body_has_two_parameters() -> None:
 
 def grainy_pair() -> tuple[Volume, Volume]:
     """The same scene, shifted, with noise that has nothing to do with it."""
-    volume = header((40, 48), (2.5, 2.5))
+    volume = header((40, 44), (2.5, 2.5))
     points = physical_grid(volume)
     rng = np.random.default_rng(0)
     noise = (0.15 * rng.normal(size=volume.shape) for _ in range(2))
