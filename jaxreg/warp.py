@@ -26,6 +26,7 @@ from regkernels.options import optional_tuple
 
 Unit = Literal["normalised", "voxel", "mm"]
 Channels = Literal["first", "last"]
+Components = Literal["xyz", "zyx"]
 PaddingMode = Literal["zeros", "border", "reflection"]
 
 INVERSE_TOLERANCE = 0.01
@@ -44,6 +45,9 @@ def interpolate(
     padding_mode: PaddingMode = "zeros",
     align_corners: bool = True,
     deterministic: bool = False,
+    grid_unit: Literal["normalised", "voxel"] = "normalised",
+    grid_channels: Channels = "last",
+    grid_components: Components = "xyz",
 ) -> jax.Array:
     """Sample an image through an affine, a displacement field, or both.
 
@@ -59,7 +63,7 @@ def interpolate(
     affine : float[N, D, D+1], optional
         From output to input coordinates, normalised.
     grid : float[N, *T, D], optional
-        Normalised, components x, y, z.
+        Normalised, components x, y, z, if nothing else is said below.
     affine_last
         Apply the affine after the displacement instead of before.
     is_displacement
@@ -79,6 +83,12 @@ def interpolate(
         Whether the image gradient has the same bits every time on a GPU, too. That takes longer,
         and 8 bytes per element. Each contribution is rounded to a multiple of 2^(k-61) times the
         largest cotangent, with 2^k output voxels: finer than float32, coarser than float64.
+    grid_unit
+        Of displacements: ``"normalised"``, or ``"voxel"`` for voxels of the grid.
+    grid_channels
+        ``"last"``, or ``"first"`` for a grid ``(N, D, *T)``.
+    grid_components
+        ``"xyz"``, or ``"zyx"``, which is yx in the plane: the order of the components.
 
     Returns
     -------
@@ -108,6 +118,9 @@ def interpolate(
             "padding_mode": padding_mode,
             "align_corners": align_corners,
             "deterministic": deterministic,
+            "grid_unit": grid_unit,
+            "grid_channels": grid_channels,
+            "grid_components": grid_components,
         },
     )
 
@@ -124,6 +137,9 @@ def interpolate_labels(
     align_corners: bool = True,
     background: int = 0,
     return_weights: bool = False,
+    grid_unit: Literal["normalised", "voxel"] = "normalised",
+    grid_channels: Channels = "last",
+    grid_components: Components = "xyz",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Sample a label map through an affine, a displacement field, or both.
 
@@ -139,7 +155,7 @@ def interpolate_labels(
     affine : float[N, D, D+1], optional
         From output to input coordinates, normalised.
     grid : float[N, *T, D], optional
-        Normalised, components x, y, z.
+        Normalised, components x, y, z, if nothing else is said below.
     affine_last
         Apply the affine after the displacement instead of before.
     is_displacement
@@ -158,6 +174,12 @@ def interpolate_labels(
     return_weights
         Whether to return, beside the labels, the sum of the weights of each: how much of the
         sample agrees, from 2^-D to 1.
+    grid_unit
+        Of displacements: ``"normalised"``, or ``"voxel"`` for voxels of the grid.
+    grid_channels
+        ``"last"``, or ``"first"`` for a grid ``(N, D, *T)``.
+    grid_components
+        ``"xyz"``, or ``"zyx"``, which is yx in the plane: the order of the components.
 
     Returns
     -------
@@ -182,6 +204,9 @@ def interpolate_labels(
         "padding_mode": padding_mode,
         "align_corners": align_corners,
         "background": background,
+        "grid_unit": grid_unit,
+        "grid_channels": grid_channels,
+        "grid_components": grid_components,
     }
     operands = (labels, affine, grid)
     if not return_weights:
@@ -475,13 +500,15 @@ def convert_displacement(
     align_corners: bool = True,
     source_channels: Channels = "last",
     target_channels: Channels = "last",
+    source_components: Components = "xyz",
+    target_components: Components = "xyz",
 ) -> jax.Array:
     """Change the unit of a displacement field and the place of its components.
 
     Parameters
     ----------
     displacement : float[N, *S, D] or float[N, D, *S]
-        With the components, in x, y, z order, where ``source_channels`` says.
+        With the components where ``source_channels`` and ``source_components`` say.
     source, target
         Units: ``"normalised"`` (half the volume is 1), ``"voxel"`` or ``"mm"`` (along the voxel
         axes).
@@ -491,6 +518,8 @@ def convert_displacement(
         Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
     source_channels, target_channels
         ``"last"`` or ``"first"``: where the components are and shall be.
+    source_components, target_components
+        ``"xyz"`` or ``"zyx"``, xy or yx in the plane: their order, and that of the result.
 
     Returns
     -------
@@ -514,5 +543,7 @@ def convert_displacement(
             "align_corners": align_corners,
             "source_channels": source_channels,
             "target_channels": target_channels,
+            "source_components": source_components,
+            "target_components": target_components,
         },
     )

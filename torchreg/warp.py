@@ -26,6 +26,7 @@ from torchreg._ops import apply, apply_for, widened
 
 Unit = Literal["normalised", "voxel", "mm"]
 Channels = Literal["first", "last"]
+Components = Literal["xyz", "zyx"]
 PaddingMode = Literal["zeros", "border", "reflection"]
 
 
@@ -45,6 +46,9 @@ def interpolate(
     padding_mode: PaddingMode = "zeros",
     align_corners: bool = True,
     deterministic: bool = False,
+    grid_unit: Literal["normalised", "voxel"] = "normalised",
+    grid_channels: Channels = "last",
+    grid_components: Components = "xyz",
 ) -> torch.Tensor:
     """Sample an image through an affine, a displacement field, or both.
 
@@ -60,7 +64,7 @@ def interpolate(
     affine : float[N, D, D+1], optional
         From output to input coordinates, normalised.
     grid : float[N, *T, D], optional
-        Normalised, components x, y, z.
+        Normalised, components x, y, z, if nothing else is said below.
     affine_last
         Apply the affine after the displacement instead of before.
     is_displacement
@@ -81,6 +85,12 @@ def interpolate(
         and 8 bytes per element. Each contribution is rounded to a multiple of 2^(k-61) times the
         largest cotangent, with 2^k output voxels: finer than float32, coarser than float64.
         ``torch.use_deterministic_algorithms`` asks for the same.
+    grid_unit
+        Of displacements: ``"normalised"``, or ``"voxel"`` for voxels of the grid.
+    grid_channels
+        ``"last"``, or ``"first"`` for a grid ``(N, D, *T)``.
+    grid_components
+        ``"xyz"``, or ``"zyx"``, which is yx in the plane: the order of the components.
 
     Returns
     -------
@@ -110,6 +120,9 @@ def interpolate(
             "padding_mode": padding_mode,
             "align_corners": align_corners,
             "deterministic": _deterministic(deterministic),
+            "grid_unit": grid_unit,
+            "grid_channels": grid_channels,
+            "grid_components": grid_components,
         },
     )
 
@@ -126,6 +139,9 @@ def interpolate_labels(
     align_corners: bool = True,
     background: int = 0,
     return_weights: bool = False,
+    grid_unit: Literal["normalised", "voxel"] = "normalised",
+    grid_channels: Channels = "last",
+    grid_components: Components = "xyz",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Sample a label map through an affine, a displacement field, or both.
 
@@ -141,7 +157,7 @@ def interpolate_labels(
     affine : float[N, D, D+1], optional
         From output to input coordinates, normalised.
     grid : float[N, *T, D], optional
-        Normalised, components x, y, z.
+        Normalised, components x, y, z, if nothing else is said below.
     affine_last
         Apply the affine after the displacement instead of before.
     is_displacement
@@ -160,6 +176,12 @@ def interpolate_labels(
     return_weights
         Whether to return, beside the labels, the sum of the weights of each: how much of the
         sample agrees, from 2^-D to 1.
+    grid_unit
+        Of displacements: ``"normalised"``, or ``"voxel"`` for voxels of the grid.
+    grid_channels
+        ``"last"``, or ``"first"`` for a grid ``(N, D, *T)``.
+    grid_components
+        ``"xyz"``, or ``"zyx"``, which is yx in the plane: the order of the components.
 
     Returns
     -------
@@ -184,6 +206,9 @@ def interpolate_labels(
         "padding_mode": padding_mode,
         "align_corners": align_corners,
         "background": background,
+        "grid_unit": grid_unit,
+        "grid_channels": grid_channels,
+        "grid_components": grid_components,
     }
     operands = (labels, affine, grid)
     if not return_weights:
@@ -480,13 +505,15 @@ def convert_displacement(
     align_corners: bool = True,
     source_channels: Channels = "last",
     target_channels: Channels = "last",
+    source_components: Components = "xyz",
+    target_components: Components = "xyz",
 ) -> torch.Tensor:
     """Change the unit of a displacement field and the place of its components.
 
     Parameters
     ----------
     displacement : float[N, *S, D] or float[N, D, *S]
-        With the components, in x, y, z order, where ``source_channels`` says.
+        With the components where ``source_channels`` and ``source_components`` say.
     source, target
         Units: ``"normalised"`` (half the volume is 1), ``"voxel"`` or ``"mm"`` (along the voxel
         axes).
@@ -496,6 +523,8 @@ def convert_displacement(
         Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
     source_channels, target_channels
         ``"last"`` or ``"first"``: where the components are and shall be.
+    source_components, target_components
+        ``"xyz"`` or ``"zyx"``, xy or yx in the plane: their order, and that of the result.
 
     Returns
     -------
@@ -519,5 +548,7 @@ def convert_displacement(
             "align_corners": align_corners,
             "source_channels": source_channels,
             "target_channels": target_channels,
+            "source_components": source_components,
+            "target_components": target_components,
         },
     )

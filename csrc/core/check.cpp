@@ -118,16 +118,21 @@ int check_image(const Call& call, const char* argument) {
   return dimensions;
 }
 
-int check_field(const Call& call, const char* argument) {
+int check_field(const Call& call, const char* argument, bool channels_first) {
   const Tensor& field = call.input(argument);
-  const int dimensions = field.shape.rank() - 3;
-  const bool well_formed =
-      (dimensions == 2 || dimensions == 3) && field.shape[field.shape.rank() - 1] == dimensions;
-  if (!well_formed) fail_shape(call, argument, "(N, Y, X, 2) or (N, Z, Y, X, 3)");
-  for (int axis = 2; axis < field.shape.rank() - 1; ++axis) {
+  const int rank = field.shape.rank(), dimensions = rank - 3;
+  const bool well_formed = (dimensions == 2 || dimensions == 3) &&
+                           field.shape[channels_first ? 2 : rank - 1] == dimensions;
+  if (!well_formed) {
+    fail_shape(
+        call, argument,
+        channels_first ? "(N, 2, Y, X) or (N, 3, Z, Y, X)" : "(N, Y, X, 2) or (N, Z, Y, X, 3)");
+  }
+  const int first = channels_first ? 3 : 2;
+  for (int axis = first; axis < first + dimensions; ++axis) {
     if (field.shape[axis] < 1) fail_shape(call, argument, "with spatial axes of at least 1");
   }
-  check_sizes(call, argument, field_sizes(field));
+  check_sizes(call, argument, channels_first ? image_sizes(field) : field_sizes(field));
   return dimensions;
 }
 

@@ -5,6 +5,7 @@
 #include "core/check.h"
 #include "maths/coordinates.h"
 #include "maths/sampling.h"
+#include "resample/field_layout.h"
 #include "resample/scatter_workspace.h"
 
 namespace regkernels {
@@ -15,6 +16,7 @@ struct ResampleCall {
   const Tensor* input = nullptr;
   const Tensor* affine = nullptr;
   const Tensor* field = nullptr;
+  FieldFormat field_format;
   Sizes in_sizes;
   Sizes out_sizes;
   int dimensions = 3;

@@ -58,8 +58,13 @@ struct FieldGradient {
       for (int64_t n = 1; n < self->shared_items; ++n) {
         add_item(self->resampling.element(group, n), n, voxel, total);
       }
-      store_packed(self->grad_field.at(group, item) + voxel.row(self->resampling.map.out.size) * D,
-                   voxel, total);
+      const R& r = self->resampling;
+      T* const target = self->grad_field.at(group, item);
+      if (r.field_is_packed()) {
+        store_packed(target + voxel.row(r.map.out.size) * D, voxel, total);
+      } else if (voxel.active) {
+        r.field_layout.store_gradient(target, first.voxel_offset(voxel), total);
+      }
     }
 
     static constexpr bool kComputesRows = std::is_same_v<S, T>;
@@ -85,7 +90,10 @@ struct FieldGradient {
       const auto corner = r.template corner_elements<kPixel>();
       const S* const grad =
           first.template out_pointer<kPixel>(self->grad_output.at(group, item), voxel);
-      T* const target = first.template out_pointer<D>(self->grad_field.at(group, item), voxel);
+      T* const field = self->grad_field.at(group, item);
+      T unpacked[near.kCount * D];
+      T* const target =
+          r.field_is_packed() ? first.template out_pointer<D>(field, voxel) : unpacked;
       const typename R::Map::Item map_item = first.item;
       const S* const input = first.input;
       [[maybe_unused]] const bool add = R::Layout::kLast && self->add_field;
@@ -107,6 +115,11 @@ struct FieldGradient {
           }
         }
       });
+      if (r.field_is_packed()) return;
+      for (int i = 0; i < near.kCount; ++i) {
+        r.field_layout.store_gradient(field, first.voxel_offset(voxel) + i,
+                                      load_vec<T, D>(unpacked + i * D));
+      }
     }
   };
 

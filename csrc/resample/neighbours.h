@@ -58,7 +58,18 @@ struct Neighbours {
     const Boundary<T, D> boundary = source.self->boundary;
     const typename R::Map::Item item = source.item;
     const T* field = nullptr;
-    if constexpr (R::kField) field = source.template out_pointer<D>(source.field, first);
+    T unpacked[kCount * D];
+    if constexpr (R::kField) {
+      field = source.template out_pointer<D>(source.field, first);
+      if (!source.self->field_is_packed()) {
+        for (int i = 0; i < kCount; ++i) {
+          const Vec<T, D> u =
+              source.self->field_layout.load(source.field, source.voxel_offset(first) + i);
+          for (int k = 0; k < D; ++k) unpacked[i * D + k] = u[k];
+        }
+        field = unpacked;
+      }
+    }
     int number = 0, between = 0;
     with_known_placement(*source.self, [&](const auto& map) {
 #pragma GCC ivdep

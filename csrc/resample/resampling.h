@@ -10,6 +10,7 @@
 #include "maths/coordinates.h"
 #include "maths/sampling.h"
 #include "maths/voxel_vectors.h"
+#include "resample/field_layout.h"
 #include "resample/layout.h"
 
 namespace regkernels {
@@ -38,6 +39,10 @@ struct Resampling {
   Operand<const S> input;
   Operand<const T> affine;
   Operand<const T> field;
+  FieldLayout<T, D> field_layout;
+
+  // Only where channels lie first, in images, may the field be other than packed.
+  REGKERNELS_HD bool field_is_packed() const { return Layout::kLast || field_layout.packed; }
 
   // A batch element, which is asked for positions and samples.
   struct Element {
@@ -57,6 +62,7 @@ struct Resampling {
     }
     REGKERNELS_HD Vec<T, D> vector(const Voxel& voxel) const {
       if (!kField || field == nullptr) return Vec<T, D>{};
+      if (!self->field_is_packed()) return self->field_layout.load(field, voxel_offset(voxel));
       return load_vec<T, D>(out_pointer<D>(field, voxel));
     }
     REGKERNELS_HD Vec<T, D> position(const Voxel& voxel, const Vec<T, D>& u) const {

@@ -40,6 +40,7 @@ Resampling<S, T, D, kAffine, kField, Layout> make_resampling(const ResampleCall&
   r.input = Operand<const S>(*call.input);
   if (kAffine) r.affine = Operand<const T>(*call.affine);
   r.field = Operand<const T>(*call.field);
+  r.field_layout = FieldLayout<T, D>(call.field_format, out, call.sampling.align_corners);
   return r;
 }
 

@@ -3,6 +3,7 @@
 #include <array>
 
 #include "core/check.h"
+#include "resample/field_layout.h"
 
 namespace regkernels {
 
@@ -12,8 +13,8 @@ struct ConvertDisplacementCall {
   int dimensions;
   Sizes sizes;
   Batch batch;
-  bool source_last;  // components last, or first
-  bool target_last;
+  FieldFormat source;  // where components are, not their unit
+  FieldFormat target;
   std::array<double, 3> factor;  // for each component, x, y, z
 };
 

@@ -16,7 +16,7 @@ struct Conversion {
   int64_t items;
   int64_t volume;  // voxels
   int rows;        // voxels along y
-  bool source_last, target_last;
+  FieldFormat source, target;
   T factor[D];
 
   struct Element {
@@ -29,10 +29,13 @@ struct Conversion {
       Vec<T, D> value;
       REGKERNELS_UNROLL
       for (int k = 0; k < D; ++k) {
-        value[k] = input[self->source_last ? here * D + k : k * self->volume + here];
-        value[k] *= self->factor[k];
+        const int from = self->source.components_reversed ? D - 1 - k : k;
+        const int to = self->target.components_reversed ? D - 1 - k : k;
+        const int64_t place =
+            self->source.channels_first ? from * self->volume + here : here * D + from;
+        value[to] = input[place] * self->factor[k];
       }
-      if (self->target_last) {
+      if (!self->target.channels_first) {
         store_packed(output + row * voxel.row_size * D, voxel, value);
       } else if (voxel.active) {
         REGKERNELS_UNROLL
@@ -60,8 +63,8 @@ void convert(const Device& device, const Call& call, const char* input, const ch
                             batch.items,
                             checked.sizes.voxels(),
                             static_cast<int>(checked.sizes.y),
-                            checked.source_last,
-                            checked.target_last,
+                            checked.source,
+                            checked.target,
                             {}};
       for (int k = 0; k < D; ++k) body.factor[k] = static_cast<T>(checked.factor[k]);
       for_each_voxel(device, voxel_space(batch.groups, batch.items, checked.sizes), body);

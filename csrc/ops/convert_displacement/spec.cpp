@@ -1,6 +1,6 @@
-#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "maths/coordinates.h"
 #include "ops/convert_displacement/call.h"
@@ -11,43 +11,35 @@ namespace regkernels {
 
 namespace {
 
-enum Unit { kNormalised, kVoxel, kMillimetre };
-enum Channels { kLast, kFirst };
+using Unit = LengthUnit;
 
 double voxels_per_unit(Unit unit, int64_t size, double spacing, bool align_corners) {
-  if (unit == kVoxel) return 1;
-  if (unit == kMillimetre) return 1 / spacing;
-  // An axis of one voxel has no extent with align_corners: the scale of two voxels keeps the
-  // conversion invertible, and displacements along it have no effect anyway.
-  return half_extent(align_corners ? std::max<int64_t>(size, 2) : size, align_corners);
+  if (unit == Unit::kVoxel) return 1;
+  if (unit == Unit::kMillimetre) return 1 / spacing;
+  return voxels_per_normalised(size, align_corners);
+}
+
+FieldFormat format_of(const Call& call, const char* channels, const char* components) {
+  return {call.choice<ComponentPlace>(channels) == ComponentPlace::kFirst,
+          call.choice<ComponentOrder>(components) == ComponentOrder::kZyx};
 }
 
 // The adjoint has the same factors as the op itself, with source and target swapped in layout.
 ConvertDisplacementCall check(const Call& call, const char* input, bool is_adjoint) {
   ConvertDisplacementCall checked;
   checked.dtype = check_dtypes(call);
-  const bool last_in = call.choice<Channels>("source_channels") == kLast;
-  const bool last_out = call.choice<Channels>("target_channels") == kLast;
-  checked.source_last = is_adjoint ? last_out : last_in;
-  checked.target_last = is_adjoint ? last_in : last_out;
-  const Shape& shape = call.input(input).shape;
-  const int D = checked.dimensions = shape.rank() - 3;
-  const bool last = checked.source_last;
-  if ((D != 2 && D != 3) || shape[last ? shape.rank() - 1 : 2] != D) {
-    fail_shape(call, input,
-               last ? "(N, Y, X, 2) or (N, Z, Y, X, 3)" : "(N, 2, Y, X) or (N, 3, Z, Y, X)");
-  }
-  checked.sizes = last ? field_sizes(call.input(input)) : image_sizes(call.input(input));
+  checked.source = format_of(call, "source_channels", "source_components");
+  checked.target = format_of(call, "target_channels", "target_components");
+  if (is_adjoint) std::swap(checked.source, checked.target);
+  const bool first = checked.source.channels_first;
+  const int D = checked.dimensions = check_field(call, input, first);
+  checked.sizes = first ? image_sizes(call.input(input)) : field_sizes(call.input(input));
   const int64_t size[3] = {checked.sizes.x, checked.sizes.y, checked.sizes.z};
-  for (int k = 0; k < D; ++k) {
-    if (size[k] < 1) fail_shape(call, input, "with spatial axes of at least 1");
-  }
-  check_sizes(call, input, checked.sizes);
   checked.batch = check_batch(call);
 
   const Unit source = call.choice<Unit>("source"), target = call.choice<Unit>("target");
   const std::vector<double>& spacing = call.numbers("spacing");
-  if (spacing.empty() && (source == kMillimetre) != (target == kMillimetre)) {
+  if (spacing.empty() && (source == Unit::kMillimetre) != (target == Unit::kMillimetre)) {
     fail_value(call, "spacing", "mm per voxel, as a unit is 'mm'", "None");
   }
   if (!spacing.empty() && spacing.size() != static_cast<size_t>(D)) {
@@ -80,9 +72,9 @@ ConvertDisplacementCall check(const Call& call, const char* input, bool is_adjoi
 void infer_converted(Call& call, const char* input, const char* output, bool is_adjoint) {
   const auto& checked = call.keep(check(call, input, is_adjoint));
   Shape shape = {checked.batch.groups, checked.batch.items};
-  if (!checked.target_last) shape.append(checked.dimensions);
+  if (checked.target.channels_first) shape.append(checked.dimensions);
   append_sizes(shape, checked.sizes, checked.dimensions);
-  if (checked.target_last) shape.append(checked.dimensions);
+  if (!checked.target.channels_first) shape.append(checked.dimensions);
   call.set(output, tensor_spec(checked.dtype, shape));
 }
 
@@ -99,6 +91,8 @@ std::vector<Op> convert_displacement_ops() {
       {"align_corners", AttrKind::kBool},
       {"source_channels", AttrKind::kChoice, {"last", "first"}},
       {"target_channels", AttrKind::kChoice, {"last", "first"}},
+      {"source_components", AttrKind::kChoice, {"xyz", "zyx"}},
+      {"target_components", AttrKind::kChoice, {"xyz", "zyx"}},
   };
   return {
       {"convert_displacement",

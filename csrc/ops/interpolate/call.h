@@ -16,6 +16,12 @@ struct InterpolateCall {
   Shape output;
 };
 
+inline FieldFormat grid_format(const Call& call) {
+  return {call.choice<ComponentPlace>("grid_channels") == ComponentPlace::kFirst,
+          call.choice<ComponentOrder>("grid_components") == ComponentOrder::kZyx,
+          call.choice<LengthUnit>("grid_unit") == LengthUnit::kVoxel};
+}
+
 // `sampled` is the name of the input that is sampled.
 InterpolateCall check_interpolate(const Call& call, const char* sampled);
 
@@ -26,6 +32,7 @@ inline ResampleCall interpolation(const Call& call, const char* sampled, Mode mo
   resample.input = &call.input(sampled);
   resample.affine = &call.input("affine");
   resample.field = &call.input("grid");
+  resample.field_format = grid_format(call);
   resample.in_sizes = checked.in_sizes;
   resample.out_sizes = checked.out_sizes;
   resample.dimensions = checked.dimensions;

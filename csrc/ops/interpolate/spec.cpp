@@ -17,17 +17,24 @@ InterpolateCall check_interpolate(const Call& call, const char* sampled) {
   const int D = checked.dimensions;
   checked.in_sizes = checked.out_sizes = image_sizes(image);
   if (affine.present) check_affine(call, "affine", D);
-  if (grid.present && check_field(call, "grid") != D) {
-    fail_shape(call, "grid",
-               concat(D == 3 ? "(N, Z, Y, X, 3)" : "(N, Y, X, 2)", ", as ", sampled, " has ", D,
-                      " spatial axes"));
+  const FieldFormat format = grid_format(call);
+  if (grid.present && check_field(call, "grid", format.channels_first) != D) {
+    const char* const expected = format.channels_first ? D == 3 ? "(N, 3, Z, Y, X)" : "(N, 2, Y, X)"
+                                 : D == 3              ? "(N, Z, Y, X, 3)"
+                                                       : "(N, Y, X, 2)";
+    fail_shape(call, "grid", concat(expected, ", as ", sampled, " has ", D, " spatial axes"));
+  }
+  if (format.in_voxels && !call.flag("is_displacement")) {
+    fail_value(call, "grid_unit", "'normalised', as is_displacement is False", "'voxel'");
   }
   if (!grid.present && !call.flag("is_displacement")) {
     fail_value(call, "grid", "a field of coordinates, as is_displacement is False", "None");
   }
 
   const std::vector<int64_t>& out_shape = call.integers("out_shape");
-  if (grid.present) checked.out_sizes = field_sizes(grid);
+  if (grid.present) {
+    checked.out_sizes = format.channels_first ? image_sizes(grid) : field_sizes(grid);
+  }
   if (!out_shape.empty()) {
     const size_t count = out_shape.size();
     std::string got = "(";
@@ -96,6 +103,9 @@ std::vector<Op> interpolate_ops() {
       {"padding_mode", AttrKind::kChoice, {"zeros", "border", "reflection"}},
       {"align_corners", AttrKind::kBool},
       {"deterministic", AttrKind::kBool},
+      {"grid_unit", AttrKind::kChoice, {"normalised", "voxel"}},
+      {"grid_channels", AttrKind::kChoice, {"last", "first"}},
+      {"grid_components", AttrKind::kChoice, {"xyz", "zyx"}},
   };
   return {
       {"interpolate",
