@@ -27,9 +27,6 @@ struct ContinuedImage {
     const int64_t rows = static_cast<int64_t>(nearest_index(z, size[2])) * size[1];
     return data + (rows + nearest_index(y, size[1])) * size[0];
   }
-  REGKERNELS_HD Arithmetic<S> operator()(int x, int y, int z) const {
-    return to_arithmetic(row(y, z)[nearest_index(x, size[0])]);
-  }
 };
 
 template <class S_, int D_>
