@@ -7,6 +7,13 @@
 #define REGKERNELS_HD inline __attribute__((always_inline))
 #endif
 
+// Marks likewise what is rarely called: inlined, it would take registers from the code around it.
+#ifdef __CUDACC__
+#define REGKERNELS_HD_APART __host__ __device__ __noinline__
+#else
+#define REGKERNELS_HD_APART __attribute__((noinline))
+#endif
+
 // Unrolls the loop that follows, so that arrays indexed by its counter can live in registers.
 #if defined(__CUDA_ARCH__)
 #define REGKERNELS_UNROLL _Pragma("unroll")

@@ -133,15 +133,16 @@ inline __attribute__((always_inline)) void for_each_axis(const Body& body) {
   }
 }
 
-// The voxels of a row together, where they are far from the border and the gradient is a formula.
+// The elastic energy of the voxels of a row together, where they are far from the border and the
+// gradient is a formula.
 // The loop is over numbers, whichever component they are of, as vector code has it: what is meant
 // for one component is computed for all, and kept for that one.
 template <class Body>
-class PullRows {
+class ElasticRows {
  public:
   using T = typename Body::T;
 
-  PullRows(const Body& body, const VoxelSpace& space, Scratch& scratch)
+  ElasticRows(const Body& body, const VoxelSpace& space, Scratch& scratch)
       : body_(body),
         space_(space),
         by_voxel_(body, space, scratch),
@@ -261,7 +262,9 @@ class PullRows {
 
 template <class Body, class = void>
 struct RowsOf {
-  using type = std::conditional_t<Body::EnergyOfSlopes::kHasPull, PullRows<Body>, SlopeRows<Body>>;
+  static constexpr bool kElastic =
+      std::is_same_v<typename Body::EnergyOfSlopes, ElasticEnergy<typename Body::T, Body::kAxes>>;
+  using type = std::conditional_t<kElastic, ElasticRows<Body>, SlopeRows<Body>>;
 };
 template <class Body>
 struct RowsOf<Body, std::void_t<typename Body::EnergyOfComponent>> {

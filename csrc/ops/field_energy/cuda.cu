@@ -111,29 +111,61 @@ __device__ __forceinline__ T sum_of_tile(const ComponentEnergy<T, D, Kind>& body
   return unit * sum;
 }
 
+// Stores the gradient at the ends of a tile's rows. Threads take these voxels together: beside the
+// voxels of their rows each would make its warp wait, which has a formula.
+template <class Element, int D>
+__device__ __forceinline__ void store_row_ends(const Element& element, const VoxelSpace& space,
+                                               const Tile& tile, IntTag<D>) {
+  static_assert(2 * kRowsPerBlock * kEnergyPlanes == kWarp * kRowsPerBlock, "one for each thread");
+  const int thread = threadIdx.y * kWarp + threadIdx.x;
+  const int column = thread / (kRowsPerBlock * kEnergyPlanes);
+  const int y = tile.y - static_cast<int>(threadIdx.y) + thread % kRowsPerBlock;
+  const int z = tile.z + thread / kRowsPerBlock % kEnergyPlanes;
+  if (y >= space.y || z >= tile.end_z) return;
+  REGKERNELS_NO_UNROLL
+  for (int end = 0; end < 2; ++end) {
+    const int x = end == 0 ? column : space.x - 2 + column;
+    if (x < tile.first || x >= min(tile.first + kWarp, space.x)) continue;
+    const Vec<int, D> i = voxel_index<D>(Voxel{z, y, x, true, tile.first, space.x});
+    if (element.at_row_end(i)) element.store_gathered(i);
+  }
+}
+
 // The energy of the voxels that a thread visits in a tile, and the gradient.
 template <bool kGradient, class T, int D, class Kind>
 __device__ __forceinline__ T sum_of_tile(const SlopeEnergy<T, D, Kind>& body,
                                          const VoxelSpace& space, int64_t group, int64_t item,
                                          const Tile& tile) {
-  if (tile.y >= space.y) return 0;  // a whole warp at a time
+  constexpr bool kRowEndsLast = kGradient && Kind::kHasPull;
   const int lane_x = tile.first + static_cast<int>(threadIdx.x);
   const bool active = lane_x < space.x;
   const int x = active ? lane_x : space.x - 1;
   auto element = body.element(group, item);
   if (!kGradient) element.gradient = nullptr;
   T sum = 0;
+  const int end_z = tile.y < space.y ? tile.end_z : tile.z;  // for a whole warp at a time
 #pragma unroll 1
-  for (int z = tile.z; z < tile.end_z; ++z) {
-    const T energy = element(Voxel{z, tile.y, x, active, tile.first, space.x});
+  for (int z = tile.z; z < end_z; ++z) {
+    const T energy = element(Voxel{z, tile.y, x, active, tile.first, space.x}, !kRowEndsLast);
     if (active) sum += energy;
+  }
+  if constexpr (kRowEndsLast) {
+    __syncthreads();
+    store_row_ends(element, space, tile, IntTag<D>{});
   }
   return sum;
 }
 
+// For how many blocks per multiprocessor the compiler must leave registers.
+template <bool kGradient, class Body>
+inline constexpr int kMinBlocks = 1;
+template <class T, int D, class Kind>
+inline constexpr int kMinBlocks<true, SlopeEnergy<T, D, Kind>> =
+    Kind::kHasPull && sizeof(T) == sizeof(float) ? 3 : 2;
+
 // Each block leaves the sum of one part of an item in `partial`, unless that is null.
 template <bool kGradient, class Body>
-__global__ void __launch_bounds__(kWarp* kRowsPerBlock)
+__global__ void __launch_bounds__(kWarp* kRowsPerBlock, (kMinBlocks<kGradient, Body>))
     sum_parts_kernel(const __grid_constant__ Body body, const __grid_constant__ VoxelSpace space,
                      int64_t parts, typename Body::T* partial) {
   using T = typename Body::T;

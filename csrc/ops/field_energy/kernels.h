@@ -276,7 +276,25 @@ struct ElasticEnergy {
 // The square of the divergence.
 template <class T, int D>
 struct DivergenceEnergy {
-  static constexpr bool kHasPull = false;
+  static constexpr bool kHasPull = true;
+  T half[D];  // what a difference two steps wide is multiplied by
+
+  void set_coefficients(const T (&of_slopes)[D]) {
+    for (int k = 0; k < D; ++k) half[k] = T(0.5) * of_slopes[k];
+  }
+
+  // At a voxel whose numbers begin at `u`.
+  REGKERNELS_HD T central(const T* u, const int64_t (&stride)[D]) const {
+    T sum = 0;
+    REGKERNELS_UNROLL
+    for (int a = 0; a < D; ++a) sum += half[a] * (u[a + stride[a]] - u[a - stride[a]]);
+    return sum;
+  }
+  // The derivative of the sum over the volume by component k of a voxel.
+  REGKERNELS_HD T pull(const T* u, const int64_t (&stride)[D], int k) const {
+    return 2 * half[k] * (central(u - stride[k], stride) - central(u + stride[k], stride));
+  }
+
   REGKERNELS_HD static T divergence(const Matrix<T, D>& slopes) {
     T sum = 0;
     REGKERNELS_UNROLL
@@ -346,13 +364,18 @@ struct SlopeEnergy {
     T* gradient;  // null: nobody asks for it
     T scale;      // of the gradient
 
-    REGKERNELS_HD bool far_from_border(const Vec<int, D>& i) const {
+    // Whether a voxel is two voxels and more from both ends of the axes from a first one on.
+    REGKERNELS_HD bool far_from_border(const Vec<int, D>& i, int first_axis = 0) const {
       bool far = true;
       REGKERNELS_UNROLL
-      for (int a = 0; a < D; ++a) {
+      for (int a = first_axis; a < D; ++a) {
         far = far && i[a] >= 2 && i[a] + 2 < self->differences.frame.size[a];
       }
       return far;
+    }
+    // Whether a voxel has to gather the gradient near one of the ends of its row alone.
+    REGKERNELS_HD bool at_row_end(const Vec<int, D>& i) const {
+      return far_from_border(i, 1) && !far_from_border(i);
     }
 
     // The derivative of the sum over the volume by the displacement at a voxel.
@@ -369,24 +392,39 @@ struct SlopeEnergy {
       return sum;
     }
 
-    // Returns the energy of the voxel. Every lane of the warp must take part.
-    REGKERNELS_HD T operator()(const Voxel& voxel) const {
+    // Where there is a formula, few voxels gather.
+    REGKERNELS_HD_APART static Vec<T, D> gathered_apart(const Element element,
+                                                        const Vec<int, D> i) {
+      return element.gathered(i);
+    }
+
+    REGKERNELS_HD void store_gathered(const Vec<int, D>& i) const {
+      const Vec<T, D> sum = gathered_apart(*this, i);
+      T* const to = gradient + self->differences.offset(i) * D;
+      REGKERNELS_UNROLL
+      for (int k = 0; k < D; ++k) to[k] = sum[k] * scale;
+    }
+
+    // Returns the energy of the voxel. Every lane of the warp must take part. Where `row_ends` is
+    // not set, somebody else stores the gradient there afterwards.
+    REGKERNELS_HD T operator()(const Voxel& voxel, bool row_ends = true) const {
       const Differences<T, D>& d = self->differences;
       const Vec<int, D> i = voxel_index<D>(voxel);
       const T energy = self->kind.energy(d.slopes(displacement, i));
       if (gradient != nullptr) {
         Vec<T, D> sum{};
-        bool gathers = true;
         if constexpr (Kind::kHasPull) {
           if (far_from_border(i)) {
-            gathers = false;
             REGKERNELS_UNROLL
             for (int k = 0; k < D; ++k) {
               sum[k] = self->kind.pull(displacement + d.offset(i) * D, self->stride, k);
             }
+          } else if (row_ends || !at_row_end(i)) {
+            sum = gathered_apart(*this, i);
           }
+        } else {
+          sum = gathered(i);
         }
-        if (gathers) sum = gathered(i);
         REGKERNELS_UNROLL
         for (int k = 0; k < D; ++k) sum[k] *= scale;
         store_packed(gradient + voxel.row(d.frame.size) * D, voxel, sum);

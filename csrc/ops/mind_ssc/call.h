@@ -52,11 +52,8 @@ struct Surroundings {
   REGKERNELS_HD int64_t offset(int x, int y, int z) const {
     return (z + margin[2]) * stride(2) + (y + margin[1]) * stride(1) + (x + margin[0]);
   }
-  REGKERNELS_HD bool contains(int x, int y, int z) const {
-    const auto within = [this](int i, int axis) {
-      return static_cast<unsigned>(i + margin[axis]) < static_cast<unsigned>(extent(axis));
-    };
-    return within(x, 0) & within(y, 1) & within(z, 2);
+  REGKERNELS_HD bool contains(int i, int axis) const {
+    return static_cast<unsigned>(i + margin[axis]) < static_cast<unsigned>(extent(axis));
   }
 };
 

@@ -62,25 +62,32 @@ struct PairDistances {
   }
 };
 
-// Reads the distances of the voxels of a volume.
+// Reads the distances of the voxels of a volume. The products of strides are the same for all of
+// them, and are computed once.
 template <class T, int D>
 struct DistanceReader {
+  static constexpr int kFamilies = pair_families(D);
   const T* data;
   Surroundings<D> around;
-  int dilation;
+  int64_t voxels;
+  int64_t shift[kFamilies];  // from the distance of a family's first channel to that of its second
 
-  REGKERNELS_HD PairDistances<T, D> operator()(int64_t volume, int x, int y, int z) const {
-    constexpr int kFamilies = pair_families(D);
-    PairDistances<T, D> result;
-    const int64_t voxels = around.voxels();
-    const T* family = data + volume * pair_families(D) * voxels + around.offset(x, y, z);
-    REGKERNELS_UNROLL
+  DistanceReader(const T* data, const Surroundings<D>& around, int dilation)
+      : data(data), around(around), voxels(around.voxels()) {
     for (int f = 0; f < kFamilies; ++f) {
       const PatchPair pair = patch_pair(f, dilation);
-      const int64_t shift =
+      shift[f] =
           pair.shift(0) + pair.shift(1) * around.stride(1) + pair.shift(2) * around.stride(2);
+    }
+  }
+
+  REGKERNELS_HD PairDistances<T, D> operator()(int64_t volume, int x, int y, int z) const {
+    PairDistances<T, D> result;
+    const T* family = data + volume * kFamilies * voxels + around.offset(x, y, z);
+    REGKERNELS_UNROLL
+    for (int f = 0; f < kFamilies; ++f) {
       result.distance[2 * f] = family[0];
-      result.distance[2 * f + 1] = family[shift];
+      result.distance[2 * f + 1] = family[shift[f]];
       family += voxels;
     }
     result.find_variance();
@@ -134,7 +141,8 @@ REGKERNELS_HD T descriptor(T distances_beyond) {
 template <class S, int D>
 struct Descriptors {
   using T = Arithmetic<S>;
-  static constexpr int kDepth = 1, kUnroll = 1, kMinBlocks = 4;
+  static constexpr int kDepth = 4, kUnroll = 1;
+  static constexpr int kMinBlocks = sizeof(T) == sizeof(double) ? 3 : 4;
   Volumes<D> volumes;
   DistanceReader<T, D> distances;
   const T* mean;
@@ -150,12 +158,12 @@ struct Descriptors {
       constexpr int kChannels = descriptor_channels(D);
       const PairDistances<T, D> pairs = self->distances(volume, voxel.x, voxel.y, voxel.z);
       const T scale = bounds.constant() ? T(0) : 1 / bounds.bounded(pairs.variance);
+      if (!voxel.active) return;
       S* out = output + voxel.row(self->volumes.around.size) + voxel.x;
       const int64_t voxels = self->volumes.voxels();
       REGKERNELS_UNROLL
-      for (int k = 0; k < kChannels; ++k) {
-        const T value = descriptor((pairs.distance[k] - pairs.least) * scale);
-        if (voxel.active) out[k * voxels] = to_storage<S>(value);
+      for (int k = 0; k < kChannels; ++k, out += voxels) {
+        *out = to_storage<S>(descriptor((pairs.distance[k] - pairs.least) * scale));
       }
     }
   };
@@ -174,7 +182,7 @@ struct Descriptors {
 template <class S, int D>
 struct DistanceSlopes {
   using T = Arithmetic<S>;
-  static constexpr int kDepth = 1, kUnroll = 1;
+  static constexpr int kDepth = 4, kUnroll = 1;
   static constexpr int kMinBlocks = sizeof(T) == sizeof(double) ? 2 : 3;
   Volumes<D> volumes;
   DistanceReader<T, D> distances;
@@ -196,22 +204,24 @@ struct DistanceSlopes {
       const T scale = bounds.constant() ? T(0) : 1 / bounds.bounded(pairs.variance);
       const int64_t voxels = self->volumes.voxels();
       const int64_t place = voxel.row(self->volumes.around.size) + voxel.x;
+      const S* of_channel = grad + place;
       T slope[kChannels];  // by the quotient of distance and variance
       T by_least = 0, by_variance = 0;
       REGKERNELS_UNROLL
-      for (int k = 0; k < kChannels; ++k) {
+      for (int k = 0; k < kChannels; ++k, of_channel += voxels) {
         const T quotient = (pairs.distance[k] - pairs.least) * scale;
-        slope[k] = -to_arithmetic(grad[place + k * voxels]) * descriptor(quotient);
+        slope[k] = -to_arithmetic(*of_channel) * descriptor(quotient);
         by_least += slope[k];
         by_variance += slope[k] * quotient;
       }
       if (!bounds.within(pairs.variance)) by_variance = 0;
       const T shared = by_variance / kChannels;
+      if (!voxel.active) return;
+      T* out = slopes + place;
       REGKERNELS_UNROLL
-      for (int k = 0; k < kChannels; ++k) {
+      for (int k = 0; k < kChannels; ++k, out += voxels) {
         const T of_nearest = k == pairs.nearest ? by_least - by_variance : T(0);
-        const T value = (slope[k] - shared - of_nearest) * scale;
-        if (voxel.active) slopes[place + k * voxels] = value;
+        *out = (slope[k] - shared - of_nearest) * scale;
       }
     }
   };
@@ -226,62 +236,75 @@ struct DistanceSlopes {
 };
 
 // The gradient of the image continued beyond its border, by half: each voxel collects from the
-// squared differences that it enters.
+// squared differences that it enters. Those are a step along one axis away from it, and the other
+// values in them a step along each of two.
 template <class S, int D>
 struct ContinuedGradient {
   using T = Arithmetic<S>;
-  static constexpr int kDepth = 1, kUnroll = 1, kMinBlocks = 3;
+  static constexpr int kDepth = 4, kUnroll = 1, kMinBlocks = 3;
   Volumes<D> volumes;  // with what surrounds them
-  int dilation;
+  int dilation;        // the length of a step
   const S* image;
   const T* families;
   T* gradient;
 
   struct Element {
     const ContinuedGradient* self;
-    ContinuedImage<S> image;
+    const S* image;
     const T* families;
     T* gradient;
 
-    // Adds the gradient of a family's squared difference, the one at `from`, by one of the two
-    // values in it, `mine`; the `other` place has the other.
-    REGKERNELS_HD void collect(const T* family, const int (&from)[3], const int (&other)[3], T mine,
-                               T& sum) const {
-      const Surroundings<D>& around = self->volumes.around;
-      const bool inside = around.contains(from[0], from[1], from[2]);
-      const T weight = inside ? family[around.offset(from[0], from[1], from[2])] : T(0);
-      sum += weight * (mine - image(other[0], other[1], other[2]));
-    }
-
     REGKERNELS_HD void operator()(const Voxel& voxel) const {
-      const Surroundings<D>& around = self->volumes.around;
-      const int x = voxel.x - around.margin[0], y = voxel.y - around.margin[1];
-      const int z = voxel.z - around.margin[2];
-      const T mine = image(x, y, z);
       constexpr int kFamilies = pair_families(D);
+      const Surroundings<D>& around = self->volumes.around;
+      const int place[3] = {voxel.x - around.margin[0], voxel.y - around.margin[1],
+                            voxel.z - around.margin[2]};
+      // By axis, for a step back, none and one ahead: where the image is, and the families are.
+      int64_t in_image[3][3], in_family[3][3];
+      bool inside[3][3];
+      int64_t stride = 1;
+      REGKERNELS_UNROLL
+      for (int axis = 0; axis < 3; ++axis) {
+        REGKERNELS_UNROLL
+        for (int way = 0; way < 3; ++way) {
+          const int i = place[axis] + (way - 1) * self->dilation;
+          in_image[axis][way] = nearest_index(i, around.size[axis]) * stride;
+          in_family[axis][way] = (i + around.margin[axis]) * around.stride(axis);
+          inside[axis][way] = around.contains(i, axis);
+        }
+        stride *= around.size[axis];
+      }
+      const auto image_at = [&](const int (&ways)[3]) {
+        return to_arithmetic(
+            image[in_image[0][1 + ways[0]] + in_image[1][1 + ways[1]] + in_image[2][1 + ways[2]]]);
+      };
+      const T mine = image_at({0, 0, 0});
       const T* family = families;
       T sum = 0;
+      // Adds the gradient of the squared difference a step against `from`, whose other value is a
+      // step along `to` from there.
+      const auto collect = [&](const int (&from)[3], const int (&to)[3]) {
+        const bool there = inside[0][1 - from[0]] & inside[1][1 - from[1]] & inside[2][1 - from[2]];
+        const int64_t offset =
+            in_family[0][1 - from[0]] + in_family[1][1 - from[1]] + in_family[2][1 - from[2]];
+        const T weight = there ? family[offset] : T(0);
+        sum += weight * (mine - image_at({to[0] - from[0], to[1] - from[1], to[2] - from[2]}));
+      };
       REGKERNELS_UNROLL
       for (int f = 0; f < kFamilies; ++f) {
-        const PatchPair pair = patch_pair(f, self->dilation);
-        const int from_p[3] = {x - pair.p[0], y - pair.p[1], z - pair.p[2]};
-        const int from_q[3] = {x - pair.q[0], y - pair.q[1], z - pair.q[2]};
-        const int at_q[3] = {from_p[0] + pair.q[0], from_p[1] + pair.q[1], from_p[2] + pair.q[2]};
-        const int at_p[3] = {from_q[0] + pair.p[0], from_q[1] + pair.p[1], from_q[2] + pair.p[2]};
-        collect(family, from_p, at_q, mine, sum);
-        collect(family, from_q, at_p, mine, sum);
+        const PatchPair pair = patch_pair(f, 1);
+        collect(pair.p, pair.q);
+        collect(pair.q, pair.p);
         family += around.voxels();
       }
-      if (voxel.active) gradient[around.offset(x, y, z)] = sum;
+      if (voxel.active) gradient[around.offset(place[0], place[1], place[2])] = sum;
     }
   };
 
   REGKERNELS_HD Element element(int64_t group, int64_t item) const {
     const Surroundings<D>& around = volumes.around;
     const int64_t number = volumes.number(group, item);
-    return {this,
-            {image + volumes.of_image(group, item) * volumes.voxels(),
-             {around.size[0], around.size[1], around.size[2]}},
+    return {this, image + volumes.of_image(group, item) * volumes.voxels(),
             families + number * pair_families(D) * around.voxels(),
             gradient + number * around.voxels()};
   }
@@ -291,6 +314,7 @@ struct ContinuedGradient {
 template <class S, int D>
 struct FoldedGradient {
   using T = Arithmetic<S>;
+  static constexpr int kDepth = 4, kUnroll = 1, kMinBlocks = 4;
   Volumes<D> volumes;  // with what surrounds them
   const T* continued;
   S* gradient;

@@ -1,8 +1,9 @@
 // What is averaged over patches: squared differences on the way to the descriptors, and on the way
 // back the gradients of the distances.
 //
-// Each has a view of one family in one volume, `view(x, y, z)`, at positions in and around the
-// volume; on the CPU `view.row(...)` is a run of them along x.
+// Each has a view of one family in one volume. What it has at a position in or around the volume it
+// combines from two arrays, each of which it reads at a displacement from there. On the CPU
+// `view.row(...)` is a run of such values along x.
 #pragma once
 
 #include <algorithm>
@@ -26,9 +27,6 @@ struct ContinuedImage {
     const int64_t rows = static_cast<int64_t>(nearest_index(z, size[2])) * size[1];
     return data + (rows + nearest_index(y, size[1])) * size[0];
   }
-  REGKERNELS_HD Arithmetic<S> operator()(int x, int y, int z) const {
-    return to_arithmetic(row(y, z)[nearest_index(x, size[0])]);
-  }
 };
 
 template <class S_, int D_>
@@ -41,14 +39,16 @@ struct SquaredDifferences {
   int dilation;
 
   struct View {
+    using S = S_;
+    static constexpr bool kContinued = true;  // beyond the border
     ContinuedImage<S> image;
     PatchPair pair;
 
-    REGKERNELS_HD T operator()(int x, int y, int z) const {
-      const T difference = image(x + pair.p[0], y + pair.p[1], z + pair.p[2]) -
-                           image(x + pair.q[0], y + pair.q[1], z + pair.q[2]);
-      return difference * difference;
+    REGKERNELS_HD const S* array(int) const { return image.data; }
+    REGKERNELS_HD int displacement(int array, int axis) const {
+      return array == 0 ? pair.p[axis] : pair.q[axis];
     }
+    REGKERNELS_HD static T combined(T a, T b) { return (a - b) * (a - b); }
 
     void row(int first, int count, int y, int z, T* __restrict__ out) const {
       const S* const a = image.row(y + pair.p[1], z + pair.p[2]);
@@ -56,8 +56,7 @@ struct SquaredDifferences {
       const int size = image.size[0];
       const int along_a = first + pair.p[0], along_b = first + pair.q[0];
       const auto at = [&](int ia, int ib) {
-        const T difference = to_arithmetic(a[ia]) - to_arithmetic(b[ib]);
-        return difference * difference;
+        return combined(to_arithmetic(a[ia]), to_arithmetic(b[ib]));
       };
       // Where neither neighbour lies beyond the border there is nothing to choose.
       const int begin = std::clamp(-std::min(along_a, along_b), 0, count);
@@ -91,29 +90,22 @@ struct DistanceGradients {
   int dilation;
 
   struct View {
+    using S = T_;
+    static constexpr bool kContinued = false;
     const T* first;
     const T* second;
     int size[3];
     PatchPair pair;
 
-    REGKERNELS_HD bool has_row(int y, int z) const {
-      return y >= 0 && y < size[1] && z >= 0 && z < size[2];
+    REGKERNELS_HD const T* array(int array) const { return array == 0 ? first : second; }
+    REGKERNELS_HD int displacement(int array, int axis) const {
+      return array == 0 ? 0 : -pair.shift(axis);
     }
-    REGKERNELS_HD int64_t row_offset(int y, int z) const {
-      return (static_cast<int64_t>(z) * size[1] + y) * size[0];
-    }
-    REGKERNELS_HD T value(const T* channel, int x, int y, int z) const {
-      const bool inside = x >= 0 && x < size[0] && has_row(y, z);
-      return inside ? channel[row_offset(y, z) + x] : T(0);
-    }
-    REGKERNELS_HD T operator()(int x, int y, int z) const {
-      return value(first, x, y, z) +
-             value(second, x - pair.shift(0), y - pair.shift(1), z - pair.shift(2));
-    }
+    REGKERNELS_HD static T combined(T a, T b) { return a + b; }
 
     void add_row(const T* channel, int from, int count, int y, int z, T* __restrict__ out) const {
-      if (!has_row(y, z)) return;
-      const T* const row = channel + row_offset(y, z);
+      if (y < 0 || y >= size[1] || z < 0 || z >= size[2]) return;
+      const T* const row = channel + (static_cast<int64_t>(z) * size[1] + y) * size[0];
       const int begin = std::max(0, -from), end = std::min(count, size[0] - from);
       for (int i = begin; i < end; ++i) out[i] += row[from + i];
     }
