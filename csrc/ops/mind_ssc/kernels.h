@@ -62,8 +62,8 @@ struct PairDistances {
   }
 };
 
-// Reads the distances of the voxels of a volume. What it multiplies strides for is the same for all
-// of them, and is done once.
+// Reads the distances of the voxels of a volume. The products of strides are the same for all of
+// them, and are computed once.
 template <class T, int D>
 struct DistanceReader {
   static constexpr int kFamilies = pair_families(D);
@@ -141,7 +141,8 @@ REGKERNELS_HD T descriptor(T distances_beyond) {
 template <class S, int D>
 struct Descriptors {
   using T = Arithmetic<S>;
-  static constexpr int kDepth = 4, kUnroll = 1, kMinBlocks = 4;
+  static constexpr int kDepth = 4, kUnroll = 1;
+  static constexpr int kMinBlocks = sizeof(T) == sizeof(double) ? 2 : 4;
   Volumes<D> volumes;
   DistanceReader<T, D> distances;
   const T* mean;
