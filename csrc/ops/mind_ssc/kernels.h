@@ -142,7 +142,7 @@ template <class S, int D>
 struct Descriptors {
   using T = Arithmetic<S>;
   static constexpr int kDepth = 4, kUnroll = 1;
-  static constexpr int kMinBlocks = sizeof(T) == sizeof(double) ? 3 : 4;
+  static constexpr int kMinBlocks = sizeof(T) == sizeof(double) ? 2 : 4;
   Volumes<D> volumes;
   DistanceReader<T, D> distances;
   const T* mean;
