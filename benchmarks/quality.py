@@ -289,9 +289,11 @@ def register_with_ants(
         )
         return np.rint(array.numpy().T).astype(np.int32)
 
+    # Of an affine there is the matrix alone, on the way back, too.
+    inverted = [name.endswith(".mat") for name in found["invtransforms"]]
     return {
         "there": moved(fixed, moving, found["fwdtransforms"]),
-        "home": moved(moving, fixed, found["invtransforms"], whichtoinvert=[True, False]),
+        "home": moved(moving, fixed, found["invtransforms"], whichtoinvert=inverted),
         "seconds": np.array(seconds),
     }
 
