@@ -32,11 +32,12 @@ def lncc_loss(
     pred: ArrayLike,
     target: ArrayLike,
     *,
-    kernel_size: int = 7,
+    kernel_size: int | Sequence[int] = 7,
     window: str = "rectangular",
     sigma: float | None = None,
     smooth_nr: float = 0.0,
     smooth_dr: float = 1e-5,
+    smooth_product: float = 0.0,
     common_variance: float = 0.0,
     both_flat: float | None = None,
     mask: ArrayLike | None = None,
@@ -49,7 +50,7 @@ def lncc_loss(
 
         cross = sum(I J) - sum(I) sum(J) / m
         v_I   = max(sum(I I) - sum(I)^2 / m, smooth_dr)         v_J likewise
-        ncc   = (cross^2 + smooth_nr) / (v_I v_J)               loss = -mean(ncc)
+        ncc   = (cross^2 + smooth_nr) / (v_I v_J + smooth_product)            loss = -mean(ncc)
 
     With a ``common_variance`` c, m c is added to cross, v_I and v_J: the images are compared as if
     they shared, besides what they show, a pattern of that variance.
@@ -67,13 +68,19 @@ def lncc_loss(
     target : float[N, C, *S]
         The same channels and spatial axes. Each batch size is N or 1.
     kernel_size
-        Voxels along a side of the window: odd, from 3 to 31.
+        Voxels along a side of the window: odd, from 3 to 31. Or a size for each axis, ``([z,] y,
+        x)``, odd, from 1 on, and 3 or more for some.
     window
-        "rectangular", or "gaussian" with weights ``exp(-d^2 / (2 sigma^2))`` along each axis.
+        "rectangular"; "gaussian" with weights ``exp(-d^2 / (2 sigma^2))`` along each axis; or
+        "triangular" with weights ``max(f - |d|, 0) / f^2``, f being the largest odd number up to
+        ``(kernel_size + 1) / 2``, as in MONAI.
     sigma
-        Of the Gaussian, in voxels; a third of ``kernel_size`` when ``None``.
+        Of the Gaussian, in voxels; a third of the window's size when ``None``.
     smooth_nr, smooth_dr
         Added to the numerator, at least 0; the least variance, at least 1e-18.
+    smooth_product
+        Added to the product of the variances, from 0 to 1e18. VoxelMorph's loss has 1e-5 there, and
+        no least variance.
     common_variance
         In squared intensities, at least 0. Windows that vary by much less in both images are alike,
         so that noise where there is no contrast is not matched; one that varies by much more has
@@ -104,11 +111,12 @@ def lncc_loss(
         "lncc_loss",
         (pred, target, _weights(mask, pred)),
         {
-            "kernel_size": kernel_size,
+            "kernel_size": optional_tuple(kernel_size),
             "window": window,
             "sigma": optional_tuple(sigma),
             "smooth_nr": smooth_nr,
             "smooth_dr": smooth_dr,
+            "smooth_product": smooth_product,
             "common_variance": common_variance,
             "both_flat": optional_tuple(both_flat),
             "reduction": reduction,

@@ -150,6 +150,100 @@ def test_an_image_correlates_with_itself_and_its_negative(backend: Backend) -> N
         assert_close(value, np.full_like(image, -1), np.float64)
 
 
+AXES = [(3, 5, 9), (9, 1, 3), (1, 1, 7), (5, 11, 3), (31, 3, 1)]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("window", ["rectangular", "gaussian", "triangular"])
+@pytest.mark.parametrize("sizes", [*AXES, (3, 7), (9, 1), (1, 13)])
+def test_a_window_may_have_a_size_for_each_axis(
+    backend: Backend, sizes: tuple[int, ...], window: str, dtype: object
+) -> None:
+    """In the order of the axes, z, y, x."""
+    pred, target = images(*(9, 10, 37)[-len(sizes) :], dtype=dtype)
+    check(backend, pred, target, kernel_size=sizes, window=window)
+
+
+def test_equal_sizes_are_one_size(backend: Backend) -> None:
+    pred, target = images(8, 9, 10, dtype=np.float32)
+    expected = backend.call("lncc_loss", pred, target, kernel_size=5)
+    assert_same(backend.call("lncc_loss", pred, target, kernel_size=(5, 5, 5)), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kernel_size", [5, 7, 9, 13])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_triangular_windows(backend: Backend, dim: int, kernel_size: int, dtype: object) -> None:
+    pred, target = images(*(7, 9, 20)[-dim:], dtype=dtype)
+    check(backend, pred, target, kernel_size=kernel_size, window="triangular")
+
+
+def test_a_triangle_of_three_is_a_voxel_which_has_no_variance(backend: Backend) -> None:
+    """Two of its weights are 0, in MONAI, too."""
+    pred, target = images(7, 9, dtype=np.float32)
+    options = {"kernel_size": 3, "window": "triangular"}
+    assert backend.call("lncc_loss", pred, target, **options) == 0
+    for gradient in backend.vjp(
+        "lncc_loss", (pred, target), np.ones((), np.float32), (0, 1), **options
+    ):
+        assert_same(gradient, np.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"smooth_product": 1e-5, "smooth_dr": 1e-18},
+        {"smooth_product": 30.0},
+        {"smooth_product": 2.0, "smooth_dr": 5.0, "smooth_nr": 0.3},
+        {"smooth_product": 2.0, "common_variance": 0.2},
+        {"smooth_product": 2.0, "kernel_size": (3, 5, 9), "window": "gaussian"},
+        {"smooth_product": 2.0, "reduction": "none"},
+        {"smooth_product": 2.0, "kernel_size": 11, "reduction": "sum"},
+    ],
+)
+def test_a_number_may_be_added_to_the_product_of_the_variances(
+    backend: Backend, options: dict[str, Any], dtype: object
+) -> None:
+    pred, target = images(8, 9, 20, dtype=dtype)
+    check(backend, pred, target, **options)
+    mask = abs(random_array(5, 2, 1, 8, 9, 20)).astype(dtype)
+    check(backend, pred, target, mask=mask, **options)
+
+
+def test_constant_windows_have_no_gradient_with_a_number_beside_the_product(
+    backend: Backend,
+) -> None:
+    image = random_array(0, 1, 1, 9, 20, dtype=np.float32)
+    image[..., 10:] = 0.25
+    options = {"smooth_product": 1e-5, "smooth_dr": 1e-18, "kernel_size": 3}
+    flat = np.full_like(image, 3.0)
+    one = np.ones((), np.float32)
+    for pair in ((image, flat), (flat, image), (flat, flat)):
+        inner = backend.call("lncc_loss", *pair, reduction="none", **options)[..., 1:-1, 1:-1]
+        assert_same(inner, np.zeros_like(inner))
+    gradients = backend.vjp("lncc_loss", (image, image), one, (0, 1), **options)
+    for gradient in gradients:
+        assert np.isfinite(gradient).all()
+        assert_same(gradient[..., 2:-2, 13:-2], np.zeros_like(gradient[..., 2:-2, 13:-2]))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((4, 5, 5), "an odd number from 1 to 31"),
+        ((5, 5), "one number, or one for each of 3 axes"),
+        ((1, 1, 1), "3 or more along some axis"),
+        ((5, 33, 5), "an odd number from 1 to 31"),
+        (1, "an odd number from 3 to 31"),
+    ],
+)
+def test_sizes_that_are_none_are_refused(backend: Backend, sizes: Any, message: str) -> None:
+    pred, target = images(5, 6, 7, dtype=np.float32)
+    with pytest.raises(ValueError, match=f"kernel_size: expected {message}"):
+        backend.call("lncc_loss", pred, target, kernel_size=sizes)
+
+
 @WINDOWS
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_it_is_the_loss_of_monai(backend: Backend, reduction: str, window: str) -> None:
@@ -613,7 +707,8 @@ def test_the_module_shows_its_options_and_has_no_state() -> None:
     module = torchreg.LNCCLoss(9, window="gaussian")
     assert repr(module) == (
         "LNCCLoss(kernel_size=9, window='gaussian', sigma=None, smooth_nr=0.0, "
-        "smooth_dr=1e-05, common_variance=0.0, both_flat=None, reduction='mean')"
+        "smooth_dr=1e-05, smooth_product=0.0, common_variance=0.0, both_flat=None, "
+        "reduction='mean')"
     )
     assert not module.state_dict()
 

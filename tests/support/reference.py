@@ -530,24 +530,35 @@ def convert_displacement(
     return np.moveaxis(field, -1, 1) if target_channels == "first" else field
 
 
+def window_weights(size: int, window: str, sigma: float | None) -> Array:
+    """The weights of a window along one axis."""
+    offsets = np.arange(size) - size // 2
+    if window == "gaussian":
+        return np.exp(-0.5 * (offsets / (size / 3 if sigma is None else sigma)) ** 2)
+    if window == "triangular":
+        half = (size + 1) // 2
+        width = half if half % 2 == 1 else half - 1
+        return np.maximum(width - abs(offsets), 0) / width**2
+    return np.ones(size)
+
+
 def correlation_window(
-    kernel_size: int, window: str, sigma: float | None, dim: int
+    kernel_size: int | Sequence[int], window: str, sigma: float | None, dim: int
 ) -> tuple[Callable[[Array], Array], float]:
     """What sums the values in the window about every voxel; and the sum of its weights.
 
-    Outside of an image there are zeros, which count.
+    A size for each axis is in the order of the array's axes. Outside of an image there are zeros,
+    which count.
     """
-    offsets = np.arange(kernel_size) - kernel_size // 2
-    weights = np.ones(kernel_size)
-    if window == "gaussian":
-        weights = np.exp(-0.5 * (offsets / (kernel_size / 3 if sigma is None else sigma)) ** 2)
+    sizes = (kernel_size,) * dim if isinstance(kernel_size, int) else tuple(kernel_size)
+    weights = [window_weights(size, window, sigma) for size in sizes]
 
     def sums(x: Array) -> Array:
-        for axis in range(2, x.ndim):
-            x = weighted_sums(x, weights, axis)
+        for axis, along in enumerate(weights, 2):
+            x = weighted_sums(x, along, axis)
         return x
 
-    return sums, weights.sum() ** dim
+    return sums, math.prod(along.sum() for along in weights)
 
 
 def shares(mask: Array | None, shape: Shape, reduction: str) -> Array:
@@ -560,11 +571,12 @@ def lncc_loss(
     pred: Array,
     target: Array,
     *,
-    kernel_size: int = 7,
+    kernel_size: int | Sequence[int] = 7,
     window: str = "rectangular",
     sigma: float | None = None,
     smooth_nr: float = 0.0,
     smooth_dr: float = 1e-5,
+    smooth_product: float = 0.0,
     common_variance: float = 0.0,
     both_flat: float | None = None,
     mask: Array | None = None,
@@ -577,7 +589,7 @@ def lncc_loss(
     cross = sums(pred * target) - sums(pred) * sums(target) / mass + common
     raw = [sums(x**2) - sums(x) ** 2 / mass for x in (pred, target)]
     of_pred, of_target = (np.maximum(v, smooth_dr) + common for v in raw)
-    ncc = (cross**2 + smooth_nr) / (of_pred * of_target)
+    ncc = (cross**2 + smooth_nr) / (of_pred * of_target + smooth_product)
     if both_flat is not None:
         flat = [v <= 1e-12 * sums(x**2) for v, x in zip(raw, (pred, target), strict=True)]
         ncc = np.where(flat[0] & flat[1], both_flat, ncc)
@@ -591,11 +603,12 @@ def lncc_loss_vjp(
     pred: Array,
     target: Array,
     *,
-    kernel_size: int = 7,
+    kernel_size: int | Sequence[int] = 7,
     window: str = "rectangular",
     sigma: float | None = None,
     smooth_nr: float = 0.0,
     smooth_dr: float = 1e-5,
+    smooth_product: float = 0.0,
     common_variance: float = 0.0,
     both_flat: float | None = None,
     mask: Array | None = None,
@@ -613,14 +626,15 @@ def lncc_loss_vjp(
     common = mass * common_variance
     variances = [np.maximum(v, smooth_dr) + common for v in raw]
     cross = sums(images[0] * images[1]) - sums(images[0]) * means[1] + common
-    ncc = (cross**2 + smooth_nr) / (variances[0] * variances[1])
+    product = variances[0] * variances[1] + smooth_product
+    ncc = (cross**2 + smooth_nr) / product
     shape = (batch_size(pred, target, mask), *ncc.shape[1:])
     to_ncc = -cotangent * shares(mask, shape, reduction)
-    to_cross = to_ncc * 2 * cross / (variances[0] * variances[1])
+    to_cross = to_ncc * 2 * cross / product
     gradients = []
     for k, image in enumerate(images):
         other = 1 - k
-        to_variance = np.where(raw[k] < smooth_dr, 0, -to_ncc * ncc / variances[k])
+        to_variance = np.where(raw[k] < smooth_dr, 0, -to_ncc * ncc * variances[other] / product)
         # The voxel's own value less the mean of each window that holds it.
         gradient = images[other] * sums(to_cross) - sums(to_cross * means[other])
         gradient = gradient + 2 * (image * sums(to_variance) - sums(to_variance * means[k]))

@@ -16,7 +16,8 @@ struct LnccCall {
   int64_t channels;
   Shape map;  // of the correlations: (G, N, C, [Z,] Y, X)
   Reduction reduction;
-  int kernel_size;
+  int kernel_size;  // the largest along any axis
+  int kernel[3];    // along x, y and z
   bool fused;  // loss and gradient in one pass on CUDA; else by way of adjoint fields in memory
 };
 

@@ -56,7 +56,7 @@ void for_taps(int radius, const Body& body) {
 // out[x] = Σ_d weight[|d|] row(d)[x], for d from -radius to radius. Every sum is taken in the same
 // order: from the middle outwards.
 template <class T, class Row>
-void weigh_rows(const Row& row, const Window<T>& window, int radius, int64_t size, T* out) {
+void weigh_rows(const Row& row, const T* weights, int radius, int64_t size, T* out) {
   const int64_t count = size & -kBlock;  // no change, but the compiler knows
   for_taps(radius, [&](auto taps, auto is_first, int begin) {
     constexpr int kCount = decltype(taps)::value;
@@ -67,9 +67,9 @@ void weigh_rows(const Row& row, const Window<T>& window, int radius, int64_t siz
     for (int k = 0; k < kCount; ++k) {
       below[k] = row(-(begin + k));
       above[k] = row(begin + k);
-      weight[k] = window.weight[begin + k];
+      weight[k] = weights[begin + k];
     }
-    const T middle_weight = window.weight[0];
+    const T middle_weight = weights[0];
 #pragma GCC ivdep
     for (int64_t x = 0; x < count; ++x) {
       T sum = kFirst ? middle_weight * middle[x] : out[x];
@@ -131,13 +131,13 @@ void add_in_threes(const T* row, const Window<T>& window, int64_t size, T* three
     if (left == 2 && d == side) return row + 2 * side;
     return about + 3 * d - side * (left == 0 ? 1 : left == 1 ? 0 : 2);
   };
-  weigh_rows(summand, window, window.radius / 3 + (left == 2), size, out);
+  weigh_rows(summand, window.weight[0], window.radius / 3 + (left == 2), size, out);
 }
 
 // Does the same as weigh_rows for the values of two images and their products.
 template <class T, class Row>
-void weigh_products(const Row& row_i, const Row& row_j, const Window<T>& window, int radius,
-                    int64_t size, T* const (&out)[kWindowSums]) {
+void weigh_products(const Row& row_i, const Row& row_j, const T* weights, int radius, int64_t size,
+                    T* const (&out)[kWindowSums]) {
   const int64_t count = size & -kBlock;
   T* const out_i = out[0];
   T* const out_j = out[1];
@@ -155,9 +155,9 @@ void weigh_products(const Row& row_i, const Row& row_j, const Window<T>& window,
       const int d = k % 2 == 0 ? -(begin + k / 2) : begin + k / 2;
       rows_i[k] = row_i(d);
       rows_j[k] = row_j(d);
-      weight[k] = window.weight[begin + k / 2];
+      weight[k] = weights[begin + k / 2];
     }
-    const T middle_weight = window.weight[0];
+    const T middle_weight = weights[0];
 #pragma GCC ivdep
     for (int64_t x = 0; x < count; ++x) {
       T sums[kWindowSums] = {};
@@ -301,7 +301,7 @@ class Slab {
       std::fill_n(image(z, 1, 0), ny_ * stride_, -pivot_j_);
     }
     T mass = 0;
-    for (int d = -radius_z_; d <= radius_z_; ++d) mass += window_.weight[std::abs(d)];
+    for (int d = -radius_z_; d <= radius_z_; ++d) mass += window_.weight[2][std::abs(d)];
     const T outside[kWindowSums] = {-mass * pivot_i_, -mass * pivot_j_, mass * pivot_i_ * pivot_i_,
                                     mass * pivot_j_ * pivot_j_, mass * pivot_i_ * pivot_j_};
     for (int s = 0; s < kWindowSums; ++s) {
@@ -363,7 +363,7 @@ class Slab {
     const auto row = [=](int which) {
       return [=](int d) -> const T* { return image(z + d, which, begin); };
     };
-    weigh_products(row(0), row(1), window_, radius_z_, (end - begin) * stride_, out);
+    weigh_products(row(0), row(1), window_.weight[2], radius_z_, (end - begin) * stride_, out);
   }
 
   // Sums the rows of a field over y and x.
@@ -378,13 +378,13 @@ class Slab {
     }
     const T* const rest = field + y * stride_;
     const auto row = [=](int d) { return rest + d * stride_; };
-    weigh_rows(row, window_, radius_, (rows - y) * stride_, columns + y * stride_);
+    weigh_rows(row, window_.weight[1], radius_, (rows - y) * stride_, columns + y * stride_);
     std::copy_n(columns + stride_ - radius_, radius_, columns - radius_);
     if (window_.rectangular && radius_ >= 3) {
       add_in_threes(columns, window_, rows * stride_, threes_, out);
     } else {
       const auto shifted = [=](int d) -> const T* { return columns + d; };
-      weigh_rows(shifted, window_, radius_, rows * stride_, out);
+      weigh_rows(shifted, window_.weight[0], radius_, rows * stride_, out);
     }
   }
 
@@ -467,7 +467,7 @@ class Slab {
                       (end - begin) * stride_, [=](int k) { return out + k * size; });
         } else {
           const auto plane = [=](int d) -> const T* { return adjoint_sum(z + d, f, begin); };
-          weigh_rows(plane, window_, radius_z_, (end - begin) * stride_, out);
+          weigh_rows(plane, window_.weight[2], radius_z_, (end - begin) * stride_, out);
         }
       }
       for (int p = 0; p < planes; ++p) {

@@ -22,6 +22,8 @@ namespace regkernels {
 namespace {
 
 constexpr int kThreads = 512;
+// The axes that a window has weights for.
+constexpr int kRow = 0, kColumn = 1, kDepthAxis = 2;
 constexpr int kStrip = kLnccStrip, kColumnStrip = kLnccColumnStrip;
 
 // An opaque_pointer to global memory. Without this the compiler would forget which kind of memory
@@ -67,7 +69,7 @@ __device__ __forceinline__ void load_strip(const T* from, T* to) {
 // Computes kCount neighbouring window sums from the values that they span. The windows of boxes all
 // hold the value numbered kWindow - 1: each sum is one that ends there plus one that begins behind
 // it, both shared with its neighbours.
-template <int kWindow, bool kBox, int kCount, class T>
+template <int kAxis, int kWindow, bool kBox, int kCount, class T>
 __device__ __forceinline__ void sum_windows(const Window<T>& window,
                                             const T (&value)[kCount + kWindow - 1],
                                             T (&sum)[kCount]) {
@@ -89,10 +91,10 @@ __device__ __forceinline__ void sum_windows(const Window<T>& window,
     constexpr int kRadius = kWindow / 2;
     REGKERNELS_UNROLL
     for (int s = 0; s < kCount; ++s) {
-      sum[s] = window.weight[0] * value[s + kRadius];
+      sum[s] = window.weight[kAxis][0] * value[s + kRadius];
       REGKERNELS_UNROLL
       for (int d = 1; d <= kRadius; ++d) {
-        sum[s] += window.weight[d] * (value[s + kRadius - d] + value[s + kRadius + d]);
+        sum[s] += window.weight[kAxis][d] * (value[s + kRadius - d] + value[s + kRadius + d]);
       }
     }
   }
@@ -116,7 +118,7 @@ __device__ __forceinline__ void sum_rows(const Window<T>& window, int planes, in
         REGKERNELS_UNROLL
         for (int k = 0; k < kValues; ++k) value[k] = loaded[k];
         alignas(16) T sum[kStrip];
-        sum_windows<kWindow, kBox>(window, value, sum);
+        sum_windows<kRow, kWindow, kBox>(window, value, sum);
         load_strip(sum, out + (plane * rows + row) * out_stride + first);
       }
     }
@@ -125,8 +127,9 @@ __device__ __forceinline__ void sum_rows(const Window<T>& window, int planes, in
       const int row = i / width, x = i - row * width;
       for (int plane = 0; plane < planes; ++plane) {
         const T* centre = in + (plane * rows + row) * in_stride + x + window.radius;
-        T sum = window.weight[0] * centre[0];
-        for (int d = 1; d <= window.radius; ++d) sum += window.weight[d] * (centre[-d] + centre[d]);
+        const auto& weight = window.weight[kRow];
+        T sum = weight[0] * centre[0];
+        for (int d = 1; d <= window.radius; ++d) sum += weight[d] * (centre[-d] + centre[d]);
         out[(plane * rows + row) * out_stride + x] = sum;
       }
     }
@@ -141,14 +144,15 @@ __device__ __forceinline__ void sum_column(const Window<T>& window, const T* in,
     T value[kCount + kWindow - 1];
     REGKERNELS_UNROLL
     for (int k = 0; k < kCount + kWindow - 1; ++k) value[k] = in[k * stride];
-    sum_windows<kWindow, kBox>(window, value, sum);
+    sum_windows<kColumn, kWindow, kBox>(window, value, sum);
   } else {
+    const auto& weight = window.weight[kColumn];
     REGKERNELS_UNROLL
     for (int s = 0; s < kCount; ++s) {
       const T* centre = in + (s + window.radius) * stride;
-      sum[s] = window.weight[0] * centre[0];
+      sum[s] = weight[0] * centre[0];
       for (int d = 1; d <= window.radius; ++d) {
-        sum[s] += window.weight[d] * (centre[-d * stride] + centre[d * stride]);
+        sum[s] += weight[d] * (centre[-d * stride] + centre[d * stride]);
       }
     }
   }
@@ -365,7 +369,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                   add_products(depth[c].i[d], depth[c].j[d], sums);
                 } else {
                   const int distance = d - p < kHalf ? kHalf - d + p : d - p - kHalf;
-                  add_products(window.weight[distance], depth[c].i[d], depth[c].j[d], sums);
+                  add_products(window.weight[kDepthAxis][distance], depth[c].i[d], depth[c].j[d],
+                               sums);
                 }
               }
               const bool covered = (c + 1) * kThreads <= kInArea || index < in_area;
@@ -381,7 +386,7 @@ __global__ void __launch_bounds__(kThreads, 1)
               const int64_t at = (z + d) * plane_size + place;
               const T value_i = (inside ? image_i[at] : T(0)) - pivot_i;
               const T value_j = (inside ? image_j[at] : T(0)) - pivot_j;
-              add_products(window.weight[d < 0 ? -d : d], value_i, value_j, sums);
+              add_products(window.weight[kDepthAxis][d < 0 ? -d : d], value_i, value_j, sums);
             }
             store_sums(0, index, sums);
           }
@@ -525,11 +530,11 @@ __global__ void __launch_bounds__(kThreads, 1)
               T sum[kCount];
               REGKERNELS_UNROLL
               for (int k = 0; k < kCount; ++k) {
-                sum[k] = kBox ? newest[f][k] : window.weight[kHalf] * newest[f][k];
+                sum[k] = kBox ? newest[f][k] : window.weight[kDepthAxis][kHalf] * newest[f][k];
               }
               REGKERNELS_UNROLL
               for (int d = 0; d < kSlots; ++d) {
-                const T weight = window.weight[d < kHalf ? kHalf - d : d - kHalf];
+                const T weight = window.weight[kDepthAxis][d < kHalf ? kHalf - d : d - kHalf];
                 REGKERNELS_UNROLL
                 for (int k = 0; k < kCount; ++k) {
                   const T other = mine[slots[d] + k];
@@ -658,7 +663,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                 fields + (z + d) * plane_size + static_cast<int64_t>(y) * arguments.nx + x;
             REGKERNELS_UNROLL
             for (int f = 0; f < kFields; ++f) {
-              sums[f] += window.weight[d < 0 ? -d : d] * from[f * arguments.adjoint_stride];
+              sums[f] +=
+                  window.weight[kDepthAxis][d < 0 ? -d : d] * from[f * arguments.adjoint_stride];
             }
           }
           REGKERNELS_UNROLL

@@ -12,16 +12,18 @@ inline constexpr int kMaxWindow = 31;
 inline constexpr int kMaxRadius = kMaxWindow / 2;
 inline constexpr int kWindowSums = 5;  // the sums of I, J, I², J² and I J
 
-// The window and the constants of the formula. The weights belong to the offsets 0, 1, ... along an
-// axis; they are the same on both sides.
+// The window and the constants of the formula. The weights belong to the offsets 0, 1, ... along
+// the axes x, y and z; they are the same on both sides, and 0 where a window is narrower than the
+// widest.
 template <class T>
 struct Window {
-  bool rectangular;  // all weights are 1
+  bool rectangular;  // all weights are 1, and as many along each axis
   int radius;
   int radius_z;  // 0 in 2-D
-  T weight[kMaxRadius + 1];
+  T weight[3][kMaxRadius + 1];
   T inverse_mass;  // 1 / (sum of the window's weights)
   T smooth_nr, smooth_dr;
+  T smooth_product;    // what is added to the product of the variances
   T common;            // what is added to both variances and to the covariance
   bool replaces_flat;  // the correlation of windows that are constant in both images is both_flat
   T both_flat;
@@ -57,9 +59,10 @@ REGKERNELS_HD void add_products(T value_i, T value_j, T (&sums)[kWindowSums]) {
   sums[4] += value_i * value_j;
 }
 
-// With c = ΣIJ - ΣI ΣJ / m and the variances v, raised to smooth_dr at least, and what the images
-// have in common added to all three,
-//   ncc = (c² + smooth_nr) / (v_I v_J).
+// With c = ΣIJ - ΣI ΣJ / m and the variances v, raised to the least one, and what the images have
+// in common added to all three,
+//   ncc = (c² + smooth_nr) / (v_I v_J + beside),
+// whose denominator is (v_I + beside / v_J) v_J.
 // Its derivatives: `cross` with respect to c, `variance_*` with respect to ΣI² and ΣJ². A window
 // that is constant as far as its sums can tell has no covariance; a variance that was raised has
 // no derivative.
@@ -95,8 +98,10 @@ REGKERNELS_HD Correlation<T> correlate(const T (&sums)[kWindowSums], const Windo
   const bool flat_i = is_flat(raw_i, sums[2], window), flat_j = is_flat(raw_j, sums[3], window);
   const bool clamped_i = flat_i | (raw_i < window.smooth_dr);
   const bool clamped_j = flat_j | (raw_j < window.smooth_dr);
-  const T inverse_i = reciprocal((clamped_i ? window.smooth_dr : raw_i) + window.common);
-  const T inverse_j = reciprocal((clamped_j ? window.smooth_dr : raw_j) + window.common);
+  const T variance_i = (clamped_i ? window.smooth_dr : raw_i) + window.common;
+  const T variance_j = (clamped_j ? window.smooth_dr : raw_j) + window.common;
+  const T inverse_j = reciprocal(variance_j);
+  const T inverse_i = reciprocal(variance_i + window.smooth_product * inverse_j);
   const T raw_c = sums[4] - sums[0] * mean_j;
   const T c = (flat_i | flat_j ? T(0) : raw_c) + window.common;
   // Without a covariance no derivative of a flat window involves its mean, which need not be
@@ -109,7 +114,9 @@ REGKERNELS_HD Correlation<T> correlate(const T (&sums)[kWindowSums], const Windo
   const T ncc = c * inverse_i * by_j + window.smooth_nr * inverse_i * inverse_j;
   result.ncc = window.replaces_flat & flat_i & flat_j ? window.both_flat : ncc;
   result.cross = 2 * inverse_i * by_j;
-  const T slope_i = -result.ncc * inverse_i, slope_j = -result.ncc * inverse_j;
+  const T slope_i = -result.ncc * inverse_i;
+  const T share = window.smooth_product == 0 ? T(1) : variance_i * inverse_i;
+  const T slope_j = -result.ncc * inverse_j * share;
   result.variance_i = clamped_i ? T(0) : slope_i;
   result.variance_j = clamped_j ? T(0) : slope_j;
   return result;

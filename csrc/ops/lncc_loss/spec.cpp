@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <string>
 
 #include "ops/lncc_loss/call.h"
 #include "ops/lncc_loss/lncc_loss.h"
@@ -9,6 +10,43 @@
 namespace regkernels {
 
 namespace {
+
+// Finds the size of the window along each axis. The sizes are one, or one for each axis in the
+// order of the array's axes.
+void check_kernel(const Call& call, LnccCall& checked) {
+  const std::vector<int64_t>& sizes = call.integers("kernel_size");
+  const size_t count = sizes.size(), dimensions = static_cast<size_t>(checked.dimensions);
+  std::string got;
+  for (const int64_t size : sizes) got += (got.empty() ? "" : ", ") + std::to_string(size);
+  if (count != 1 && count != dimensions) {
+    fail_value(call, "kernel_size", concat("one number, or one for each of ", dimensions, " axes"),
+               concat("(", got, ")"));
+  }
+  const int64_t least = count == 1 ? 3 : 1;
+  int64_t largest = 0;
+  for (const int64_t size : sizes) {
+    largest = std::max(largest, size);
+    if (size < least || size > kMaxWindow || size % 2 == 0) {
+      fail_value(call, "kernel_size", concat("an odd number from ", least, " to ", kMaxWindow),
+                 concat(size));
+    }
+  }
+  if (largest < 3) fail_value(call, "kernel_size", "3 or more along some axis", got);
+  checked.kernel_size = static_cast<int>(largest);
+  for (size_t k = 0; k < 3; ++k) {
+    const bool exists = k < dimensions;
+    const int64_t size = !exists ? 1 : count == 1 ? sizes[0] : sizes[dimensions - 1 - k];
+    checked.kernel[k] = static_cast<int>(size);
+  }
+}
+
+// How far a weight of a window reaches, by MONAI's definition of a triangle: it is what a box makes
+// of a box of the same width, which is the largest odd number up to half of the window's and a
+// half.
+int triangle_width(int kernel_size) {
+  const int half = (kernel_size + 1) / 2;
+  return half % 2 == 0 ? half - 1 : half;
+}
 
 LnccCall check(const Call& call) {
   LnccCall checked;
@@ -19,12 +57,7 @@ LnccCall check(const Call& call) {
   checked.channels = pred.shape[2];
   checked.reduction = call.choice<Reduction>("reduction");
 
-  const int64_t kernel_size = call.integer("kernel_size");
-  if (kernel_size < 3 || kernel_size > kMaxWindow || kernel_size % 2 == 0) {
-    fail_value(call, "kernel_size", concat("an odd number from 3 to ", kMaxWindow),
-               concat(kernel_size));
-  }
-  checked.kernel_size = static_cast<int>(kernel_size);
+  check_kernel(call, checked);
   const std::vector<double>& sigma = call.numbers("sigma");
   if (sigma.size() > 1) fail_value(call, "sigma", "one number", concat(sigma.size(), " numbers"));
   for (const double value : sigma) {
@@ -40,6 +73,12 @@ LnccCall check(const Call& call) {
   const double smooth_dr = call.number("smooth_dr");
   if (!std::isfinite(smooth_dr) || smooth_dr < 1e-18) {
     fail_value(call, "smooth_dr", "a finite number of at least 1e-18", concat(smooth_dr));
+  }
+
+  // Divided by the least variance it must be finite.
+  const double smooth_product = call.number("smooth_product");
+  if (!(smooth_product >= 0 && smooth_product <= 1e18)) {
+    fail_value(call, "smooth_product", "a number from 0 to 1e18", concat(smooth_product));
   }
 
   const double common_variance = call.number("common_variance");
@@ -69,31 +108,38 @@ LnccCall check(const Call& call) {
 
 template <class T>
 Window<T> lncc_window(const Call& call, const LnccCall& checked) {
-  enum class Weights { kRectangular, kGaussian };
-  const bool gaussian = call.choice<Weights>("window") == Weights::kGaussian;
+  enum class Weights { kRectangular, kGaussian, kTriangular };
+  const Weights weights = call.choice<Weights>("window");
   const std::vector<double>& given = call.numbers("sigma");
-  const double sigma = given.empty() ? checked.kernel_size / 3.0 : given[0];
   Window<T> window{};
-  window.rectangular = !gaussian;
+  window.rectangular = weights == Weights::kRectangular;
   window.radius = checked.kernel_size / 2;
   window.radius_z = checked.dimensions == 3 ? window.radius : 0;
-  double sum = 0;
-  for (int d = 0; d <= window.radius; ++d) {
-    const double weight = gaussian ? std::exp(-0.5 * (d / sigma) * (d / sigma)) : 1.0;
-    // A weight of 0 would make NaN of a sum beyond the range of T.
-    window.weight[d] = std::max(static_cast<T>(weight), std::numeric_limits<T>::min());
-    sum += (d == 0 ? 1 : 2) * static_cast<double>(window.weight[d]);
+  const int64_t volume[3] = {checked.sizes.x, checked.sizes.y, checked.sizes.z};
+  double mass = 1, coverage = 1;
+  for (int axis = 0; axis < 3; ++axis) {
+    const int size = axis < checked.dimensions ? checked.kernel[axis] : 1;
+    window.rectangular &= axis >= checked.dimensions || size == checked.kernel_size;
+    const double sigma = given.empty() ? size / 3.0 : given[0];
+    const double width = triangle_width(size);
+    double sum = 0;
+    for (int d = 0; d <= size / 2; ++d) {
+      double weight = 1;
+      if (weights == Weights::kGaussian) weight = std::exp(-0.5 * (d / sigma) * (d / sigma));
+      if (weights == Weights::kTriangular) weight = std::max(width - d, 0.0) / (width * width);
+      // A weight of 0 would make NaN of a sum beyond the range of T.
+      window.weight[axis][d] = std::max(static_cast<T>(weight), std::numeric_limits<T>::min());
+      sum += (d == 0 ? 1 : 2) * static_cast<double>(window.weight[axis][d]);
+    }
+    mass *= sum;
+    coverage *= std::min(1.0, static_cast<double>(volume[axis]) / size);
   }
-  const double mass = std::pow(sum, checked.dimensions);
   window.inverse_mass = static_cast<T>(1 / mass);
-  const auto filled = [&](int64_t size) {
-    return std::min(1.0, static_cast<double>(size) / checked.kernel_size);
-  };
-  window.coverage = static_cast<T>(filled(checked.sizes.x) * filled(checked.sizes.y) *
-                                   (checked.dimensions == 3 ? filled(checked.sizes.z) : 1.0));
+  window.coverage = static_cast<T>(coverage);
   window.largest_pivot = std::numeric_limits<T>::max() * (std::numeric_limits<T>::epsilon() / 8);
   window.smooth_nr = static_cast<T>(call.number("smooth_nr"));
   window.smooth_dr = static_cast<T>(call.number("smooth_dr"));
+  window.smooth_product = static_cast<T>(call.number("smooth_product"));
   window.common = static_cast<T>(mass * call.number("common_variance"));
   const std::vector<double>& both_flat = call.numbers("both_flat");
   window.replaces_flat = !both_flat.empty();
@@ -159,11 +205,12 @@ void infer_grad(Call& call) {
 
 std::vector<Op> lncc_loss_ops() {
   const std::vector<AttrSpec> attributes = {
-      {"kernel_size", AttrKind::kInt},
-      {"window", AttrKind::kChoice, {"rectangular", "gaussian"}},
+      {"kernel_size", AttrKind::kInts},  // one, or one for each axis, z, y, x
+      {"window", AttrKind::kChoice, {"rectangular", "gaussian", "triangular"}},
       {"sigma", AttrKind::kFloats},  // none: a third of kernel_size
       {"smooth_nr", AttrKind::kFloat},
       {"smooth_dr", AttrKind::kFloat},
+      {"smooth_product", AttrKind::kFloat},
       {"common_variance", AttrKind::kFloat},
       {"both_flat", AttrKind::kFloats},  // none: what the formula makes of constant windows
       {"reduction", AttrKind::kChoice, {"mean", "sum", "none"}},
