@@ -17,8 +17,10 @@ _OURS = {
     "_ops",
     "descriptors.py",
     "loss.py",
+    "monai.py",
     "regularisation.py",
     "smooth.py",
+    "voxelmorph.py",
     "warp.py",
 }
 
