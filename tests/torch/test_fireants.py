@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -20,8 +22,11 @@ from inputs import (
     random_array,
     small_displacement,
 )
+from scenes import header, physical_grid, scene
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchreg
+from regkernels import write_volume
 from torchreg.fireants import install, uninstall
 from torchreg.fireants.interpolator import fireants_interpolator as fi
 from torchreg.fireants.losses.fusedcc import FusedLocalNormalizedCrossCorrelationLoss as FusedLNCC
@@ -526,3 +531,91 @@ def test_a_loss_of_other_attributes_is_told(fake: dict[str, Any]) -> None:
     del fake[PLAIN_CC].defaults["kernel_size"]
     with pytest.raises(ImportError, match=f"expected kernel_size in {PLAIN_CC}"):
         install()
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of ops of this library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "torchreg":
+            self.count[func._schema.name.removeprefix("torchreg::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """Images as FireANTs holds them, within [0, 1] and with contrast in every window."""
+    pytest.importorskip("fireants")
+    from fireants.io import BatchedImages, Image
+
+    folder, grid = tmp_path_factory.mktemp("fireants"), header((34, 38, 36), (3, 3, 3))
+    rough = np.random.default_rng(1).uniform(0, 0.5, (34, 38, 36))
+    found = []
+    for name, shift in (("fixed", 0), ("moving", 3)):
+        shape = scene(physical_grid(grid) + shift)
+        array = np.clip(shape / 3 + np.roll(rough, shift // 3, axis=2), 0, 1)
+        write_volume(grid.with_array(array.astype(np.float32)), folder / f"{name}.nii.gz")
+        image = Image.load_file(str(folder / f"{name}.nii.gz"), device="cpu")
+        found.append(BatchedImages([image]))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("loss_type", ["cc", "mi", "mse"])
+@pytest.mark.parametrize("kind", ["affine.Affine", "greedy.Greedy", "syn.SyN"])
+def test_registrations_of_fireants_call_these_kernels_and_find_the_same(
+    kind: str, loss_type: str, pair: tuple[Any, Any]
+) -> None:
+    """Where it tells correlations of windows from the constants that it adds to them."""
+    module, name = kind.split(".")
+    registration = getattr(
+        importlib.import_module(f"fireants.registration.{module}"), f"{name}Registration"
+    )
+    options: dict[str, Any] = {"loss_type": loss_type, "optimizer": "Adam", "progress_bar": False}
+    options["optimizer_lr"] = 3e-3 if name == "Affine" else 0.2
+    if loss_type == "cc":
+        options |= {"cc_kernel_size": 5, "loss_params": {"smooth_nr": 1e-12, "smooth_dr": 1e-12}}
+
+    def registered() -> tuple[list[float], Tensor]:
+        run = registration([2, 1], [3, 2], *pair, **options)
+        losses: list[float] = []
+        run.loss_fn.register_forward_hook(lambda module, given, value: losses.append(value.item()))
+        run.optimize()
+        return losses, run.evaluate(*pair).detach()
+
+    theirs, expected = registered()
+    with install(), Calls() as calls:
+        ours, moved = registered()
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    # Steps have a length that does not depend on the gradient's, so that rounding may decide.
+    assert (moved - expected).square().mean().sqrt() < 1e-4
+    assert calls.count["interpolate"] > len(ours) == 5
+    losses = {"cc": "lncc_loss", "mi": "mutual_information_loss"}
+    if loss_type in losses:
+        assert calls.count[losses[loss_type]] == len(ours)
+    assert name == "Affine" or calls.count["compose"] >= len(ours)
+    with Calls() as calls:
+        assert registered()[0] == theirs
+    assert not calls.count
+
+
+def test_a_list_of_kernel_sizes_is_followed_by_a_registration_of_fireants(
+    pair: tuple[Any, Any],
+) -> None:
+    from fireants.registration.greedy import GreedyRegistration
+
+    sizes: list[int] = []
+
+    def note(module: Any, given: Any) -> None:
+        sizes.append(module.kernel_size)
+
+    loss = FusedLNCC(kernel_size=[5, 3])
+    loss.register_forward_pre_hook(note)
+    options: dict[str, Any] = {"loss_type": "custom", "custom_loss": loss, "progress_bar": False}
+    GreedyRegistration([2, 1], [2, 3], *pair, **options).optimize()
+    assert sizes == [5, 5, 3, 3, 3]
