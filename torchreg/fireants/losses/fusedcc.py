@@ -84,8 +84,8 @@ class FusedLocalNormalizedCrossCorrelationLoss(torch.nn.Module):
     -----
     What differs from FireANTs: it adds ``smooth_nr`` to the squared covariance of a window and
     ``smooth_dr`` to the product of the two variances, so that a window with little contrast in
-    either image has a correlation near 1, and its gradient leaves out, by default, what a voxel
-    does in the windows about its neighbours. Of several channels with a mask, "mean" is the mean.
+    either image has a correlation near 1, and its gradient is by default ANTs' approximation, which
+    regards the centre of each window alone. Of several channels with a mask, "mean" is the mean.
 
     Examples
     --------

@@ -18,9 +18,7 @@ def _unit_range(image: torch.Tensor, normalise: bool) -> tuple[Any, Any]:
         return 0.0, 1.0
     low, high = image.detach().flatten(1).aminmax(dim=1)
     inside = (low >= 0) & (high <= 1)
-    return torch.where(inside, torch.zeros_like(low), low), torch.where(
-        inside, torch.ones_like(high), high
-    )
+    return low.masked_fill(inside, 0), high.masked_fill(inside, 1)
 
 
 def information(
