@@ -13,7 +13,7 @@ __all__ = ["Interpolator", "fireants_interpolator"]
 
 
 class Interpolator:
-    """What samples images and composes warps: the type of :data:`fireants_interpolator`.
+    """Samples images and composes warps; :data:`fireants_interpolator` is one.
 
     Examples
     --------
