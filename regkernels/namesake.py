@@ -16,6 +16,7 @@ _OURS = {
     "__init__.py",
     "_ops",
     "descriptors.py",
+    "fireants",
     "loss.py",
     "monai.py",
     "regularisation.py",

@@ -1,0 +1,1 @@
+"""Losses, in modules of the names that they have in FireANTs."""
