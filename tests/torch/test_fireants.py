@@ -145,6 +145,12 @@ def images(dim: int, channels: int = 2, low: float = -1.0) -> tuple[Array, Array
     return tuple(low + (1 - low) * (x + 1) / 2 for x in (pred, 0.5 * (pred + other)))  # type: ignore[return-value]
 
 
+def smoothing(mass: float) -> dict[str, float]:
+    """Of a window of that weight 1e-5 in the numerator, and twice in the denominator, of means."""
+    square = 1e-5 * mass**2
+    return {"smooth_nr": square, "smooth_dr": 1e-5 * mass, "smooth_product": square}
+
+
 LNCC_OPTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"kernel_size": 7}, {"kernel_size": 7}),
     ({}, {"kernel_size": 3}),
@@ -167,8 +173,10 @@ def test_the_documented_correlations_are_those_of_the_definition(
     options: dict[str, Any], plain: dict[str, Any], dim: int, device: str
 ) -> None:
     pred, target = images(dim)
-    least = 1e-5 * plain["kernel_size"] ** dim
-    plain = {**plain, "smooth_dr": least, "both_flat": 1.0}
+    _, mass = reference.correlation_window(
+        plain["kernel_size"], plain.get("window", "rectangular"), plain.get("sigma"), dim
+    )
+    plain = {**plain, **smoothing(mass)}
     loss = FusedLNCC(spatial_dims=dim, **options)
     p, t = (tensor(x, device, requires_grad=True) for x in (pred, target))
     value = loss(p, t)
@@ -236,7 +244,7 @@ def test_a_last_channel_may_be_a_mask(reduction: str, mask_mode: str) -> None:
     options = {"masked": True, "mask_mode": mask_mode, "reduction": reduction}
 
     correlation = FusedLNCC(kernel_size=3, **options)(*given)
-    plain = {"kernel_size": 3, "smooth_dr": 27e-5, "both_flat": 1.0, "reduction": reduction}
+    plain = {"kernel_size": 3, "reduction": reduction, **smoothing(27)}
     assert_is(correlation, reference.lncc_loss(pred, target, mask=mask, **plain))
 
     information = FusedMI(**options)(*given)
@@ -252,9 +260,10 @@ def test_a_last_channel_may_be_a_mask(reduction: str, mask_mode: str) -> None:
 
 def test_flat_windows_correlate_as_the_smoothing_says() -> None:
     flat = torch.zeros(1, 1, 6, 7)
-    assert FusedLNCC(spatial_dims=2)(flat, flat) == -1
+    whole = FusedLNCC(spatial_dims=2)(flat, flat)
+    torch.testing.assert_close(whole, torch.tensor(-1 / (1 + 1e-5)))
     half = FusedLNCC(spatial_dims=2, smooth_nr=0.5e-5)(flat, flat)
-    torch.testing.assert_close(half, torch.tensor(-0.5))
+    torch.testing.assert_close(half, torch.tensor(-0.5 / (1 + 1e-5)))
     assert FusedLNCC(spatial_dims=2, smooth_nr=0.0)(flat, flat) == 0
 
 
@@ -571,7 +580,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 def test_registrations_of_fireants_call_these_kernels_and_find_the_same(
     kind: str, loss_type: str, pair: tuple[Any, Any]
 ) -> None:
-    """Where it tells correlations of windows from the constants that it adds to them."""
     module, name = kind.split(".")
     registration = getattr(
         importlib.import_module(f"fireants.registration.{module}"), f"{name}Registration"
@@ -579,7 +587,7 @@ def test_registrations_of_fireants_call_these_kernels_and_find_the_same(
     options: dict[str, Any] = {"loss_type": loss_type, "optimizer": "Adam", "progress_bar": False}
     options["optimizer_lr"] = 3e-3 if name == "Affine" else 0.2
     if loss_type == "cc":
-        options |= {"cc_kernel_size": 5, "loss_params": {"smooth_nr": 1e-12, "smooth_dr": 1e-12}}
+        options["cc_kernel_size"] = 5
 
     def registered() -> tuple[list[float], Tensor]:
         run = registration([2, 1], [3, 2], *pair, **options)

@@ -27,18 +27,27 @@ def correlation(
     masked: bool,
     mask_mode: str,
 ) -> torch.Tensor:
-    """The loss of FireANTs' arguments, of which ``smooth_dr`` is for a window's mean."""
+    """The loss of FireANTs' arguments, of which the smoothing is for means over a window."""
     mask = None
     if masked:
         pred, target, mask = without_masks(pred, target, mask_mode)
+    width = None
+    along_axis = float(kernel_size)
+    if kernel_type == "gaussian":
+        width = kernel_size / 3 if sigma is None else sigma
+        reach = range(-(kernel_size // 2), kernel_size // 2 + 1)
+        if width > 0:  # of any other width the op tells what is wrong
+            along_axis = sum(math.exp(-0.5 * (d / width) ** 2) for d in reach)
+    mass = along_axis ** (pred.ndim - 2)
     return lncc_loss(
         pred,
         target,
         kernel_size=kernel_size,
         window=kernel_type,
-        sigma=sigma if kernel_type == "gaussian" else None,
-        smooth_dr=smooth_dr * kernel_size ** (pred.ndim - 2),
-        both_flat=min(1.0, smooth_nr / smooth_dr),
+        sigma=width,
+        smooth_nr=smooth_nr * mass**2,
+        smooth_dr=smooth_dr * mass,
+        smooth_product=smooth_dr * mass**2,
         mask=mask,
         reduction=reduction,
     )
@@ -57,9 +66,8 @@ class FusedLocalNormalizedCrossCorrelationLoss(torch.nn.Module):
     reduction
         "mean" or "sum" over everything, or "none".
     smooth_nr, smooth_dr
-        The least variance of a window is ``smooth_dr``. Windows that are flat in both images have a
-        correlation of ``smooth_nr / smooth_dr``, which is at most 1. Both are at least 0,
-        ``smooth_dr`` above it.
+        Added to the squared covariance of a window, and to the product of its two variances, each
+        of which is ``smooth_dr`` at least. Both are at least 0, ``smooth_dr`` above it.
     use_ants_gradient, use_separable
         Taken for FireANTs' sake. The gradient is always that of the number returned, and windows
         are always separable.
@@ -82,10 +90,11 @@ class FusedLocalNormalizedCrossCorrelationLoss(torch.nn.Module):
 
     Notes
     -----
-    What differs from FireANTs: it adds ``smooth_nr`` to the squared covariance of a window and
-    ``smooth_dr`` to the product of the two variances, so that a window with little contrast in
-    either image has a correlation near 1, and its gradient is by default ANTs' approximation, which
-    regards the centre of each window alone. Of several channels with a mask, "mean" is the mean.
+    Covariance and variances are means over the window. With the default smoothing a window with
+    little contrast in either image has a correlation near 1.
+
+    What differs from FireANTs: its gradient is by default ANTs' approximation, which regards the
+    centre of each window alone. Of several channels with a mask, "mean" is the mean.
 
     Examples
     --------
