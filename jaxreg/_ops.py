@@ -321,7 +321,15 @@ def apply_for(
         # that returns them, their tangent is float0.
         arrays = jax.lax.stop_gradient(arrays)
     ordered = tuple(attributes[key] for key in op.attribute_names)
-    values: tuple[jax.Array, ...] = _jitted(name, ordered, results, arrays)
+    try:
+        values: tuple[jax.Array, ...] = _jitted(name, ordered, results, arrays)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            f"jaxreg: {name}: forward mode (jax.jvp, jax.linearize, jax.jacfwd) is not supported; "
+            "derivatives come in reverse mode, by jax.grad, jax.vjp or jax.jacrev"
+        ) from error
     return values
 
 

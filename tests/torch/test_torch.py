@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from examples import ALL_OPS, EXCHANGEABLE, OPS, WITHOUT_GRADIENT, Example, example
-from inputs import assert_close
+from inputs import assert_close, random_array
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
@@ -829,3 +829,57 @@ def test_a_traced_call_computes_anew() -> None:
     image, other = torch.rand(1, 1, 6, 7), torch.rand(1, 1, 6, 7)
     traced = torch.jit.trace(lambda x: torchreg.gaussian_smooth(x, 1.0), image, check_trace=False)
     assert torch.equal(traced(other), torchreg.gaussian_smooth(other, 1.0))
+
+
+TWICE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "compose": lambda x: torchreg.compose(x[..., :2], x[..., :2]),
+    "the same tensor": lambda x: torchreg.compose(x, x),
+    "lncc_loss": lambda x: torchreg.lncc_loss(x[None], x[None]),
+    "mutual_information_loss": lambda x: torchreg.mutual_information_loss(x[None], x[None]),
+    "interpolate": lambda x: torchreg.interpolate(x.movedim(-1, 1).contiguous(), grid=x),
+}
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", TWICE)
+def test_one_tensor_may_be_passed_twice_to_a_compiled_call(name: str, compiler: str) -> None:
+    """The gradient is the sum of both, as without a compiler."""
+    function = TWICE[name]
+    field = torch.tensor(0.1 * random_array(0, 1, 6, 7, 2, dtype=np.float32), requires_grad=True)
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    value, expected = compiled(field), function(field)
+    torch.testing.assert_close(value, expected, rtol=0, atol=0)
+    (gradient,) = torch.autograd.grad(value.sum(), field)
+    (wanted,) = torch.autograd.grad(expected.sum(), field)
+    torch.testing.assert_close(gradient, wanted)
+
+
+def test_one_tensor_may_be_passed_twice_to_an_exported_or_mapped_call() -> None:
+    field = torch.tensor(0.1 * random_array(0, 2, 6, 7, 2, dtype=np.float32))
+
+    class Twice(torch.nn.Module):
+        def forward(self, u: torch.Tensor) -> torch.Tensor:
+            return torchreg.compose(u, u)
+
+    expected = torchreg.compose(field, field)
+    exported = torch.export.export(Twice(), (field,)).module()(field)
+    torch.testing.assert_close(exported, expected, rtol=0, atol=0)
+    mapped = torch.func.vmap(lambda u: torchreg.compose(u[None], u[None])[0])(field)
+    torch.testing.assert_close(mapped, expected, rtol=0, atol=0)
+    leaf = field.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(torchreg.compose(leaf, leaf).sum(), leaf)
+    gradient = torch.func.grad(lambda u: torchreg.compose(u, u).sum())(field)
+    torch.testing.assert_close(gradient, wanted)
+
+
+def test_forward_mode_is_refused_in_our_words() -> None:
+    field = torch.zeros(1, 6, 7, 2)
+    for refused in (
+        lambda: torch.func.jvp(lambda u: torchreg.compose(u, u), (field,), (field,)),
+        lambda: torch.func.linearize(lambda u: torchreg.compose(u, u), field),
+        lambda: torch.func.jacfwd(lambda u: torchreg.compose(u, u).sum())(field),
+    ):
+        with pytest.raises(
+            NotImplementedError, match=r"compose: forward mode .* torch\.func\.grad"
+        ):
+            refused()

@@ -25,6 +25,7 @@ from torchreg._ops.autograd import (
     Differentiable,
     EagerDifferentiable,
     needed_gradients,
+    no_forward_mode,
     refuse_dual_numbers,
 )
 from torchreg._ops.calls import call, is_eager, plain_memory
@@ -167,6 +168,18 @@ def _check(
     infer(op, specs, attributes, wanted)
 
 
+def _each_once(arguments: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """The same tensors, of which none is there twice: a compiler refuses autograd functions that.
+
+    Another view of a tensor is another tensor, with a gradient of its own.
+    """
+    seen: list[torch.Tensor | None] = []
+    for x in arguments:
+        again = x is not None and any(x is other for other in seen)
+        seen.append(x.view_as(x) if again and x is not None else x)
+    return seen
+
+
 def _dispatch(
     name: str, operands: Sequence[torch.Tensor | None], attributes: dict[str, Any]
 ) -> torch.Tensor:
@@ -190,4 +203,14 @@ def _dispatch(
         # With autograd functions a strict export would detach the result without a word.
         return result(op, call(name, arguments, attributes, op.wanted(()), False))
     ordered = tuple(attributes[key] for key in op.attribute_names)
-    return result(op, Differentiable.apply(name, ordered, needs, False, *arguments))
+    if torch.compiler.is_compiling():
+        once = _each_once(arguments)
+        return result(op, Differentiable.apply(name, ordered, needs, False, *once))
+    try:
+        outputs = Differentiable.apply(name, ordered, needs, False, *arguments)
+    except NotImplementedError as error:
+        # A method that refuses it in words of its own would be refused by compilers.
+        if "jvp" not in str(error):
+            raise
+        raise no_forward_mode(name) from error
+    return result(op, outputs)

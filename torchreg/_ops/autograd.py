@@ -106,12 +106,20 @@ def _first_derivatives(
     return gradients
 
 
+def no_forward_mode(op: str) -> NotImplementedError:
+    """Return the error that refuses forward mode."""
+    return NotImplementedError(
+        f"torchreg: {op}: forward mode is not supported; derivatives come in reverse mode, by "
+        "backward(), torch.autograd.grad, torch.func.grad or torch.func.vjp"
+    )
+
+
 def refuse_dual_numbers(op: str, tensors: Sequence[torch.Tensor | None]) -> None:
     """Refuse forward mode: a tangent that got lost would be a derivative of zero."""
     if is_forward_mode_active() and any(
         x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
     ):
-        raise NotImplementedError(f"torchreg: {op}: forward mode is not supported")
+        raise no_forward_mode(op)
 
 
 def _gradients(ctx: Any, grad_output: torch.Tensor | None) -> Outputs:
