@@ -13,7 +13,8 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-SMALL = "--size 32 48 32 --widths 8 16 16 --learning-rate 5e-3 --every 10 --device cpu".split()
+SMALL = ["--size", "32", "48", "32", "--widths", "8", "16", "16", "--learning-rate", "5e-3"]
+SMALL += ["--every", "10", "--device", "cpu"]
 STEPS = 60
 
 
