@@ -16,7 +16,7 @@ Who moves the image and compares it, in windows of 9 voxels:
     torch convolutions    grid_sample, and NCC by five dense convolutions, as VoxelMorph and
                           TransMorph have them, written from the formula
     MONAI                 DVF2DDF, Warp and LocalNormalizedCrossCorrelationLoss
-    torchreg, jaxreg      ours
+    torchreg, jaxreg      ours; `checkpointed` keeps nothing of it for the backward pass
     jnp                   map_coordinates, and sums by reduce_window
 
 In bfloat16 all of the PyTorch forward pass is under autocast, the loss too, which is how it is
@@ -39,6 +39,7 @@ import torch
 from harness import Record, add_file_arguments
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from warp import jnp_interpolate
 
 import torchreg
@@ -203,7 +204,17 @@ class Ours:
         return torchreg.diffusion_loss(self.normalised(flow))
 
 
-TORCH = {"torch convolutions": Convolutions, "MONAI": Monai, "torchreg": Ours}
+class Checkpointed(Ours):
+    """`torchreg`, computed again in the backward pass from what the network returned."""
+
+
+OURS = ("torchreg", "torchreg checkpointed", "jaxreg")
+TORCH = {
+    "torch convolutions": Convolutions,
+    "MONAI": Monai,
+    "torchreg": Ours,
+    "torchreg checkpointed": Checkpointed,
+}
 
 
 def resized(flow: torch.Tensor, factor: float) -> torch.Tensor:
@@ -217,12 +228,18 @@ def resized(flow: torch.Tensor, factor: float) -> torch.Tensor:
 def torch_loss(parts: Any, network: TorchNetwork, fixed: Any, moving: Any) -> tuple[Any, Any]:
     """The moved image and the loss."""
     flow = network(torch.cat([moving, fixed], dim=1))
-    regularised = flow
-    if network.shape.integrated:
-        regularised = resized(flow, 0.5)
-        flow = resized(parts.integrate(regularised), 2)
-    moved = parts.warp(moving, flow)
-    return moved, parts.similarity(moved, fixed) + PENALTY * parts.penalty(regularised)
+
+    def rest(flow: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        regularised = flow
+        if network.shape.integrated:
+            regularised = resized(flow, 0.5)
+            flow = resized(parts.integrate(regularised), 2)
+        moved = parts.warp(moving, flow)
+        return moved, parts.similarity(moved, fixed) + PENALTY * parts.penalty(regularised)
+
+    if isinstance(parts, Checkpointed):
+        return checkpoint(rest, flow, use_reentrant=False)
+    return rest(flow)
 
 
 def train_in_torch(
@@ -424,7 +441,7 @@ def main() -> None:
         try:
             found = train(NETWORKS[name], precision, images, steps)
         except Exception as error:
-            if who in ("torchreg", "jaxreg") or isinstance(error, ModuleNotFoundError):
+            if who in OURS or isinstance(error, ModuleNotFoundError):
                 raise
             found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
         record.add(work, who, **found)

@@ -196,7 +196,13 @@ def test_a_training_is_measured_and_makes_a_table(
     script("training", monkeypatch, *words.split(), *where).main()
     (file,) = tmp_path.glob("cpu-*/training.json")
     rows = {row["who"]: row for row in json.loads(file.read_text())["rows"]}
-    assert rows.keys() == {"torch convolutions", "torchreg", "jaxreg"}
+    assert rows.keys() == {
+        "torch convolutions",
+        "torchreg",
+        "torchreg checkpointed",
+        "jaxreg",
+    }
+    assert rows["torchreg checkpointed"]["loss"] == rows["torchreg"]["loss"]
     assert all(row["ms"] > 0 for row in rows.values())
     for who in ("torchreg", "jaxreg"):
         # What is told is what an image in float32 says, and the penalty, which is small at first.
