@@ -202,7 +202,9 @@ def test_a_training_is_measured_and_makes_a_table(
         "torchreg checkpointed",
         "jaxreg",
     }
-    assert rows["torchreg checkpointed"]["loss"] == rows["torchreg"]["loss"]
+    # Not to the bit: PyTorch's convolutions in bfloat16 are not the same twice on the CPU.
+    same = pytest.approx(rows["torchreg"]["loss"], abs=1e-2)
+    assert rows["torchreg checkpointed"]["loss"] == same
     assert all(row["ms"] > 0 for row in rows.values())
     for who in ("torchreg", "jaxreg"):
         # What is told is what an image in float32 says, and the penalty, which is small at first.

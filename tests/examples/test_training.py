@@ -55,13 +55,14 @@ def test_the_loss_falls_and_an_unseen_image_comes_closer(
 
 
 def test_a_training_that_is_resumed_goes_on_bit_for_bit(
-    trained: tuple[ModuleType, Any, Path], tmp_path: Path
+    example: ModuleType, tmp_path: Path
 ) -> None:
-    example, whole, _ = trained
-    arguments = [*SMALL, "--workers", "1", "--output", str(tmp_path)]
-    example.main([*arguments, "--steps", "10"])
-    resumed = example.main([*arguments, "--steps", "20", "--resume"])
-    assert resumed.losses == whole.losses[:20]
+    # Convolutions in bfloat16 are not the same twice on the CPU.
+    arguments = [*SMALL, "--precision", "float32", "--output"]
+    whole = example.main([*arguments, str(tmp_path / "whole"), "--workers", "0", "--steps", "4"])
+    parts = [*arguments, str(tmp_path / "parts"), "--workers", "1"]
+    example.main([*parts, "--steps", "2"])
+    assert example.main([*parts, "--steps", "4", "--resume"]) == whole
 
 
 def test_a_size_that_the_network_cannot_halve_is_told(
