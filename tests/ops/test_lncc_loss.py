@@ -24,7 +24,7 @@ Array = np.ndarray
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-WINDOWS = pytest.mark.parametrize("window", ["rectangular", "gaussian"])
+WINDOWS = pytest.mark.parametrize("window", ["rectangular", "gaussian", "triangular"])
 
 
 def images(
