@@ -5,7 +5,11 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -883,3 +887,49 @@ def test_forward_mode_is_refused_in_our_words() -> None:
             NotImplementedError, match=r"compose: forward mode .* torch\.func\.grad"
         ):
             refused()
+
+
+class Registering(torch.nn.Module):
+    """Several ops, one of them with a tensor twice and one without the size of its output."""
+
+    def forward(self, image: Tensor, u: Tensor) -> Tensor:
+        smooth = torchreg.gaussian_smooth(image, 1.0)
+        return torchreg.interpolate(smooth, grid=torchreg.compose(u, u))
+
+
+def registering_operands(seed: int = 0) -> tuple[Tensor, Tensor]:
+    image = torch.tensor(random_array(seed, 1, 1, 6, 7, dtype=np.float32))
+    return image, torch.tensor(0.1 * random_array(seed + 1, 1, 6, 7, 2, dtype=np.float32))
+
+
+def test_a_traced_model_can_be_saved_and_loaded(tmp_path: Path) -> None:
+    """Also where nothing but this package has been imported, and with its gradients."""
+    model, operands, others = Registering(), registering_operands(), registering_operands(5)
+    torch.jit.trace(model, operands).save(tmp_path / "model.pt")
+    torch.save((*others, model(*others)), tmp_path / "expected.pt")
+    loaded = torch.jit.load(tmp_path / "model.pt")
+    assert_equal([loaded(*others)], [model(*others)])
+    leaves_of_both = [[x.clone().requires_grad_() for x in others] for _ in range(2)]
+    gradients, expected = (
+        torch.autograd.grad(function(*leaves).sum(), leaves)
+        for function, leaves in zip((loaded, model), leaves_of_both, strict=True)
+    )
+    assert_equal(gradients, expected)
+    program = (
+        "import torch, torchreg\n"
+        "image, u, expected = torch.load('expected.pt')\n"
+        "assert torch.equal(torch.jit.load('model.pt')(image, u), expected)\n"
+    )
+    root = str(Path(torchreg.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
+
+
+def test_an_exported_program_is_compiled_ahead_of_time_by_inductor(tmp_path: Path) -> None:
+    model, operands = Registering(), registering_operands()
+    program = torch.export.export(model, operands)
+    package = str(tmp_path / "model.pt2")
+    torch._inductor.aoti_compile_and_package(program, package_path=package)
+    compiled = torch._inductor.aoti_load_package(package)
+    others = registering_operands(5)
+    assert_equal([compiled(*others)], [model(*others)])
