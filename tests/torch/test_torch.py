@@ -933,3 +933,33 @@ def test_an_exported_program_is_compiled_ahead_of_time_by_inductor(tmp_path: Pat
     compiled = torch._inductor.aoti_load_package(package)
     others = registering_operands(5)
     assert_equal([compiled(*others)], [model(*others)])
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        ("LNCCLoss", {"kernel_size": 4}, "kernel_size: .* got 4"),
+        ("LNCCLoss", {"kernel_size": (3, 4)}, "kernel_size: .* got .*4"),
+        ("LNCCLoss", {"window": "round"}, "window: .* got 'round'"),
+        ("LNCCLoss", {"reduction": "average"}, "reduction: .* got 'average'"),
+        ("LNCCLoss", {"smooth_dr": -1.0}, "smooth_dr: .* got -1"),
+        ("MutualInformationLoss", {"num_bins": -1}, "num_bins: .* got -1"),
+        ("MutualInformationLoss", {"kernel": "round"}, "kernel: .* got 'round'"),
+        ("MutualInformationLoss", {"value_range": ((0, 1), (1, 0))}, r"value_range: .*\(1, 0\)"),
+    ],
+)
+def test_a_module_refuses_options_where_it_is_made(
+    module: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(torchreg, module)(**options)
+
+
+def test_a_module_takes_what_its_function_takes() -> None:
+    image = torch.rand(2, 1, 8, 9)
+    loss = torchreg.LNCCLoss((3, 5))
+    assert torch.equal(loss(image, image), torchreg.lncc_loss(image, image, kernel_size=(3, 5)))
+    torchreg.LNCCLoss([3, 5, 3])
+    ends = torch.ones(2)
+    mutual = torchreg.MutualInformationLoss(value_range=((0, ends), (0, 1)))
+    assert mutual(image, image).isfinite()
