@@ -963,3 +963,91 @@ def test_a_module_takes_what_its_function_takes() -> None:
     ends = torch.ones(2)
     mutual = torchreg.MutualInformationLoss(value_range=((0, ends), (0, 1)))
     assert mutual(image, image).isfinite()
+
+
+GRID_SAMPLE = torch.nn.functional.grid_sample
+
+
+def sampled_along_x(
+    function: Function, ndim: int, voxels: Tensor, mode: str, padding: str, align_corners: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, gradient of the image and of x, at voxel positions along x, elsewhere between voxels.
+
+    The image has five voxels along x, so that positions in quarters are exact.
+    """
+    image = torch.tensor(random_array(0, 1, 1, *(4,) * (ndim - 1), 5)).requires_grad_()
+    grid = torch.full((1, *(1,) * (ndim - 1), len(voxels), ndim), 0.137, dtype=torch.float64)
+    grid[..., 0] = voxels / 2 - 1 if align_corners else (2 * voxels + 1) / 5 - 1
+    grid.requires_grad_()
+    value = function(image, grid, mode=mode, padding_mode=padding, align_corners=align_corners)
+    grad_image, grad_grid = torch.autograd.grad(value.sum(), (image, grid))
+    return value.detach(), grad_image, grad_grid[..., 0].flatten()
+
+
+def ours(image: Tensor, grid: Tensor, **options: Any) -> Tensor:
+    return torchreg.interpolate(image, grid=grid, is_displacement=False, **options)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_what_differs_from_grid_sample_is_the_gradient_at_integer_positions(
+    ndim: int, padding: str, align_corners: bool
+) -> None:
+    """Values and image gradients agree everywhere, and all gradients between the voxels."""
+    quarters = torch.arange(-40, 60, dtype=torch.float64) / 4
+    results = [
+        sampled_along_x(function, ndim, quarters, "bilinear", padding, align_corners)
+        for function in (ours, GRID_SAMPLE)
+    ]
+    (value, image, slope), (torchs_value, torchs_image, torchs_slope) = results
+    torch.testing.assert_close(value, torchs_value)
+    torch.testing.assert_close(image, torchs_image)
+    differs = (slope - torchs_slope).abs() > 1e-9
+    assert (quarters[differs] % 1 == 0).all()
+    # The derivative at an integer position is what there is a little to its right.
+    whole = quarters[quarters % 1 == 0]
+    at, right = (
+        sampled_along_x(ours, ndim, where, "bilinear", padding, align_corners)[2]
+        for where in (whole, whole + 1e-6)
+    )
+    if align_corners:  # where these positions are exact in normalised coordinates, too
+        torch.testing.assert_close(at, right, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("padding", "first"), [("border", 0.0), ("reflection", 0.0)])
+def test_grid_sample_has_no_gradient_where_it_clips_and_ours_is_right_sided(
+    padding: str, first: float
+) -> None:
+    ends = torch.tensor([0.0, 4.0], dtype=torch.float64)
+    _, _, slope = sampled_along_x(ours, 2, ends, "bilinear", padding, True)
+    _, _, torchs = sampled_along_x(GRID_SAMPLE, 2, ends, "bilinear", padding, True)
+    assert torchs.tolist() == [first, 0.0]
+    assert slope[0].abs() > 1e-3
+    assert (slope[1] == 0) == (padding == "border")
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_ties_of_nearest_are_rounded_to_even_where_positions_are_exact(align_corners: bool) -> None:
+    """`grid_sample` may round its position off a tie, as ours may where coordinates are given."""
+    ours_differ = torchs_differ = False
+    for size in range(2, 13):
+        image = torch.arange(float(size)).expand(1, 1, 2, size)
+        half = torch.zeros(1, 2, size, 2)
+        half[..., 0] = 0.5
+        even = torch.round(torch.arange(size) + 0.5).clamp(max=size - 1)
+        options: dict[str, Any] = {
+            "mode": "nearest",
+            "padding_mode": "border",
+            "align_corners": align_corners,
+        }
+        moved = torchreg.interpolate(image, grid=half, grid_unit="voxel", **options)
+        assert torch.equal(moved, even.expand_as(moved))
+        positions = torch.arange(size) + 0.5
+        grid = torch.zeros(1, 1, size, 2)
+        grid[..., 0] = (
+            2 * positions / (size - 1) - 1 if align_corners else (2 * positions + 1) / size - 1
+        )
+        torchs_differ |= not torch.equal(GRID_SAMPLE(image, grid, **options)[0, 0, 0], even)
+        ours_differ |= not torch.equal(ours(image, grid, **options)[0, 0, 0], even)
+    assert ours_differ and torchs_differ
