@@ -214,12 +214,31 @@ def quality_table(result: Result) -> str:
     return table([*heads, "there and back (mm)", "seconds"], lines)
 
 
+def training_table(result: Result) -> str:
+    """Milliseconds, memory and losses of a training, by network and precision."""
+    lines = []
+    for row in result["rows"]:
+        losses = [row.get("loss"), row.get("lncc")]
+        lines.append(
+            [
+                row["work"],
+                row["who"],
+                cell(row, row["who"] in OURS),
+                number_of_mib(row),
+                *(NOTHING if loss is None else f"{loss:.4g}" for loss in losses),
+            ]
+        )
+    heads = ["network", "moved and compared by", "milliseconds a step", "peak of memory (MiB)"]
+    return table([*heads, "loss told at the end", "LNCC of what was moved there"], lines)
+
+
 TABLES: Mapping[str, Callable[[Result], str]] = {
     "warp": peers_table(WARP),
     "similarity": peers_table(SIMILARITY),
     "registration": registration_table,
     "latency": latency_table,
     "quality": quality_table,
+    "training": training_table,
 }
 
 

@@ -188,6 +188,44 @@ def test_similarity_does_without_peers_that_are_not_installed(
     ]
 
 
+def test_a_training_is_measured_and_makes_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "--size 32 32 32 --steps 4 --networks VoxelMorph --device cpu --only torch jaxreg"
+    where = ["--precisions", "bfloat16", "--output", str(tmp_path)]
+    script("training", monkeypatch, *words.split(), *where).main()
+    (file,) = tmp_path.glob("cpu-*/training.json")
+    rows = {row["who"]: row for row in json.loads(file.read_text())["rows"]}
+    assert rows.keys() == {
+        "torch convolutions",
+        "torchreg",
+        "torchreg checkpointed",
+        "jaxreg",
+    }
+    # Not to the bit: PyTorch's convolutions in bfloat16 are not the same twice on the CPU.
+    same = pytest.approx(rows["torchreg"]["loss"], abs=1e-2)
+    assert rows["torchreg checkpointed"]["loss"] == same
+    assert all(row["ms"] > 0 for row in rows.values())
+    for who in ("torchreg", "jaxreg"):
+        # What is told is what an image in float32 says, and the penalty, which is small at first.
+        assert rows[who]["loss"] == pytest.approx(rows[who]["lncc"], abs=1e-3)
+    assert rows["torch convolutions"]["loss"] < -1  # no correlation is
+    tables = script("tables", monkeypatch)
+    made, _ = tables.rewrite("<!-- table: training-cpu -->\n<!-- /table -->", tmp_path)
+    assert "| VoxelMorph, bfloat16 | torchreg | **" in made
+
+
+def test_a_network_has_the_parameters_of_the_one_that_it_is_named_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    networks = script("training", monkeypatch).NETWORKS
+    millions = {
+        name: sum(27 * i * o + o for i, o in shape.convolutions()) / 1e6
+        for name, shape in networks.items()
+    }
+    assert millions == pytest.approx({"VoxelMorph": 0.327, "TransMorph": 46.8}, rel=0.01)
+
+
 def write(folder: Path, card: str, benchmark: str, rows: list[dict[str, Any]]) -> None:
     about = {
         "benchmark": benchmark,
