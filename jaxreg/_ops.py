@@ -273,6 +273,16 @@ def _check_operand(op: str, declared: Input, value: Any) -> None:
         raise TypeError(f"{op}: {declared.name}: expected an array of numbers, got {value.dtype}")
 
 
+def _check_sizes(op: str, declared: Input, array: jax.Array | None) -> None:
+    # The symbols of `jax.export.symbolic_shape` cannot be numbers for the op's own checks.
+    if array is not None and not all(isinstance(size, int) for size in array.shape):
+        sizes = ", ".join(map(str, array.shape))
+        raise NotImplementedError(
+            f"{op}: {declared.name}: expected sizes that are numbers, got ({sizes}): "
+            "symbolic shapes are not supported, export the function once for each shape"
+        )
+
+
 def apply(name: str, operands: Sequence[Any], attributes: dict[str, Any]) -> jax.Array:
     """Call an op of the table.
 
@@ -308,6 +318,8 @@ def apply_for(
     for declared, value in zip(op.inputs, operands, strict=True):
         _check_operand(name, declared, value)
     arrays = tuple(None if x is None else jnp.asarray(x) for x in operands)
+    for declared, array in zip(op.inputs, arrays, strict=True):
+        _check_sizes(name, declared, array)
     attributes = {key: plain_number(value) for key, value in attributes.items()}
     # The op's own checks come before jit: what they refuse may not even be hashable.
     dtypes, _ = op.kernel_dtypes(_dtype_names(arrays))

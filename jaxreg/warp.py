@@ -105,7 +105,15 @@ def interpolate(
 
     Notes
     -----
-    Boundary rules and rounding are those of ``torch.nn.functional.grid_sample``.
+    Boundary rules are those of ``torch.nn.functional.grid_sample``, and so are values and the
+    image's gradient, up to the rounding of positions, which are computed in voxels here. A tie of
+    "nearest" goes to the even voxel in both, but rounding may take a position off the tie in one of
+    them alone.
+
+    Gradients of the affine and the grid differ where a position is a whole number of voxels and the
+    derivative jumps. Here it is the right-sided one, for every padding. With "border" and
+    "reflection", ``grid_sample`` returns 0 at the first and at the last voxel; where a coordinate
+    has been reflected, its derivative is the left-sided one.
     """
     return apply(
         "interpolate",

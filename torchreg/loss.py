@@ -313,6 +313,12 @@ class _Loss(torch.nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.options = options
+        # The function's own checks, on shapes alone, so that a wrong option is refused here and not
+        # by the first batch. An option with two numbers may be one for each axis of the plane.
+        per_axis = [x for x in options.values() if isinstance(x, Sequence)]
+        in_plane = any(len(x) == 2 for x in per_axis)
+        probe = torch.empty((1, 1, 1, 1) if in_plane else (1, 1, 1, 1, 1), device="meta")
+        type(self).function(probe, probe, **options)
 
     def forward(
         self, pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None

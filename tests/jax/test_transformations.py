@@ -542,3 +542,12 @@ def test_one_array_may_be_passed_twice() -> None:
         jax.jit(jax.vmap(jax.grad(lambda u: loss(u, u))))(field),
     ):
         np.testing.assert_allclose(gradient, both[0] + both[1], rtol=1e-5, atol=1e-5)
+
+
+def test_symbolic_shapes_are_refused_in_one_sentence() -> None:
+    (size,) = jax.export.symbolic_shape("n")
+    function = jax.jit(lambda x: jaxreg.gaussian_smooth(x, 1.0))
+    image = jax.ShapeDtypeStruct((1, 1, size, 6), np.float32)
+    message = r"gaussian_smooth: x: .* got \(1, 1, n, 6\): symbolic shapes are not supported"
+    with pytest.raises(NotImplementedError, match=message):
+        jax.export.export(function, disabled_checks=jaxreg.export_checks())(image)

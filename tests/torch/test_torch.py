@@ -5,7 +5,11 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -883,3 +887,167 @@ def test_forward_mode_is_refused_in_our_words() -> None:
             NotImplementedError, match=r"compose: forward mode .* torch\.func\.grad"
         ):
             refused()
+
+
+class Registering(torch.nn.Module):
+    """Several ops, one of them with a tensor twice and one without the size of its output."""
+
+    def forward(self, image: Tensor, u: Tensor) -> Tensor:
+        smooth = torchreg.gaussian_smooth(image, 1.0)
+        return torchreg.interpolate(smooth, grid=torchreg.compose(u, u))
+
+
+def registering_operands(seed: int = 0) -> tuple[Tensor, Tensor]:
+    image = torch.tensor(random_array(seed, 1, 1, 6, 7, dtype=np.float32))
+    return image, torch.tensor(0.1 * random_array(seed + 1, 1, 6, 7, 2, dtype=np.float32))
+
+
+def test_a_traced_model_can_be_saved_and_loaded(tmp_path: Path) -> None:
+    """Also where nothing but this package has been imported, and with its gradients."""
+    model, operands, others = Registering(), registering_operands(), registering_operands(5)
+    torch.jit.trace(model, operands).save(tmp_path / "model.pt")
+    torch.save((*others, model(*others)), tmp_path / "expected.pt")
+    loaded = torch.jit.load(tmp_path / "model.pt")
+    assert_equal([loaded(*others)], [model(*others)])
+    leaves_of_both = [[x.clone().requires_grad_() for x in others] for _ in range(2)]
+    gradients, expected = (
+        torch.autograd.grad(function(*leaves).sum(), leaves)
+        for function, leaves in zip((loaded, model), leaves_of_both, strict=True)
+    )
+    assert_equal(gradients, expected)
+    program = (
+        "import torch, torchreg\n"
+        "image, u, expected = torch.load('expected.pt')\n"
+        "assert torch.equal(torch.jit.load('model.pt')(image, u), expected)\n"
+    )
+    root = str(Path(torchreg.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
+
+
+def test_an_exported_program_is_compiled_ahead_of_time_by_inductor(tmp_path: Path) -> None:
+    model, operands = Registering(), registering_operands()
+    program = torch.export.export(model, operands)
+    package = str(tmp_path / "model.pt2")
+    torch._inductor.aoti_compile_and_package(program, package_path=package)
+    compiled = torch._inductor.aoti_load_package(package)
+    others = registering_operands(5)
+    assert_equal([compiled(*others)], [model(*others)])
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        ("LNCCLoss", {"kernel_size": 4}, "kernel_size: .* got 4"),
+        ("LNCCLoss", {"kernel_size": (3, 4)}, "kernel_size: .* got .*4"),
+        ("LNCCLoss", {"window": "round"}, "window: .* got 'round'"),
+        ("LNCCLoss", {"reduction": "average"}, "reduction: .* got 'average'"),
+        ("LNCCLoss", {"smooth_dr": -1.0}, "smooth_dr: .* got -1"),
+        ("MutualInformationLoss", {"num_bins": -1}, "num_bins: .* got -1"),
+        ("MutualInformationLoss", {"kernel": "round"}, "kernel: .* got 'round'"),
+        ("MutualInformationLoss", {"value_range": ((0, 1), (1, 0))}, r"value_range: .*\(1, 0\)"),
+    ],
+)
+def test_a_module_refuses_options_where_it_is_made(
+    module: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(torchreg, module)(**options)
+
+
+def test_a_module_takes_what_its_function_takes() -> None:
+    image = torch.rand(2, 1, 8, 9)
+    loss = torchreg.LNCCLoss((3, 5))
+    assert torch.equal(loss(image, image), torchreg.lncc_loss(image, image, kernel_size=(3, 5)))
+    torchreg.LNCCLoss([3, 5, 3])
+    ends = torch.ones(2)
+    mutual = torchreg.MutualInformationLoss(value_range=((0, ends), (0, 1)))
+    assert mutual(image, image).isfinite()
+
+
+GRID_SAMPLE = torch.nn.functional.grid_sample
+
+
+def sampled_along_x(
+    function: Function, ndim: int, voxels: Tensor, mode: str, padding: str, align_corners: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, gradient of the image and of x, at voxel positions along x, elsewhere between voxels.
+
+    The image has five voxels along x, so that positions in quarters are exact.
+    """
+    image = torch.tensor(random_array(0, 1, 1, *(4,) * (ndim - 1), 5)).requires_grad_()
+    grid = torch.full((1, *(1,) * (ndim - 1), len(voxels), ndim), 0.137, dtype=torch.float64)
+    grid[..., 0] = voxels / 2 - 1 if align_corners else (2 * voxels + 1) / 5 - 1
+    grid.requires_grad_()
+    value = function(image, grid, mode=mode, padding_mode=padding, align_corners=align_corners)
+    grad_image, grad_grid = torch.autograd.grad(value.sum(), (image, grid))
+    return value.detach(), grad_image, grad_grid[..., 0].flatten()
+
+
+def ours(image: Tensor, grid: Tensor, **options: Any) -> Tensor:
+    return torchreg.interpolate(image, grid=grid, is_displacement=False, **options)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_what_differs_from_grid_sample_is_the_gradient_at_integer_positions(
+    ndim: int, padding: str, align_corners: bool
+) -> None:
+    """Values and image gradients agree everywhere, and all gradients between the voxels."""
+    quarters = torch.arange(-40, 60, dtype=torch.float64) / 4
+    results = [
+        sampled_along_x(function, ndim, quarters, "bilinear", padding, align_corners)
+        for function in (ours, GRID_SAMPLE)
+    ]
+    (value, image, slope), (torchs_value, torchs_image, torchs_slope) = results
+    torch.testing.assert_close(value, torchs_value)
+    torch.testing.assert_close(image, torchs_image)
+    differs = (slope - torchs_slope).abs() > 1e-9
+    assert (quarters[differs] % 1 == 0).all()
+    # The derivative at an integer position is what there is a little to its right.
+    whole = quarters[quarters % 1 == 0]
+    at, right = (
+        sampled_along_x(ours, ndim, where, "bilinear", padding, align_corners)[2]
+        for where in (whole, whole + 1e-6)
+    )
+    if align_corners:  # where these positions are exact in normalised coordinates, too
+        torch.testing.assert_close(at, right, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("padding", "first"), [("border", 0.0), ("reflection", 0.0)])
+def test_grid_sample_has_no_gradient_where_it_clips_and_ours_is_right_sided(
+    padding: str, first: float
+) -> None:
+    ends = torch.tensor([0.0, 4.0], dtype=torch.float64)
+    _, _, slope = sampled_along_x(ours, 2, ends, "bilinear", padding, True)
+    _, _, torchs = sampled_along_x(GRID_SAMPLE, 2, ends, "bilinear", padding, True)
+    assert torchs.tolist() == [first, 0.0]
+    assert slope[0].abs() > 1e-3
+    assert (slope[1] == 0) == (padding == "border")
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_ties_of_nearest_are_rounded_to_even_where_positions_are_exact(align_corners: bool) -> None:
+    """`grid_sample` may round its position off a tie, as ours may where coordinates are given."""
+    ours_differ = torchs_differ = False
+    for size in range(2, 13):
+        image = torch.arange(float(size)).expand(1, 1, 2, size)
+        half = torch.zeros(1, 2, size, 2)
+        half[..., 0] = 0.5
+        even = torch.round(torch.arange(size) + 0.5).clamp(max=size - 1)
+        options: dict[str, Any] = {
+            "mode": "nearest",
+            "padding_mode": "border",
+            "align_corners": align_corners,
+        }
+        moved = torchreg.interpolate(image, grid=half, grid_unit="voxel", **options)
+        assert torch.equal(moved, even.expand_as(moved))
+        positions = torch.arange(size) + 0.5
+        grid = torch.zeros(1, 1, size, 2)
+        grid[..., 0] = (
+            2 * positions / (size - 1) - 1 if align_corners else (2 * positions + 1) / size - 1
+        )
+        torchs_differ |= not torch.equal(GRID_SAMPLE(image, grid, **options)[0, 0, 0], even)
+        ours_differ |= not torch.equal(ours(image, grid, **options)[0, 0, 0], even)
+    assert ours_differ and torchs_differ

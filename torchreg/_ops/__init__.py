@@ -30,7 +30,7 @@ from torchreg._ops.autograd import (
 )
 from torchreg._ops.calls import call, is_eager, plain_memory
 from torchreg._ops.launch import DTYPE_NAMES, DTYPES, infer, result, run, spec
-from torchreg._ops.torch_internals import transforms
+from torchreg._ops.torch_internals import is_tracing, transforms
 
 # Every module of this package comes here, also if the package's own `__init__` is a stranger's.
 refuse_mixture(Path(__file__).parents[1])
@@ -196,6 +196,10 @@ def _dispatch(
         return result(op, run(op, arguments, attributes, op.wanted(needs), False))
     if not torch.compiler.is_compiling():
         _check(op, arguments, attributes, op.wanted(needs))
+        if is_tracing() and not transforms()[0]:
+            # A traced program can be saved with calls of registered ops, which have derivatives,
+            # and cannot with autograd functions.
+            return result(op, call(name, arguments, attributes, op.wanted(()), False))
     elif transforms()[1] > 1:
         # A compiler traces a backward pass without its tie to the second derivative.
         raise RuntimeError(f"torchreg: {name} can be differentiated once, not twice")

@@ -72,7 +72,8 @@ def call(
             f"torchreg: {name}: several cotangents at once (is_grads_batched, vectorize) are not "
             "supported: use torch.func.vmap"
         )
-    ordered = [attributes[attribute] for attribute in op.attribute_names]
+    values = [attributes[attribute] for attribute in op.attribute_names]
+    ordered = [None if isinstance(x, tuple | list) and not x else x for x in values]
     results = getattr(torch.ops.torchreg, name)(*operands, *ordered, wanted, grouped)
     return unpack(results, wanted, len(op.outputs))
 

@@ -23,8 +23,9 @@ _SCHEMA_TYPES = {
     "int": "int",
     "float": "float",
     "choice": "str",
-    "ints": "int[]",
-    "floats": "float[]",
+    # None stands for no numbers: AOTInductor hands an empty list on as None.
+    "ints": "int[]?",
+    "floats": "float[]?",
 }
 
 # PyTorch forgets what a library has registered as soon as the library is gone.
@@ -40,7 +41,10 @@ def _schema(op: Op) -> str:
 
 def _split(op: Op, arguments: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any], int, bool]:
     count = len(op.inputs)
-    attributes = dict(zip(op.attribute_names, arguments[count:-2], strict=True))
+    attributes = {
+        declared.name: () if value is None else value
+        for declared, value in zip(op.attributes, arguments[count:-2], strict=True)
+    }
     return arguments[:count], attributes, arguments[-2], arguments[-1]
 
 

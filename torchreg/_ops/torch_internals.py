@@ -43,6 +43,11 @@ def is_anyone_listening() -> bool:
     )
 
 
+def is_tracing() -> bool:
+    """Whether `torch.jit.trace` notes what is computed."""
+    return _tracing_state() is not None
+
+
 def is_forward_mode_active() -> bool:
     """Whether tensors may be dual numbers."""
     return forward_ad._current_level >= 0
