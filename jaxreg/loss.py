@@ -69,7 +69,8 @@ def lncc_loss(
         The same channels and spatial axes. Each batch size is N or 1.
     kernel_size
         Voxels along a side of the window: odd, from 3 to 31. Or a size for each axis, ``([z,] y,
-        x)``, odd, from 1 on, and 3 or more for some.
+        x)``, odd, from 1 on, and 3 or more for some: it takes as long as the largest of them for
+        all, and a value that is not finite counts as far as that, too.
     window
         "rectangular"; "gaussian" with weights ``exp(-d^2 / (2 sigma^2))`` along each axis; or
         "triangular" with weights ``max(f - |d|, 0) / f^2``, f being the largest odd number up to

@@ -23,7 +23,14 @@ from regkernels import write_volume
 
 PUBLIC = [
     (module, name)
-    for module in ("jaxreg", "torchreg", "torchreg.fireants", "jaxreg.registration")
+    for module in (
+        "jaxreg",
+        "torchreg",
+        "torchreg.fireants",
+        "torchreg.monai",
+        "torchreg.voxelmorph",
+        "jaxreg.registration",
+    )
     for name in importlib.import_module(module).__all__
 ]
 
@@ -63,9 +70,7 @@ def test_every_public_name_is_documented(module: str, name: str) -> None:
     assert set(found) <= {"Parameters", "Returns", "Raises", "Notes", "References", "Examples"}
 
 
-@pytest.mark.parametrize(
-    "module", ["regkernels", "jaxreg", "torchreg", "torchreg.fireants", "jaxreg.registration"]
-)
+@pytest.mark.parametrize("module", ["regkernels", *dict.fromkeys(module for module, _ in PUBLIC)])
 def test_every_public_name_is_in_the_reference(module: str) -> None:
     told: set[str] = set()
     current = ""
