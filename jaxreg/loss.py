@@ -200,7 +200,7 @@ def mutual_information_loss(
         weighted mean, and all is 0 where the mask is empty, but NMI 1. ``value_range=None`` and
         "joint" look at every voxel all the same.
     normalised
-        Whether the loss is -NMI, Studholme's [2]_, which depends less on how much two images
+        Whether the loss is -NMI, Studholme's [#s]_, which depends less on how much two images
         overlap. Where H(A, B) is 0 (below 1e-10), both images are constant: NMI is 1 there and has
         no gradient.
     reduction
@@ -224,17 +224,17 @@ def mutual_information_loss(
 
     Notes
     -----
-    The B-spline is that of Mattes et al. [1]_, here for both images. The sum is that of MONAI's
+    The B-spline is that of Mattes et al. [#m]_, here for both images. The sum is that of MONAI's
     ``GlobalMutualInformationLoss``, which expects intensities in [0, 1] and puts the first and the
     last centre at 0 and 1. The values of its Gaussian are those of ``value_range`` from -h to 1 + h
     for both images, with ``h = 1 / (2 (num_bins - 1))``, and of twice its ``sigma_ratio``.
 
     References
     ----------
-    .. [1] D. Mattes, D. R. Haynor, H. Vesselle, T. K. Lewellen, W. Eubank: PET-CT image
+    .. [#m] D. Mattes, D. R. Haynor, H. Vesselle, T. K. Lewellen, W. Eubank: PET-CT image
        registration in the chest using free-form deformations. IEEE Transactions on Medical Imaging
        22(1), 2003.
-    .. [2] C. Studholme, D. L. G. Hill, D. J. Hawkes: An overlap invariant entropy measure of 3D
+    .. [#s] C. Studholme, D. L. G. Hill, D. J. Hawkes: An overlap invariant entropy measure of 3D
        medical image alignment. Pattern Recognition 32(1), 1999.
     """
     op = "mutual_information_loss"

@@ -130,14 +130,14 @@ def bending_energy_loss(
 
     Notes
     -----
-    This is the energy of a thin plate, as Rueckert et al. [1]_ regularise with. MONAI's
+    This is the energy of a thin plate, as Rueckert et al. [#r]_ regularise with. MONAI's
     ``BendingEnergyLoss`` takes central differences, of voxels that are not at a border, and its
     mean over these and the components: of a field whose second derivatives are constant, a D-th of
     what a voxel that has them all contributes here.
 
     References
     ----------
-    .. [1] D. Rueckert, L. I. Sonoda, C. Hayes, D. L. G. Hill, M. O. Leach, D. J. Hawkes: Nonrigid
+    .. [#r] D. Rueckert, L. I. Sonoda, C. Hayes, D. L. G. Hill, M. O. Leach, D. J. Hawkes: Nonrigid
        registration using free-form deformations: application to breast MR images. IEEE Transactions
        on Medical Imaging 18(8), 1999.
     """
@@ -187,11 +187,11 @@ def curvature_loss(
 
     Notes
     -----
-    Affine maps cost nothing, and neither does any other harmonic field [1]_.
+    Affine maps cost nothing, and neither does any other harmonic field [#f]_.
 
     References
     ----------
-    .. [1] B. Fischer, J. Modersitzki: Curvature based image registration. Journal of Mathematical
+    .. [#f] B. Fischer, J. Modersitzki: Curvature based image registration. Journal of Mathematical
        Imaging and Vision 18, 2003.
     """
     return _energy(displacement, "curvature", reduction, align_corners, spacing=spacing)
