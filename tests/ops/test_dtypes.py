@@ -175,6 +175,9 @@ INTERPOLATE = {
     "padding_mode": "zeros",
     "align_corners": True,
     "deterministic": False,
+    "grid_unit": "normalised",
+    "grid_channels": "last",
+    "grid_components": "xyz",
 }
 
 

@@ -24,7 +24,7 @@ Array = np.ndarray
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-WINDOWS = pytest.mark.parametrize("window", ["rectangular", "gaussian", "triangular"])
+WINDOWS = pytest.mark.parametrize("window", ["rectangular", "gaussian"])
 
 
 def images(
@@ -244,7 +244,7 @@ def test_sizes_that_are_none_are_refused(backend: Backend, sizes: Any, message: 
         backend.call("lncc_loss", pred, target, kernel_size=sizes)
 
 
-@WINDOWS
+@pytest.mark.parametrize("window", ["rectangular", "gaussian", "triangular"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_it_is_the_loss_of_monai(backend: Backend, reduction: str, window: str) -> None:
     """Whose Gaussian weights are those of float32."""

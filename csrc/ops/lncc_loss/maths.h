@@ -59,10 +59,10 @@ REGKERNELS_HD void add_products(T value_i, T value_j, T (&sums)[kWindowSums]) {
   sums[4] += value_i * value_j;
 }
 
-// With c = ΣIJ - ΣI ΣJ / m and the variances v, raised to the least one, and what the images have
-// in common added to all three,
-//   ncc = (c² + smooth_nr) / (v_I v_J + beside),
-// whose denominator is (v_I + beside / v_J) v_J.
+// With c = ΣIJ - ΣI ΣJ / m and the variances v, raised to smooth_dr at least, and what the images
+// have in common added to all three,
+//   ncc = (c² + smooth_nr) / (v_I v_J + smooth_product),
+// whose denominator is (v_I + smooth_product / v_J) v_J.
 // Its derivatives: `cross` with respect to c, `variance_*` with respect to ΣI² and ΣJ². A window
 // that is constant as far as its sums can tell has no covariance; a variance that was raised has
 // no derivative.
