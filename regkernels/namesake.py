@@ -14,6 +14,7 @@ __all__ = ["refuse_mixture", "trouble"]
 
 _OURS = {
     "__init__.py",
+    "_flows.py",
     "_ops",
     "descriptors.py",
     "fireants",

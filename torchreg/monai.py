@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import torch
 
+from torchreg._flows import FLOW_GRID, integrate
 from torchreg.loss import LNCCLoss, MutualInformationLoss
-from torchreg.warp import convert_displacement, interpolate, scaling_and_squaring
+from torchreg.warp import interpolate
 
 __all__ = [
     "DVF2DDF",
@@ -21,12 +22,6 @@ __all__ = [
     "LocalNormalizedCrossCorrelationLoss",
     "Warp",
 ]
-
-_GRID: dict[str, Any] = {
-    "grid_unit": "voxel",
-    "grid_channels": "first",
-    "grid_components": "zyx",
-}
 
 
 def _name(option: object) -> str:
@@ -102,7 +97,9 @@ class Warp(torch.nn.Module):
             generator = torch.Generator().manual_seed(0)
             offsets = torch.rand(ddf.shape[1:], generator=generator, dtype=torch.float32)
             ddf = ddf + offsets.to(ddf)
-        return interpolate(image, grid=ddf, mode=self.mode, padding_mode=self.padding_mode, **_GRID)
+        return interpolate(
+            image, grid=ddf, mode=self.mode, padding_mode=self.padding_mode, **FLOW_GRID
+        )
 
 
 class DVF2DDF(torch.nn.Module):
@@ -152,15 +149,7 @@ class DVF2DDF(torch.nn.Module):
         ValueError
             For a shape that is not one of a field.
         """
-        velocity = convert_displacement(
-            dvf, "voxel", "normalised", source_channels="first", source_components="zyx"
-        )
-        displacement = scaling_and_squaring(
-            velocity, self.num_steps, padding_mode=self.warp_layer.padding_mode
-        )
-        return convert_displacement(
-            displacement, "normalised", "voxel", target_channels="first", target_components="zyx"
-        )
+        return integrate(dvf, self.num_steps, self.warp_layer.padding_mode)
 
 
 class LocalNormalizedCrossCorrelationLoss(torch.nn.Module):

@@ -13,16 +13,11 @@ from typing import Any
 
 import torch
 
+from torchreg._flows import FLOW_GRID, integrate
 from torchreg.loss import lncc_loss
-from torchreg.warp import convert_displacement, interpolate, scaling_and_squaring
+from torchreg.warp import interpolate
 
 __all__ = ["NCC", "SpatialTransformer", "VecInt"]
-
-_GRID: dict[str, Any] = {
-    "grid_unit": "voxel",
-    "grid_channels": "first",
-    "grid_components": "zyx",
-}
 
 
 def _checked_size(name: str, size: Sequence[int]) -> tuple[int, ...]:
@@ -95,7 +90,7 @@ class SpatialTransformer(torch.nn.Module):
             raise ValueError(
                 f"src: expected spatial sizes {self.size}, got shape {tuple(src.shape)}"
             )
-        return interpolate(src, grid=flow, mode=self.mode, **_GRID)
+        return interpolate(src, grid=flow, mode=self.mode, **FLOW_GRID)
 
 
 class VecInt(torch.nn.Module):
@@ -140,13 +135,7 @@ class VecInt(torch.nn.Module):
             For a shape that does not fit ``inshape``.
         """
         _check_field("vec", vec, self.size)
-        velocity = convert_displacement(
-            vec, "voxel", "normalised", source_channels="first", source_components="zyx"
-        )
-        displacement = scaling_and_squaring(velocity, self.nsteps, padding_mode="zeros")
-        return convert_displacement(
-            displacement, "normalised", "voxel", target_channels="first", target_components="zyx"
-        )
+        return integrate(vec, self.nsteps, "zeros")
 
 
 class NCC(torch.nn.Module):
