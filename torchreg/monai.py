@@ -39,6 +39,13 @@ def _check_displacement(name: str, image: torch.Tensor, ddf: torch.Tensor) -> No
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(ddf.shape)}")
 
 
+def _check_alike(pred: torch.Tensor, target: torch.Tensor) -> None:
+    if pred.shape != target.shape:
+        raise ValueError(
+            f"target: expected the shape of pred, {tuple(pred.shape)}, got {tuple(target.shape)}"
+        )
+
+
 class Warp(torch.nn.Module):
     """``monai.networks.blocks.Warp``: an image sampled where a displacement points.
 
@@ -219,11 +226,7 @@ class LocalNormalizedCrossCorrelationLoss(torch.nn.Module):
                 raise ValueError(
                     f"{name}: expected {self.ndim} spatial axes, got shape {tuple(image.shape)}"
                 )
-        if pred.shape != target.shape:
-            raise ValueError(
-                f"target: expected the shape of pred, {tuple(pred.shape)}, got "
-                f"{tuple(target.shape)}"
-            )
+        _check_alike(pred, target)
         if self.ndim > 1:
             loss: torch.Tensor = self.loss(pred, target)
             return loss
@@ -311,11 +314,7 @@ class GlobalMutualInformationLoss(torch.nn.Module):
         ValueError
             For shapes that do not fit.
         """
-        if pred.shape != target.shape:
-            raise ValueError(
-                f"target: expected the shape of pred, {tuple(pred.shape)}, got "
-                f"{tuple(target.shape)}"
-            )
+        _check_alike(pred, target)
         # A histogram has no neighbours, so that channels may lie side by side.
         flat = (image.clamp(0, 1).reshape(image.shape[0], 1, 1, -1) for image in (pred, target))
         values: torch.Tensor = self.loss(*flat).reshape(-1)

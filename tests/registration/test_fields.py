@@ -91,6 +91,11 @@ def test_all_else_stays_bit_for_bit() -> None:
     np.testing.assert_allclose(share, bad.mean())
     changed = np.argwhere((found != torn).any(axis=-1)[0])
     assert np.abs(changed - 20).max() < 12
+    # Also where a transform that was given takes points across a face.
+    shifted = np.float32(torn + 0.1)
+    found = np.asarray(mended(jnp.asarray(shifted), 10.0)[0])
+    changed = np.argwhere((found != shifted).any(axis=-1)[0])
+    assert np.abs(changed - 20).max() < 12
 
 
 def test_a_bound_may_be_chosen() -> None:

@@ -109,7 +109,7 @@ def mended(displacement: jax.Array, volume_change: float) -> tuple[jax.Array, ja
     Parameters
     ----------
     displacement
-        ``(N, [Z,] Y, X, D)``, normalised coordinates, 0 across the faces of the volume.
+        ``(N, [Z,] Y, X, D)``, normalised coordinates.
     volume_change
         Simplices of a cell may become this many times larger or smaller, and not turn inside out.
 
@@ -147,7 +147,7 @@ def mended(displacement: jax.Array, volume_change: float) -> tuple[jax.Array, ja
             )
         # The corners of a cell take all of the smoothed field.
         share = jnp.minimum(1, smoothed(corners[..., None], _SIGMA) * full)
-        field = confined(field + share * (smoothed(field, _SIGMA) - field))
+        field = field + share * (confined(smoothed(field, _SIGMA)) - field)
         return field, bad_cells(field), rounds + 1
 
     def unsound(carry: _Carry) -> jax.Array:
