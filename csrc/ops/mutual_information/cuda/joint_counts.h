@@ -72,9 +72,9 @@ __device__ __forceinline__ void make_factor(const Parzen<T>& window,
                                             const T (&factor)[Product<T>::kPerLane], T first_bin,
                                             typename Product<T>::Factor& out) {
   constexpr int kCount = Product<T>::kPerLane;
-  // A window covers its sample's nearest bin, half a bin away at most, and kReach bins beyond. Where
-  // that is less than half the way to the next bin with this lane's residue, only the nearest of
-  // those counts.
+  // A window covers its sample's nearest bin, half a bin away at most, and kReach bins beyond.
+  // Where that is less than half the way to the next bin with this lane's residue, only the nearest
+  // of those counts.
   constexpr bool kNarrow = kReach < kResidues / 2;
   T weight[kCount];
   if constexpr (kNarrow) {
