@@ -70,7 +70,8 @@ def interpolate(
         Whether ``grid`` is added to coordinates or holds coordinates itself.
     out_shape
         Spatial sizes of the output, or a full shape of which the last D entries count. Without it
-        the output has the grid's size, or without a grid the image's.
+        the output has the grid's size, or without a grid the image's. A size of 0, here or of the
+        grid, gives an empty result, and gradients of zero.
     mode
         ``"bilinear"`` (trilinear in 3-D) or ``"nearest"`` (rounding half to even; its gradient
         goes to the image only).

@@ -118,7 +118,7 @@ int check_image(const Call& call, const char* argument) {
   return dimensions;
 }
 
-int check_field(const Call& call, const char* argument, bool channels_first) {
+int check_field(const Call& call, const char* argument, EmptyField empty, bool channels_first) {
   const Tensor& field = call.input(argument);
   const int rank = field.shape.rank(), dimensions = rank - 3;
   const bool well_formed = (dimensions == 2 || dimensions == 3) &&
@@ -130,7 +130,9 @@ int check_field(const Call& call, const char* argument, bool channels_first) {
   }
   const int first = channels_first ? 3 : 2;
   for (int axis = first; axis < first + dimensions; ++axis) {
-    if (field.shape[axis] < 1) fail_shape(call, argument, "with spatial axes of at least 1");
+    if (field.shape[axis] < 1 && empty == EmptyField::kRefused) {
+      fail_shape(call, argument, "with spatial axes of at least 1");
+    }
   }
   check_sizes(call, argument, channels_first ? image_sizes(field) : field_sizes(field));
   return dimensions;

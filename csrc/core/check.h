@@ -31,9 +31,12 @@ Batch check_batch(const Call& call);
 
 // Checks an image (G, N, C, [Z,] Y, X) and returns D, the number of spatial axes.
 int check_image(const Call& call, const char* argument);
+// Whether a field may have a spatial size of 0, as it may where nothing is sampled from it.
+enum class EmptyField { kRefused, kAllowed };
 // Checks a field (G, N, [Z,] Y, X, D), or (G, N, D, [Z,] Y, X) with `channels_first`, and returns
 // D.
-int check_field(const Call& call, const char* argument, bool channels_first = false);
+int check_field(const Call& call, const char* argument, EmptyField empty = EmptyField::kRefused,
+                bool channels_first = false);
 // Checks an affine (G, N, D, D+1).
 void check_affine(const Call& call, const char* argument, int dimensions);
 

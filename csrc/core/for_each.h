@@ -28,6 +28,8 @@ struct VoxelSpace {
 
   REGKERNELS_HD int64_t batch() const { return groups * items; }
   REGKERNELS_HD int64_t rows() const { return static_cast<int64_t>(z) * y; }
+  // Nothing may be launched over no voxels: CUDA refuses a grid without blocks.
+  bool empty() const { return batch() == 0 || rows() == 0 || x == 0; }
 };
 
 inline VoxelSpace voxel_space(int64_t groups, int64_t items, const Sizes& sizes) {
@@ -75,7 +77,7 @@ __attribute__((noinline)) void compute_voxel(const Element& element, const Voxel
 
 template <class Body>
 void for_each_voxel(const Cpu&, const VoxelSpace& space, const Body& body) {
-  if (space.batch() == 0) return;
+  if (space.empty()) return;
   // Pieces of at least some 4,000 voxels are worth a thread's attention.
   const int64_t grain = std::max<int64_t>(1, 4096 / space.x);
   parallel_for(space.batch() * space.rows(), grain, [&](int64_t begin, int64_t end) {
@@ -162,7 +164,7 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, Tuning<Body>::kMinBlocks
 
 template <class Body>
 void for_each_voxel(const Cuda& device, const VoxelSpace& space, const Body& body) {
-  if (space.batch() == 0) return;
+  if (space.empty()) return;
   const int64_t tiles_x = (space.x + kWarp - 1) / kWarp;
   const int64_t tiles_y = (space.y + kRowsPerBlock - 1) / kRowsPerBlock;
   constexpr int kDepth = Tuning<Body>::kDepth;

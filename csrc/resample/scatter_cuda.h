@@ -170,7 +170,7 @@ void scatter(const Cuda& device, const VoxelSpace& space, const R& resampling,
   }
   using Shape = ScatterShape<typename R::T, R::D>;
   clear(device, grad_input);
-  if (space.batch() == 0) return;
+  if (space.empty()) return;
   const int64_t tiles_x = (space.x + Shape::kBlockX - 1) / Shape::kBlockX;
   const int64_t tiles_y = (space.y + Shape::kBlockY - 1) / Shape::kBlockY;
   const int64_t tiles_z = (space.z + Shape::kBlockZ - 1) / Shape::kBlockZ;

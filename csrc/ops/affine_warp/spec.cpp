@@ -8,7 +8,7 @@ namespace regkernels {
 AffineWarpCall check_affine_warp(const Call& call) {
   AffineWarpCall checked;
   checked.dtype = check_dtypes(call);
-  checked.dimensions = check_field(call, "displacement");
+  checked.dimensions = check_field(call, "displacement", EmptyField::kAllowed);
   check_affine(call, "affine", checked.dimensions);
   checked.sizes = field_sizes(call.input("displacement"));
   checked.batch = check_batch(call);

@@ -12,7 +12,7 @@ ComposeCall check_compose(const Call& call) {
   ComposeCall checked;
   checked.dtype = check_dtypes(call);
   const int D = checked.dimensions = check_field(call, "u");
-  if (check_field(call, "v") != D) {
+  if (check_field(call, "v", EmptyField::kAllowed) != D) {
     fail_shape(
         call, "v",
         D == 3 ? "(N, Z, Y, X, 3), as u has 3 components" : "(N, Y, X, 2), as u has 2 components");

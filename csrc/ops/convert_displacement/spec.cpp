@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -16,7 +17,8 @@ using Unit = LengthUnit;
 double voxels_per_unit(Unit unit, int64_t size, double spacing, bool align_corners) {
   if (unit == Unit::kVoxel) return 1;
   if (unit == Unit::kMillimetre) return 1 / spacing;
-  return voxels_per_normalised(size, align_corners);
+  // An axis without voxels has no extent, and nothing that a factor would meet.
+  return voxels_per_normalised(std::max<int64_t>(size, 1), align_corners);
 }
 
 FieldFormat format_of(const Call& call, const char* channels, const char* components) {
@@ -32,7 +34,7 @@ ConvertDisplacementCall check(const Call& call, const char* input, bool is_adjoi
   checked.target = format_of(call, "target_channels", "target_components");
   if (is_adjoint) std::swap(checked.source, checked.target);
   const bool first = checked.source.channels_first;
-  const int D = checked.dimensions = check_field(call, input, first);
+  const int D = checked.dimensions = check_field(call, input, EmptyField::kAllowed, first);
   checked.sizes = first ? image_sizes(call.input(input)) : field_sizes(call.input(input));
   const int64_t size[3] = {checked.sizes.x, checked.sizes.y, checked.sizes.z};
   checked.batch = check_batch(call);

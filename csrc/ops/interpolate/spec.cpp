@@ -18,7 +18,8 @@ InterpolateCall check_interpolate(const Call& call, const char* sampled) {
   checked.in_sizes = checked.out_sizes = image_sizes(image);
   if (affine.present) check_affine(call, "affine", D);
   const FieldFormat format = grid_format(call);
-  if (grid.present && check_field(call, "grid", format.channels_first) != D) {
+  if (grid.present &&
+      check_field(call, "grid", EmptyField::kAllowed, format.channels_first) != D) {
     const char* const expected = format.channels_first ? D == 3 ? "(N, 3, Z, Y, X)" : "(N, 2, Y, X)"
                                  : D == 3              ? "(N, Z, Y, X, 3)"
                                                        : "(N, Y, X, 2)";
@@ -47,8 +48,8 @@ InterpolateCall check_interpolate(const Call& call, const char* sampled) {
     sizes.x = out_shape[count - 1];
     sizes.y = out_shape[count - 2];
     if (D == 3) sizes.z = out_shape[count - 3];
-    if (sizes.x < 1 || sizes.y < 1 || sizes.z < 1) {
-      fail_value(call, "out_shape", "spatial sizes of at least 1", got);
+    if (sizes.x < 0 || sizes.y < 0 || sizes.z < 0) {
+      fail_value(call, "out_shape", "spatial sizes of at least 0", got);
     }
     check_sizes(call, "out_shape", sizes);
     if (grid.present && !(sizes == checked.out_sizes)) {
