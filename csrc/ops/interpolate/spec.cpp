@@ -18,8 +18,7 @@ InterpolateCall check_interpolate(const Call& call, const char* sampled) {
   checked.in_sizes = checked.out_sizes = image_sizes(image);
   if (affine.present) check_affine(call, "affine", D);
   const FieldFormat format = grid_format(call);
-  if (grid.present &&
-      check_field(call, "grid", EmptyField::kAllowed, format.channels_first) != D) {
+  if (grid.present && check_field(call, "grid", EmptyField::kAllowed, format.channels_first) != D) {
     const char* const expected = format.channels_first ? D == 3 ? "(N, 3, Z, Y, X)" : "(N, 2, Y, X)"
                                  : D == 3              ? "(N, Z, Y, X, 3)"
                                                        : "(N, Y, X, 2)";
