@@ -241,7 +241,7 @@ def mutual_information_loss(
     ranges = _intensity_ranges(op, value_range, pred, target)
     return apply(
         op,
-        (pred, target, _weights(mask, pred), ranges),
+        (pred, target, _weights(mask, pred), ranges, None),
         {
             "num_bins": num_bins,
             "kernel": kernel,
@@ -292,7 +292,7 @@ def joint_histogram(
     ranges = _intensity_ranges(op, value_range, pred, target)
     return apply(
         op,
-        (pred, target, _weights(mask, pred), ranges),
+        (pred, target, _weights(mask, pred), ranges, None),
         {
             "num_bins": num_bins,
             "kernel": kernel,

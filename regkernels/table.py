@@ -30,6 +30,7 @@ __all__ = [
 
 HALVES = ("float16", "bfloat16")
 _FLOATS = (*HALVES, "float32", "float64")
+_INTEGERS = ("labels", "counts")  # kinds of inputs
 
 
 def bit_mask(flags: Sequence[bool]) -> int:
@@ -43,7 +44,8 @@ class Input:
 
     name: str
     is_optional: bool
-    kind: str  # "image", "compared", "field" or "labels"; `Op.kernel_dtypes` says what follows
+    # "image", "compared", "field", "labels" or "counts"; `Op.kernel_dtypes` says what follows.
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ class Op:
         """The dtypes that the kernels take the inputs in, and what the result is to become.
 
         Fields lead to coordinates and are computed with as they are; images may be stored in half
-        precision; labels are integers. The result is the image's again if that was converted, has
+        precision; labels and counts are integers. The result is the image's again if that was converted, has
         the fields' common dtype where there is neither an image nor labels, and stays in what it
         was computed in where images are compared.
 
@@ -206,11 +208,11 @@ class Op:
                 continue
             kind = declared.kind
             stays = kind == "image" and dtype in HALVES and arithmetic == "float32"
-            converts = dtype in _FLOATS and not stays and kind != "labels"
+            converts = dtype in _FLOATS and not stays and kind not in _INTEGERS
             taken.append(arithmetic if converts else dtype)
             if kind != "field" and not has_image:
                 has_image = True
-                result = None if stays or kind in ("compared", "labels") else dtype
+                result = None if stays or kind in ("compared", *_INTEGERS) else dtype
         if not has_image and floats:
             # The common dtype of two halves that differ is the next that holds both.
             is_half = arithmetic == "float32" and "float32" not in floats

@@ -243,7 +243,7 @@ def mutual_information_loss(
     ranges = _intensity_ranges(op, value_range, pred, target)
     return apply(
         op,
-        (pred, target, _weights(mask, pred), ranges),
+        (pred, target, _weights(mask, pred), ranges, None),
         {
             "num_bins": num_bins,
             "kernel": kernel,
@@ -295,7 +295,7 @@ def joint_histogram(
     (histogram,) = apply_for(
         ("output",),
         op,
-        (pred, target, _weights(mask, pred), ranges),
+        (pred, target, _weights(mask, pred), ranges, None),
         {
             "num_bins": num_bins,
             "kernel": kernel,

@@ -46,7 +46,7 @@ DType check_dtypes(const Call& call) {
       if (!specs[i].optional) fail_type(call, specs[i].name, "an array", "None");
       continue;
     }
-    if (specs[i].kind == InputKind::kLabels) {
+    if (holds_integers(specs[i].kind)) {
       if (!is_integer(input.dtype)) {
         fail_type(call, specs[i].name, "an integer dtype or bool", dtype_name(input.dtype));
       }
@@ -62,7 +62,7 @@ DType check_dtypes(const Call& call) {
   const char* first = nullptr;
   for (size_t i = 0; i < specs.size(); ++i) {
     const Tensor& input = call.inputs[i];
-    if (!input.present || specs[i].kind == InputKind::kLabels) continue;
+    if (!input.present || holds_integers(specs[i].kind)) continue;
     const bool is_image = specs[i].kind == InputKind::kImage;
     if (common == DType::kInvalid) {
       common = is_half(input.dtype) ? DType::kFloat32 : input.dtype;

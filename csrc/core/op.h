@@ -30,7 +30,12 @@ struct AttrSpec {
 // frontend converts them to the arithmetic dtype beforehand, and the result back. What a loss
 // compares (kCompared) is converted as well, and the loss stays in the arithmetic dtype. Labels are
 // integers (bool counts): they are told apart and put in order, never computed with or converted.
-enum class InputKind { kField, kImage, kCompared, kLabels };
+// Counts are integers as well, of one dtype: numbers of something, in which the result is constant.
+enum class InputKind { kField, kImage, kCompared, kLabels, kCounts };
+
+inline bool holds_integers(InputKind kind) {
+  return kind == InputKind::kLabels || kind == InputKind::kCounts;
+}
 
 struct InputSpec {
   const char* name;

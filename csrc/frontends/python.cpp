@@ -268,6 +268,8 @@ const char* kind_name(InputKind kind) {
       return "compared";
     case InputKind::kLabels:
       return "labels";
+    case InputKind::kCounts:
+      return "counts";
   }
   return "";
 }

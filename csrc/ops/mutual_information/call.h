@@ -14,13 +14,24 @@ struct MutualInformationCall {
   DType dtype;
   Batch batch;
   int64_t channels;
-  int64_t samples;  // of an image and channel
+  int64_t samples;        // of an image and channel
+  int64_t plane_samples;  // of a plane of them, along the first spatial axis
+  int64_t whole_samples;  // of the whole volume, of which these may be a part
   int num_bins;
   ParzenKernel kernel;
   int reach;
   bool joint_range;
 
   int64_t elements() const { return batch.groups * batch.items * channels; }
+  int64_t bins() const { return int64_t{1} * num_bins * num_bins; }
+
+  // What a sample that weighs 1 adds to the counts: a power of two that leaves room for the whole
+  // volume, so that the counts of its parts add up to its own.
+  double count_units() const {
+    int bits = 0;
+    while ((int64_t{1} << bits) < whole_samples) ++bits;
+    return static_cast<double>(int64_t{1} << (62 - bits));
+  }
 };
 
 template <class T>
@@ -32,8 +43,11 @@ inline int64_t table_size(const MutualInformationCall& checked) {
 }
 
 // What is found out about a pair of images before their samples are counted: the extremes of both
-// and the largest weight, for each of the parts that the samples are cut into.
-enum Extreme { kLowPred, kHighPred, kLowTarget, kHighTarget, kHighMask, kExtremes };
+// and the largest weight, which is 1 without a mask. The lowest have their sign changed, so that
+// the extremes of parts combine by the maximum, all of them.
+enum Extreme { kMinusLowPred, kHighPred, kMinusLowTarget, kHighTarget, kHighMask, kExtremes };
+
+constexpr int64_t kMostWholeSamples = int64_t{1} << 48;
 
 inline int64_t extreme_parts(int64_t samples) {
   return std::max<int64_t>(
@@ -54,20 +68,21 @@ struct PairScale {
   // The weights of a mask without a finite one above 0 are not scaled.
   REGKERNELS_HD T weight(T mask) const { return largest_weight > 0 ? mask / largest_weight : mask; }
 
-  REGKERNELS_HD static PairScale from(const T* given, bool joint, const T* extremes, bool masked) {
+  // Each is null where it is absent; the extremes are not needed with a given range and no mask.
+  REGKERNELS_HD static PairScale from(const T* given, bool joint, const T* extremes) {
     T low_pred, high_pred, low_target, high_target;
     if (given != nullptr) {
       low_pred = given[0], high_pred = given[1], low_target = given[2], high_target = given[3];
     } else {
-      low_pred = extremes[kLowPred], high_pred = extremes[kHighPred];
-      low_target = extremes[kLowTarget], high_target = extremes[kHighTarget];
+      low_pred = -extremes[kMinusLowPred], high_pred = extremes[kHighPred];
+      low_target = -extremes[kMinusLowTarget], high_target = extremes[kHighTarget];
       if (joint) {
         low_pred = low_target = low_pred < low_target ? low_pred : low_target;
         high_pred = high_target = high_pred > high_target ? high_pred : high_target;
       }
     }
     return {IntensityRange<T>(low_pred, high_pred), IntensityRange<T>(low_target, high_target),
-            masked ? extremes[kHighMask] : T(1)};
+            extremes != nullptr ? extremes[kHighMask] : T(1)};
   }
 };
 
@@ -89,21 +104,66 @@ struct ElementSpace {
   }
 };
 
-// What a joint histogram is made of.
+// The samples of an image that are looked at. Where only the first planes are the volume's own, as
+// many as the device knows, the others are padding.
+struct OwnSamples {
+  int64_t samples, plane_samples;
+  Operand<const int32_t> planes;  // absent: all
+
+  OwnSamples(const Call& call, const MutualInformationCall& checked)
+      : samples(checked.samples),
+        plane_samples(checked.plane_samples),
+        planes(call.input("own_planes")) {}
+  REGKERNELS_HD int64_t of(int64_t group) const {
+    if (planes.data == nullptr) return samples;
+    const int64_t own = *planes.at(group, 0) * plane_samples;
+    return own < 0 ? 0 : own < samples ? own : samples;
+  }
+};
+
+// Where it stands how the values of all elements are read.
+template <class T>
+struct ScaleOperands {
+  ElementSpace space;
+  bool joint_range;
+  Operand<const T> value_range;  // absent: that of the extremes
+  Operand<const T> extremes;     // (parts, kExtremes) of each element; absent: not needed
+  int parts = 1;
+
+  // The tensor of extremes may be one without an axis of parts.
+  ScaleOperands(const Call& call, const MutualInformationCall& checked, const Tensor& found)
+      : space{checked.batch.items, checked.channels},
+        joint_range(checked.joint_range),
+        value_range(call.input("value_range")),
+        extremes(found) {
+    if (found.present && found.shape.rank() == 5) parts = static_cast<int>(found.shape[3]);
+  }
+  REGKERNELS_HD const T* extremes_of(const ElementIndex& index) const {
+    if (extremes.data == nullptr) return nullptr;
+    return extremes.at(index.group, index.item) + index.channel * parts * kExtremes;
+  }
+  // `combined`: the extremes of all parts of the element.
+  REGKERNELS_HD PairScale<T> scale(const ElementIndex& index, const T* combined) const {
+    const T* const given =
+        value_range.data == nullptr ? nullptr : value_range.at(index.group, index.item);
+    return PairScale<T>::from(given, joint_range, extremes.data == nullptr ? nullptr : combined);
+  }
+};
+
+// The images whose samples are counted.
 template <class T>
 struct HistogramOperands {
   MutualInformationCall checked;
-  Parzen<T> window;
   Channels<const T> pred, target, mask;
-  Operand<const T> value_range;
+  OwnSamples own;
 
   explicit HistogramOperands(const Call& call)
       : checked(call.checked<MutualInformationCall>()),
-        window(parzen_window<T>(call, checked)),
         pred(call.input("pred")),
         target(call.input("target")),
-        mask(call.input("mask")) {}
-  ElementSpace space() const { return {checked.batch.items, checked.channels}; }
+        mask(call.input("mask")),
+        own(call, checked) {}
+  REGKERNELS_HD ElementSpace space() const { return {checked.batch.items, checked.channels}; }
 };
 
 // What the gradient is computed from.
@@ -111,6 +171,7 @@ template <class T>
 struct GradientOperands {
   Parzen<T> window;
   Channels<const T> pred, target, mask;
+  OwnSamples own;
   Channels<T> grad_pred, grad_target;
   bool sum_pred, sum_target;  // the gradient is shared by all items
   Operand<const T> table, scaling, cotangent;
@@ -120,10 +181,11 @@ struct GradientOperands {
   int64_t table_count;  // entries of one channel's table
 
   GradientOperands(const Call& call, const HistogramOperands<T>& histogram)
-      : window(histogram.window),
+      : window(parzen_window<T>(call, histogram.checked)),
         pred(histogram.pred),
         target(histogram.target),
         mask(histogram.mask),
+        own(histogram.own),
         grad_pred(call.output("grad_pred")),
         grad_target(call.output("grad_target")),
         table(call.input("table")),

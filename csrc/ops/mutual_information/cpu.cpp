@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -207,135 +208,188 @@ void differentiate_samples(const Parzen<T>& window, const Pair<T>& pair, int64_t
   }
 }
 
-// The elements of a call with their ranges, and the joint histogram of each.
+// The images of all elements; how their values are read is not known yet.
 template <class T>
-struct CpuHistograms {
-  HistogramOperands<T> operands;
+std::vector<Pair<T>> pairs_of(const HistogramOperands<T>& operands) {
   std::vector<Pair<T>> pairs;
+  const int64_t elements = operands.checked.elements();
+  pairs.reserve(elements);
+  for (int64_t element = 0; element < elements; ++element) {
+    const auto [group, item, channel] = operands.space().index(element);
+    pairs.push_back({operands.pred.at(group, item, channel),
+                     operands.target.at(group, item, channel),
+                     operands.mask.present() ? operands.mask.at(group, item, channel) : nullptr,
+                     {{0, 0}, {0, 0}, 1}});
+  }
+  return pairs;
+}
+
+// Finds the extremes of all elements, (elements, kExtremes).
+template <class T>
+void find_extremes(const HistogramOperands<T>& operands, bool own_range, T* result) {
+  const MutualInformationCall& checked = operands.checked;
+  const std::vector<Pair<T>> pairs = pairs_of(operands);
+  const Parts parts(checked.samples, 1 << 15);
+  const int64_t elements = checked.elements();
+  std::vector<T> extremes(elements * parts.count * kExtremes);
+  parallel_for(elements * parts.count, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t element = task / parts.count;
+      const Pair<T>& pair = pairs[element];
+      const int64_t begin = parts.begin(task % parts.count);
+      const int64_t own = operands.own.of(operands.space().index(element).group);
+      const int64_t count = parts.end(task % parts.count, own) - begin;
+      constexpr T kInfinity = std::numeric_limits<T>::infinity();
+      T low_pred = kInfinity, low_target = kInfinity, least = 0;
+      T* const found = extremes.data() + task * kExtremes;
+      found[kHighPred] = found[kHighTarget] = -kInfinity;
+      found[kHighMask] = pair.mask == nullptr ? T(1) : T(0);
+      if (own_range) {
+        find_extremes(pair.pred + begin, count, &low_pred, &found[kHighPred]);
+        find_extremes(pair.target + begin, count, &low_target, &found[kHighTarget]);
+      }
+      if (pair.mask != nullptr) {
+        find_extremes(pair.mask + begin, count, &least, &found[kHighMask]);
+      }
+      found[kMinusLowPred] = -low_pred;
+      found[kMinusLowTarget] = -low_target;
+    }
+  });
+  for (int64_t element = 0; element < elements; ++element) {
+    const T* const found = extremes.data() + element * parts.count * kExtremes;
+    T* const combined = result + element * kExtremes;
+    std::copy(found, found + kExtremes, combined);
+    for (int64_t i = kExtremes; i < parts.count * kExtremes; ++i) {
+      combined[i % kExtremes] = std::max(combined[i % kExtremes], found[i]);
+    }
+  }
+}
+
+// How the values of all elements are read, by the extremes in the tensor, of one part, if needed.
+template <class T>
+std::vector<PairScale<T>> read_scales(const Call& call, const Tensor& extremes) {
+  const auto& checked = call.checked<MutualInformationCall>();
+  const ScaleOperands<T> operands(call, checked, extremes);
+  std::vector<PairScale<T>> scales;
+  scales.reserve(checked.elements());
+  for (int64_t element = 0; element < checked.elements(); ++element) {
+    const ElementIndex index = operands.space.index(element);
+    scales.push_back(operands.scale(index, operands.extremes_of(index)));
+  }
+  return scales;
+}
+
+// The joint histograms of all elements, not yet divided by their sums.
+struct CpuCounts {
+  int64_t bins;
   std::vector<double> counts;  // num_bins^2 for each element
   std::vector<double> totals;  // NaN where a sample was not a number
 
-  explicit CpuHistograms(const Call& call) : operands(call) {
-    operands.value_range = Operand<const T>(call.input("value_range"));
-    find_ranges();
-    count();
-  }
-
-  int64_t bins() const {
-    return int64_t{1} * operands.checked.num_bins * operands.checked.num_bins;
-  }
-
- private:
-  void find_ranges() {
-    const MutualInformationCall& checked = operands.checked;
-    const int64_t samples = checked.samples;
-    const Parts parts(samples, 1 << 15);
-    const int64_t elements = checked.elements();
-    const bool own = operands.value_range.data == nullptr;
-    std::vector<T> extremes(elements * parts.count * kExtremes);
-    pairs.reserve(elements);
-    for (int64_t element = 0; element < elements; ++element) {
-      const auto [group, item, channel] = operands.space().index(element);
-      pairs.push_back({operands.pred.at(group, item, channel),
-                       operands.target.at(group, item, channel),
-                       operands.mask.present() ? operands.mask.at(group, item, channel) : nullptr,
-                       {{0, 0}, {0, 0}, 1}});
-    }
-    parallel_for(elements * parts.count, 1, [&](int64_t first, int64_t last) {
-      for (int64_t task = first; task < last; ++task) {
-        const Pair<T>& pair = pairs[task / parts.count];
-        const int64_t begin = parts.begin(task % parts.count);
-        const int64_t count = parts.end(task % parts.count, samples) - begin;
-        constexpr T kInfinity = std::numeric_limits<T>::infinity();
-        T found[kExtremes] = {kInfinity, -kInfinity, kInfinity, -kInfinity, 0};
-        T least = 0;
-        if (own) {
-          find_extremes(pair.pred + begin, count, &found[kLowPred], &found[kHighPred]);
-          find_extremes(pair.target + begin, count, &found[kLowTarget], &found[kHighTarget]);
-        }
-        if (pair.mask != nullptr) {
-          find_extremes(pair.mask + begin, count, &least, &found[kHighMask]);
-        }
-        std::copy(found, found + kExtremes, extremes.data() + task * kExtremes);
-      }
-    });
-    for (int64_t element = 0; element < elements; ++element) {
-      T* const found = extremes.data() + element * parts.count * kExtremes;
-      for (int64_t part = 1; part < parts.count; ++part) {
-        const T* other = found + part * kExtremes;
-        for (const int low : {kLowPred, kLowTarget}) found[low] = std::min(found[low], other[low]);
-        for (const int high : {kHighPred, kHighTarget, kHighMask}) {
-          found[high] = std::max(found[high], other[high]);
-        }
-      }
-      const auto [group, item, channel] = operands.space().index(element);
-      pairs[element].scale =
-          PairScale<T>::from(own ? nullptr : operands.value_range.at(group, item),
-                             operands.checked.joint_range, found, operands.mask.present());
-    }
-  }
-
-  void count() {
-    const MutualInformationCall& checked = operands.checked;
-    const int64_t elements = checked.elements();
-    // A part's own histogram has to be cleared and added up, which is little beside four samples
-    // per bin. Many elements keep all threads busy without being cut.
-    const Parts parts(checked.samples,
-                      std::max<int64_t>({1 << 13, 4 * bins(), checked.samples * elements / 64}));
-    const int reach = checked.reach;
-    // Rows are read and written a few columns further than a window goes.
-    const int64_t pitch = table_size(checked) + kOverhang;
-    totals.assign(elements, 0);
-    // First these are the counts of every part, in the end those of every element.
-    counts.resize(elements * parts.count * bins());
-    std::vector<char> bad(elements * parts.count);
-    parallel_for(elements * parts.count, 1, [&](int64_t first, int64_t last) {
-      std::vector<double> with_margin(pitch * (table_size(checked) + 1));
-      for (int64_t task = first; task < last; ++task) {
-        const int64_t part = task % parts.count;
-        const int64_t begin = parts.begin(part), end = parts.end(part, checked.samples);
-        const Pair<T>& pair = pairs[task / parts.count];
-        std::fill(with_margin.begin(), with_margin.end(), 0);
-        double* const histogram = with_margin.data();
-        dispatch_window<T>(checked, [&](auto kernel, auto known_reach) {
-          constexpr auto kKernel = static_cast<ParzenKernel>(decltype(kernel)::value);
-          constexpr int kReach = decltype(known_reach)::value;
-          bad[task] = with_vector_code([&] {
-            return count_samples<kKernel, kReach>(operands.window, pair, begin, end, histogram,
-                                                  pitch);
-          });
-        });
-        const double* row = histogram + reach * pitch + reach;
-        double* to = counts.data() + task * bins();
-        for (int a = 0; a < checked.num_bins; ++a, row += pitch, to += checked.num_bins) {
-          std::copy(row, row + checked.num_bins, to);
-        }
-      }
-    });
-    for (int64_t element = 0; element < elements; ++element) {
-      double* const sum = counts.data() + element * bins();
-      for (int64_t part = 0; part < parts.count; ++part) {
-        const int64_t task = element * parts.count + part;
-        const double* const from = counts.data() + task * bins();
-        for (int64_t bin = 0; bin < bins(); ++bin) {
-          sum[bin] = part == 0 ? from[bin] : sum[bin] + from[bin];
-        }
-        if (bad[task]) totals[element] = std::numeric_limits<double>::quiet_NaN();
-      }
-      for (int64_t bin = 0; bin < bins(); ++bin) totals[element] += sum[bin];
-    }
-    counts.resize(elements * bins());
-  }
+  CpuCounts(const MutualInformationCall& checked, int64_t parts)
+      : bins(checked.bins()),
+        counts(checked.elements() * parts * bins),
+        totals(checked.elements(), 0) {}
+  const double* of(int64_t element) const { return counts.data() + element * bins; }
+  double share(int64_t element) const { return totals[element] == 0 ? 0 : 1 / totals[element]; }
 };
+
+// Counts the samples of all elements.
+template <class T>
+CpuCounts count_samples(const Call& call, const HistogramOperands<T>& operands,
+                        const std::vector<PairScale<T>>& scales) {
+  const MutualInformationCall& checked = operands.checked;
+  const Parzen<T> window = parzen_window<T>(call, checked);
+  const int64_t elements = checked.elements(), bins = checked.bins();
+  std::vector<Pair<T>> pairs = pairs_of(operands);
+  for (int64_t element = 0; element < elements; ++element) pairs[element].scale = scales[element];
+  // A part's own histogram has to be cleared and added up, which is little beside four samples
+  // per bin. Many elements keep all threads busy without being cut.
+  const Parts parts(checked.samples,
+                    std::max<int64_t>({1 << 13, 4 * bins, checked.samples * elements / 64}));
+  const int reach = checked.reach;
+  // Rows are read and written a few columns further than a window goes.
+  const int64_t pitch = table_size(checked) + kOverhang;
+  // First these are the counts of every part, in the end those of every element.
+  CpuCounts result(checked, parts.count);
+  std::vector<double>&counts = result.counts, &totals = result.totals;
+  std::vector<char> bad(elements * parts.count);
+  parallel_for(elements * parts.count, 1, [&](int64_t first, int64_t last) {
+    std::vector<double> with_margin(pitch * (table_size(checked) + 1));
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t element = task / parts.count, part = task % parts.count;
+      const int64_t own = operands.own.of(operands.space().index(element).group);
+      const int64_t begin = parts.begin(part), end = parts.end(part, own);
+      const Pair<T>& pair = pairs[element];
+      std::fill(with_margin.begin(), with_margin.end(), 0);
+      double* const histogram = with_margin.data();
+      dispatch_window<T>(checked, [&](auto kernel, auto known_reach) {
+        constexpr auto kKernel = static_cast<ParzenKernel>(decltype(kernel)::value);
+        constexpr int kReach = decltype(known_reach)::value;
+        bad[task] = with_vector_code([&] {
+          return count_samples<kKernel, kReach>(window, pair, begin, end, histogram, pitch);
+        });
+      });
+      const double* row = histogram + reach * pitch + reach;
+      double* to = counts.data() + task * bins;
+      for (int a = 0; a < checked.num_bins; ++a, row += pitch, to += checked.num_bins) {
+        std::copy(row, row + checked.num_bins, to);
+      }
+    }
+  });
+  for (int64_t element = 0; element < elements; ++element) {
+    double* const sum = counts.data() + element * bins;
+    for (int64_t part = 0; part < parts.count; ++part) {
+      const int64_t task = element * parts.count + part;
+      const double* const from = counts.data() + task * bins;
+      for (int64_t bin = 0; bin < bins; ++bin) {
+        sum[bin] = part == 0 ? from[bin] : sum[bin] + from[bin];
+      }
+      if (bad[task]) totals[element] = std::numeric_limits<double>::quiet_NaN();
+    }
+    for (int64_t bin = 0; bin < bins; ++bin) totals[element] += sum[bin];
+  }
+  counts.resize(elements * bins);
+  return result;
+}
+
+// Writes counts as integers, which devices add up without rounding.
+void store_counts(const MutualInformationCall& checked, const CpuCounts& counts, int64_t* to) {
+  const double units = checked.count_units();
+  for (int64_t element = 0; element < checked.elements(); ++element) {
+    const double* const from = counts.of(element);
+    for (int64_t bin = 0; bin < counts.bins; ++bin) *to++ = std::llrint(from[bin] * units);
+    *to++ = std::isnan(counts.totals[element]) ? 1 : 0;
+  }
+}
+
+// Reads them again; groups and items may share them.
+CpuCounts load_counts(const MutualInformationCall& checked, const Tensor& counts) {
+  const ElementSpace space{checked.batch.items, checked.channels};
+  const Operand<const int64_t> operand(counts);
+  const double sample = 1 / checked.count_units();
+  CpuCounts result(checked, 1);
+  for (int64_t element = 0; element < checked.elements(); ++element) {
+    const auto [group, item, channel] = space.index(element);
+    const int64_t* const from = operand.at(group, item) + channel * (result.bins + 1);
+    int64_t sum = 0;
+    for (int64_t bin = 0; bin < result.bins; ++bin) {
+      sum += from[bin];
+      result.counts[element * result.bins + bin] = static_cast<double>(from[bin]) * sample;
+    }
+    result.totals[element] = from[result.bins] == 0 ? static_cast<double>(sum) * sample
+                                                    : std::numeric_limits<double>::quiet_NaN();
+  }
+  return result;
+}
 
 // The information of one element, normalised or not, and its derivatives with respect to p_ab.
 struct Information {
   double value = 0;
   std::vector<double> by_p;  // empty: not wanted
 
-  Information(const Call& call, const double* counts, double total, int num_bins,
+  // `scale`: 1 / (sum of the counts).
+  Information(const Call& call, const double* counts, double scale, int num_bins,
               bool wants_derivatives) {
-    const double scale = total == 0 ? 0 : 1 / total;
     std::vector<double> p_a(num_bins), p_b(num_bins);
     for (int a = 0; a < num_bins; ++a) {
       for (int b = 0; b < num_bins; ++b) {
@@ -394,11 +448,8 @@ struct Information {
 };
 
 template <class T>
-void save(const CpuHistograms<T>& histograms, int64_t element, const Information& information,
-          const Tensor& table, const Tensor& scaling) {
-  const MutualInformationCall& checked = histograms.operands.checked;
+void save_table(const MutualInformationCall& checked, const Information& information, T* rows) {
   const int64_t size = table_size(checked);
-  T* const rows = table.as<T>() + element * size * size;
   std::fill(rows, rows + size * size, T(0));
   for (int a = 0; a < checked.num_bins; ++a) {
     T* const row = rows + (a + checked.reach) * size + checked.reach;
@@ -406,31 +457,38 @@ void save(const CpuHistograms<T>& histograms, int64_t element, const Information
       row[b] = static_cast<T>(-information.by_p[a * checked.num_bins + b]);
     }
   }
-  const PairScale<T>& scale = histograms.pairs[element].scale;
-  const double total = histograms.totals[element];
+}
+
+template <class T>
+void save_scaling(const PairScale<T>& scale, double inverse_total, T* scaling) {
   const T values[kScalings] = {scale.pred.low,
                                scale.pred.high,
                                scale.target.low,
                                scale.target.high,
-                               static_cast<T>(total == 0 ? 0 : 1 / total),
+                               static_cast<T>(inverse_total),
                                scale.largest_weight};
-  std::copy(values, values + kScalings, scaling.as<T>() + element * kScalings);
+  std::copy(values, values + kScalings, scaling);
 }
 
+// From the counts to the loss and what is saved for its gradient.
 template <class T>
-void run_loss(const Call& call) {
-  const CpuHistograms<T> histograms(call);
-  const MutualInformationCall& checked = histograms.operands.checked;
+void inform(const Call& call, const std::vector<PairScale<T>>& scales, const CpuCounts& counts) {
+  const auto& checked = call.checked<MutualInformationCall>();
   const auto reduction = call.choice<Reduction>("reduction");
   const Tensor& table = call.output("table");
+  const Tensor& scaling = call.output("scaling");
   const int64_t elements = checked.elements();
+  const int64_t table_count = table_size(checked) * table_size(checked);
   std::vector<double> losses(elements);
   parallel_for(elements, 1, [&](int64_t first, int64_t last) {
     for (int64_t element = first; element < last; ++element) {
-      const Information information(call, histograms.counts.data() + element * histograms.bins(),
-                                    histograms.totals[element], checked.num_bins, table.present);
+      const Information information(call, counts.of(element), counts.share(element),
+                                    checked.num_bins, table.present);
       losses[element] = -information.value;
-      if (table.present) save(histograms, element, information, table, call.output("scaling"));
+      if (table.present) save_table(checked, information, table.as<T>() + element * table_count);
+      if (scaling.present) {
+        save_scaling(scales[element], counts.share(element), scaling.as<T>() + element * kScalings);
+      }
     }
   });
   T* const output = call.output("output").as<T>();
@@ -450,18 +508,68 @@ void run_loss(const Call& call) {
   }
 }
 
+// From the counts to the shares of the bins.
 template <class T>
-void run_histogram(const Call& call) {
-  const CpuHistograms<T> histograms(call);
-  T* const output = call.output("output").as<T>();
-  for (int64_t element = 0; element < histograms.operands.checked.elements(); ++element) {
-    const double total = histograms.totals[element];
-    const double scale = total == 0 ? 0 : 1 / total;
-    for (int64_t bin = 0; bin < histograms.bins(); ++bin) {
-      const int64_t i = element * histograms.bins() + bin;
-      output[i] = static_cast<T>(histograms.counts[i] * scale);
+void share_out(const Call& call, const CpuCounts& counts, T* histogram) {
+  for (int64_t element = 0; element < call.checked<MutualInformationCall>().elements(); ++element) {
+    const double* const those = counts.of(element);
+    const double share = counts.share(element);
+    for (int64_t bin = 0; bin < counts.bins; ++bin) {
+      *histogram++ = static_cast<T>(those[bin] * share);
     }
   }
+}
+
+// How the values of all elements are read, for a loss or a histogram.
+template <class T>
+std::vector<PairScale<T>> find_scales(const Call& call, const HistogramOperands<T>& operands) {
+  const MutualInformationCall& checked = operands.checked;
+  std::vector<T> found(checked.elements() * kExtremes);
+  Tensor extremes;
+  if (call.output("extremes").present) {
+    find_extremes(operands, !call.input("value_range").present, found.data());
+    extremes = tensor_spec(
+        checked.dtype, {checked.batch.groups, checked.batch.items, checked.channels, kExtremes});
+    extremes.data = found.data();
+  }
+  return read_scales<T>(call, extremes);
+}
+
+template <class T>
+void run_loss(const Call& call) {
+  const HistogramOperands<T> operands(call);
+  const std::vector<PairScale<T>> scales = find_scales(call, operands);
+  inform(call, scales, count_samples(call, operands, scales));
+}
+
+template <class T>
+void run_histogram(const Call& call) {
+  const HistogramOperands<T> operands(call);
+  const CpuCounts counts = count_samples(call, operands, find_scales(call, operands));
+  share_out(call, counts, call.output("output").as<T>());
+}
+
+template <class T>
+void run_extremes(const Call& call) {
+  const bool own_range = !call.input("value_range").present;
+  find_extremes(HistogramOperands<T>(call), own_range, call.output("output").as<T>());
+}
+
+template <class T>
+void run_counts(const Call& call) {
+  const HistogramOperands<T> operands(call);
+  const std::vector<PairScale<T>> scales = read_scales<T>(call, call.input("extremes"));
+  store_counts(operands.checked, count_samples(call, operands, scales),
+               call.output("output").as<int64_t>());
+}
+
+template <class T>
+void run_of_counts(const Call& call) {
+  const auto& checked = call.checked<MutualInformationCall>();
+  const CpuCounts counts = load_counts(checked, call.input("counts"));
+  inform(call, read_scales<T>(call, call.input("extremes")), counts);
+  const Tensor& histogram = call.output("histogram");
+  if (histogram.present) share_out(call, counts, histogram.as<T>());
 }
 
 template <class T>
@@ -481,6 +589,7 @@ void run_gradient(const Cpu& device, const Call& call) {
       const int64_t begin = parts.begin(task % parts.count);
       const int64_t end = parts.end(task % parts.count, checked.samples);
       ElementIndex index = outer.index(task / parts.count);
+      const int64_t own_end = std::max(begin, std::min(end, gradient.own.of(index.group)));
       for (int64_t n = 0; n < items_here; ++n) {
         index.item = items_here > 1 ? n : index.item;
         const auto [group, item, channel] = index;
@@ -504,9 +613,13 @@ void run_gradient(const Cpu& device, const Call& call) {
           const auto to_pred = to(gradient.grad_pred, gradient.sum_pred);
           const auto to_target = to(gradient.grad_target, gradient.sum_target);
           with_vector_code([&] {
-            differentiate_samples<kKernel, kReach>(gradient.window, pair, begin, end, table.data(),
-                                                   pitch, factor, to_pred, to_target);
+            differentiate_samples<kKernel, kReach>(gradient.window, pair, begin, own_end,
+                                                   table.data(), pitch, factor, to_pred, to_target);
           });
+          for (const auto& padded : {to_pred, to_target}) {
+            if (padded.data == nullptr || padded.add) continue;
+            std::fill(padded.data + own_end, padded.data + end, T(0));
+          }
         });
       }
     }
@@ -516,17 +629,29 @@ void run_gradient(const Cpu& device, const Call& call) {
 }  // namespace
 
 void mutual_information_loss_cpu(const Context&, const Call& call) {
-  dispatch_dtype(call.input("pred").dtype,
+  dispatch_dtype(call.checked<MutualInformationCall>().dtype,
                  [&](auto type) { run_loss<typename decltype(type)::type>(call); });
 }
 void mutual_information_loss_grad_cpu(const Context& context, const Call& call) {
-  dispatch_dtype(call.input("pred").dtype, [&](auto type) {
+  dispatch_dtype(call.checked<MutualInformationCall>().dtype, [&](auto type) {
     run_gradient<typename decltype(type)::type>(Cpu(context), call);
   });
 }
 void joint_histogram_cpu(const Context&, const Call& call) {
-  dispatch_dtype(call.input("pred").dtype,
+  dispatch_dtype(call.checked<MutualInformationCall>().dtype,
                  [&](auto type) { run_histogram<typename decltype(type)::type>(call); });
+}
+void value_extremes_cpu(const Context&, const Call& call) {
+  dispatch_dtype(call.checked<MutualInformationCall>().dtype,
+                 [&](auto type) { run_extremes<typename decltype(type)::type>(call); });
+}
+void joint_counts_cpu(const Context&, const Call& call) {
+  dispatch_dtype(call.checked<MutualInformationCall>().dtype,
+                 [&](auto type) { run_counts<typename decltype(type)::type>(call); });
+}
+void mutual_information_of_counts_cpu(const Context&, const Call& call) {
+  dispatch_dtype(call.checked<MutualInformationCall>().dtype,
+                 [&](auto type) { run_of_counts<typename decltype(type)::type>(call); });
 }
 
 }  // namespace regkernels

@@ -19,16 +19,33 @@ namespace regkernels {
 
 namespace {
 
+inline unsigned blocks_for(int64_t elements) {
+  return static_cast<unsigned>(std::min<int64_t>(elements, 65535));
+}
+
+// Finds the extremes of parts of all elements.
 template <class T>
-void launch_count(const Cuda& device, const Counting<T>& counting,
-                  const MutualInformationCall& checked) {
+void find_extremes(const Cuda& device, const Call& call, const Tensor& extremes) {
+  const HistogramOperands<T> images(call);
+  const int64_t elements = images.checked.elements();
+  if (elements == 0) return;
+  const dim3 grid(static_cast<unsigned>(extremes.shape[3]), blocks_for(elements));
+  const bool own_range = !call.input("value_range").present;
+  extremes_kernel<<<grid, kThreads, 0, device.stream>>>(images, elements, own_range,
+                                                        extremes.as<T>());
+  check_launch();
+}
+
+template <class T>
+void launch_count(const Cuda& device, const Counting<T>& counting) {
+  const MutualInformationCall& checked = counting.images.checked;
   const int tiles = (checked.num_bins + kTile - 1) / kTile;
   const int64_t elements = std::min<int64_t>(counting.elements, 65535);
   // Each multiprocessor of a large GPU gets two blocks, unless there is little for them to do.
   const int64_t wanted =
       std::max<int64_t>(1, 2 * kLargeGpuMultiprocessors / (elements * tiles * tiles));
-  const int64_t parts = std::max({std::min(wanted, (counting.samples + 4095) / 4096),
-                                  (counting.samples + kMaxBlockSamples - 1) / kMaxBlockSamples});
+  const int64_t parts = std::max({std::min(wanted, (checked.samples + 4095) / 4096),
+                                  (checked.samples + kMaxBlockSamples - 1) / kMaxBlockSamples});
   const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(tiles * tiles),
                   static_cast<unsigned>(elements));
   const auto launch = [&](auto* function) {
@@ -41,55 +58,56 @@ void launch_count(const Cuda& device, const Counting<T>& counting,
   });
 }
 
-// Counts the samples of all elements of a loss or a histogram.
+// Counts the samples of all elements, by extremes of whatever number of parts, if they are needed.
 template <class T>
-Counting<T> count_samples(const Cuda& device, const Call& call) {
-  const HistogramOperands<T> histogram(call);
-  const MutualInformationCall& checked = histogram.checked;
-  const Tensor& extremes = call.output("extremes");
-  const Tensor& counts = call.output("counts");
-  Counting<T> counting{};
-  counting.window = histogram.window;
-  counting.pred = histogram.pred;
-  counting.target = histogram.target;
-  counting.mask = histogram.mask;
-  counting.value_range = Operand<const T>(call.input("value_range"));
-  counting.space = histogram.space();
-  counting.elements = checked.elements();
-  counting.samples = checked.samples;
-  counting.joint_range = checked.joint_range;
-  counting.counts = counts.as<unsigned long long>();
-  counting.reach = checked.reach;
-  int bits = 0;
-  while ((int64_t{1} << bits) < checked.samples) ++bits;
-  counting.units = static_cast<double>(int64_t{1} << (62 - bits));
+void count_samples(const Cuda& device, const Call& call, const Tensor& extremes,
+                   const Tensor& counts) {
+  const HistogramOperands<T> images(call);
+  const MutualInformationCall& checked = images.checked;
   clear(device, counts);
-  if (counting.elements == 0) return counting;
-  if (extremes.present) {
-    counting.extremes = extremes.as<T>();
-    counting.extreme_parts = static_cast<int>(extremes.shape[3]);
-    const dim3 grid(static_cast<unsigned>(counting.extreme_parts),
-                    static_cast<unsigned>(std::min<int64_t>(counting.elements, 65535)));
-    extremes_kernel<<<grid, kThreads, 0, device.stream>>>(
-        counting, counting.value_range.data == nullptr, extremes.as<T>());
-    check_launch();
-  }
-  launch_count(device, counting, checked);
-  return counting;
+  if (checked.elements() == 0) return;
+  launch_count(device, Counting<T>{parzen_window<T>(call, checked),
+                                   images,
+                                   {call, checked, extremes},
+                                   checked.elements(),
+                                   counts.as<unsigned long long>(),
+                                   checked.count_units(),
+                                   checked.reach});
+}
+
+// What a loss and a histogram have in common: the counts go to a workspace.
+template <class T>
+void count_whole(const Cuda& device, const Call& call) {
+  const Tensor& extremes = call.output("extremes");
+  if (extremes.present) find_extremes<T>(device, call, extremes);
+  count_samples<T>(device, call, extremes, call.output("counts"));
 }
 
 template <class T>
-void run_loss(const Cuda& device, const Call& call) {
-  Counting<T> counting = count_samples<T>(device, call);
-  counting.normalised = call.flag("normalised");
-  counting.smooth_nr = call.number("smooth_nr");
-  counting.smooth_dr = call.number("smooth_dr");
+Counted<T> counted(const Call& call, const Tensor& extremes, const Tensor& counts) {
+  const auto& checked = call.checked<MutualInformationCall>();
+  return {Operand<const unsigned long long>(counts),
+          {call, checked, extremes},
+          checked.elements(),
+          checked.num_bins,
+          checked.reach,
+          checked.count_units(),
+          false,
+          0,
+          0};
+}
+
+// From the counts to the loss and what is saved for its gradient.
+template <class T>
+void inform(const Cuda& device, const Call& call, Counted<T> counted) {
+  counted.normalised = call.flag("normalised");
+  counted.smooth_nr = call.number("smooth_nr");
+  counted.smooth_dr = call.number("smooth_dr");
   const Tensor& output = call.output("output");
   const Tensor& values = call.output("values");
-  if (counting.elements > 0) {
-    const auto blocks = static_cast<unsigned>(std::min<int64_t>(counting.elements, 65535));
-    information_kernel<<<blocks, kFinishThreads, 0, device.stream>>>(
-        counting, output.as<T>(), values.present ? values.as<double>() : nullptr,
+  if (counted.elements > 0) {
+    information_kernel<<<blocks_for(counted.elements), kFinishThreads, 0, device.stream>>>(
+        counted, output.as<T>(), values.present ? values.as<double>() : nullptr,
         call.output("table").as<T>(), call.output("scaling").as<T>());
     check_launch();
   }
@@ -102,15 +120,50 @@ void run_loss(const Cuda& device, const Call& call) {
                         output.as<T>());
 }
 
+// From the counts to the shares of the bins.
+template <class T>
+void share_out(const Cuda& device, const Counted<T>& counted, const Tensor& histogram) {
+  if (counted.elements == 0) return;
+  share_kernel<<<blocks_for(counted.elements), kFinishThreads, 0, device.stream>>>(
+      counted, histogram.as<T>());
+  check_launch();
+}
+
+template <class T>
+void run_loss(const Cuda& device, const Call& call) {
+  count_whole<T>(device, call);
+  inform(device, call, counted<T>(call, call.output("extremes"), call.output("counts")));
+}
+
 template <class T>
 void run_histogram(const Cuda& device, const Call& call) {
-  const Counting<T> counting = count_samples<T>(device, call);
-  if (counting.elements == 0) return;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(counting.elements, 65535));
-  share_kernel<<<blocks, kFinishThreads, 0, device.stream>>>(
-      counting.counts, counting.window.num_bins * counting.window.num_bins, counting.elements,
-      call.output("output").as<T>());
+  count_whole<T>(device, call);
+  share_out(device, counted<T>(call, call.output("extremes"), call.output("counts")),
+            call.output("output"));
+}
+
+template <class T>
+void run_extremes(const Cuda& device, const Call& call) {
+  const auto& checked = call.checked<MutualInformationCall>();
+  const Tensor& extremes = call.output("extremes");
+  find_extremes<T>(device, call, extremes);
+  if (checked.elements() == 0) return;
+  combine_kernel<<<blocks_for(checked.elements()), kWarp, 0, device.stream>>>(
+      ScaleOperands<T>(call, checked, extremes), checked.elements(), call.output("output").as<T>());
   check_launch();
+}
+
+template <class T>
+void run_counts(const Cuda& device, const Call& call) {
+  count_samples<T>(device, call, call.input("extremes"), call.output("output"));
+}
+
+template <class T>
+void run_of_counts(const Cuda& device, const Call& call) {
+  const Counted<T> those = counted<T>(call, call.input("extremes"), call.input("counts"));
+  inform(device, call, those);
+  const Tensor& histogram = call.output("histogram");
+  if (histogram.present) share_out(device, those, histogram);
 }
 
 template <ParzenKernel kKernel, int kReach, bool kPred, bool kTarget, class T>
@@ -138,8 +191,7 @@ void launch_gradient(const Cuda& device, const GradientOperands<T>& gradient,
       std::max<int64_t>(1, std::min<int64_t>((blocks + batch_blocks - 1) / batch_blocks,
                                              (checked.samples + 4095) / 4096));
   const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(batch_blocks));
-  function<<<grid, kGradientThreads<T>, shared, device.stream>>>(gradient, batch, checked.samples,
-                                                                 log_copies);
+  function<<<grid, kGradientThreads<T>, shared, device.stream>>>(gradient, batch, log_copies);
   check_launch();
 }
 
@@ -166,17 +218,32 @@ void run_gradient(const Cuda& device, const Call& call) {
 }  // namespace
 
 void mutual_information_loss_cuda(const Context& context, const Call& call) {
-  dispatch_dtype(call.input("pred").dtype,
+  dispatch_dtype(call.checked<MutualInformationCall>().dtype,
                  [&](auto type) { run_loss<typename decltype(type)::type>(Cuda(context), call); });
 }
 void mutual_information_loss_grad_cuda(const Context& context, const Call& call) {
-  dispatch_dtype(call.input("pred").dtype, [&](auto type) {
+  dispatch_dtype(call.checked<MutualInformationCall>().dtype, [&](auto type) {
     run_gradient<typename decltype(type)::type>(Cuda(context), call);
   });
 }
 void joint_histogram_cuda(const Context& context, const Call& call) {
-  dispatch_dtype(call.input("pred").dtype, [&](auto type) {
+  dispatch_dtype(call.checked<MutualInformationCall>().dtype, [&](auto type) {
     run_histogram<typename decltype(type)::type>(Cuda(context), call);
+  });
+}
+void value_extremes_cuda(const Context& context, const Call& call) {
+  dispatch_dtype(call.checked<MutualInformationCall>().dtype, [&](auto type) {
+    run_extremes<typename decltype(type)::type>(Cuda(context), call);
+  });
+}
+void joint_counts_cuda(const Context& context, const Call& call) {
+  dispatch_dtype(call.checked<MutualInformationCall>().dtype, [&](auto type) {
+    run_counts<typename decltype(type)::type>(Cuda(context), call);
+  });
+}
+void mutual_information_of_counts_cuda(const Context& context, const Call& call) {
+  dispatch_dtype(call.checked<MutualInformationCall>().dtype, [&](auto type) {
+    run_of_counts<typename decltype(type)::type>(Cuda(context), call);
   });
 }
 

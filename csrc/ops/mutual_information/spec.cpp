@@ -19,7 +19,10 @@ void check_value_range(const Call& call) {
   if (shape.rank() != 4 || shape[2] != 2 || shape[3] != 2) {
     fail_shape(call, "value_range", "(N, 2, 2): low and high of pred and of target");
   }
-  if (call.flag("joint_range")) {
+}
+
+void check_range_choice(const Call& call) {
+  if (call.input("value_range").present && call.flag("joint_range")) {
     fail_value(call, "value_range", "one of its own or 'joint'", "both");
   }
 }
@@ -34,13 +37,23 @@ void check_smoothing(const Call& call, const char* name, double least) {
   }
 }
 
-MutualInformationCall check(const Call& call) {
-  MutualInformationCall checked;
+// Checks the images and how many of their planes are the volume's own.
+void check_images(const Call& call, MutualInformationCall& checked) {
   checked.dtype = check_dtypes(call);
   check_compared(call);
   const Tensor& pred = call.input("pred");
   checked.channels = pred.shape[2];
-  checked.samples = pred.shape.count(3);
+  checked.samples = checked.whole_samples = pred.shape.count(3);
+  checked.plane_samples = pred.shape.count(4);
+  const Tensor& own = call.input("own_planes");
+  if (!own.present) return;
+  if (own.dtype != DType::kInt32) fail_type(call, "own_planes", "int32", dtype_name(own.dtype));
+  if (own.shape.rank() != 2 || own.shape[1] != 1) {
+    fail_shape(call, "own_planes", "(1,): a number for all items");
+  }
+}
+
+void check_binning(const Call& call, MutualInformationCall& checked) {
   const int64_t num_bins = call.integer("num_bins");
   if (num_bins < 2 || num_bins > 256) {
     fail_value(call, "num_bins", "a number from 2 to 256", concat(num_bins));
@@ -60,7 +73,27 @@ MutualInformationCall check(const Call& call) {
     checked.reach = kBSplineReach;
   }
   checked.joint_range = call.flag("joint_range");
-  return checked;
+}
+
+void check_whole_samples(const Call& call, int64_t least, MutualInformationCall& checked) {
+  const int64_t whole = call.integer("whole_samples");
+  if (whole < least || whole > kMostWholeSamples) {
+    fail_value(call, "whole_samples", concat("a number from ", least, " to ", kMostWholeSamples),
+               concat(whole));
+  }
+  if (whole > 0) checked.whole_samples = whole;
+}
+
+void check_extremes(const Call& call, const MutualInformationCall& checked, bool needed) {
+  const Tensor& extremes = call.input("extremes");
+  if (!extremes.present) {
+    if (needed) fail_type(call, "extremes", "those of the whole volume", "None");
+    return;
+  }
+  const Shape& shape = extremes.shape;
+  if (shape.rank() != 4 || shape[2] != checked.channels || shape[3] != kExtremes) {
+    fail_shape(call, "extremes", concat("(N, ", checked.channels, ", ", kExtremes, ")"));
+  }
 }
 
 }  // namespace
@@ -83,23 +116,47 @@ template Parzen<double> parzen_window<double>(const Call&, const MutualInformati
 
 namespace {
 
+Shape elements_shape(const MutualInformationCall& checked) {
+  return {checked.batch.groups, checked.batch.items, checked.channels};
+}
+
+// Whether anything has to be known of the values before they are counted.
+bool needs_extremes(const Call& call) {
+  return !call.input("value_range").present || call.input("mask").present;
+}
+
+Tensor part_extremes_spec(const MutualInformationCall& checked) {
+  Shape shape = elements_shape(checked);
+  shape.append(extreme_parts(checked.samples));
+  shape.append(kExtremes);
+  return tensor_spec(checked.dtype, shape);
+}
+
+// One count more than there are bins tells that a sample was not a number.
+Tensor counts_spec(const MutualInformationCall& checked) {
+  Shape shape = elements_shape(checked);
+  shape.append(checked.bins() + 1);
+  return tensor_spec(DType::kInt64, shape);
+}
+
+Tensor histogram_spec(const MutualInformationCall& checked) {
+  Shape shape = elements_shape(checked);
+  shape.append(checked.num_bins);
+  shape.append(checked.num_bins);
+  return tensor_spec(checked.dtype, shape);
+}
+
 // Checks what the loss and the histogram have in common, and asks for the memory to count in.
 const MutualInformationCall& infer_histogram(Call& call) {
-  MutualInformationCall found = check(call);
+  MutualInformationCall found;
+  check_images(call, found);
+  check_binning(call, found);
   check_value_range(call);
+  check_range_choice(call);
   found.batch = check_batch(call);
   const auto& checked = call.keep(found);
-  const Shape elements = {checked.batch.groups, checked.batch.items, checked.channels};
-  if (!call.input("value_range").present || call.input("mask").present) {
-    Shape extremes = elements;
-    extremes.append(extreme_parts(checked.samples));
-    extremes.append(kExtremes);
-    call.set("extremes", tensor_spec(checked.dtype, extremes));
-  }
-  // One count more than there are bins tells that a sample was not a number.
-  Shape counts = elements;
-  counts.append(checked.num_bins * checked.num_bins + 1);
-  call.set("counts", tensor_spec(DType::kInt64, counts));
+  if (needs_extremes(call)) call.set("extremes", part_extremes_spec(checked));
+  call.set("counts", counts_spec(checked));
   return checked;
 }
 
@@ -108,7 +165,7 @@ Tensor loss_spec(const Call& call, const MutualInformationCall& checked) {
   if (call.choice<Reduction>("reduction") != Reduction::kNone) {
     return tensor_spec(checked.dtype, {batch.groups});
   }
-  return tensor_spec(checked.dtype, {batch.groups, batch.items, checked.channels});
+  return tensor_spec(checked.dtype, elements_shape(checked));
 }
 
 Tensor table_spec(const MutualInformationCall& checked) {
@@ -128,8 +185,8 @@ void check_differentiable(const Call& call, const MutualInformationCall& checked
   }
 }
 
-void infer(Call& call) {
-  const auto& checked = infer_histogram(call);
+// Checks and sets what the loss, and what is saved for its gradient, are made of and into.
+void infer_information(Call& call, const MutualInformationCall& checked) {
   check_smoothing(call, "smooth_nr", 0);
   check_smoothing(call, "smooth_dr", kLeastDivisor);
   call.set("output", loss_spec(call, checked));
@@ -137,10 +194,11 @@ void infer(Call& call) {
   if (call.wants("table")) call.set("table", table_spec(checked));
   if (call.wants("scaling")) call.set("scaling", scaling_spec(checked));
   if (call.choice<Reduction>("reduction") != Reduction::kNone) {
-    call.set("values", tensor_spec(DType::kFloat64,
-                                   {checked.batch.groups, checked.batch.items, checked.channels}));
+    call.set("values", tensor_spec(DType::kFloat64, elements_shape(checked)));
   }
 }
+
+void infer(Call& call) { infer_information(call, infer_histogram(call)); }
 
 void check_saved(const Call& call, const char* name, Tensor expected) {
   const Tensor& saved = call.input(name);
@@ -149,7 +207,9 @@ void check_saved(const Call& call, const char* name, Tensor expected) {
 }
 
 void infer_grad(Call& call) {
-  MutualInformationCall found = check(call);
+  MutualInformationCall found;
+  check_images(call, found);
+  check_binning(call, found);
   check_differentiable(call, found);
   found.batch = check_batch(call);
   const auto& checked = call.keep(found);
@@ -165,11 +225,50 @@ void infer_grad(Call& call) {
   }
 }
 
-void infer_joint(Call& call) {
-  const auto& checked = infer_histogram(call);
-  call.set("output",
-           tensor_spec(checked.dtype, {checked.batch.groups, checked.batch.items, checked.channels,
-                                       checked.num_bins, checked.num_bins}));
+void infer_joint(Call& call) { call.set("output", histogram_spec(infer_histogram(call))); }
+
+void infer_extremes(Call& call) {
+  MutualInformationCall found{};
+  check_images(call, found);
+  check_value_range(call);
+  found.batch = check_batch(call);
+  const auto& checked = call.keep(found);
+  Shape shape = elements_shape(checked);
+  shape.append(kExtremes);
+  call.set("output", tensor_spec(checked.dtype, shape));
+  call.set("extremes", part_extremes_spec(checked));
+}
+
+void infer_counts(Call& call) {
+  MutualInformationCall found;
+  check_images(call, found);
+  check_binning(call, found);
+  check_value_range(call);
+  check_range_choice(call);
+  check_whole_samples(call, 0, found);
+  check_extremes(call, found, needs_extremes(call));
+  found.batch = check_batch(call);
+  call.set("output", counts_spec(call.keep(found)));
+}
+
+void infer_of_counts(Call& call) {
+  MutualInformationCall found{};
+  found.dtype = check_dtypes(call);
+  check_binning(call, found);
+  check_value_range(call);
+  check_range_choice(call);
+  check_whole_samples(call, 1, found);
+  const Tensor& counts = call.input("counts");
+  if (counts.dtype != DType::kInt64) fail_type(call, "counts", "int64", dtype_name(counts.dtype));
+  if (counts.shape.rank() != 4 || counts.shape[3] != found.bins() + 1) {
+    fail_shape(call, "counts", concat("(N, C, ", found.bins() + 1, ")"));
+  }
+  found.channels = counts.shape[2];
+  check_extremes(call, found, !call.input("value_range").present);
+  found.batch = check_batch(call);
+  const auto& checked = call.keep(found);
+  infer_information(call, checked);
+  if (call.wants("histogram")) call.set("histogram", histogram_spec(checked));
 }
 
 }  // namespace
@@ -189,12 +288,19 @@ std::vector<Op> mutual_information_ops() {
   const std::vector<InputSpec> images = {{"pred", false, InputKind::kCompared},
                                          {"target", false, InputKind::kCompared},
                                          {"mask", true, InputKind::kCompared}};
-  std::vector<InputSpec> inputs = images;
-  inputs.push_back({"value_range", true, InputKind::kCompared});
-  std::vector<InputSpec> gradient_inputs = images;
-  for (const char* name : {"table", "scaling", "grad_output"}) {
-    gradient_inputs.push_back({name, false, InputKind::kCompared});
-  }
+  const InputSpec value_range = {"value_range", true, InputKind::kCompared};
+  const InputSpec extremes = {"extremes", true, InputKind::kCompared};
+  // Planes further along the first spatial axis are padding, and not looked at.
+  const InputSpec own_planes = {"own_planes", true, InputKind::kCounts};
+  const auto with = [](std::vector<InputSpec> inputs, const std::vector<InputSpec>& more) {
+    inputs.insert(inputs.end(), more.begin(), more.end());
+    return inputs;
+  };
+  const std::vector<InputSpec> inputs = with(images, {value_range, own_planes});
+  const auto with_whole = [](std::vector<AttrSpec> those) {
+    those.push_back({"whole_samples", AttrKind::kInt});
+    return those;
+  };
   return {
       {"mutual_information_loss",
        "mutual_information_loss_grad",
@@ -211,7 +317,10 @@ std::vector<Op> mutual_information_ops() {
        REGKERNELS_CUDA_LAUNCH(mutual_information_loss_cuda)},
       {"mutual_information_loss_grad",
        nullptr,
-       gradient_inputs,
+       with(images, {{"table", false, InputKind::kCompared},
+                     {"scaling", false, InputKind::kCompared},
+                     own_planes,
+                     {"grad_output", false, InputKind::kCompared}}),
        {{"grad_pred"}, {"grad_target"}},
        attributes,
        infer_grad,
@@ -225,6 +334,30 @@ std::vector<Op> mutual_information_ops() {
        infer_joint,
        joint_histogram_cpu,
        REGKERNELS_CUDA_LAUNCH(joint_histogram_cuda)},
+      {"value_extremes",
+       nullptr,
+       inputs,
+       {{"output"}, {"extremes", OutputRole::kWorkspace}},
+       {},
+       infer_extremes,
+       value_extremes_cpu,
+       REGKERNELS_CUDA_LAUNCH(value_extremes_cuda)},
+      {"joint_counts",
+       nullptr,
+       with(images, {value_range, extremes, own_planes}),
+       {{"output"}},
+       with_whole(binning),
+       infer_counts,
+       joint_counts_cpu,
+       REGKERNELS_CUDA_LAUNCH(joint_counts_cuda)},
+      {"mutual_information_of_counts",
+       nullptr,
+       {{"counts", false, InputKind::kCounts}, value_range, extremes},
+       {{"output"}, {"table"}, {"scaling"}, {"histogram"}, {"values", OutputRole::kWorkspace}},
+       with_whole(attributes),
+       infer_of_counts,
+       mutual_information_of_counts_cpu,
+       REGKERNELS_CUDA_LAUNCH(mutual_information_of_counts_cuda)},
   };
 }
 

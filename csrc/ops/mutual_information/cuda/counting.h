@@ -13,25 +13,37 @@ inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / kWarp;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-// The arguments of all kernels but that of the gradient.
+// The arguments of the kernel that counts.
 template <class T>
 struct Counting {
   Parzen<T> window;
-  Channels<const T> pred, target, mask;
-  Operand<const T> value_range;
-  ElementSpace space;
-  int64_t elements, samples;
-  bool joint_range;
-  const T* extremes;  // (elements, extreme_parts, kExtremes); null: not needed
-  int extreme_parts;
+  HistogramOperands<T> images;
+  ScaleOperands<T> scales;
+  int64_t elements;
   // (elements, num_bins^2 + 1), where the last is not 0 if a sample was not a number
   unsigned long long* counts;
   double units;  // what one sample adds to the counts
-  bool normalised;
-  double smooth_nr, smooth_dr;
   int reach;
 
   __device__ int bins() const { return window.num_bins * window.num_bins; }
+};
+
+// The arguments of the kernels that read counts.
+template <class T>
+struct Counted {
+  Operand<const unsigned long long> counts;  // as in Counting
+  ScaleOperands<T> scales;
+  int64_t elements;
+  int num_bins, reach;
+  double units;
+  bool normalised;
+  double smooth_nr, smooth_dr;
+
+  __device__ int bins() const { return num_bins * num_bins; }
+  __device__ const unsigned long long* counts_of(int64_t element) const {
+    const auto [group, item, channel] = scales.space.index(element);
+    return counts.at(group, item) + channel * (bins() + 1);
+  }
 };
 
 }  // namespace

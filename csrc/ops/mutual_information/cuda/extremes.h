@@ -10,26 +10,25 @@ namespace regkernels {
 namespace {
 
 template <class T>
-__device__ T warp_least(T value) {
+__device__ T warp_highest(T value) {
   for (int step = kWarp / 2; step > 0; step /= 2) {
-    value = min(value, __shfl_xor_sync(kAllLanes, value, step));
+    value = max(value, __shfl_xor_sync(kAllLanes, value, step));
   }
   return value;
 }
 
-// The extremes of finite values. The lowest are kept with the sign changed, so that all are
-// highest.
+// The extremes of finite values.
 template <class T>
 struct Extremes {
   T highest[kExtremes];
 
-  __device__ Extremes() {
+  __device__ explicit Extremes(bool masked) {
     for (int k = 0; k < kExtremes; ++k) highest[k] = -INFINITY;
-    highest[kHighMask] = 0;
+    highest[kHighMask] = masked ? T(0) : T(1);
   }
-  __device__ void see(int low, int high, T value) {
+  __device__ void see(int minus_low, int high, T value) {
     if (!isfinite(value)) return;
-    highest[low] = max(highest[low], -value);
+    highest[minus_low] = max(highest[minus_low], -value);
     highest[high] = max(highest[high], value);
   }
   // Combines the extremes that the threads of the block have seen. All threads get the result.
@@ -37,7 +36,7 @@ struct Extremes {
     __shared__ T shared[kWarps][kExtremes];
     REGKERNELS_UNROLL
     for (int k = 0; k < kExtremes; ++k) {
-      const T highest_of_warp = -warp_least(-highest[k]);
+      const T highest_of_warp = warp_highest(highest[k]);
       if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp][k] = highest_of_warp;
     }
     __syncthreads();
@@ -48,23 +47,25 @@ struct Extremes {
   }
 };
 
-// Each block finds the extremes of one part of an element.
+// Each block finds the extremes of one part of an element, (elements, parts, kExtremes).
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    extremes_kernel(const __grid_constant__ Counting<T> call, bool own_range, T* extremes) {
+    extremes_kernel(const __grid_constant__ HistogramOperands<T> images, int64_t elements,
+                    bool own_range, T* extremes) {
   const int64_t part = blockIdx.x, parts = gridDim.x;
-  const int64_t begin = call.samples * part / parts, end = call.samples * (part + 1) / parts;
-  for (int64_t element = blockIdx.y; element < call.elements; element += gridDim.y) {
-    const auto [group, item, channel] = call.space.index(element);
-    const T* const pred = call.pred.at(group, item, channel);
-    const T* const target = call.target.at(group, item, channel);
-    const T* const mask = call.mask.present() ? call.mask.at(group, item, channel) : nullptr;
-    Extremes<T> found;
+  for (int64_t element = blockIdx.y; element < elements; element += gridDim.y) {
+    const auto [group, item, channel] = images.space().index(element);
+    const int64_t samples = images.own.of(group);
+    const int64_t begin = samples * part / parts, end = samples * (part + 1) / parts;
+    const T* const pred = images.pred.at(group, item, channel);
+    const T* const target = images.target.at(group, item, channel);
+    const T* const mask = images.mask.present() ? images.mask.at(group, item, channel) : nullptr;
+    Extremes<T> found(mask != nullptr);
     if (own_range) {
 #pragma unroll 8
       for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-        found.see(kLowPred, kHighPred, pred[i]);
-        found.see(kLowTarget, kHighTarget, target[i]);
+        found.see(kMinusLowPred, kHighPred, pred[i]);
+        found.see(kMinusLowTarget, kHighTarget, target[i]);
       }
     }
     if (mask != nullptr) {
@@ -84,35 +85,49 @@ __global__ void __launch_bounds__(kThreads)
       for (int other = 1; other < kExtremes; ++other) {
         if (k == other) value = found.highest[other];
       }
-      const bool low = k == kLowPred || k == kLowTarget;
-      extremes[(element * parts + part) * kExtremes + k] = low ? -value : value;
+      extremes[(element * parts + part) * kExtremes + k] = value;
     }
   }
 }
 
-// Combines what extremes_kernel has found in all parts of an element. All threads get the result.
+// Combines the extremes of all parts of an element, if there are any, for all threads.
 template <class T>
-__device__ PairScale<T> read_scale(const Counting<T>& call, int64_t element) {
-  __shared__ T shared[kExtremes];
+__device__ void combine_parts(const ScaleOperands<T>& scales, const ElementIndex& index,
+                              T (&combined)[kExtremes]) {
   __syncthreads();
-  if (call.extremes != nullptr && threadIdx.x < kWarp) {
-    const T* const parts = call.extremes + element * call.extreme_parts * kExtremes;
+  const T* const parts = scales.extremes_of(index);
+  if (parts != nullptr && threadIdx.x < kWarp) {
     REGKERNELS_UNROLL
     for (int k = 0; k < kExtremes; ++k) {
-      const T sign = k == kLowPred || k == kLowTarget ? T(1) : T(-1);
-      T least = INFINITY;
-      for (int part = threadIdx.x; part < call.extreme_parts; part += kWarp) {
-        least = min(least, sign * parts[part * kExtremes + k]);
+      T highest = -INFINITY;
+      for (int part = threadIdx.x; part < scales.parts; part += kWarp) {
+        highest = max(highest, parts[part * kExtremes + k]);
       }
-      least = warp_least(least);
-      if (threadIdx.x == 0) shared[k] = sign * least;
+      highest = warp_highest(highest);
+      if (threadIdx.x == 0) combined[k] = highest;
     }
   }
   __syncthreads();
-  const auto [group, item, channel] = call.space.index(element);
-  const T* const given =
-      call.value_range.data == nullptr ? nullptr : call.value_range.at(group, item);
-  return PairScale<T>::from(given, call.joint_range, shared, call.mask.present());
+}
+
+// All threads get the result.
+template <class T>
+__device__ PairScale<T> read_scale(const ScaleOperands<T>& scales, int64_t element) {
+  __shared__ T combined[kExtremes];
+  const ElementIndex index = scales.space.index(element);
+  combine_parts(scales, index, combined);
+  return scales.scale(index, combined);
+}
+
+// Each block, of a warp, combines the extremes of one element.
+template <class T>
+__global__ void __launch_bounds__(kWarp)
+    combine_kernel(const __grid_constant__ ScaleOperands<T> scales, int64_t elements, T* output) {
+  __shared__ T combined[kExtremes];
+  for (int64_t element = blockIdx.x; element < elements; element += gridDim.x) {
+    combine_parts(scales, scales.space.index(element), combined);
+    if (threadIdx.x < kExtremes) output[element * kExtremes + threadIdx.x] = combined[threadIdx.x];
+  }
 }
 
 }  // namespace

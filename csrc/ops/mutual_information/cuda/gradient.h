@@ -23,18 +23,19 @@ inline constexpr int kGradientThreads = sizeof(T) == 4 ? 1024 : 512;
 template <ParzenKernel kKernel, int kReach, int kLogCopies, bool kPred, bool kTarget, class T>
 __global__ void __launch_bounds__(kGradientThreads<T>)
     gradient_kernel(const __grid_constant__ GradientOperands<T> call, int64_t batch,
-                    int64_t samples, int given_log_copies) {
+                    int given_log_copies) {
   extern __shared__ char shared_bytes[];
   T* const shared = reinterpret_cast<T*>(shared_bytes);
   const int size = call.window.num_bins + 2 * kReach;
   const int64_t items_here = call.items_together() ? call.space.items : 1;
   const ElementSpace outer{call.space.items / items_here, call.space.channels};
-  const int64_t begin = samples * blockIdx.x / gridDim.x;
-  const int64_t end = samples * (blockIdx.x + 1) / gridDim.x;
   const int log_copies = kLogCopies >= 0 ? kLogCopies : given_log_copies;
   const int stride = log_copies > 0 ? 1 << log_copies : 1;
   for (int64_t b = blockIdx.y; b < batch; b += gridDim.y) {
     ElementIndex index = outer.index(b);
+    const int64_t own = call.own.of(index.group);
+    const int64_t begin = own * blockIdx.x / gridDim.x;
+    const int64_t end = own * (blockIdx.x + 1) / gridDim.x;
     for (int64_t n = 0; n < items_here; ++n) {
       if (items_here > 1) index.item = n;
       const auto [group, item, channel] = index;
@@ -92,6 +93,14 @@ __global__ void __launch_bounds__(kGradientThreads<T>)
                 times(scale.target.slope(value_target, call.window.num_bins), by_target),
                 call.sum_target && n > 0);
         }
+      }
+      // What is padding has no gradient.
+      const bool clears_pred = kPred && !(call.sum_pred && n > 0);
+      const bool clears_target = kTarget && !(call.sum_target && n > 0);
+      for (int64_t i = own + blockIdx.x * kGradientThreads<T> + threadIdx.x; i < call.own.samples;
+           i += gridDim.x * kGradientThreads<T>) {
+        if (clears_pred) grad_pred[i] = 0;
+        if (clears_target) grad_target[i] = 0;
       }
     }
   }

@@ -40,17 +40,17 @@ __device__ NormalisedInformation normalised_information(int num_bins, const doub
 // the table of derivatives if one is wanted.
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads)
-    information_kernel(const __grid_constant__ Counting<T> call, T* maps, double* values, T* table,
+    information_kernel(const __grid_constant__ Counted<T> call, T* maps, double* values, T* table,
                        T* scaling) {
   __shared__ double p_pred[kMaxBins], p_target[kMaxBins];
   __shared__ double by_pred[kMaxBins], by_target[kMaxBins];
   __shared__ double scratch[kFinishThreads / kWarp];
-  const int num_bins = call.window.num_bins;
+  const int num_bins = call.num_bins;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   constexpr int kFinishWarps = kFinishThreads / kWarp;
   for (int64_t element = blockIdx.x; element < call.elements; element += gridDim.x) {
-    const unsigned long long* const counts = call.counts + element * (call.bins() + 1);
-    const PairScale<T> scale = read_scale(call, element);
+    const unsigned long long* const counts = call.counts_of(element);
+    const PairScale<T> scale = read_scale(call.scales, element);
     // The marginals are sums of integers, whose order does not matter.
     unsigned long long sum_of_warp = 0;
     __shared__ unsigned long long sums[kFinishWarps];
@@ -107,6 +107,15 @@ __global__ void __launch_bounds__(kFinishThreads)
         maps[element] = static_cast<T>(-information);
       }
     }
+    if (scaling != nullptr && threadIdx.x == 0) {
+      T* const values_here = scaling + element * kScalings;
+      values_here[kRangePred] = scale.pred.low;
+      values_here[kRangePred + 1] = scale.pred.high;
+      values_here[kRangeTarget] = scale.target.low;
+      values_here[kRangeTarget + 1] = scale.target.high;
+      values_here[kInverseTotal] = total == 0 ? T(0) : static_cast<T>(call.units * share);
+      values_here[kLargestWeight] = scale.largest_weight;
+    }
     if (table == nullptr) continue;
     for (int b = warp; b < num_bins && !call.normalised; b += kFinishWarps) {
       double slope = 0;
@@ -130,15 +139,6 @@ __global__ void __launch_bounds__(kFinishThreads)
       const bool inside = a >= 0 && a < num_bins && b >= 0 && b < num_bins;
       rows[i] = inside ? static_cast<T>(-slope_at(a, b)) : T(0);
     }
-    if (threadIdx.x == 0) {
-      T* const values_here = scaling + element * kScalings;
-      values_here[kRangePred] = scale.pred.low;
-      values_here[kRangePred + 1] = scale.pred.high;
-      values_here[kRangeTarget] = scale.target.low;
-      values_here[kRangeTarget + 1] = scale.target.high;
-      values_here[kInverseTotal] = total == 0 ? T(0) : static_cast<T>(call.units * share);
-      values_here[kLargestWeight] = scale.largest_weight;
-    }
     __syncthreads();  // the next element's marginals take the place of these
   }
 }
@@ -146,11 +146,12 @@ __global__ void __launch_bounds__(kFinishThreads)
 // Each block turns the counts of one element into shares.
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads)
-    share_kernel(const unsigned long long* counts, int bins, int64_t elements, T* output) {
+    share_kernel(const __grid_constant__ Counted<T> call, T* output) {
   __shared__ double scratch[kFinishThreads / kWarp];
   __shared__ double total;
-  for (int64_t element = blockIdx.x; element < elements; element += gridDim.x) {
-    const unsigned long long* const those = counts + element * (bins + 1);
+  const int bins = call.bins();
+  for (int64_t element = blockIdx.x; element < call.elements; element += gridDim.x) {
+    const unsigned long long* const those = call.counts_of(element);
     double sum = 0;
     for (int i = threadIdx.x; i < bins; i += kFinishThreads) {
       sum += static_cast<double>(those[i]);

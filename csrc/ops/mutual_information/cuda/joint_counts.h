@@ -198,14 +198,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
   const int tiles = (num_bins + kTile - 1) / kTile;
   const int tile_pred = blockIdx.y / tiles * kTile;
   const int tile_target = blockIdx.y % tiles * kTile;
-  const int64_t begin = call.samples * blockIdx.x / gridDim.x;
-  const int64_t end = call.samples * (blockIdx.x + 1) / gridDim.x;
   for (int64_t element = blockIdx.z; element < call.elements; element += gridDim.z) {
-    const PairScale<T> scale = read_scale(call, element);
-    const auto [group, item, channel] = call.space.index(element);
-    const T* const pred = call.pred.at(group, item, channel);
-    const T* const target = call.target.at(group, item, channel);
-    const T* const mask = call.mask.present() ? call.mask.at(group, item, channel) : nullptr;
+    const PairScale<T> scale = read_scale(call.scales, element);
+    const auto [group, item, channel] = call.scales.space.index(element);
+    const HistogramOperands<T>& images = call.images;
+    const int64_t samples = images.own.of(group);
+    const int64_t begin = samples * blockIdx.x / gridDim.x;
+    const int64_t end = samples * (blockIdx.x + 1) / gridDim.x;
+    const T* const pred = images.pred.at(group, item, channel);
+    const T* const target = images.target.at(group, item, channel);
+    const T* const mask = images.mask.present() ? images.mask.at(group, item, channel) : nullptr;
     unsigned long long* const counts = call.counts + element * (call.bins() + 1);
     TileCounter<kKernel, kReach, T> counter{call.window, staged[warp], waiting[warp],
                                             static_cast<T>(tile_pred), static_cast<T>(tile_target)};
