@@ -182,9 +182,9 @@ class Op:
         """The dtypes that the kernels take the inputs in, and what the result is to become.
 
         Fields lead to coordinates and are computed with as they are; images may be stored in half
-        precision; labels and counts are integers. The result is the image's again if that was converted, has
-        the fields' common dtype where there is neither an image nor labels, and stays in what it
-        was computed in where images are compared.
+        precision; labels and counts are integers. The result is the image's again if that was
+        converted, has the fields' common dtype where there is neither an image nor labels, and
+        stays in what it was computed in where images are compared.
 
         Parameters
         ----------

@@ -196,6 +196,16 @@ void launch_gradient(const Cuda& device, const GradientOperands<T>& gradient,
 }
 
 template <class T>
+void clear_padding(const Cuda& device, const Tensor& gradient, const OwnSamples& own) {
+  const int64_t elements = gradient.shape.count() / own.samples;
+  if (elements == 0) return;
+  const dim3 grid(2 * kLargeGpuMultiprocessors, blocks_for(elements));
+  clear_padding_kernel<<<grid, kPaddingThreads, 0, device.stream>>>(
+      Channels<T>(gradient), own, ElementSpace{gradient.shape[1], gradient.shape[2]}, elements);
+  check_launch();
+}
+
+template <class T>
 void run_gradient(const Cuda& device, const Call& call) {
   const HistogramOperands<T> histogram(call);
   const MutualInformationCall& checked = histogram.checked;
@@ -213,6 +223,10 @@ void run_gradient(const Cuda& device, const Call& call) {
       launch_gradient<kKernel, kReach, false, true>(device, gradient, checked);
     }
   });
+  if (!call.input("own_planes").present) return;
+  for (const char* name : {"grad_pred", "grad_target"}) {
+    if (call.output(name).present) clear_padding<T>(device, call.output(name), gradient.own);
+  }
 }
 
 }  // namespace

@@ -94,15 +94,23 @@ __global__ void __launch_bounds__(kGradientThreads<T>)
                 call.sum_target && n > 0);
         }
       }
-      // What is padding has no gradient.
-      const bool clears_pred = kPred && !(call.sum_pred && n > 0);
-      const bool clears_target = kTarget && !(call.sum_target && n > 0);
-      for (int64_t i = own + blockIdx.x * kGradientThreads<T> + threadIdx.x; i < call.own.samples;
-           i += gridDim.x * kGradientThreads<T>) {
-        if (clears_pred) grad_pred[i] = 0;
-        if (clears_target) grad_target[i] = 0;
-      }
     }
+  }
+}
+
+inline constexpr int kPaddingThreads = 256;
+
+// Clears the gradient with respect to padding, which gradient_kernel leaves out.
+template <class T>
+__global__ void __launch_bounds__(kPaddingThreads)
+    clear_padding_kernel(Channels<T> gradient, OwnSamples own, ElementSpace space,
+                         int64_t elements) {
+  for (int64_t element = blockIdx.y; element < elements; element += gridDim.y) {
+    const auto [group, item, channel] = space.index(element);
+    T* const values = gradient.at(group, item, channel);
+    const int64_t first = own.of(group) + int64_t{1} * blockIdx.x * kPaddingThreads + threadIdx.x;
+    const int64_t step = int64_t{1} * gridDim.x * kPaddingThreads;
+    for (int64_t i = first; i < own.samples; i += step) values[i] = 0;
   }
 }
 
