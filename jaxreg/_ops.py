@@ -8,7 +8,7 @@ is where ``vmap`` puts its mapped axis; nothing is ever summed across groups.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,8 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreg._sharding import Operands, Reduction, align, spread_over_batch
+from jaxreg._sharding import Operands, Reduction, align, spread_over_devices
+from jaxreg._slabs import SLAB_OPS, axes_of_slabs
 from regkernels import table
 from regkernels.options import plain_number
 from regkernels.table import HALVES, OPS, Attribute, Input, Op, bit_mask
@@ -58,6 +59,56 @@ def _ffi_attribute(declared: Attribute, value: Any) -> Any:
     return np.asarray(value, np.int64 if declared.kind == "ints" else np.float64)
 
 
+def _emit(
+    op: Op,
+    attributes: Mapping[str, Any],
+    wanted: int,
+    arrays: Mapping[str, jax.Array],
+    slab: Sequence[int] = (),
+    first: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+    """Emit the custom call of an op for operands by name; for ``slab``, see `jaxreg._slabs`."""
+    types = _infer(op, attributes, wanted, arrays, slab)
+    ffi_attributes = {
+        declared.name: _ffi_attribute(declared, attributes[declared.name])
+        for declared in op.attributes
+    }
+    present = [name in arrays for name in op.input_names]
+    ffi_attributes["wanted"] = np.int64(wanted)
+    ffi_attributes["present"] = np.int64(bit_mask(present))
+    ffi_attributes["slab"] = np.asarray(slab, np.int64)
+    operands = [arrays[name] for name in op.input_names if name in arrays]
+    like = jax.typeof(operands[0])  # which carries the axes of shard_map it varies over
+    results = [
+        like.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False)
+        for dtype, shape in types.values()
+    ]
+    if first is not None:
+        operands.append(first)
+    values = jax.ffi.ffi_call(_target(op.name), results, vmap_method=None)(
+        *operands, **ffi_attributes
+    )
+    by_name = dict(zip(types, values, strict=True))
+    return {x: value for x, value in by_name.items() if x not in _workspaces(op)}
+
+
+def _infer(
+    op: Op,
+    attributes: Mapping[str, Any],
+    wanted: int,
+    arrays: Mapping[str, Any],
+    slab: Sequence[int] = (),
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The dtype and the shape of each output, by name."""
+    inputs = [_spec(arrays.get(name)) for name in op.input_names]
+    outputs = table.infer(op.name, inputs, attributes, wanted, slab)
+    return {x: spec for x, spec in zip(op.output_names, outputs, strict=True) if spec}
+
+
+def _workspaces(op: Op) -> set[str]:
+    return {op.output_names[place] for place in op.workspaces}
+
+
 @functools.lru_cache(maxsize=4096)
 def _kernel(
     name: str, attributes: Attributes, wanted: int, present: tuple[bool, ...]
@@ -65,40 +116,25 @@ def _kernel(
     """A function of the operands that are present, with the group axis, to the wanted outputs."""
     op = OPS[name]
     named = dict(zip(op.attribute_names, attributes, strict=True))
-    ffi_attributes = {
-        declared.name: _ffi_attribute(declared, value)
-        for declared, value in zip(op.attributes, attributes, strict=True)
-    }
-    ffi_attributes["wanted"] = np.int64(wanted)
-    ffi_attributes["present"] = np.int64(bit_mask(present))
-
     operand_names = [x for x, there in zip(op.input_names, present, strict=True) if there]
-    workspaces = {op.output_names[place] for place in op.workspaces}
 
-    def infer(*arrays: jax.Array) -> dict[str, tuple[str, tuple[int, ...]]]:
-        remaining = iter(arrays)
-        inputs = [_spec(next(remaining)) if there else None for there in present]
-        outputs = table.infer(name, inputs, named, wanted)
-        return {x: spec for x, spec in zip(op.output_names, outputs, strict=True) if spec}
-
-    def call(*arrays: jax.Array) -> dict[str, jax.Array]:
-        like = jax.typeof(arrays[0])  # which carries the axes of shard_map it varies over
-        specs = infer(*arrays)
-        types = [
-            like.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False)
-            for dtype, shape in specs.values()
-        ]
-        values = jax.ffi.ffi_call(_target(name), types, vmap_method=None)(*arrays, **ffi_attributes)
-        by_name = dict(zip(specs, values, strict=True))
-        return {x: value for x, value in by_name.items() if x not in workspaces}
+    def run(
+        arrays: Mapping[str, jax.Array],
+        *,
+        attributes: Mapping[str, Any] | None = None,
+        slab: Sequence[int] = (),
+        first: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
+        return _emit(op, {**named, **(attributes or {})}, wanted, arrays, slab, first)
 
     def result_shapes(*arrays: jax.Array) -> dict[str, tuple[int, ...]]:
-        specs = infer(*arrays)
-        return {x: shape for x, (_, shape) in specs.items() if x not in workspaces}
+        specs = _infer(op, named, wanted, dict(zip(operand_names, arrays, strict=True)))
+        return {x: shape for x, (_, shape) in specs.items() if x not in _workspaces(op)}
 
     weight = next((x.name for x in op.outputs if x.role == "weight"), None)
     reduction = Reduction(named.get("reduction", "none"), weight)
-    spread = spread_over_batch(call, operand_names, result_shapes, reduction)
+    slab_op = SLAB_OPS.get(name.removesuffix("_grad"))
+    spread = spread_over_devices(run, operand_names, result_shapes, reduction, named, slab_op)
     mapped_call = jax.custom_batching.custom_vmap(spread)
 
     @mapped_call.def_vmap
@@ -240,6 +276,19 @@ def _dtype_names(operands: Operands) -> list[str | None]:
     return [None if x is None else x.dtype.name for x in operands]
 
 
+def _axes_of_planes(op: Op, attributes: Attributes, operands: Operands) -> list[int | None]:
+    """For each operand the axis along which it may be a slab, as the user has it."""
+    if op.name not in SLAB_OPS:
+        return [None] * len(operands)
+    named = dict(zip(op.attribute_names, attributes, strict=True))
+    there = zip(op.input_names, operands, strict=True)
+    shapes = {name: (1, *x.shape) for name, x in there if x is not None}
+    axes = axes_of_slabs(SLAB_OPS[op.name], named, shapes)
+    return [
+        axes[name][1] - 1 if name in axes and name in shapes else None for name in op.input_names
+    ]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _jitted(
     name: str, attributes: Attributes, results: Results, operands: Operands
@@ -250,7 +299,8 @@ def _jitted(
     converted = tuple(
         x if x is None else x.astype(d) for x, d in zip(operands, dtypes, strict=True)
     )
-    first, *others = _differentiable(name, attributes, results, align(converted))
+    planes = _axes_of_planes(OPS[name], attributes, converted)
+    first, *others = _differentiable(name, attributes, results, align(converted, planes))
     return (first if result_dtype is None else first.astype(result_dtype), *others)
 
 

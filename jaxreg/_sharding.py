@@ -1,7 +1,8 @@
 """Calls of the extension on arrays that are spread over several devices.
 
 The partitioner cannot look into a custom call and gathers what it is given. Groups and items do
-not depend on each other, though, so each device can work on those that it holds.
+not depend on each other, though, so each device can work on those that it holds; and many ops can
+work on some of the planes of a volume, by the rules of `jaxreg._slabs`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxreg._slabs import SLAB_AXES, Cut, MeshAxes, Run, SlabOp, Slabs, axes_of_slabs
+
 Operands = tuple[jax.Array | None, ...]
 Call = Callable[..., dict[str, jax.Array]]
 Shape = tuple[int, ...]
-MeshAxes = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -58,71 +60,87 @@ class Reduction:
         }
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Which arrays of a call have the common groups, on axis 0, and the common items, on axis 1.
+Places = Mapping[int, str]
+"""Which axes of an array are spread, by what lies along them.
 
-    The others have one for all, or have summed over them.
+``groups`` and ``items`` are common to all arrays that have them. ``planes`` and ``sampled`` are
+those of slabs: see `jaxreg._slabs`.
+"""
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """Which axes of the arrays of a call devices may share.
+
+    The arrays that lack a common axis have one entry for all, or have summed over them.
     """
 
-    operands: tuple[tuple[bool, bool], ...]
-    results: dict[str, tuple[bool, bool]]
+    operands: tuple[Places, ...]
+    results: dict[str, Places]
     summed: frozenset[str]  # results that are sums over the items
     by_item: bool  # whether those that have some of the items can do their part
 
     @staticmethod
     def of(
-        operands: Mapping[str, Shape], results: Mapping[str, Shape], reduction: Reduction
-    ) -> _Batch:
+        operands: Mapping[str, Shape],
+        results: Mapping[str, Shape],
+        reduction: Reduction,
+        slabs: Mapping[str, tuple[str, int]],
+    ) -> _Spread:
         sizes = [
             [shape[axis] for shape in operands.values() if len(shape) > axis] for axis in (0, 1)
         ]
         common = [next((n for n in along_axis if n != 1), 1) for along_axis in sizes]
 
-        def has(shape: Shape) -> tuple[bool, bool]:
-            groups, items = (
-                len(shape) > axis and shape[axis] == common[axis] != 1 for axis in (0, 1)
-            )
-            return groups, items
+        def places(name: str, shape: Shape) -> Places:
+            found = {
+                axis: what
+                for axis, what in enumerate(("groups", "items"))
+                if len(shape) > axis and shape[axis] == common[axis] != 1
+            }
+            if name in slabs:
+                what, axis = slabs[name]
+                found[axis] = what
+            return found
 
-        of_operands = {name: has(shape) for name, shape in operands.items()}
-        of_results = {name: has(shape) for name, shape in results.items()}
+        of_operands = {name: places(name, shape) for name, shape in operands.items()}
+        of_results = {name: places(name, shape) for name, shape in results.items()}
         # The gradient of an operand that serves all items is a sum that devices can share. So is
         # another result without items if it is known how it comes about, and so is what follows
         # from its cotangent. Otherwise only who sees all items knows it.
-        without_items = {name for name, (_, items) in of_results.items() if not items}
-        summed = {f"grad_{name}" for name, (_, items) in of_operands.items() if not items}
+        without_items = {name for name, found in of_results.items() if 1 not in found}
+        summed = {f"grad_{name}" for name, found in of_operands.items() if 1 not in found}
         is_known = reduction.kind != "none"
-        return _Batch(
+        return _Spread(
             tuple(of_operands.values()),
             of_results,
             frozenset(without_items if is_known else without_items & summed),
             is_known or (len(sizes[1]) == len(operands) and without_items <= summed),
         )
 
-    def split(self) -> _Batch:
+    def split(self) -> _Spread:
         """What the devices can share."""
         if self.by_item:
             return self
+
+        def without_items(places: Places) -> Places:
+            return {axis: what for axis, what in places.items() if what != "items"}
+
         return replace(
             self,
-            operands=tuple((groups, False) for groups, _ in self.operands),
-            results={name: (groups, False) for name, (groups, _) in self.results.items()},
+            operands=tuple(map(without_items, self.operands)),
+            results={name: without_items(places) for name, places in self.results.items()},
         )
 
     def rule(self, operands: Iterable[Shape], results: Mapping[str, Shape]) -> str:
         """What Shardy has to know: which axes of operands and results are spread alike."""
 
-        def axes(array: str, shape: Shape, shared: tuple[bool, bool]) -> str:
-            own = [f"{array}_{axis}" for axis in range(len(shape))]
-            for axis, name in enumerate(("groups", "items")):
-                if shared[axis]:
-                    own[axis] = name
-            return " ".join(own)
+        def axes(array: str, shape: Shape, places: Places) -> str:
+            return " ".join(places.get(axis, f"{array}_{axis}") for axis in range(len(shape)))
 
         left = [
-            axes(f"operand{i}", shape, shared)
-            for i, (shape, shared) in enumerate(zip(operands, self.operands, strict=True))
+            axes(f"operand{i}", shape, places)
+            for i, (shape, places) in enumerate(zip(operands, self.operands, strict=True))
         ]
         # A dictionary's values are flattened in the order of its sorted keys.
         right = [axes(name, results[name], self.results[name]) for name in sorted(results)]
@@ -130,82 +148,140 @@ class _Batch:
 
     def mesh_axes(
         self, mesh: Any, operands: Sequence[Any], results: Mapping[str, Any]
-    ) -> tuple[MeshAxes, MeshAxes]:
-        """The axes of the mesh to spread groups and items over: those of the first array that is.
+    ) -> dict[str, MeshAxes]:
+        """The axes of the mesh to spread each kind of axis over: those of the first array that is.
 
-        Only where they divide it: a padded shard would add what is in the padding to the sums.
+        Groups and items only where they divide them: a padded shard would add what is in the
+        padding to the sums.
         """
         arrays = [*zip(operands, self.operands, strict=True)]
-        arrays += [(results[name], shared) for name, shared in self.results.items()]
+        arrays += [(results[name], places) for name, places in self.results.items()]
 
-        def spread(axis: int) -> MeshAxes:
-            for array, shared in arrays:
+        def spread(what: str) -> MeshAxes:
+            for array, places in arrays:
                 spec = getattr(getattr(array, "sharding", None), "spec", ())
-                names = spec[axis] if shared[axis] and axis < len(spec) else None
-                names = (names,) if isinstance(names, str) else tuple(names or ())
-                if names and array.shape[axis] % math.prod(mesh.shape[n] for n in names) == 0:
-                    return names
+                for axis, found in places.items():
+                    names = spec[axis] if found == what and axis < len(spec) else None
+                    names = (names,) if isinstance(names, str) else tuple(names or ())
+                    devices = math.prod(mesh.shape[name] for name in names)
+                    divides = not names or array.shape[axis] % devices == 0
+                    if devices > 1 and (divides or what in SLAB_AXES):
+                        return names
             return ()
 
-        groups, items = spread(0), spread(1)
-        return groups if set(groups).isdisjoint(items) else (), items
+        items = spread("items")
+        groups = spread("groups")
+        taken = {"items": items, "groups": groups if set(groups).isdisjoint(items) else ()}
+        planes, sampled = spread("planes"), spread("sampled")
+        # Where both are spread they are so alike, and what is sampled leads if nothing else does.
+        planes = planes or sampled
+        used = {name for names in taken.values() for name in names}
+        if not used.isdisjoint(planes):
+            planes = ()
+        taken["planes"] = planes
+        taken["sampled"] = planes if sampled else ()
+        return taken
 
     def shardings(
-        self, mesh: Any, axes: tuple[MeshAxes, MeshAxes]
+        self, mesh: Any, axes: Mapping[str, MeshAxes]
     ) -> tuple[tuple[NamedSharding, ...], dict[str, NamedSharding]]:
         """Of the operands and the results."""
 
-        def sharding(shared: tuple[bool, bool]) -> NamedSharding:
-            groups, items = (over if has else () for has, over in zip(shared, axes, strict=True))
+        def sharding(places: Places) -> NamedSharding:
+            spread = {axis: axes[what] for axis, what in places.items() if axes[what]}
             # An array without items may have no second axis to speak of.
-            spec = (groups or None, items) if items else (groups,) if groups else ()
+            spec = [spread.get(axis) for axis in range(max(spread, default=-1) + 1)]
             return NamedSharding(mesh, PartitionSpec(*spec))
 
         return (
             tuple(map(sharding, self.operands)),
-            {name: sharding(shared) for name, shared in self.results.items()},
+            {name: sharding(places) for name, places in self.results.items()},
         )
 
+    def cut(
+        self,
+        mesh: Any,
+        axes: Mapping[str, MeshAxes],
+        operands: Sequence[Any],
+        results: Mapping[str, Any],
+    ) -> Cut | None:
+        """How volumes are cut; None: they are whole on each device."""
+        if not axes["planes"]:
+            return None
+        arrays = [*zip(operands, self.operands, strict=True)]
+        arrays += [(results[name], places) for name, places in self.results.items()]
+        sizes = {
+            what: array.shape[axis] for array, places in arrays for axis, what in places.items()
+        }
+        planes, sampled = (
+            Slabs(
+                sizes.get(what, sizes["planes"]),
+                axes[what],
+                math.prod(mesh.shape[name] for name in axes[what]),
+            )
+            for what in SLAB_AXES
+        )
+        return Cut(planes, sampled, tuple(mesh.axis_names))
 
-def spread_over_batch(
-    call: Call,
+
+def spread_over_devices(
+    run: Run,
     names: Sequence[str],
     result_shapes: Callable[..., dict[str, Shape]],
     reduction: Reduction,
+    attributes: Mapping[str, Any],
+    slab_op: SlabOp | None,
 ) -> Call:
-    """The call, made on each device for the groups and items that the device holds.
+    """The call, made on each device for the groups, the items and the planes that the device holds.
 
     Parameters
     ----------
-    call
-        Takes arrays with groups on axis 0 and items on axis 1, each the common number or 1, and
-        returns arrays by name: with groups and items, or with the groups alone. One that is called
+    run
+        Takes arrays by name with groups on axis 0 and items on axis 1, each the common number or 1,
+        and returns such arrays: with groups and items, or with the groups alone. One that is called
         ``grad_`` and the name of an operand is summed over the items if the operand has one.
     names
         Of the operands.
     result_shapes
-        The shapes that ``call`` returns for given operands.
+        The shapes that ``run`` returns for given operands.
     reduction
         How results without items come about. If it is not known, no device gets only some items.
+    attributes
+        Of the call.
+    slab_op
+        How the op works on slabs of three-dimensional volumes, if it does.
     """
+
+    def call(*arrays: jax.Array) -> dict[str, jax.Array]:
+        return run(dict(zip(names, arrays, strict=True)))
 
     def spread(*arrays: jax.Array) -> dict[str, jax.Array]:
         operands = [array.shape for array in arrays]
         results = result_shapes(*arrays)
-        batch = _Batch.of(dict(zip(names, operands, strict=True)), results, reduction)
-        split = batch.split()
+        named = dict(zip(names, operands, strict=True))
+        slabs = {} if slab_op is None else axes_of_slabs(slab_op, attributes, named)
+        whole = _Spread.of(named, results, reduction, slabs)
+        split = whole.split()
 
         def partition(mesh: Any, operands: Any, results: Any) -> Any:
             axes = split.mesh_axes(mesh, operands, results)
+            cut = split.cut(mesh, axes, operands, results)
+
+            def on_slabs(*arrays: jax.Array) -> dict[str, jax.Array]:
+                assert slab_op is not None and cut is not None
+                return slab_op.rule(run, dict(zip(names, arrays, strict=True)), attributes, cut)
 
             def local(*arrays: jax.Array) -> dict[str, jax.Array]:
-                over = axes[1]
-                if not over:
+                over = axes["items"]
+                if not over and cut is None:
                     return call(*arrays)
                 # The compiler asks for this where the user's choice is not known: without it,
                 # arithmetic would silently make float32 of float64.
                 with jax.enable_x64(True):
-                    parts = reduction.parts(call, names, arrays, over)
+                    own = call if cut is None else on_slabs
+                    if not over:
+                        return own(*arrays)
+                    parts = reduction.parts(own, names, arrays, over)
                     return {
                         name: jax.lax.psum(part, over) if name in split.summed else part
                         for name, part in parts.items()
@@ -218,7 +294,7 @@ def spread_over_batch(
             return split.shardings(mesh, split.mesh_axes(mesh, operands, results))[1]
 
         function = call
-        if any(map(any, split.operands)):
+        if any(split.operands):
             function = custom_partitioning(call)
             function.def_partition(
                 partition=partition,
@@ -229,8 +305,8 @@ def spread_over_batch(
         types = [jax.typeof(array) for array in arrays]
         mesh = _typed_mesh(types)
         if mesh is not None:
-            axes = batch.mesh_axes(mesh, types, dict.fromkeys(results))
-            out_sharding = batch.shardings(mesh, axes)[1]
+            axes = whole.mesh_axes(mesh, types, dict.fromkeys(results))
+            out_sharding = whole.shardings(mesh, axes)[1]
             function = jax.sharding.auto_axes(
                 function, axes=mesh.explicit_axes, out_sharding=out_sharding
             )
@@ -245,7 +321,7 @@ def _typed_mesh(types: Iterable[Any]) -> Any:
     return next((mesh for mesh in meshes if mesh.explicit_axes), None)
 
 
-def _spread_alike(operands: Operands) -> Operands:
+def _spread_alike(operands: Operands, planes: Sequence[int | None]) -> Operands:
     types = [jax.typeof(x) for x in operands if x is not None]
     mesh = _typed_mesh(types)
     if mesh is None:
@@ -254,12 +330,16 @@ def _spread_alike(operands: Operands) -> Operands:
     specs = [tuple(kind.sharding.spec) for kind in types if kind.shape[0] == items]
     over = next((spec[0] for spec in specs if spec and spec[0]), None)
 
-    def reshard(x: jax.Array) -> jax.Array:
+    def reshard(x: jax.Array, axis: int | None) -> jax.Array:
         spec = [over if x.shape[0] == items else None, *[None] * (x.ndim - 1)]
+        if axis is not None:
+            spec[axis] = jax.typeof(x).sharding.spec[axis]
         moved: jax.Array = jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
         return moved
 
-    return tuple(None if x is None else reshard(x) for x in operands)
+    return tuple(
+        None if x is None else reshard(x, axis) for x, axis in zip(operands, planes, strict=True)
+    )
 
 
 def _varying(array: Any) -> frozenset[str]:
@@ -279,11 +359,12 @@ def _vary_alike(operands: Operands) -> Operands:
     )
 
 
-def align(operands: Operands) -> Operands:
+def align(operands: Operands, planes: Sequence[int | None]) -> Operands:
     """Operands of one call, spread alike where their types say how they are spread.
 
     In ``shard_map`` those that are replicated join those that are not; on a mesh with explicit
-    axes all keep their batch axis alone. This comes before what is differentiated, whose
-    gradients have the types of its operands: JAX then sums and spreads them as they were.
+    axes all keep their batch axis and that of ``planes``, for each operand, alone. This comes
+    before what is differentiated, whose gradients have the types of its operands: JAX then sums and
+    spreads them as they were.
     """
-    return _vary_alike(_spread_alike(operands))
+    return _vary_alike(_spread_alike(operands, planes))

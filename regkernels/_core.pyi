@@ -15,7 +15,11 @@ class _Op(TypedDict):
 
 def ops() -> dict[str, _Op]: ...
 def infer(
-    op: str, inputs: Sequence[_Spec | None], attributes: Mapping[str, Any], wanted: int
+    op: str,
+    inputs: Sequence[_Spec | None],
+    attributes: Mapping[str, Any],
+    wanted: int,
+    slab: Sequence[int] = (),
 ) -> list[_Spec | None]: ...
 def launch(
     op: str,

@@ -51,6 +51,22 @@ const Op* find_op(const std::string& name) {
   return nullptr;
 }
 
+Slab slab_of_sizes(const std::vector<int64_t>& sizes) {
+  Slab slab;
+  if (sizes.empty()) return slab;
+  if (sizes.size() != 3) throw ValueError(concat("slab: expected 3 sizes, got ", sizes.size()));
+  slab.sampled_planes = sizes[0];
+  slab.planes = sizes[1];
+  slab.answering = sizes[2];
+  return slab;
+}
+
+void check_slab(const Call& call) {
+  if (call.slab.present() && !call.op->takes_slabs) {
+    throw ValueError(concat(call.op->name, ": takes whole volumes, not slabs"));
+  }
+}
+
 void set_outputs(Call& call, const std::array<Tensor, kMaxOperands>& outputs) {
   for (size_t i = 0; i < call.op->outputs.size(); ++i) {
     const Tensor& expected = call.outputs[i];

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/errors.h"
+#include "core/host_device.h"
 #include "core/tensor.h"
 
 namespace regkernels {
@@ -65,6 +66,35 @@ using AttrValue = std::variant<int64_t, double, std::vector<int64_t>, std::vecto
 
 struct Op;
 
+// Where the arrays of a call lie if they are slabs: runs of planes along the slowest axis, of
+// volumes that several devices hold together. What depends on a voxel's place then goes by its
+// place in the whole volume. Each device has slabs of its own in the same program, so it is device
+// memory that tells where they begin.
+struct Slab {
+  // The number of the first plane of what is sampled, and of everything else. In shape inference it
+  // is not there yet.
+  const int32_t* first = nullptr;
+  // The planes of the whole volumes likewise; 0: the call has no slabs.
+  int64_t sampled_planes = 0;
+  int64_t planes = 0;
+  // So many of the planes at hand, from the first, answer for the samples between them and the next
+  // plane. A sample for which none does counts as 0.
+  int64_t answering = 0;
+
+  bool present() const { return planes > 0; }
+};
+
+// Where in its volume an array begins, for a kernel: 0 unless it is a slab.
+struct FirstPlane {
+  const int32_t* pointer = nullptr;
+
+  FirstPlane() = default;
+  explicit FirstPlane(const Slab& slab) : pointer(slab.present() ? slab.first + 1 : nullptr) {}
+  REGKERNELS_HD int operator()() const { return pointer == nullptr ? 0 : *pointer; }
+};
+
+struct Op;
+
 // One call: every input and output of the op in the order of its declaration (absent ones
 // included), and every attribute in the order of its declaration. Ops know them by name.
 struct Call {
@@ -73,6 +103,7 @@ struct Call {
   std::array<Tensor, kMaxOperands> outputs;
   std::vector<AttrValue> attributes;
   uint32_t wanted = ~0u;  // bit i: output i is asked for
+  Slab slab;
 
   const Tensor& input(const char* name) const;
   const Tensor& output(const char* name) const;
@@ -125,6 +156,7 @@ struct Op {
   void (*infer)(Call& call);
   void (*launch_cpu)(const Context& context, const Call& call);
   void (*launch_cuda)(const Context& context, const Call& call);  // null in a CPU-only build
+  bool takes_slabs = false;  // whether Call::slab means something to it, in 3-D
 };
 
 // The gradient of an op takes, by name, whatever it needs of the op's inputs and saved outputs, and
@@ -140,6 +172,12 @@ struct Op {
 
 const std::vector<Op>& op_table();
 const Op* find_op(const std::string& name);  // null when there is none
+
+// The sizes of a Slab in the order of its declaration, or none.
+Slab slab_of_sizes(const std::vector<int64_t>& sizes);
+
+// Raises where a call has slabs and its op knows nothing of them.
+void check_slab(const Call& call);
 
 // Hands an inferred call the memory of its outputs, after checking that it is what shape inference
 // asked for.

@@ -190,20 +190,22 @@ void set_addresses(const Op& op, const Specs& specs, const std::vector<uintptr_t
 }
 
 Call inferred_call(const std::string& name, const py::sequence& inputs, const py::dict& attributes,
-                   uint32_t wanted) {
+                   uint32_t wanted, const Slab& slab = {}) {
   Call call;
   call.op = &op_called(name);
   call.wanted = wanted;
   set_operands(*call.op, call.op->inputs, inputs, call.inputs);
   set_attributes(call, attributes);
+  call.slab = slab;
+  check_slab(call);
   call.op->infer(call);
   return call;
 }
 
 // The outputs of a call, in order: (dtype, shape), or None for those that it does not produce.
 py::list infer(const std::string& name, const py::sequence& inputs, const py::dict& attributes,
-               uint32_t wanted) {
-  const Call call = inferred_call(name, inputs, attributes, wanted);
+               uint32_t wanted, const std::vector<int64_t>& slab) {
+  const Call call = inferred_call(name, inputs, attributes, wanted, slab_of_sizes(slab));
   py::list result;
   for (size_t i = 0; i < call.op->outputs.size(); ++i) {
     const Tensor& output = call.outputs[i];
@@ -365,7 +367,7 @@ PYBIND11_MODULE(_core, module) {
   module.attr("__version__") = REGKERNELS_VERSION;
   module.def("ops", &describe_ops);
   module.def("infer", &infer, py::arg("op"), py::arg("inputs"), py::arg("attributes"),
-             py::arg("wanted"));
+             py::arg("wanted"), py::arg("slab") = std::vector<int64_t>{});
   module.def("launch", &launch_called, py::arg("op"), py::arg("inputs"), py::arg("input_addresses"),
              py::arg("attributes"), py::arg("wanted"), py::arg("outputs"),
              py::arg("output_addresses"), py::arg("cuda_device"), py::arg("stream"));

@@ -93,6 +93,13 @@ AttrValue attribute_value(const ffi::Dictionary& attributes, const AttrSpec& spe
   throw std::logic_error("unknown attribute kind");
 }
 
+// The attribute `slab` is empty, or has the sizes of a Slab. Where that begins comes as one
+// argument more, after the inputs.
+Slab slab_of(const ffi::Dictionary& attributes) {
+  const auto sizes = attribute<ffi::Span<const int64_t>>(attributes, "slab");
+  return slab_of_sizes({sizes.begin(), sizes.end()});
+}
+
 // Which inputs are there and which outputs are asked for travel as the attributes `present` and
 // `wanted`, bit masks in the order of declaration; arguments and results hold only those.
 ffi::Error run(const Op& op, bool cuda, void* stream, const ffi::RemainingArgs& args,
@@ -111,6 +118,13 @@ ffi::Error run(const Op& op, bool cuda, void* stream, const ffi::RemainingArgs& 
   for (const AttrSpec& spec : op.attributes) {
     call.attributes.push_back(attribute_value(attributes, spec));
   }
+  call.slab = slab_of(attributes);
+  if (call.slab.present()) {
+    const auto buffer = args.get<ffi::Buffer<ffi::DataType::S32>>(next);
+    if (buffer.has_error()) return buffer.error();
+    call.slab.first = buffer->typed_data();
+  }
+  check_slab(call);
   op.infer(call);
   next = 0;
   std::array<Tensor, kMaxOperands> outputs;

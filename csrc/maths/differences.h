@@ -16,6 +16,9 @@ template <class T, int D>
 struct Differences {
   Frame<T, D> frame;
 
+  REGKERNELS_HD int64_t plane() const {
+    return D == 3 ? static_cast<int64_t>(frame.size[1]) * frame.size[0] : frame.size[0];
+  }
   REGKERNELS_HD int64_t offset(const Vec<int, D>& i) const {
     int64_t row = D == 3 ? i[D - 1] * static_cast<int64_t>(frame.size[1]) + i[1] : i[1];
     return row * frame.size[0] + i[0];

@@ -34,7 +34,7 @@ struct AffineMoments {
       const Vec<T, D> u = source.vector(voxel);
       const Vec<T, D> grad_p = source.position_gradient(
           source.position(voxel, u), source.template out_pointer<R::Layout::kPixel>(grad, voxel));
-      const Vec<T, D> q = r.map.template source<R::kField>(voxel_index<D>(voxel), u);
+      const Vec<T, D> q = r.map.template source<R::kField>(source.place(voxel), u);
       REGKERNELS_UNROLL
       for (int j = 0; j < D; ++j) {
         REGKERNELS_UNROLL

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "core/check.h"
+#include "core/op.h"
 #include "maths/coordinates.h"
 #include "maths/sampling.h"
 #include "resample/field_layout.h"
@@ -24,6 +25,7 @@ struct ResampleCall {
   Sampling sampling;
   bool channels_last = false;
   bool add_field = false;
+  Slab slab;
   int64_t groups = 1;
   int64_t items = 1;
   // The rest is there for gradients only.

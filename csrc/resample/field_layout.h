@@ -42,12 +42,14 @@ struct FieldLayout {
   Vec<T, D> scale{};            // from the unit to normalised coordinates
 
   FieldLayout() = default;
-  FieldLayout(const FieldFormat& format, const int64_t (&sizes)[3], bool align_corners)
+  // `sizes` are those of the grid that displacements are measured on, of which the field may be a
+  // part of `voxels`.
+  FieldLayout(const FieldFormat& format, const int64_t (&sizes)[3], int64_t voxels,
+              bool align_corners)
       : packed(format.packed()), voxel(format.channels_first ? 1 : D) {
-    const int64_t volume = D == 3 ? sizes[0] * sizes[1] * sizes[2] : sizes[0] * sizes[1];
     for (int k = 0; k < D; ++k) {
       const int place = format.components_reversed ? D - 1 - k : k;
-      component[k] = format.channels_first ? place * volume : place;
+      component[k] = format.channels_first ? place * voxels : place;
       scale[k] = T(1);
       if (format.in_voxels) {
         scale[k] = static_cast<T>(1 / voxels_per_normalised(sizes[k], align_corners));

@@ -122,12 +122,13 @@ struct FixedPointScatter {
     }
   };
   REGKERNELS_HD Element element(int64_t group, int64_t item) const {
-    return {resampling.element(group, item),
+    const auto source = resampling.element(group, item);
+    return {source,
             this,
             grad_output.at(group, item),
             largest.at(group, item),
-            sums.at(group, item),
-            not_finite.at(group, item)};
+            source.plane_zero(sums.at(group, item)),
+            source.plane_zero(not_finite.at(group, item))};
   }
 };
 

@@ -45,7 +45,8 @@ struct Neighbours {
 
   static bool suit(const typename R::Element& source, int row_size) {
     const Boundary<T, D>& boundary = source.self->boundary;
-    bool result = row_size >= kCount && (!R::kField || source.field != nullptr);
+    // Whether a slab answers for a sample takes branches.
+    bool result = !R::kSlab && row_size >= kCount && (!R::kField || source.field != nullptr);
     int64_t elements = R::Layout::kPixel;
     for (int k = 0; k < D; ++k) {
       result = result && boundary.inner_limit[k] > 0;

@@ -15,18 +15,31 @@
 
 namespace regkernels {
 
+// A run of planes of the array that is sampled, and where it and the output begin. A call for whole
+// volumes has none, and no kernel for one looks here.
+struct SampledSlab {
+  const int32_t* first = nullptr;
+  int planes = 0;
+  int answering = 0;  // see Slab
+};
+
+// The plane of a cell for which the planes at hand do not answer. No boundary rule leads there.
+inline constexpr int kUnanswered = -3;
+
 // What a call's kernels need to know. kField is false where an affine alone places the samples:
 // then most of a position is the same for all voxels along z, and the compiler sees it.
 //
 // The array that is sampled, the result and its cotangent are stored as S; everything else, and all
 // arithmetic, is T.
-template <class Storage, class Compute, int kD, bool kHasAffine, bool kHasField, class InLayout>
+template <class Storage, class Compute, int kD, bool kHasAffine, bool kHasField, class InLayout,
+          bool kIsSlab = false>
 struct Resampling {
   using S = Storage;
   using T = Compute;
   static constexpr int D = kD;
   static constexpr bool kAffine = kHasAffine;
   static constexpr bool kField = kHasField;
+  static constexpr bool kSlab = kIsSlab;
   using Layout = InLayout;
   using Map = PositionMap<T, D, kAffine>;
 
@@ -40,6 +53,7 @@ struct Resampling {
   Operand<const T> affine;
   Operand<const T> field;
   FieldLayout<T, D> field_layout;
+  SampledSlab slab;
 
   // Only where channels lie first, in images, may the field be other than packed.
   REGKERNELS_HD bool field_is_packed() const { return Layout::kLast || field_layout.packed; }
@@ -50,6 +64,39 @@ struct Resampling {
     const S* input;
     const T* field;
     typename Map::Item item;
+    // The first planes of a slab: of what is sampled and of the output.
+    int first_sampled = 0;
+    int first = 0;
+
+    // A voxel's place in the output's whole volume.
+    REGKERNELS_HD Vec<int, D> place(const Voxel& voxel) const {
+      Vec<int, D> index = voxel_index<D>(voxel);
+      if constexpr (kSlab) index[D - 1] += first;
+      return index;
+    }
+    // Where plane 0 of the whole volume would be, of an array of which there are planes from
+    // `first_sampled` on.
+    template <class Value>
+    REGKERNELS_HD Value* plane_zero(Value* data) const {
+      if constexpr (kSlab) data -= first_sampled * self->stride[D - 1] * Layout::kPixel;
+      return data;
+    }
+    // Whether the planes at hand answer for a sample. Where they do not, its cell becomes one
+    // outside of the volume, of which no corner counts.
+    REGKERNELS_HD bool answer(Cell<T, D>& cell) const {
+      if constexpr (kSlab) {
+        const int last = self->map.in.size[D - 1] - 1;
+        const int index = cell.index[D - 1];
+        const int lower = (index < 0 ? 0 : index < last ? index : last) - first_sampled;
+        const int upper = (index < 0 ? 0 : index + 1 < last ? index + 1 : last) - first_sampled;
+        if (unsigned(lower) >= unsigned(self->slab.answering) ||
+            unsigned(upper) >= unsigned(self->slab.planes)) {
+          cell.index[D - 1] = kUnanswered;
+          return false;
+        }
+      }
+      return true;
+    }
 
     // An output voxel's place in an array of kPixel elements a voxel.
     template <int kPixel, class Value>
@@ -66,7 +113,7 @@ struct Resampling {
       return load_vec<T, D>(out_pointer<D>(field, voxel));
     }
     REGKERNELS_HD Vec<T, D> position(const Voxel& voxel, const Vec<T, D>& u) const {
-      return self->map.template position<kField>(item, voxel_index<D>(voxel), u);
+      return self->map.template position<kField>(item, place(voxel), u);
     }
     // Loads the values at the corners of a cell; `convert` turns what is stored into a value. With
     // `kChecked` the cell may lie partly outside of the volume, where values are `outside`.
@@ -116,10 +163,11 @@ struct Resampling {
     REGKERNELS_HD auto sample(const Vec<T, D>& p, const Body& body) const {
       Cell<T, D> cell;
       Vec<T, D> slope{};
-      if (warp_agrees(self->boundary.find_inner_cell(p, cell))) {
+      if (warp_agrees(self->boundary.find_inner_cell(p, cell) && answer(cell))) {
         return body(cell, IntTag<0>{}, slope);
       }
       cell = self->boundary.find_cell(p, slope);
+      answer(cell);
       return body(cell, IntTag<1>{}, slope);
     }
 
@@ -127,13 +175,14 @@ struct Resampling {
     // corner 0.
     REGKERNELS_HD Vec<int, D> corner_weights(const Vec<T, D>& p, T (&weight)[1 << D]) const {
       Cell<T, D> cell;
-      if (self->boundary.find_inner_cell(p, cell)) {
+      if (self->boundary.find_inner_cell(p, cell) && answer(cell)) {
         REGKERNELS_UNROLL
         for (int i = 0; i < (1 << D); ++i) weight[i] = cell.weight(i);
         return cell.index;
       }
       Vec<T, D> slope;
       cell = self->boundary.find_cell(p, slope);
+      answer(cell);
       REGKERNELS_UNROLL
       for (int i = 0; i < (1 << D); ++i) {
         weight[i] = cell.inside(i, self->map.in.size) ? cell.weight(i) : T(0);
@@ -195,7 +244,11 @@ struct Resampling {
   REGKERNELS_HD Element element(int64_t group, int64_t n) const {
     Element result;
     result.self = this;
-    result.input = opaque_pointer(input.at(group, n));
+    if constexpr (kSlab) {
+      result.first_sampled = slab.first[0];
+      result.first = slab.first[1];
+    }
+    result.input = opaque_pointer(result.plane_zero(input.at(group, n)));
     result.field = !kField || field.data == nullptr ? nullptr : opaque_pointer(field.at(group, n));
     result.item = map.item(kAffine ? affine.at(group, n) : nullptr);
     return result;

@@ -65,6 +65,12 @@ void scatter(const Cpu&, const VoxelSpace& space, const R& resampling, const Ten
   int32_t* row_bounds = workspace.row_bounds->as<int32_t>();
   const int64_t rows = space.rows();
   const int slow_size = resampling.map.in.size[D - 1];
+  int planes = slow_size;  // those at hand, from `first_plane` on
+  int first_plane = 0;
+  if constexpr (R::kSlab) {
+    planes = resampling.slab.planes;
+    first_plane = resampling.slab.first[0];
+  }
 
   auto voxel_at = [&](int64_t row, int x) {
     return Voxel{
@@ -95,17 +101,19 @@ void scatter(const Cpu&, const VoxelSpace& space, const R& resampling, const Ten
   const bool shared_input = grad_input.shape[1] != space.items;
   const Operand<T> target_operand(grad_input);
   const int64_t pieces =
-      std::min<int64_t>(slow_size, targets >= 2 * num_threads() ? 1 : 2 * num_threads());
-  const int64_t slab = (slow_size + pieces - 1) / pieces;
+      std::min<int64_t>(planes, targets >= 2 * num_threads() ? 1 : 2 * num_threads());
+  const int64_t slab = (planes + pieces - 1) / pieces;
 
   auto fill_slabs = [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t target_index = task / pieces;
       const int64_t group = target_index / grad_input.shape[1];
       const int64_t target_item = target_index % grad_input.shape[1];
-      const int low = static_cast<int>(std::min<int64_t>(task % pieces * slab, slow_size));
-      const int high = static_cast<int>(std::min<int64_t>(low + slab, slow_size));
-      T* target = target_operand.at(group, target_item);
+      const int begins = static_cast<int>(std::min<int64_t>(task % pieces * slab, planes));
+      const int low = first_plane + begins;
+      const int high = first_plane + static_cast<int>(std::min<int64_t>(begins + slab, planes));
+      T* target =
+          resampling.element(group, target_item).plane_zero(target_operand.at(group, target_item));
       for (int channel = 0; channel < resampling.in_layout.count(); ++channel) {
         for (int64_t v = low * slow_stride; v < high * slow_stride; ++v) {
           target[resampling.in_layout.at(v, channel)] = 0;

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
     const int64_t item = space.items == 1 ? 0 : b - group * space.items;
     const auto source = resampling.element(group, item);
     const typename R::S* grad = grad_output.at(group, item);
-    T* target = grad_input.at(group, item);
+    T* target = source.plane_zero(grad_input.at(group, item));
     for (int z0 = blockIdx.y * Shape::kBlockZ; z0 < space.z; z0 += gridDim.y * Shape::kBlockZ) {
       if (threadIdx.x == 0) {
         const int x = min(x0 + Shape::kBlockX / 2, space.x - 1);

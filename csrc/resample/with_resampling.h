@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <type_traits>
 
 #include "core/dispatch.h"
 #include "core/half.h"
@@ -14,12 +16,19 @@
 
 namespace regkernels {
 
-template <class S, class T, int D, bool kAffine, bool kField, class Layout>
-Resampling<S, T, D, kAffine, kField, Layout> make_resampling(const ResampleCall& call,
-                                                             Layout in_layout, Layout out_layout) {
-  Resampling<S, T, D, kAffine, kField, Layout> r;
-  const int64_t in[3] = {call.in_sizes.x, call.in_sizes.y, call.in_sizes.z};
-  const int64_t out[3] = {call.out_sizes.x, call.out_sizes.y, call.out_sizes.z};
+template <class S, class T, int D, bool kAffine, bool kField, bool kSlab = false, class Layout>
+Resampling<S, T, D, kAffine, kField, Layout, kSlab> make_resampling(const ResampleCall& call,
+                                                                    Layout in_layout,
+                                                                    Layout out_layout) {
+  Resampling<S, T, D, kAffine, kField, Layout, kSlab> r;
+  // Positions are those in the whole volumes.
+  int64_t in[3] = {call.in_sizes.x, call.in_sizes.y, call.in_sizes.z};
+  int64_t out[3] = {call.out_sizes.x, call.out_sizes.y, call.out_sizes.z};
+  if constexpr (kSlab) {
+    r.slab = {call.slab.first, static_cast<int>(in[D - 1]), static_cast<int>(call.slab.answering)};
+    in[D - 1] = call.slab.sampled_planes;
+    out[D - 1] = call.slab.planes;
+  }
   r.map.placement = call.placement;
   r.map.in = make_frame<T, D>(in, call.sampling.align_corners);
   r.map.out = make_frame<T, D>(out, call.sampling.align_corners);
@@ -40,7 +49,8 @@ Resampling<S, T, D, kAffine, kField, Layout> make_resampling(const ResampleCall&
   r.input = Operand<const S>(*call.input);
   if (kAffine) r.affine = Operand<const T>(*call.affine);
   r.field = Operand<const T>(*call.field);
-  r.field_layout = FieldLayout<T, D>(call.field_format, out, call.sampling.align_corners);
+  r.field_layout = FieldLayout<T, D>(call.field_format, out, call.out_sizes.voxels(),
+                                     call.sampling.align_corners);
   return r;
 }
 
@@ -51,22 +61,33 @@ void with_stored(const ResampleCall& call, const Body& body) {
   dispatch_dimensions(call.dimensions, [&](auto dimensions) {
     constexpr int D = decltype(dimensions)::value;
     const bool affine = call.affine->present && call.placement != Placement::kFull;
-    dispatch_bool(affine, [&](auto has_affine) {
-      constexpr bool kAffine = decltype(has_affine)::value;
-      if constexpr (kChannelsLast) {
-        body(make_resampling<S, T, D, kAffine, true>(call, ChannelsLast<D>{}, ChannelsLast<D>{}));
-      } else {
-        const int channels = static_cast<int>(call.input->shape[2]);
-        const ChannelsFirst in{channels, call.in_sizes.voxels()};
-        const ChannelsFirst out{channels, call.out_sizes.voxels()};
-        if constexpr (kAffine) {
-          if (!call.field->present) {
-            return body(make_resampling<S, T, D, true, false>(call, in, out));
+    const auto with_slab = [&](auto is_slab) {
+      constexpr bool kSlab = decltype(is_slab)::value;
+      dispatch_bool(affine, [&](auto has_affine) {
+        constexpr bool kAffine = decltype(has_affine)::value;
+        const auto resample = [&](auto has_field, auto in, auto out) {
+          constexpr bool kField = decltype(has_field)::value;
+          body(make_resampling<S, T, D, kAffine, kField, kSlab>(call, in, out));
+        };
+        if constexpr (kChannelsLast) {
+          resample(std::true_type{}, ChannelsLast<D>{}, ChannelsLast<D>{});
+        } else {
+          const int channels = static_cast<int>(call.input->shape[2]);
+          const ChannelsFirst in{channels, call.in_sizes.voxels()};
+          const ChannelsFirst out{channels, call.out_sizes.voxels()};
+          if constexpr (kAffine) {
+            if (!call.field->present) return resample(std::false_type{}, in, out);
           }
+          resample(std::true_type{}, in, out);
         }
-        body(make_resampling<S, T, D, kAffine, true>(call, in, out));
-      }
-    });
+      });
+    };
+    if constexpr (D == 3) {
+      if (call.slab.present()) return with_slab(std::true_type{});
+    } else if (call.slab.present()) {
+      throw std::logic_error("slabs have three dimensions");
+    }
+    with_slab(std::false_type{});
   });
 }
 

@@ -11,10 +11,11 @@
 
 namespace regkernels {
 
-// The normalised coordinate of a voxel.
+// The normalised coordinate of a voxel, of an array that begins at the plane `first`.
 template <class T, int D>
-REGKERNELS_HD Vec<T, D> normalised(const Frame<T, D>& frame, const Voxel& voxel) {
-  const Vec<int, D> index = voxel_index<D>(voxel);
+REGKERNELS_HD Vec<T, D> normalised(const Frame<T, D>& frame, const Voxel& voxel, int first) {
+  Vec<int, D> index = voxel_index<D>(voxel);
+  index[D - 1] += first;
   Vec<T, D> x;
   REGKERNELS_UNROLL
   for (int k = 0; k < D; ++k)
@@ -32,18 +33,20 @@ struct AffineWarpForward {
   using T = Scalar;
   static constexpr int kDepth = 4, kUnroll = 1, kMinBlocks = 4;
   Frame<T, D> frame;
+  FirstPlane first_plane;
   Operand<const T> affine, displacement;
   Operand<T> output;
 
   struct Element {
     const AffineWarpForward* self;
+    int first;
     T matrix[D][D + 1];
     const T* displacement;
     T* output;
 
     REGKERNELS_HD void operator()(const Voxel& voxel) const {
       const int64_t row = field_row(self->frame, voxel);
-      const Vec<T, D> x = normalised(self->frame, voxel);
+      const Vec<T, D> x = normalised(self->frame, voxel, first);
       Vec<T, D> value = load_vec<T, D>(displacement + row + static_cast<int64_t>(voxel.x) * D);
       REGKERNELS_UNROLL
       for (int j = 0; j < D; ++j) {
@@ -59,6 +62,7 @@ struct AffineWarpForward {
   REGKERNELS_HD Element element(int64_t group, int64_t item) const {
     Element result;
     result.self = this;
+    result.first = first_plane();
     const T* entries = affine.at(group, item);
     REGKERNELS_UNROLL
     for (int j = 0; j < D; ++j) {
@@ -106,14 +110,16 @@ struct AffineWarpMoments {
   static constexpr int kSums = D * (D + 1);
   static constexpr int kMinBlocks = 4;
   Frame<T, D> frame;
+  FirstPlane first_plane;
   Operand<const T> grad_output;
 
   struct Element {
     const AffineWarpMoments* self;
+    int first;
     const T* grad;
 
     REGKERNELS_HD void operator()(const Voxel& voxel, T (&sums)[kSums]) const {
-      const Vec<T, D> x = normalised(self->frame, voxel);
+      const Vec<T, D> x = normalised(self->frame, voxel, first);
       const Vec<T, D> g =
           load_vec<T, D>(grad + field_row(self->frame, voxel) + static_cast<int64_t>(voxel.x) * D);
       REGKERNELS_UNROLL
@@ -126,14 +132,15 @@ struct AffineWarpMoments {
   };
 
   REGKERNELS_HD Element element(int64_t group, int64_t item) const {
-    return {this, grad_output.at(group, item)};
+    return {this, first_plane(), grad_output.at(group, item)};
   }
   REGKERNELS_HD double scale(int) const { return 1; }
 };
 
 template <class T, int D>
 Frame<T, D> affine_warp_frame(const Call& call, const Sizes& sizes) {
-  const int64_t extent[3] = {sizes.x, sizes.y, sizes.z};
+  int64_t extent[3] = {sizes.x, sizes.y, sizes.z};
+  if (call.slab.present()) extent[D - 1] = call.slab.planes;
   return make_frame<T, D>(extent, call.flag("align_corners"));
 }
 
@@ -144,11 +151,12 @@ void affine_warp(const Device& device, const Call& call) {
     using T = typename decltype(type)::type;
     dispatch_dimensions(checked.dimensions, [&](auto dimensions) {
       constexpr int D = decltype(dimensions)::value;
-      for_each_voxel(device, voxel_space(checked.batch.groups, checked.batch.items, checked.sizes),
-                     AffineWarpForward<T, D>{affine_warp_frame<T, D>(call, checked.sizes),
-                                             Operand<const T>(call.input("affine")),
-                                             Operand<const T>(call.input("displacement")),
-                                             Operand<T>(call.output("output"))});
+      for_each_voxel(
+          device, voxel_space(checked.batch.groups, checked.batch.items, checked.sizes),
+          AffineWarpForward<T, D>{affine_warp_frame<T, D>(call, checked.sizes),
+                                  FirstPlane(call.slab), Operand<const T>(call.input("affine")),
+                                  Operand<const T>(call.input("displacement")),
+                                  Operand<T>(call.output("output"))});
     });
   });
 }
@@ -174,7 +182,8 @@ void affine_warp_grad(const Device& device, const Call& call) {
                                           shared ? space.items : 1});
       }
       if (grad_affine.present) {
-        reduce_voxels(device, space, AffineWarpMoments<T, D>{frame, grad_output},
+        reduce_voxels(device, space,
+                      AffineWarpMoments<T, D>{frame, FirstPlane(call.slab), grad_output},
                       call.output("partial_sums"), grad_affine);
       }
     });

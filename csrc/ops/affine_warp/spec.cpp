@@ -51,7 +51,8 @@ std::vector<Op> affine_warp_ops() {
        attributes,
        infer,
        affine_warp_cpu,
-       REGKERNELS_CUDA_LAUNCH(affine_warp_cuda)},
+       REGKERNELS_CUDA_LAUNCH(affine_warp_cuda),
+       true},
       {"affine_warp_grad",
        nullptr,
        {{"affine"}, {"displacement"}, {"grad_output"}},
@@ -59,7 +60,8 @@ std::vector<Op> affine_warp_ops() {
        attributes,
        infer_grad,
        affine_warp_grad_cpu,
-       REGKERNELS_CUDA_LAUNCH(affine_warp_grad_cuda)},
+       REGKERNELS_CUDA_LAUNCH(affine_warp_grad_cuda),
+       true},
   };
 }
 

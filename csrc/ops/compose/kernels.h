@@ -20,6 +20,7 @@ inline ResampleCall composition(const Call& call) {
   resample.sampling = {Mode::kBilinear, call.choice<Padding>("padding_mode"),
                        call.flag("align_corners")};
   resample.add_field = call.flag("add");
+  resample.slab = call.slab;
   resample.groups = checked.batch.groups;
   resample.items = checked.batch.items;
   return resample;

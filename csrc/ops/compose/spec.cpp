@@ -70,7 +70,8 @@ std::vector<Op> compose_ops() {
        attributes,
        infer,
        compose_cpu,
-       REGKERNELS_CUDA_LAUNCH(compose_cuda)},
+       REGKERNELS_CUDA_LAUNCH(compose_cuda),
+       true},
       {"compose_grad",
        nullptr,
        {{"u"}, {"v"}, {"affine", true}, {"grad_output"}},
@@ -84,7 +85,8 @@ std::vector<Op> compose_ops() {
        attributes,
        infer_grad,
        compose_grad_cpu,
-       REGKERNELS_CUDA_LAUNCH(compose_grad_cuda)},
+       REGKERNELS_CUDA_LAUNCH(compose_grad_cuda),
+       true},
   };
 }
 

@@ -36,7 +36,8 @@ ConvertDisplacementCall check(const Call& call, const char* input, bool is_adjoi
   const bool first = checked.source.channels_first;
   const int D = checked.dimensions = check_field(call, input, EmptyField::kAllowed, first);
   checked.sizes = first ? image_sizes(call.input(input)) : field_sizes(call.input(input));
-  const int64_t size[3] = {checked.sizes.x, checked.sizes.y, checked.sizes.z};
+  int64_t size[3] = {checked.sizes.x, checked.sizes.y, checked.sizes.z};
+  if (call.slab.present()) size[D - 1] = call.slab.planes;
   checked.batch = check_batch(call);
 
   const Unit source = call.choice<Unit>("source"), target = call.choice<Unit>("target");
@@ -104,7 +105,8 @@ std::vector<Op> convert_displacement_ops() {
        attributes,
        infer,
        convert_displacement_cpu,
-       REGKERNELS_CUDA_LAUNCH(convert_displacement_cuda)},
+       REGKERNELS_CUDA_LAUNCH(convert_displacement_cuda),
+       true},
       {"convert_displacement_grad",
        nullptr,
        {{"grad_output"}},
@@ -112,7 +114,8 @@ std::vector<Op> convert_displacement_ops() {
        attributes,
        infer_grad,
        convert_displacement_grad_cpu,
-       REGKERNELS_CUDA_LAUNCH(convert_displacement_grad_cuda)},
+       REGKERNELS_CUDA_LAUNCH(convert_displacement_grad_cuda),
+       true},
   };
 }
 

@@ -40,6 +40,7 @@ inline ResampleCall interpolation(const Call& call, const char* sampled, Mode mo
                        : call.flag("affine_last")    ? Placement::kAffineLast
                                                      : Placement::kAffineFirst;
   resample.sampling = {mode, call.choice<Padding>("padding_mode"), call.flag("align_corners")};
+  resample.slab = call.slab;
   resample.groups = checked.batch.groups;
   resample.items = checked.batch.items;
   return resample;

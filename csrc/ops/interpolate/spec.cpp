@@ -115,7 +115,8 @@ std::vector<Op> interpolate_ops() {
        attributes,
        infer,
        interpolate_cpu,
-       REGKERNELS_CUDA_LAUNCH(interpolate_cuda)},
+       REGKERNELS_CUDA_LAUNCH(interpolate_cuda),
+       true},
       {"interpolate_grad",
        nullptr,
        {{"image", false, InputKind::kImage},
@@ -133,7 +134,8 @@ std::vector<Op> interpolate_ops() {
        attributes,
        infer_grad,
        interpolate_grad_cpu,
-       REGKERNELS_CUDA_LAUNCH(interpolate_grad_cuda)},
+       REGKERNELS_CUDA_LAUNCH(interpolate_grad_cuda),
+       true},
   };
 }
 

@@ -80,7 +80,9 @@ struct LabelInterpolation {
           if (!voxel.active) return;
           const int64_t target = r.out_layout.channel(channel) + offset;
           output[target] = label ^ flip;
-          if (weight != nullptr) weight[target] = static_cast<float>(sum);
+          if (weight == nullptr) return;
+          const bool unanswered = R::kSlab && cell.index[D - 1] == kUnanswered;
+          weight[target] = unanswered ? 0.0f : static_cast<float>(sum);
         });
       });
     }

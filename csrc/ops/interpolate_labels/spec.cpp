@@ -52,7 +52,8 @@ std::vector<Op> interpolate_labels_ops() {
         {"grid_components", AttrKind::kChoice, {"xyz", "zyx"}}},
        infer,
        interpolate_labels_cpu,
-       REGKERNELS_CUDA_LAUNCH(interpolate_labels_cuda)},
+       REGKERNELS_CUDA_LAUNCH(interpolate_labels_cuda),
+       true},
   };
 }
 

@@ -15,23 +15,30 @@ template <class Scalar, int D>
 struct JacobianForward {
   using T = Scalar;
   Differences<T, D> differences;
+  FirstPlane first_plane;
+  int halo;  // planes of the displacement before the first of the output, in a slab
   Operand<const T> displacement;
   Operand<T> output;
 
   struct Element {
     const JacobianForward* self;
+    int first;
     const T* displacement;
     T* output;
     REGKERNELS_HD void operator()(const Voxel& voxel) const {
       const Differences<T, D>& d = self->differences;
-      const Vec<int, D> i = voxel_index<D>(voxel);
+      Vec<int, D> i = voxel_index<D>(voxel);
+      i[D - 1] += first;
       const T value = determinant(plus_identity(d.slopes(displacement, i)));
       if (voxel.active) output[d.offset(i)] = value;
     }
   };
 
   REGKERNELS_HD Element element(int64_t group, int64_t item) const {
-    return {this, displacement.at(group, item), output.at(group, item)};
+    const int first = first_plane();
+    const int64_t plane = differences.plane();
+    return {this, first, displacement.at(group, item) - (first - halo) * plane * D,
+            output.at(group, item) - first * plane};
   }
 };
 
@@ -40,19 +47,23 @@ template <class Scalar, int D>
 struct JacobianBackward {
   using T = Scalar;
   Differences<T, D> differences;
+  FirstPlane first_plane;
+  int halo;  // planes of the cotangent before the first of the result; of the displacement, twice
   Operand<const T> displacement;
   Operand<const T> grad_output;
   Operand<T> grad_displacement;
 
   struct Element {
     const JacobianBackward* self;
+    int first;
     const T* displacement;
     const T* grad;
     T* output;
 
     REGKERNELS_HD void operator()(const Voxel& voxel) const {
       const Differences<T, D>& d = self->differences;
-      const Vec<int, D> i = voxel_index<D>(voxel);
+      Vec<int, D> i = voxel_index<D>(voxel);
+      i[D - 1] += first;
       Vec<T, D> sum{};
       d.for_each_use(i, [&](const Vec<int, D>& j, int axis, T weight) {
         const Matrix<T, D> jacobian = plus_identity(d.slopes(displacement, j));
@@ -68,17 +79,24 @@ struct JacobianBackward {
   };
 
   REGKERNELS_HD Element element(int64_t group, int64_t item) const {
-    return {this, displacement.at(group, item), grad_output.at(group, item),
+    const int first = first_plane();
+    const int64_t plane = differences.plane();
+    return {this, first, displacement.at(group, item) - (first - 2 * halo) * plane * D,
+            grad_output.at(group, item) - (first - halo) * plane,
             grad_displacement.at(group, item)};
   }
 };
+
+// A difference reaches one plane beyond a slab.
+inline int difference_halo(const Call& call) { return call.slab.present() ? 1 : 0; }
 
 // Calls body(differences, space, TypeTag<T>, IntTag<D>) with the types for this call.
 template <class Body>
 void with_differences(const Call& call, const Body& body) {
   const auto& checked = call.checked<JacobianDeterminantCall>();
   const Sizes& sizes = checked.sizes;
-  const int64_t extent[3] = {sizes.x, sizes.y, sizes.z};
+  int64_t extent[3] = {sizes.x, sizes.y, sizes.z};
+  if (call.slab.present()) extent[checked.dimensions - 1] = call.slab.planes;
   const VoxelSpace space = voxel_space(checked.batch.groups, checked.batch.items, sizes);
   dispatch_dtype(checked.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
@@ -97,7 +115,8 @@ void jacobian_determinant(const Device& device, const Call& call) {
     using T = typename decltype(type)::type;
     constexpr int D = decltype(dimensions)::value;
     for_each_voxel(device, space,
-                   JacobianForward<T, D>{differences, Operand<const T>(call.input("displacement")),
+                   JacobianForward<T, D>{differences, FirstPlane(call.slab), difference_halo(call),
+                                         Operand<const T>(call.input("displacement")),
                                          Operand<T>(call.output("output"))});
   });
 }
@@ -109,7 +128,8 @@ void jacobian_determinant_grad(const Device& device, const Call& call) {
     using T = typename decltype(type)::type;
     constexpr int D = decltype(dimensions)::value;
     for_each_voxel(device, space,
-                   JacobianBackward<T, D>{differences, Operand<const T>(call.input("displacement")),
+                   JacobianBackward<T, D>{differences, FirstPlane(call.slab), difference_halo(call),
+                                          Operand<const T>(call.input("displacement")),
                                           Operand<const T>(call.input("grad_output")),
                                           Operand<T>(call.output("grad_displacement"))});
   });

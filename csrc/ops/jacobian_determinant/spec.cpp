@@ -6,11 +6,13 @@ namespace regkernels {
 
 namespace {
 
-const JacobianDeterminantCall& check(Call& call) {
+// A slab comes with `halo` planes of the displacement beyond each end, as far as differences reach.
+const JacobianDeterminantCall& check(Call& call, int64_t halo) {
   JacobianDeterminantCall checked;
   checked.dtype = check_dtypes(call);
   checked.dimensions = check_field(call, "displacement");
   checked.sizes = field_sizes(call.input("displacement"));
+  if (call.slab.present()) checked.sizes.z -= 2 * halo;
   checked.batch = check_batch(call);
   checked.output = {checked.batch.groups, checked.batch.items};
   append_sizes(checked.output, checked.sizes, checked.dimensions);
@@ -18,14 +20,20 @@ const JacobianDeterminantCall& check(Call& call) {
 }
 
 void infer(Call& call) {
-  const auto& checked = check(call);
+  const auto& checked = check(call, 1);
   call.set("output", tensor_spec(checked.dtype, checked.output));
 }
 
 void infer_grad(Call& call) {
-  const auto& checked = check(call);
-  check_cotangent(call, "grad_output", checked.dtype, checked.output);
-  call.set("grad_displacement", gradient_spec(call.input("displacement"), checked.batch));
+  const auto& checked = check(call, 2);
+  Shape cotangent = checked.output;
+  Tensor gradient = gradient_spec(call.input("displacement"), checked.batch);
+  if (call.slab.present()) {
+    cotangent[2] += 2;
+    gradient.shape[2] = checked.sizes.z;
+  }
+  check_cotangent(call, "grad_output", checked.dtype, cotangent);
+  call.set("grad_displacement", gradient);
 }
 
 }  // namespace
@@ -40,7 +48,8 @@ std::vector<Op> jacobian_determinant_ops() {
        attributes,
        infer,
        jacobian_determinant_cpu,
-       REGKERNELS_CUDA_LAUNCH(jacobian_determinant_cuda)},
+       REGKERNELS_CUDA_LAUNCH(jacobian_determinant_cuda),
+       true},
       {"jacobian_determinant_grad",
        nullptr,
        {{"displacement"}, {"grad_output"}},
@@ -48,7 +57,8 @@ std::vector<Op> jacobian_determinant_ops() {
        attributes,
        infer_grad,
        jacobian_determinant_grad_cpu,
-       REGKERNELS_CUDA_LAUNCH(jacobian_determinant_grad_cuda)},
+       REGKERNELS_CUDA_LAUNCH(jacobian_determinant_grad_cuda),
+       true},
   };
 }
 

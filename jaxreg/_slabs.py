@@ -1,0 +1,575 @@
+"""Calls of the extension on volumes that several devices hold together, a run of planes each.
+
+Such a run is a slab: every device has as many planes, along the slowest of three spatial axes, and
+the last may have some beyond the end of the volume, whose content is arbitrary. For each op that
+can work on slabs there is a rule here: which planes a device asks its neighbours for, how the op is
+called on what it then has, and what becomes of the results. The kernels go by a voxel's place in
+the whole volume, so that they compute what they would on one device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+
+MeshAxes = tuple[str, ...]
+Arrays = dict[str, jax.Array]
+_RANK = 6
+"""Of images and fields in 3-D, with the group axis."""
+Role = Literal["planes", "sampled"]
+SLAB_AXES: tuple[Role, Role] = ("planes", "sampled")
+
+
+@dataclass(frozen=True)
+class Slabs:
+    """How the planes of a volume are cut.
+
+    Parameters
+    ----------
+    planes
+        Those of the whole volume.
+    axes
+        Of the mesh, which the planes are spread over; none: every device has them all.
+    devices
+        Along these axes.
+    """
+
+    planes: int
+    axes: MeshAxes = ()
+    devices: int = 1
+
+    @property
+    def own(self) -> int:
+        """The planes that each device has, those beyond the end of the volume included."""
+        return -(-self.planes // self.devices)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some device has planes beyond the end of the volume."""
+        return self.own * self.devices != self.planes
+
+    def first(self) -> jax.Array:
+        """The first plane of this device."""
+        if not self.axes:
+            return jnp.zeros((), jnp.int32)
+        return jax.lax.axis_index(self.axes).astype(jnp.int32) * self.own
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """The sum over the devices."""
+        total: jax.Array = jax.lax.psum(x, self.axes) if self.axes else x  # type: ignore[no-untyped-call]
+        return total
+
+    def moved(self, x: jax.Array, steps: int, *, round_trip: bool = False) -> jax.Array:
+        """What the device so many steps before this one has; zeros where there is none."""
+        pairs = [(i, i + steps) for i in range(self.devices)]
+        pairs = [(i, to % self.devices) for i, to in pairs if round_trip or 0 <= to < self.devices]
+        moved: jax.Array = jax.lax.ppermute(x, self.axes, pairs)  # type: ignore[no-untyped-call]
+        return moved
+
+    def inside(self, x: jax.Array, axis: int) -> jax.Array:
+        """The array with zeros for planes beyond the end of the volume."""
+        if not self.is_padded:
+            return x
+        plane = jnp.arange(self.own, dtype=jnp.int32) + self.first()
+        trailing = tuple(range(1, x.ndim - axis))
+        return jnp.where(jnp.expand_dims(plane < self.planes, trailing), x, jnp.zeros((), x.dtype))
+
+    def with_halo(self, x: jax.Array, axis: int, before: int, after: int) -> jax.Array:
+        """A slab with the planes before and after it, zeros where the volume has none."""
+        x = self.inside(x, axis)
+        parts = [x]
+        for hops, count in self._hops(before):
+            own_last = jax.lax.slice_in_dim(x, self.own - count, self.own, axis=axis)
+            parts.insert(0, self.moved(own_last, hops))
+        for hops, count in self._hops(after):
+            own_first = jax.lax.slice_in_dim(x, 0, count, axis=axis)
+            parts.append(self.moved(own_first, -hops))
+        return jnp.concatenate(parts, axis) if len(parts) > 1 else x
+
+    def add_halo(self, x: jax.Array, axis: int, before: int, after: int) -> jax.Array:
+        """The transpose of :meth:`with_halo`: what devices have for planes of others joins them."""
+        own = jax.lax.slice_in_dim(x, before, before + self.own, axis=axis)
+        end = before
+        for hops, count in self._hops(before):
+            part = jax.lax.slice_in_dim(x, end - count, end, axis=axis)
+            own = _added(own, self.moved(part, -hops), axis, self.own - count)
+            end -= count
+        begin = before + self.own
+        for hops, count in self._hops(after):
+            part = jax.lax.slice_in_dim(x, begin, begin + count, axis=axis)
+            own = _added(own, self.moved(part, hops), axis, 0)
+            begin += count
+        return self.inside(own, axis)
+
+    def _hops(self, planes: int) -> list[tuple[int, int]]:
+        """How many planes lie with the nearest neighbour, the next, and so on."""
+        hops = range(1, -(-planes // self.own) + 1)
+        return [(hop, min(self.own, planes - (hop - 1) * self.own)) for hop in hops]
+
+
+def _added(x: jax.Array, part: jax.Array, axis: int, begin: int) -> jax.Array:
+    place = (*[slice(None)] * axis, slice(begin, begin + part.shape[axis]))
+    return x.at[place].add(part)
+
+
+class Run(Protocol):
+    """Runs the op's kernel on the arrays of this device, which go by their names.
+
+    ``attributes``: those that differ from the call's. ``slab`` and ``first`` are what the kernel
+    has to be told of slabs: see ``Slab`` in ``csrc/core/op.h``.
+    """
+
+    def __call__(
+        self,
+        arrays: Mapping[str, jax.Array],
+        *,
+        attributes: Mapping[str, Any] | None = None,
+        slab: Sequence[int] = (),
+        first: jax.Array | None = None,
+    ) -> Arrays: ...
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The volumes of a call: of what is sampled, if anything is, and of everything else."""
+
+    planes: Slabs
+    sampled: Slabs
+    everywhere: MeshAxes  # axes of the mesh over which devices have to take the same path
+
+
+Rule = Callable[[Run, Arrays, Mapping[str, Any], Cut], Arrays]
+
+
+@dataclass(frozen=True)
+class SlabOp:
+    """How an op works on slabs.
+
+    Parameters
+    ----------
+    axes
+        For the call's attributes, the arrays with planes, by name: their role and the axis that the
+        planes are on, with the group axis in front.
+    rule
+        The op on one device.
+    reach
+        For the call's attributes, how many planes the volume must have at least.
+    """
+
+    axes: Callable[[Mapping[str, Any]], dict[str, tuple[Role, int]]]
+    rule: Rule
+    reach: Callable[[Mapping[str, Any]], int] = lambda _: 1
+
+
+def _first_planes(sampled: jax.Array, planes: jax.Array) -> jax.Array:
+    return jnp.stack([sampled.astype(jnp.int32), planes.astype(jnp.int32)])
+
+
+# --- Sampling -------------------------------------------------------------------------------------
+
+_NEAR = 8
+"""Planes of a neighbour that samples mostly stay within: a step of a registration is shorter."""
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    if x.dtype == bool:
+        return x
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[x.dtype.itemsize]
+    return jax.lax.bitcast_convert_type(x, unsigned)
+
+
+def _either(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The bits of one of two arrays, of which at most one is not 0 in each place."""
+    both = _bits(a) | _bits(b)
+    return both if a.dtype == bool else jax.lax.bitcast_convert_type(both, a.dtype)
+
+
+def _vectors(field: jax.Array, attributes: Mapping[str, Any]) -> jax.Array:
+    """A field with its components first, in x, y, z order: (3, G, N, Z, Y, X)."""
+    first = attributes.get("grid_channels") == "first"
+    vectors = jnp.moveaxis(field, 2 if first else -1, 0)
+    return vectors[::-1] if attributes.get("grid_components") == "zyx" else vectors
+
+
+def _half_extent(size: int, align_corners: bool) -> float:
+    return (size - 1 if align_corners else size) / 2
+
+
+def _farthest(
+    arrays: Mapping[str, jax.Array],
+    field: jax.Array | None,
+    attributes: Mapping[str, Any],
+    in_sizes: tuple[int, int, int],
+    out_sizes: tuple[int, int, int],
+    cut: Cut,
+) -> jax.Array:
+    """By how many planes samples of any device leave its slab; more than all if not a number.
+
+    ``in_sizes`` and ``out_sizes`` are of the whole volumes, in x, y, z order.
+    """
+    align = bool(attributes["align_corners"])
+    affine = arrays.get("affine") if attributes.get("is_displacement", True) else None
+    affine_last = bool(attributes.get("affine_last", False))
+    own, planes = cut.planes.own, cut.planes
+    half_in, half_out = (
+        [_half_extent(size, align) for size in sizes] for sizes in (in_sizes, out_sizes)
+    )
+    vectors = None if field is None else _vectors(field, attributes)
+    if vectors is not None and attributes.get("grid_unit") == "voxel":
+        scale = [1 / max(_half_extent(max(n, 2) if align else n, align), 0.5) for n in out_sizes]
+        vectors = vectors * jnp.asarray(scale, vectors.dtype).reshape(3, 1, 1, 1, 1, 1)
+
+    def coordinate(axis: int) -> jax.Array:
+        """Normalised, along the axis x, y or z: it varies along that axis alone."""
+        count = own if axis == 2 else out_sizes[axis]
+        index = jnp.arange(count, dtype=jnp.float32)
+        if axis == 2:
+            index = index + planes.first().astype(jnp.float32)
+        x = (index - (out_sizes[axis] - 1) / 2) / max(half_out[axis], 0.5)
+        return x.reshape(x.shape + (1,) * axis)
+
+    if not attributes.get("is_displacement", True) and vectors is not None:
+        z = vectors[2]
+    elif affine is None:
+        z = coordinate(2) if vectors is None else coordinate(2) + vectors[2]
+    else:
+        row = affine[:, :, 2, :, None, None, None]
+        z = row[:, :, 3]
+        for axis in range(3):
+            moved = affine_last and vectors is not None
+            x = coordinate(axis) + vectors[axis] if moved else coordinate(axis)
+            z = z + row[:, :, axis] * x
+        if vectors is not None and not affine_last:
+            z = z + vectors[2]
+    position = (in_sizes[2] - 1) / 2 + half_in[2] * z
+    last = in_sizes[2] - 1
+    if attributes["padding_mode"] == "reflection":
+        outside = (position < 0) | (position > last)
+        position = jnp.where(outside, jnp.inf, position)
+    else:
+        position = jnp.where(jnp.isnan(position), jnp.inf, jnp.clip(position, 0, last))
+    if planes.is_padded:
+        plane = (jnp.arange(own, dtype=jnp.int32) + planes.first())[:, None, None]
+        middle = (cut.sampled.first() + 0.0).astype(position.dtype)
+        position = jnp.where(plane < planes.planes, position, middle)
+    begin = cut.sampled.first().astype(position.dtype)
+    # A plane more on either side makes up for rounding.
+    below = begin - jnp.min(position) + 1
+    above = jnp.max(position) + 2 - (begin + cut.sampled.own)
+    farthest = jnp.maximum(below, above)
+    greatest: jax.Array = jax.lax.pmax(farthest, cut.everywhere)  # type: ignore[no-untyped-call]
+    return greatest
+
+
+def _sampling(
+    sampled: str, field: str, run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut
+) -> Arrays:
+    """The rule of what samples ``sampled`` where ``field`` and an affine say."""
+    is_image = sampled != "u"
+    axis = 3 if is_image else 2
+    shape = arrays[sampled].shape
+    in_plane = shape[axis + 1 : axis + 3]
+    vectors = arrays.get(field)
+    if vectors is not None:
+        field_axis = 3 if attributes.get("grid_channels") == "first" else 2
+        out_plane = vectors.shape[field_axis + 1 : field_axis + 3]
+        arrays = arrays | {field: cut.planes.inside(vectors, field_axis)}
+    else:
+        out_plane = tuple(attributes["out_shape"][-2:]) or in_plane
+    changed: dict[str, Any] = {}
+    if is_image:
+        changed["out_shape"] = (cut.planes.own, *out_plane)
+    if "grad_output" in arrays:
+        cotangent = cut.planes.inside(arrays["grad_output"], axis)
+        arrays = arrays | {"grad_output": cotangent}
+    gradient = f"grad_{sampled}"
+    own, whole = cut.sampled.own, cut.sampled.planes
+    begin, first = cut.sampled.first(), cut.planes.first()
+
+    def finished(results: Arrays) -> Arrays:
+        if "grad_affine" in results:
+            results["grad_affine"] = cut.planes.sum(results["grad_affine"])
+        return results
+
+    def visit(
+        window: jax.Array, at: jax.Array, answering: int, others: Mapping[str, Any]
+    ) -> Arrays:
+        return run(
+            arrays | {sampled: window},
+            attributes=others,
+            slab=(whole, cut.planes.planes, answering),
+            first=_first_planes(at, first),
+        )
+
+    if not cut.sampled.axes:
+        results = visit(arrays[sampled], begin, whole, changed)
+        if gradient in results:
+            results[gradient] = cut.planes.sum(results[gradient])
+        return finished(results)
+
+    def from_window(halo: int) -> Arrays:
+        window = cut.sampled.with_halo(arrays[sampled], axis, halo, halo)
+        results = visit(window, begin - halo, own + 2 * halo, changed)
+        if gradient in results:
+            results[gradient] = cut.sampled.add_halo(results[gradient], axis, halo, halo)
+        return results
+
+    def around_the_ring() -> Arrays:
+        """Every slab visits every device, which answers for the samples that lie in it."""
+        # What is added to the samples is added once, at the end.
+        added = attributes.get("add", False)
+        others = changed | ({"add": False} if added else {})
+        background = attributes.get("background", 0)
+
+        def counted(results: Arrays) -> Arrays:
+            if background and "output" in results:
+                results["output"] = results["output"] ^ jnp.asarray(
+                    background, results["output"].dtype
+                )
+            return results
+
+        def apart(results: Arrays) -> tuple[jax.Array | None, Arrays]:
+            grad = results.pop(gradient, None)
+            if grad is not None and grad.dtype.itemsize == 2:
+                grad = grad.astype(jnp.float32)
+            return grad, counted(results)
+
+        window = cut.sampled.with_halo(arrays[sampled], axis, 0, 1)
+        at = begin
+        dtype = window.dtype
+        grad, results = apart(visit(window, at, own, others))
+
+        def step(_: Any, state: Any) -> Any:
+            window, at, grad, results = state
+            window, at, grad = jax.tree.map(
+                lambda x: cut.sampled.moved(x, 1, round_trip=True), (window, at, grad)
+            )
+            more, joining = apart(visit(window, at, own, others))
+            grad = None if grad is None else grad + more
+            results = {
+                name: value + joining[name]
+                if name == "grad_affine"
+                else _either(value, joining[name])
+                for name, value in results.items()
+            }
+            return window, at, grad, results
+
+        state = (window, at, grad, results)
+        _, _, grad, results = jax.lax.fori_loop(0, cut.sampled.devices - 1, step, state)
+        if grad is not None:
+            home = cut.sampled.moved(grad, 1, round_trip=True)
+            results[gradient] = cut.sampled.add_halo(home, axis, 0, 1).astype(dtype)
+        results = counted(results)
+        if added and vectors is not None and "output" in results:
+            results["output"] = results["output"] + vectors
+        if added and "grad_v" in results:
+            results["grad_v"] = results["grad_v"] + arrays["grad_output"]
+        return results
+
+    in_sizes = (in_plane[1], in_plane[0], whole)
+    out_sizes = (out_plane[1], out_plane[0], cut.planes.planes)
+    farthest = _farthest(arrays, arrays.get(field), attributes, in_sizes, out_sizes, cut)
+    near, wide = min(_NEAR, own), own // 2
+    reaches = [near] if wide <= near else [near, wide]
+    tier = sum((farthest > reach).astype(jnp.int32) for reach in reaches)
+    branches = [lambda reach=reach: from_window(reach) for reach in reaches]
+    return finished(jax.lax.switch(tier, [*branches, around_the_ring]))
+
+
+def _sampling_op(sampled: str, field: str) -> SlabOp:
+    axis = 2 if sampled == "u" else 3
+
+    def axes(attributes: Mapping[str, Any]) -> dict[str, tuple[Role, int]]:
+        of_field = 3 if attributes.get("grid_channels") == "first" else 2
+        return {
+            sampled: ("sampled", axis),
+            f"grad_{sampled}": ("sampled", axis),
+            field: ("planes", of_field),
+            f"grad_{field}": ("planes", of_field),
+            **dict.fromkeys(("output", "weight", "grad_output"), ("planes", axis)),
+        }
+
+    def rule(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) -> Arrays:
+        return _sampling(sampled, field, run, arrays, attributes, cut)
+
+    return SlabOp(axes, rule)
+
+
+# --- Voxel by voxel -------------------------------------------------------------------------------
+
+
+def _affine_warp(run: Run, arrays: Arrays, _: Mapping[str, Any], cut: Cut) -> Arrays:
+    slabs = cut.planes
+    if "grad_output" in arrays:
+        arrays = arrays | {"grad_output": slabs.inside(arrays["grad_output"], 2)}
+    first = slabs.first()
+    slab = (slabs.planes, slabs.planes, 0)
+    results = run(arrays, slab=slab, first=_first_planes(first, first))
+    if "grad_affine" in results:
+        results["grad_affine"] = slabs.sum(results["grad_affine"])
+    return results
+
+
+def _scaled(run: Run, arrays: Arrays, _: Mapping[str, Any], cut: Cut) -> Arrays:
+    planes = cut.planes.planes
+    return run(arrays, slab=(planes, planes, 0), first=jnp.zeros((2,), jnp.int32))
+
+
+def _voxel_by_voxel(run: Run, arrays: Arrays, _: Mapping[str, Any], cut: Cut) -> Arrays:
+    return run(arrays)
+
+
+# --- Stencils -------------------------------------------------------------------------------------
+
+
+def _smoothing_axis(attributes: Mapping[str, Any]) -> int:
+    return 2 if attributes["channel_last"] else 3
+
+
+def _gaussian_smooth(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) -> Arrays:
+    axis = _smoothing_axis(attributes)
+    reach = min(math.ceil(attributes["truncate"] * attributes["sigma"][0]), cut.planes.planes - 1)
+    halos = {name: cut.planes.with_halo(x, axis, reach, reach) for name, x in arrays.items()}
+    return {
+        name: jax.lax.slice_in_dim(x, reach, reach + cut.planes.own, axis=axis)
+        for name, x in run(halos).items()
+    }
+
+
+def _jacobian_determinant(run: Run, arrays: Arrays, _: Mapping[str, Any], cut: Cut) -> Arrays:
+    slabs = cut.planes
+    cotangent = arrays.get("grad_output")
+    reach = 1 if cotangent is None else 2
+    halos = {"displacement": slabs.with_halo(arrays["displacement"], 2, reach, reach)}
+    if cotangent is not None:
+        halos["grad_output"] = slabs.with_halo(cotangent, 2, 1, 1)
+    first = slabs.first()
+    slab = (slabs.planes, slabs.planes, 0)
+    return run(halos, slab=slab, first=_first_planes(first, first))
+
+
+# --- Losses ---------------------------------------------------------------------------------------
+
+
+def _lncc_reach(attributes: Mapping[str, Any]) -> int:
+    return int(attributes["kernel_size"][0]) // 2
+
+
+def _lncc_loss(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) -> Arrays:
+    slabs, axis, reach = cut.planes, 3, _lncc_reach(attributes)
+    pred, mask = arrays["pred"], arrays.get("mask")
+
+    def beyond(x: jax.Array) -> jax.Array:
+        """The array with zeros for the planes of others, which are theirs to count."""
+        widths = [(reach, reach) if i == axis else (0, 0) for i in range(x.ndim)]
+        return jnp.pad(slabs.inside(x, axis), widths)
+
+    def finished(results: Arrays) -> Arrays:
+        for name in ("grad_pred", "grad_target"):
+            if name in results:
+                results[name] = slabs.add_halo(results[name], axis, reach, reach)
+        return results
+
+    halos = {name: slabs.with_halo(arrays[name], axis, reach, reach) for name in ("pred", "target")}
+    if attributes["reduction"] == "none":
+        for name in ("mask", "grad_output"):
+            if name in arrays:
+                halos[name] = beyond(arrays[name])
+        results = finished(run(halos))
+        if "output" in results:
+            results["output"] = jax.lax.slice_in_dim(
+                results["output"], reach, reach + slabs.own, axis=axis
+            )
+        return results
+    counted = jnp.ones((1, 1, 1, *pred.shape[axis:]), pred.dtype) if mask is None else mask
+    halos["mask"] = beyond(counted)
+    results = finished(run(halos, attributes={"reduction": "sum"}))
+    results["output"] = slabs.sum(results["output"])
+    if attributes["reduction"] == "sum":
+        return results
+    target = arrays["target"]
+    items = max(pred.shape[1], target.shape[1], 1 if mask is None else mask.shape[1])
+    voxels = slabs.planes * math.prod(pred.shape[axis + 1 :])
+    if mask is None:
+        share: Any = 1 / (items * pred.shape[2] * voxels)
+    else:
+        per_group = jnp.sum(slabs.inside(mask, axis), tuple(range(1, mask.ndim)))
+        copies = items * pred.shape[2] // (mask.shape[1] * mask.shape[2])
+        groups = results["output"].shape[0]
+        total = jnp.broadcast_to(slabs.sum(per_group) * copies, (groups,))
+        results["mask_sum"] = total
+        share = jnp.where(total > 0, 1 / total, 0)
+    for name in ("output", "grad_pred", "grad_target"):
+        if name in results:
+            value = results[name]
+            factor = share if mask is None else jnp.expand_dims(share, tuple(range(1, value.ndim)))
+            results[name] = value * factor
+    return results
+
+
+def _all_planes(axis: int, *names: str) -> Callable[[Mapping[str, Any]], Any]:
+    return lambda _: dict.fromkeys(names, ("planes", axis))
+
+
+_SMOOTHED = ("x", "grad_x", "output", "grad_output")
+_SMOOTHING = SlabOp(
+    lambda attributes: dict.fromkeys(_SMOOTHED, ("planes", _smoothing_axis(attributes))),
+    _gaussian_smooth,
+)
+
+
+def _converted(attributes: Mapping[str, Any]) -> dict[str, tuple[Role, int]]:
+    source, target = (
+        3 if attributes[name] == "first" else 2 for name in ("source_channels", "target_channels")
+    )
+    return {
+        "displacement": ("planes", source),
+        "grad_displacement": ("planes", source),
+        "output": ("planes", target),
+        "grad_output": ("planes", target),
+    }
+
+
+_WARPED = ("displacement", "output", "grad_output", "grad_displacement")
+_COMPARED = ("pred", "target", "mask", "output", "grad_output", "grad_pred", "grad_target")
+
+
+def _lncc_axes(attributes: Mapping[str, Any]) -> dict[str, tuple[Role, int]]:
+    # A single number has no planes.
+    names = [x for x in _COMPARED if attributes["reduction"] == "none" or "output" not in x]
+    return dict.fromkeys(names, ("planes", 3))
+
+
+SLAB_OPS: dict[str, SlabOp] = {
+    "interpolate": _sampling_op("image", "grid"),
+    "interpolate_labels": _sampling_op("labels", "grid"),
+    "compose": _sampling_op("u", "v"),
+    "affine_warp": SlabOp(_all_planes(2, *_WARPED), _affine_warp),
+    "convert_displacement": SlabOp(_converted, _scaled),
+    "scale_velocity": SlabOp(
+        _all_planes(2, "velocity", "grad_velocity", "output", "grad_output"), _voxel_by_voxel
+    ),
+    "gaussian_smooth": _SMOOTHING,
+    "jacobian_determinant": SlabOp(_all_planes(2, *_WARPED), _jacobian_determinant),
+    "lncc_loss": SlabOp(_lncc_axes, _lncc_loss, lambda x: 2 * _lncc_reach(x) + 1),
+}
+"""By the name of the op; its gradient works by the same rule."""
+
+
+def axes_of_slabs(
+    slab_op: SlabOp, attributes: Mapping[str, Any], operands: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[Role, int]]:
+    """The arrays of a call that may be slabs: see :class:`SlabOp`. None of a call in 2-D.
+
+    ``operands``: shapes by name, with the group axis.
+    """
+    axes = slab_op.axes(attributes)
+    places = [(operands[name], axis) for name, (_, axis) in axes.items() if name in operands]
+    reach = slab_op.reach(attributes)
+    is_large = all(len(shape) == _RANK and shape[axis] >= reach for shape, axis in places[:1])
+    return axes if places and is_large else {}

@@ -1,0 +1,506 @@
+"""``jaxreg`` under ``jit`` on volumes whose planes are spread over devices (of the CPU)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from inputs import assert_close as assert_values_close
+from inputs import assert_same, random_affine, random_array
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxreg
+
+Array = np.ndarray
+Function = Callable[..., Any]
+
+IN_PLANE = (6, 7)
+IMAGE, FIELD = 2, 1  # the axis of the planes
+
+
+@pytest.fixture(autouse=True)
+def _double_precision_on_the_cpu() -> Iterator[None]:
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+@dataclass(frozen=True)
+class Case:
+    devices: int
+    planes: int
+
+    def __str__(self) -> str:
+        return f"{self.planes} planes on {self.devices} devices"
+
+
+# The last has a device with planes beyond the end of the volume alone.
+CASES = [Case(2, 12), Case(3, 13), Case(4, 13), Case(4, 9)]
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    found: Case = request.param
+    return found
+
+
+@pytest.fixture
+def mesh(case: Case) -> Mesh:
+    devices = np.array(jax.devices("cpu")[: case.devices])
+    return Mesh(devices, ("z",), axis_types=(AxisType.Auto,))
+
+
+@pytest.fixture
+def planes(case: Case) -> int:
+    return case.planes
+
+
+def spread_on(mesh: Mesh, axis: int) -> NamedSharding:
+    return NamedSharding(mesh, P(*[None] * axis, "z"))
+
+
+def on_slabs(function: Function, mesh: Mesh, axes: list[int | None], result_axes: Any) -> Function:
+    """The function, jitted, of arrays that are spread along an axis each.
+
+    Volumes whose planes do not divide come with zeros behind them, which are cut off inside: an
+    array outside of ``jit`` cannot have shards of different sizes.
+    """
+    count = mesh.devices.size
+
+    def padded(x: jax.Array, axis: int | None) -> jax.Array:
+        if axis is None:
+            return jnp.asarray(x)
+        widths = [(0, -x.shape[axis] % count if i == axis else 0) for i in range(x.ndim)]
+        return jnp.pad(x, widths)
+
+    def call(*arrays: Array) -> Any:
+        sizes = [
+            x.shape[axis] if axis is not None else 0 for x, axis in zip(arrays, axes, strict=True)
+        ]
+
+        def inside(*given: jax.Array) -> Any:
+            cut = []
+            for x, axis, size in zip(given, axes, sizes, strict=True):
+                if axis is not None:
+                    x = jax.lax.slice_in_dim(x, 0, size, axis=axis)
+                    x = jax.lax.with_sharding_constraint(x, spread_on(mesh, axis))
+                cut.append(x)
+            results = function(*cut)
+            leaves, tree = jax.tree.flatten(results)
+            flat = [
+                x
+                if axis is None
+                else padded(jax.lax.with_sharding_constraint(x, spread_on(mesh, axis)), axis)
+                for x, axis in zip(leaves, result_axes, strict=True)
+            ]
+            return jax.tree.unflatten(tree, flat)
+
+        given = [
+            jax.device_put(
+                padded(x, axis),
+                NamedSharding(mesh, P()) if axis is None else spread_on(mesh, axis),
+            )
+            for x, axis in zip(arrays, axes, strict=True)
+        ]
+        shapes = [x.shape for x in jax.tree.leaves(jax.eval_shape(function, *arrays))]
+        compiled = jax.jit(inside).lower(*given).compile()
+        call.text = compiled.as_text()  # type: ignore[attr-defined]
+        leaves, tree = jax.tree.flatten(compiled(*given))
+        cut = [
+            np.asarray(x)[tuple(map(slice, shape))] for x, shape in zip(leaves, shapes, strict=True)
+        ]
+        return jax.tree.unflatten(tree, cut)
+
+    return call
+
+
+def assert_close(found: Array, expected: Any) -> None:
+    assert_values_close(found, np.asarray(expected), np.float64)
+
+
+def largest_message(text: str, name: str) -> int:
+    """The elements of the largest array that devices send each other in this way."""
+    found = re.findall(rf"= (.*?) {name}(?:-start)?\(", text)
+    shapes = [re.findall(r"\w+\[([\d,]*)\]", shape) for shape in found]
+    sizes = [
+        int(np.prod([int(n) for n in shape.split(",") if n])) for group in shapes for shape in group
+    ]
+    return max(sizes, default=0)
+
+
+def assert_nothing_is_gathered(text: str) -> None:
+    assert largest_message(text, "all-gather") == 0
+    assert largest_message(text, "all-to-all") == 0
+
+
+def displacement(planes: int, size: float, seed: int = 3) -> Array:
+    """Of up to ``size`` voxels along each axis."""
+    shape = (planes, *IN_PLANE)
+    voxels = np.array([(n - 1) / 2 for n in reversed(shape)])
+    return size * random_array(seed, 1, *shape, 3) / voxels
+
+
+SAMPLING = {
+    "within a neighbour": 0.8,
+    "far away": 30.0,
+}
+
+
+@pytest.mark.parametrize("reach", SAMPLING.values(), ids=SAMPLING)
+@pytest.mark.parametrize("padding_mode", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_interpolate_gives_the_bits_of_one_device(
+    mesh: Mesh, planes: int, reach: float, padding_mode: str, dtype: Any
+) -> None:
+    image = random_array(1, 1, 2, planes, *IN_PLANE, dtype=dtype)
+    grid = displacement(planes, reach).astype(dtype)
+
+    def function(image: Any, grid: Any) -> Any:
+        return jaxreg.interpolate(image, grid=grid, padding_mode=padding_mode)
+
+    spread = on_slabs(function, mesh, [IMAGE, FIELD], [IMAGE])
+    assert_same(spread(image, grid), np.asarray(jax.jit(function)(image, grid)))
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+QUARTER_TURN = np.array([[[0.0, 0, 1, 0], [0, 1, 0, 0], [-1, 0, 0, 0]]])
+AFFINES = {"small": random_affine(5, 1, 3), "a quarter turn": QUARTER_TURN}
+
+
+@pytest.mark.parametrize("affine", AFFINES.values(), ids=AFFINES)
+@pytest.mark.parametrize("affine_last", [False, True])
+@pytest.mark.parametrize("size", [0.8, 30.0])
+def test_gradients_of_interpolate_are_those_of_one_device(
+    mesh: Mesh, planes: int, affine: Array, affine_last: bool, size: float
+) -> None:
+    image = random_array(1, 1, 2, planes, *IN_PLANE)
+    grid = displacement(planes, size)
+
+    def function(image: Any, affine: Any, grid: Any) -> Any:
+        def value(*operands: Any) -> Any:
+            moved = jaxreg.interpolate(*operands, affine_last=affine_last)
+            weights = jnp.sin(jnp.arange(moved.size)).reshape(moved.shape)
+            return (weights * moved).sum()
+
+        return jax.grad(value, (0, 1, 2))(image, affine, grid)
+
+    spread = on_slabs(function, mesh, [IMAGE, None, FIELD], [IMAGE, None, FIELD])
+    of_image, of_affine, of_grid = spread(image, affine, grid)
+    expected = jax.jit(function)(image, affine, grid)
+    assert_close(of_image, expected[0])
+    assert_close(of_affine, expected[1])
+    assert_close(of_grid, expected[2])
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("out_planes", [None, 9])
+@pytest.mark.parametrize("affine", AFFINES.values(), ids=AFFINES)
+def test_an_affine_alone_keeps_its_output_spread(
+    mesh: Mesh, planes: int, affine: Array, out_planes: int | None
+) -> None:
+    image = random_array(1, 1, 1, planes, *IN_PLANE, dtype=np.float32)
+    out_shape = None if out_planes is None else (out_planes, 5, 8)
+
+    def function(image: Any, affine: Any) -> Any:
+        return jaxreg.interpolate(image, affine, out_shape=out_shape)
+
+    affine = affine.astype(np.float32)
+    spread = on_slabs(function, mesh, [IMAGE, None], [IMAGE])
+    assert_same(spread(image, affine), np.asarray(jax.jit(function)(image, affine)))
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "nearest"},
+        {"align_corners": False},
+        {"is_displacement": False},
+        {"grid_unit": "voxel"},
+        {"grid_components": "zyx"},
+    ],
+    ids=str,
+)
+def test_all_ways_to_place_samples_give_the_bits_of_one_device(
+    mesh: Mesh, planes: int, options: dict[str, Any]
+) -> None:
+    image = random_array(1, 1, 1, planes, *IN_PLANE)
+    grid = 5 * displacement(planes, 0.5)
+
+    def function(image: Any, grid: Any) -> Any:
+        return jaxreg.interpolate(image, grid=grid, **options)
+
+    spread = on_slabs(function, mesh, [IMAGE, FIELD], [IMAGE])
+    assert_same(spread(image, grid), np.asarray(jax.jit(function)(image, grid)))
+
+
+def test_a_grid_with_its_channels_first_stays_spread(mesh: Mesh, planes: int) -> None:
+    image = random_array(1, 1, 1, planes, *IN_PLANE)
+    grid = np.moveaxis(displacement(planes, 2.0), -1, 1).copy()
+
+    def function(image: Any, grid: Any) -> Any:
+        return jaxreg.interpolate(image, grid=grid, grid_channels="first")
+
+    spread = on_slabs(function, mesh, [IMAGE, IMAGE], [IMAGE])
+    assert_same(spread(image, grid), np.asarray(jax.jit(function)(image, grid)))
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+def test_a_displacement_of_zero_returns_the_image_bit_for_bit(mesh: Mesh, planes: int) -> None:
+    image = random_array(1, 1, 1, planes, *IN_PLANE, dtype=np.float32)
+    grid = np.zeros((1, planes, *IN_PLANE, 3), np.float32)
+    spread = on_slabs(
+        lambda image, grid: jaxreg.interpolate(image, grid=grid), mesh, [IMAGE, FIELD], [IMAGE]
+    )
+    assert_same(spread(image, grid), image)
+
+
+def test_a_displacement_that_is_not_finite_is_no_different(mesh: Mesh, planes: int) -> None:
+    image = random_array(1, 1, 1, planes, *IN_PLANE)
+    grid = displacement(planes, 1.0)
+    grid[0, 1, 2, 3] = np.nan
+    grid[0, -1, 0, 0] = np.inf
+
+    def function(image: Any, grid: Any) -> Any:
+        return jaxreg.interpolate(image, grid=grid, padding_mode="border")
+
+    spread = on_slabs(function, mesh, [IMAGE, FIELD], [IMAGE])
+    assert_same(spread(image, grid), np.asarray(jax.jit(function)(image, grid)))
+
+
+def test_an_image_that_every_device_has_is_not_sent(mesh: Mesh, planes: int) -> None:
+    image = random_array(1, 1, 1, planes, *IN_PLANE)
+    grid = displacement(planes, 30.0)
+
+    def function(image: Any, grid: Any) -> Any:
+        def value(image: Any, grid: Any) -> Any:
+            return (jaxreg.interpolate(image, grid=grid) ** 2).sum()
+
+        return jaxreg.interpolate(image, grid=grid), jax.grad(value, (0, 1))(image, grid)
+
+    spread = on_slabs(function, mesh, [None, FIELD], [IMAGE, None, FIELD])
+    moved, (of_image, of_grid) = spread(image, grid)
+    expected, gradients = jax.jit(function)(image, grid)
+    assert_same(moved, np.asarray(expected))
+    assert_close(of_image, gradients[0])
+    assert_same(of_grid, np.asarray(gradients[1]))
+    assert largest_message(spread.text, "collective-permute") == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("size", [0.8, 30.0])
+@pytest.mark.parametrize("background", [0, 7])
+def test_interpolate_labels_gives_the_bits_of_one_device(
+    mesh: Mesh, planes: int, size: float, background: int
+) -> None:
+    labels = np.random.default_rng(2).integers(-3, 4, (1, 1, planes, *IN_PLANE)).astype(np.int16)
+    grid = displacement(planes, size)
+
+    def function(labels: Any, grid: Any) -> Any:
+        return jaxreg.interpolate_labels(
+            labels, grid=grid, background=background, return_weights=True
+        )
+
+    spread = on_slabs(function, mesh, [IMAGE, FIELD], [IMAGE, IMAGE])
+    moved, weight = spread(labels, grid)
+    expected, expected_weight = jax.jit(function)(labels, grid)
+    assert_same(moved, np.asarray(expected))
+    assert_same(weight, np.asarray(expected_weight))
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("size", [0.8, 30.0])
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("with_affine", [True, False])
+def test_compose_gives_the_bits_of_one_device(
+    mesh: Mesh, planes: int, size: float, add: bool, with_affine: bool
+) -> None:
+    u, v = displacement(planes, 2.0, seed=1), displacement(planes, size, seed=2)
+    affine = random_affine(5, 1, 3) if with_affine else None
+
+    def function(u: Any, v: Any) -> Any:
+        return jaxreg.compose(u, v, affine, add=add)
+
+    spread = on_slabs(function, mesh, [FIELD, FIELD], [FIELD])
+    assert_same(spread(u, v), np.asarray(jax.jit(function)(u, v)))
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("size", [0.8, 30.0])
+def test_gradients_of_compose_are_those_of_one_device(mesh: Mesh, planes: int, size: float) -> None:
+    u, v = displacement(planes, 2.0, seed=1), displacement(planes, size, seed=2)
+
+    def function(u: Any, v: Any) -> Any:
+        def value(u: Any, v: Any) -> Any:
+            return (jaxreg.compose(u, v) ** 3).sum()
+
+        return jax.grad(value, (0, 1))(u, v)
+
+    spread = on_slabs(function, mesh, [FIELD, FIELD], [FIELD, FIELD])
+    for gradient, expected in zip(spread(u, v), jax.jit(function)(u, v), strict=True):
+        assert_close(gradient, expected)
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+def test_scaling_and_squaring_gives_the_bits_of_one_device(mesh: Mesh, planes: int) -> None:
+    velocity = displacement(planes, 4.0)
+    spread = on_slabs(jaxreg.scaling_and_squaring, mesh, [FIELD], [FIELD])
+    expected = jax.jit(jaxreg.scaling_and_squaring)(velocity)
+    assert_same(spread(velocity), np.asarray(expected))
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+FIELD_TO_FIELD: dict[str, Function] = {
+    "jacobian_determinant": jaxreg.jacobian_determinant,
+    "convert_displacement": lambda u: jaxreg.convert_displacement(u, "normalised", "voxel"),
+    "gaussian_smooth": lambda u: jaxreg.gaussian_smooth(u, (1.2, 0.7, 0.0), channel_last=True),
+    "gaussian_smooth, wider than a slab": lambda u: jaxreg.gaussian_smooth(
+        u, 2.5, channel_last=True
+    ),
+}
+
+
+@pytest.mark.parametrize("function", FIELD_TO_FIELD.values(), ids=FIELD_TO_FIELD)
+def test_ops_of_fields_give_the_bits_of_one_device(
+    mesh: Mesh, planes: int, function: Function
+) -> None:
+    u = displacement(planes, 1.0)
+    spread = on_slabs(function, mesh, [FIELD], [FIELD])
+    assert_same(spread(u), np.asarray(jax.jit(function)(u)))
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+    def gradient(u: Any) -> Any:
+        return jax.grad(lambda u: (function(u) ** 3).sum())(u)
+
+    spread = on_slabs(gradient, mesh, [FIELD], [FIELD])
+    assert_same(spread(u), np.asarray(jax.jit(gradient)(u)))
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+def test_gaussian_smooth_of_images_gives_the_bits_of_one_device(mesh: Mesh, planes: int) -> None:
+    image = random_array(1, 2, 2, planes, *IN_PLANE, dtype=np.float32)
+
+    def function(image: Any) -> Any:
+        return jaxreg.gaussian_smooth(image, 1.5)
+
+    spread = on_slabs(function, mesh, [IMAGE], [IMAGE])
+    assert_same(spread(image), np.asarray(jax.jit(function)(image)))
+
+
+def test_affine_warp_gives_the_bits_of_one_device(mesh: Mesh, planes: int) -> None:
+    u, affine = displacement(planes, 1.0), random_affine(5, 1, 3)
+    spread = on_slabs(jaxreg.affine_warp, mesh, [None, FIELD], [FIELD])
+    assert_same(spread(affine, u), np.asarray(jax.jit(jaxreg.affine_warp)(affine, u)))
+
+    def gradient(affine: Any, u: Any) -> Any:
+        return jax.grad(lambda *x: (jaxreg.affine_warp(*x) ** 3).sum(), (0, 1))(affine, u)
+
+    spread = on_slabs(gradient, mesh, [None, FIELD], [None, FIELD])
+    of_affine, of_field = spread(affine, u)
+    expected = jax.jit(gradient)(affine, u)
+    assert_close(of_affine, expected[0])
+    assert_same(of_field, np.asarray(expected[1]))
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kernel_size": (9, 3, 5)}, {"window": "gaussian", "kernel_size": 5}],
+    ids=str,
+)
+def test_lncc_loss_is_that_of_one_device(
+    mesh: Mesh, planes: int, masked: bool, reduction: str, options: dict[str, Any]
+) -> None:
+    pred = random_array(1, 2, 2, planes, *IN_PLANE)
+    target = random_array(2, 1, 2, planes, *IN_PLANE) + 0.5 * pred[:1]
+    mask = np.abs(random_array(3, 2, 1, planes, *IN_PLANE)) if masked else None
+
+    def function(pred: Any, target: Any, *mask: Any) -> Any:
+        def loss(pred: Any, target: Any) -> Any:
+            return jaxreg.lncc_loss(
+                pred, target, mask=mask[0] if mask else None, reduction=reduction, **options
+            )
+
+        value, transpose = jax.vjp(loss, pred, target)
+        return value, *transpose(jnp.ones_like(value) + jnp.sin(value))
+
+    operands = [pred, target] if mask is None else [pred, target, mask]
+    axes = [IMAGE] * len(operands)
+    of_value = IMAGE if reduction == "none" else None
+    spread = on_slabs(function, mesh, axes, [of_value, IMAGE, IMAGE])
+    for found, expected in zip(spread(*operands), jax.jit(function)(*operands), strict=True):
+        assert_close(found, expected)
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+def test_batches_and_planes_may_both_be_spread() -> None:
+    devices = np.array(jax.devices("cpu")[:4]).reshape(2, 2)
+    mesh = Mesh(devices, ("batch", "z"), axis_types=(AxisType.Auto,) * 2)
+    fixed = random_array(1, 2, 1, 12, *IN_PLANE)
+    moving = random_array(2, 1, 1, 12, *IN_PLANE)
+    grid = np.concatenate([displacement(12, size) for size in (0.5, 30.0)])
+
+    def function(fixed: Any, moving: Any, grid: Any) -> Any:
+        def loss(moving: Any, grid: Any) -> Any:
+            return jaxreg.lncc_loss(jaxreg.interpolate(moving, grid=grid), fixed)
+
+        return jax.value_and_grad(loss, (0, 1))(moving, grid)
+
+    specs = [P("batch", None, "z"), P(None, None, "z"), P("batch", "z")]
+    given = [
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip((fixed, moving, grid), specs, strict=True)
+    ]
+    compiled = jax.jit(function).lower(*given).compile()
+    assert_nothing_is_gathered(compiled.as_text())
+    value, gradients = compiled(*given)
+    expected_value, expected = jax.jit(function)(fixed, moving, grid)
+    assert_close(np.asarray(value), expected_value)
+    for found, right in zip(gradients, expected, strict=True):
+        assert_close(np.asarray(found), right)
+
+
+def test_a_map_over_volumes_keeps_their_planes_spread(mesh: Mesh, planes: int) -> None:
+    image = random_array(1, 3, 1, 1, planes, *IN_PLANE)
+    grid = np.stack([displacement(planes, size) for size in (0.5, 2.0, 30.0)])
+
+    def function(image: Any, grid: Any) -> Any:
+        return jax.vmap(lambda image, grid: jaxreg.interpolate(image, grid=grid))(image, grid)
+
+    spread = on_slabs(function, mesh, [IMAGE + 1, FIELD + 1], [IMAGE + 1])
+    assert_same(spread(image, grid), np.asarray(jax.jit(function)(image, grid)))
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+def test_planes_are_spread_where_types_say_so() -> None:
+    devices = np.array(jax.devices("cpu")[:4])
+    mesh = Mesh(devices, ("z",), axis_types=(AxisType.Explicit,))
+    image = random_array(1, 1, 1, 12, *IN_PLANE)
+    grid = displacement(12, 5.0)
+    given = (
+        jax.device_put(image, spread_on(mesh, IMAGE)),
+        jax.device_put(grid, spread_on(mesh, FIELD)),
+    )
+
+    def loss(image: Any, grid: Any) -> Any:
+        moved = jaxreg.interpolate(image, grid=grid)
+        return jaxreg.lncc_loss(moved, image), moved
+
+    function = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    with jax.set_mesh(mesh):
+        compiled = function.lower(*given).compile()
+        (value, moved), gradients = compiled(*given)
+    assert_nothing_is_gathered(compiled.as_text())
+    assert moved.sharding.spec[IMAGE] == "z"
+    (expected, expected_moved), expected_gradients = function(image, grid)
+    assert_same(np.asarray(moved), np.asarray(expected_moved))
+    assert_close(np.asarray(value), expected)
+    for found, right in zip(gradients, expected_gradients, strict=True):
+        assert_close(np.asarray(found), right)
