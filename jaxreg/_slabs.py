@@ -512,6 +512,21 @@ def _lncc_loss(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut
     return results
 
 
+_ENERGY_HALO = 2
+"""Planes that the gradient of an energy looks at beyond each end of a slab: see ``kEnergyHalo``."""
+
+
+def _field_energy(run: Run, arrays: Arrays, _: Mapping[str, Any], cut: Cut) -> Arrays:
+    slabs = cut.planes
+    halo = slabs.with_halo(arrays["displacement"], 2, _ENERGY_HALO, _ENERGY_HALO)
+    first = slabs.first()
+    slab = (slabs.planes, slabs.planes, 0)
+    results = run(arrays | {"displacement": halo}, slab=slab, first=_first_planes(first, first))
+    if "output" in results:
+        results["output"] = slabs.sum(results["output"])
+    return results
+
+
 def _all_planes(axis: int, *names: str) -> Callable[[Mapping[str, Any]], Any]:
     return lambda _: dict.fromkeys(names, ("planes", axis))
 
@@ -556,6 +571,7 @@ SLAB_OPS: dict[str, SlabOp] = {
     ),
     "gaussian_smooth": _SMOOTHING,
     "jacobian_determinant": SlabOp(_all_planes(2, *_WARPED), _jacobian_determinant),
+    "field_energy": SlabOp(_all_planes(2, "displacement", "grad_displacement"), _field_energy),
     "lncc_loss": SlabOp(_lncc_axes, _lncc_loss, lambda x: 2 * _lncc_reach(x) + 1),
 }
 """By the name of the op; its gradient works by the same rule."""

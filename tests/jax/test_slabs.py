@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -438,6 +439,68 @@ def test_lncc_loss_is_that_of_one_device(
     for found, expected in zip(spread(*operands), jax.jit(function)(*operands), strict=True):
         assert_close(found, expected)
     assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+ENERGIES: dict[str, Function] = {
+    "diffusion": functools.partial(jaxreg.diffusion_loss, spacing=(0.8, 1.0, 2.5)),
+    "bending": functools.partial(jaxreg.bending_energy_loss, spacing=(0.8, 1.0, 2.5)),
+    "curvature": jaxreg.curvature_loss,
+    "elasticity": functools.partial(jaxreg.elasticity_loss, spacing=(0.8, 1.0, 2.5)),
+    "divergence": jaxreg.divergence_loss,
+    "jacobian": jaxreg.jacobian_loss,
+}
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("energy", ENERGIES.values(), ids=ENERGIES)
+def test_energies_of_fields_are_those_of_one_device(
+    mesh: Mesh, planes: int, energy: Function, reduction: str, align_corners: bool
+) -> None:
+    u = np.concatenate([displacement(planes, size) for size in (0.7, 2.0)])
+
+    def loss(u: Any) -> Any:
+        return energy(u, reduction=reduction, align_corners=align_corners)
+
+    def function(u: Any) -> Any:
+        value, transpose = jax.vjp(loss, u)
+        return value, *transpose(jnp.ones_like(value) + jnp.sin(value))
+
+    spread = on_slabs(function, mesh, [FIELD], [None, FIELD])
+    for found, expected in zip(spread(u), jax.jit(function)(u), strict=True):
+        assert_close(found, expected)
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+    alone = on_slabs(loss, mesh, [FIELD], [None])
+    assert_close(alone(u), jax.jit(loss)(u))
+    assert_nothing_is_gathered(alone.text)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("energy", ENERGIES.values(), ids=ENERGIES)
+def test_gradients_of_energies_have_the_bits_of_one_device(
+    mesh: Mesh, planes: int, energy: Function
+) -> None:
+    # Rows of this length are vector code where they are far from the border.
+    shape = (planes, 6, 24)
+    u = random_array(3, 1, *shape, 3, dtype=np.float32) / 10
+
+    def gradient(u: Any) -> Any:
+        return jax.grad(energy)(u)
+
+    spread = on_slabs(gradient, mesh, [FIELD], [FIELD])
+    assert_same(spread(u), np.asarray(jax.jit(gradient)(u)))
+
+
+def test_an_energy_of_batches_and_planes_that_are_both_spread() -> None:
+    devices = np.array(jax.devices("cpu")[:4]).reshape(2, 2)
+    mesh = Mesh(devices, ("batch", "z"), axis_types=(AxisType.Auto,) * 2)
+    u = np.concatenate([displacement(12, size) for size in (0.7, 2.0)])
+    function = jax.value_and_grad(jaxreg.elasticity_loss)
+    given = jax.device_put(u, NamedSharding(mesh, P("batch", "z")))
+    compiled = jax.jit(function).lower(given).compile()
+    assert_nothing_is_gathered(compiled.as_text())
+    for found, expected in zip(compiled(given), jax.jit(function)(u), strict=True):
+        assert_close(np.asarray(found), expected)
 
 
 def test_batches_and_planes_may_both_be_spread() -> None:

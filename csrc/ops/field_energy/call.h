@@ -13,7 +13,8 @@ enum class EnergyKind { kDiffusion, kBending, kCurvature, kElasticity, kDivergen
 struct FieldEnergyCall {
   DType dtype;
   int dimensions;
-  Sizes sizes;
+  Sizes sizes;     // of what the call is for: a slab's own planes alone
+  int64_t planes;  // of the whole volume
   Batch batch;
   EnergyKind kind;
   Reduction reduction;
@@ -26,12 +27,16 @@ struct FieldEnergyCall {
   // What the sum over the voxels of an item is multiplied by.
   double scale() const {
     const bool mean = reduction == Reduction::kMean && batch.items > 0;
-    return weight / (static_cast<double>(sizes.voxels()) * (mean ? batch.items : 1));
+    const double voxels = static_cast<double>(sizes.x * sizes.y * planes);
+    return weight / (voxels * (mean ? batch.items : 1));
   }
 };
 
 // These treat every component by itself, and a row of vectors as a row of numbers.
 inline bool by_component(EnergyKind kind) { return kind <= EnergyKind::kCurvature; }
+
+// A slab comes with so many planes beyond each end, as far as the gradient looks.
+inline constexpr int kEnergyHalo = 2;
 
 // A block of threads takes a tile of 32 elements of 8 rows, through so many planes.
 inline constexpr int kEnergyPlanes = 16;

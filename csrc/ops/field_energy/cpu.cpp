@@ -45,7 +45,7 @@ class ComponentRows {
     const auto row = body_.row(group, item, z, y);
     // Away from the borders there is nothing to ask for each voxel, and the loop is vector code.
     const bool inside = y >= kReach && y + kReach < space_.y &&
-                        (D == 2 || (z >= kReach && z + kReach < space_.z)) &&
+                        (D == 2 || (z >= kReach && z + kReach < body_.planes)) &&
                         space_.x >= 2 * kReach * D;
     const int first = inside ? kReach * D : space_.x;
     const int last = inside ? space_.x - kReach * D : space_.x;
@@ -161,7 +161,7 @@ class ElasticRows {
 
   double sum(int64_t group, int64_t item, int z, int y) const {
     const bool inside = y >= kReach && y + kReach < space_.y &&
-                        (D == 2 || (z >= kReach && z + kReach < space_.z)) &&
+                        (D == 2 || (z >= kReach && z + kReach < body_.planes)) &&
                         (space_.x - 2 * kReach) * D >= kBlock;
     if (!inside) return by_voxel_.sum(group, item, z, y, 0, space_.x);
     const auto element = body_.element(group, item);
@@ -276,6 +276,7 @@ template <class Body>
 void sum_parts(const Body& body, const VoxelSpace& space, int64_t parts,
                typename Body::T* partial) {
   const int64_t rows = space.rows();
+  const int first = body.first_plane();
   parallel_for(space.batch() * parts, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     const typename RowsOf<Body>::type each(body, space, scratch);
@@ -283,8 +284,9 @@ void sum_parts(const Body& body, const VoxelSpace& space, int64_t parts,
       const int64_t b = i / parts, part = i % parts;
       double total = 0;
       for (int64_t row = part * rows / parts; row < (part + 1) * rows / parts; ++row) {
-        total += each.sum(b / space.items, b % space.items, static_cast<int>(row / space.y),
-                          static_cast<int>(row % space.y));
+        const int z = first + static_cast<int>(row / space.y);
+        if (z >= body.planes) break;
+        total += each.sum(b / space.items, b % space.items, z, static_cast<int>(row % space.y));
       }
       if (partial != nullptr) partial[i] = static_cast<typename Body::T>(total);
     }

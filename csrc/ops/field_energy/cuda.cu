@@ -14,9 +14,11 @@ namespace {
 struct Tile {
   int first;     // element of the warp
   int y;         // of the warp's row
-  int z, end_z;  // planes
+  int z, end_z;  // planes, by their numbers in the whole volume
 
-  static __device__ __forceinline__ Tile of(int64_t part, const VoxelSpace& space) {
+  // `first_plane`: of the space, in a volume of so many planes.
+  static __device__ __forceinline__ Tile of(int64_t part, const VoxelSpace& space, int first_plane,
+                                            int planes) {
     const int tiles_x = (space.x + kWarp - 1) / kWarp;
     const int tiles_y = (space.y + kRowsPerBlock - 1) / kRowsPerBlock;
     const int64_t row_of_tiles = part / tiles_x;
@@ -24,8 +26,8 @@ struct Tile {
     const int tile_y = static_cast<int>(row_of_tiles - static_cast<int64_t>(chunk) * tiles_y);
     const int z = chunk * kEnergyPlanes;
     return {static_cast<int>(part - row_of_tiles * tiles_x) * kWarp,
-            tile_y * kRowsPerBlock + static_cast<int>(threadIdx.y), z,
-            min(z + kEnergyPlanes, space.z)};
+            tile_y * kRowsPerBlock + static_cast<int>(threadIdx.y), first_plane + z,
+            min(first_plane + min(z + kEnergyPlanes, space.z), planes)};
   }
 };
 
@@ -82,7 +84,7 @@ __device__ __forceinline__ T sum_of_tile(const ComponentEnergy<T, D, Kind>& body
     T own = row.displacement[e];
 #pragma unroll 4
     for (int z = tile.z; z < tile.end_z; ++z, next_plane()) {
-      const T after = z + 1 < space.z ? row.displacement[e + plane] : T(0);
+      const T after = z + 1 < body.planes ? row.displacement[e + plane] : T(0);
       T energy = 0, pull = 0;
       Kind::add(PassingComponent<T>{body.template component<false>(row, z, tile.y, e),
                                     body.per_step, before, own, after},
@@ -99,7 +101,7 @@ __device__ __forceinline__ T sum_of_tile(const ComponentEnergy<T, D, Kind>& body
 #pragma unroll 1
     for (int z = tile.z; z < tile.end_z; ++z, next_plane()) {
       T energy = 0, pull = 0;
-      if (row_inside && (D == 2 || (z >= kReach && z + kReach < space.z))) {
+      if (row_inside && (D == 2 || (z >= kReach && z + kReach < body.planes))) {
         Kind::add(body.template component<true>(row, z, tile.y, e), energy, pull);
       } else {
         Kind::add(body.template component<false>(row, z, tile.y, e), energy, pull);
@@ -171,7 +173,7 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, (kMinBlocks<kGradient, B
   using T = typename Body::T;
   __shared__ T shared[kRowsPerBlock];
   const int64_t part = blockIdx.x;
-  const Tile tile = Tile::of(part, space);
+  const Tile tile = Tile::of(part, space, body.first_plane(), body.planes);
   for (int64_t b = blockIdx.y; b < space.batch(); b += gridDim.y) {
     const int64_t group = b / space.items;
     T sum = sum_of_tile<kGradient>(body, space, group, b - group * space.items, tile);

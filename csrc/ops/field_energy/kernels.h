@@ -156,6 +156,8 @@ struct ComponentEnergy {
   T per_step[D];
   T squared_unit[D];  // of each component, 0 for one that has no effect
   T scale;
+  FirstPlane first_plane;
+  int planes;  // of the whole volume
 
   struct Row {
     const T* displacement;
@@ -163,8 +165,10 @@ struct ComponentEnergy {
     T scale;      // of the gradient
   };
 
+  // A plane goes by its number in the whole volume.
   REGKERNELS_HD Row row(int64_t group, int64_t item, int64_t z, int64_t y) const {
-    const int64_t first = (z * size[1] + y) * stride[1];
+    const int64_t plane = D == 3 ? z - first_plane() : 0;
+    const int64_t first = (plane * size[1] + y) * stride[1];
     const T weight = cotangent.data == nullptr ? T(1) : *cotangent.at(group, item);
     return {displacement.at(group, item) + first,
             gradient.data == nullptr ? nullptr : gradient.at(group, item) + first,
@@ -357,7 +361,10 @@ struct SlopeEnergy {
   Operand<const T> cotangent;
   Operand<T> gradient;
   T scale;
+  FirstPlane first_plane;
+  int planes;  // of the whole volume
 
+  // A plane goes by its number in the whole volume.
   struct Element {
     const SlopeEnergy* self;
     const T* displacement;
@@ -435,8 +442,9 @@ struct SlopeEnergy {
 
   REGKERNELS_HD Element element(int64_t group, int64_t item) const {
     const T weight = cotangent.data == nullptr ? T(1) : *cotangent.at(group, item);
-    return {this, displacement.at(group, item),
-            gradient.data == nullptr ? nullptr : gradient.at(group, item), scale * weight};
+    const int64_t before = D == 3 ? first_plane() * stride[D - 1] : 0;
+    return {this, displacement.at(group, item) - before,
+            gradient.data == nullptr ? nullptr : gradient.at(group, item) - before, scale * weight};
   }
 };
 
@@ -445,7 +453,7 @@ struct SlopeEnergy {
 template <class T, int D, class Kind>
 ComponentEnergy<T, D, Kind> component_energy(const Call& call) {
   const auto& checked = call.checked<FieldEnergyCall>();
-  const int64_t extent[3] = {checked.sizes.x, checked.sizes.y, checked.sizes.z};
+  const int64_t extent[3] = {checked.sizes.x, checked.sizes.y, checked.planes};
   ComponentEnergy<T, D, Kind> body{};
   int64_t stride = D;
   for (int k = 0; k < D; ++k) {
@@ -463,7 +471,7 @@ ComponentEnergy<T, D, Kind> component_energy(const Call& call) {
 template <class T, int D, class Kind>
 SlopeEnergy<T, D, Kind> slope_energy(const Call& call, const Kind& kind) {
   const auto& checked = call.checked<FieldEnergyCall>();
-  const int64_t extent[3] = {checked.sizes.x, checked.sizes.y, checked.sizes.z};
+  const int64_t extent[3] = {checked.sizes.x, checked.sizes.y, checked.planes};
   SlopeEnergy<T, D, Kind> body{};
   body.differences = {make_frame<T, D>(extent, call.flag("align_corners"))};
   int64_t stride = D;
@@ -491,6 +499,12 @@ void with_field_energy(const Call& call, const Body& run) {
         body.displacement = Operand<const T>(call.input("displacement"));
         body.gradient = Operand<T>(call.output("grad_displacement"));
         body.scale = static_cast<T>(checked.scale());
+        body.first_plane = FirstPlane(call.slab);
+        body.planes = static_cast<int>(checked.planes);
+        if (call.slab.present()) {
+          const int64_t plane = checked.sizes.x * checked.sizes.y * D;
+          body.displacement.data += kEnergyHalo * plane;
+        }
         if (checked.is_gradient) body.cotangent = Operand<const T>(call.input("grad_output"));
         run(body, space);
       };

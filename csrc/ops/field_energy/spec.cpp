@@ -24,6 +24,11 @@ const FieldEnergyCall& check(Call& call, bool is_gradient) {
   checked.dtype = check_dtypes(call);
   const int D = checked.dimensions = check_field(call, "displacement");
   checked.sizes = field_sizes(call.input("displacement"));
+  checked.planes = checked.sizes.z;
+  if (call.slab.present()) {
+    checked.sizes.z -= 2 * kEnergyHalo;
+    checked.planes = call.slab.planes;
+  }
   checked.kind = call.choice<EnergyKind>("kind");
   checked.reduction = call.choice<Reduction>("reduction");
   const std::vector<double>& spacing = call.numbers("spacing");
@@ -50,6 +55,12 @@ const FieldEnergyCall& check(Call& call, bool is_gradient) {
   return call.keep(checked);
 }
 
+Tensor own_gradient_spec(const Call& call, const FieldEnergyCall& checked) {
+  Tensor gradient = gradient_spec(call.input("displacement"), checked.batch);
+  if (call.slab.present()) gradient.shape[2] = checked.sizes.z;
+  return gradient;
+}
+
 // The gradient of a single number comes with it.
 void infer(Call& call) {
   const auto& checked = check(call, false);
@@ -57,7 +68,7 @@ void infer(Call& call) {
   call.set("output", tensor_spec(checked.dtype, checked.output));
   call.set("partial_sums", tensor_spec(checked.dtype, {batch.groups, batch.items, checked.parts}));
   if (checked.reduction != Reduction::kNone && call.wants("grad_displacement")) {
-    call.set("grad_displacement", gradient_spec(call.input("displacement"), batch));
+    call.set("grad_displacement", own_gradient_spec(call, checked));
   }
 }
 
@@ -67,7 +78,7 @@ void infer_grad(Call& call) {
     fail_value(call, "reduction", "'none': a single number's gradient comes with it", "another");
   }
   check_cotangent(call, "grad_output", checked.dtype, checked.output);
-  call.set("grad_displacement", gradient_spec(call.input("displacement"), checked.batch));
+  call.set("grad_displacement", own_gradient_spec(call, checked));
 }
 
 }  // namespace
@@ -95,7 +106,8 @@ std::vector<Op> field_energy_ops() {
        attributes,
        infer,
        field_energy_cpu,
-       REGKERNELS_CUDA_LAUNCH(field_energy_cuda)},
+       REGKERNELS_CUDA_LAUNCH(field_energy_cuda),
+       true},
       {"field_energy_grad",
        nullptr,
        {displacement, {"grad_output", false, InputKind::kCompared}},
@@ -103,7 +115,8 @@ std::vector<Op> field_energy_ops() {
        attributes,
        infer_grad,
        field_energy_grad_cpu,
-       REGKERNELS_CUDA_LAUNCH(field_energy_grad_cuda)},
+       REGKERNELS_CUDA_LAUNCH(field_energy_grad_cuda),
+       true},
   };
 }
 
