@@ -45,7 +45,7 @@ class ComponentRows {
     const auto row = body_.row(group, item, z, y);
     // Away from the borders there is nothing to ask for each voxel, and the loop is vector code.
     const bool inside = y >= kReach && y + kReach < space_.y &&
-                        (D == 2 || (z >= kReach && z + kReach < body_.planes)) &&
+                        (D == 2 || (z >= kReach && z + kReach < body_.size[D - 1])) &&
                         space_.x >= 2 * kReach * D;
     const int first = inside ? kReach * D : space_.x;
     const int last = inside ? space_.x - kReach * D : space_.x;
@@ -160,8 +160,9 @@ class ElasticRows {
   }
 
   double sum(int64_t group, int64_t item, int z, int y) const {
+    const int planes = body_.differences.frame.size[D - 1];
     const bool inside = y >= kReach && y + kReach < space_.y &&
-                        (D == 2 || (z >= kReach && z + kReach < body_.planes)) &&
+                        (D == 2 || (z >= kReach && z + kReach < planes)) &&
                         (space_.x - 2 * kReach) * D >= kBlock;
     if (!inside) return by_voxel_.sum(group, item, z, y, 0, space_.x);
     const auto element = body_.element(group, item);
@@ -273,10 +274,13 @@ struct RowsOf<Body, std::void_t<typename Body::EnergyOfComponent>> {
 
 // Leaves the sum of each part of each item in `partial`, unless that is null, and the gradient.
 template <class Body>
-void sum_parts(const Body& body, const VoxelSpace& space, int64_t parts,
+void sum_parts(Body body, const VoxelSpace& space, const OwnPlanes& own, int64_t parts,
                typename Body::T* partial) {
   const int64_t rows = space.rows();
-  const int first = body.first_plane();
+  const int first = own.first();
+  const int64_t before = first * body.stride[Body::kAxes - 1];  // numbers of earlier planes
+  body.displacement.data -= before;
+  if (body.gradient.data != nullptr) body.gradient.data -= before;
   parallel_for(space.batch() * parts, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     const typename RowsOf<Body>::type each(body, space, scratch);
@@ -285,7 +289,7 @@ void sum_parts(const Body& body, const VoxelSpace& space, int64_t parts,
       double total = 0;
       for (int64_t row = part * rows / parts; row < (part + 1) * rows / parts; ++row) {
         const int z = first + static_cast<int>(row / space.y);
-        if (z >= body.planes) break;
+        if (z >= own.in_volume) break;
         total += each.sum(b / space.items, b % space.items, z, static_cast<int>(row % space.y));
       }
       if (partial != nullptr) partial[i] = static_cast<typename Body::T>(total);
@@ -301,7 +305,7 @@ void field_energy_cpu(const Context&, const Call& call) {
     using T = typename std::decay_t<decltype(body)>::T;
     T* const partial = call.output("partial_sums").template as<T>();
     T* const output = call.output("output").template as<T>();
-    sum_parts(body, space, checked.parts, partial);
+    sum_parts(body, space, OwnPlanes(call), checked.parts, partial);
     const int64_t totals = checked.output.count();
     const int64_t terms = checked.output.rank() == 1 ? space.items * checked.parts : checked.parts;
     for (int64_t i = 0; i < totals; ++i) {
@@ -315,7 +319,8 @@ void field_energy_cpu(const Context&, const Call& call) {
 void field_energy_grad_cpu(const Context&, const Call& call) {
   with_field_energy(call, [&](const auto& body, const VoxelSpace& space) {
     using T = typename std::decay_t<decltype(body)>::T;
-    sum_parts(body, space, call.checked<FieldEnergyCall>().parts, static_cast<T*>(nullptr));
+    sum_parts(body, space, OwnPlanes(call), call.checked<FieldEnergyCall>().parts,
+              static_cast<T*>(nullptr));
   });
 }
 

@@ -15,8 +15,10 @@ struct Tile {
   int first;     // element of the warp
   int y;         // of the warp's row
   int z, end_z;  // planes, by their numbers in the whole volume
+  int first_plane;
+  int planes;  // of the whole volume
 
-  // `first_plane`: of the space, in a volume of so many planes.
+  // The tile of a space whose first plane has this number, in a volume of so many planes.
   static __device__ __forceinline__ Tile of(int64_t part, const VoxelSpace& space, int first_plane,
                                             int planes) {
     const int tiles_x = (space.x + kWarp - 1) / kWarp;
@@ -26,8 +28,11 @@ struct Tile {
     const int tile_y = static_cast<int>(row_of_tiles - static_cast<int64_t>(chunk) * tiles_y);
     const int z = chunk * kEnergyPlanes;
     return {static_cast<int>(part - row_of_tiles * tiles_x) * kWarp,
-            tile_y * kRowsPerBlock + static_cast<int>(threadIdx.y), first_plane + z,
-            min(first_plane + min(z + kEnergyPlanes, space.z), planes)};
+            tile_y * kRowsPerBlock + static_cast<int>(threadIdx.y),
+            first_plane + z,
+            min(first_plane + min(z + kEnergyPlanes, space.z), planes),
+            first_plane,
+            planes};
   }
 };
 
@@ -66,7 +71,7 @@ __device__ __forceinline__ T sum_of_tile(const ComponentEnergy<T, D, Kind>& body
   if (tile.y >= space.y || e >= space.x) return 0;
   const T unit = body.squared_unit[e % D];
   const int64_t plane = D == 3 ? body.stride[D - 1] : 0;
-  typename Body::Row row = body.row(group, item, tile.z, tile.y);
+  typename Body::Row row = body.row(group, item, tile.z - tile.first_plane, tile.y);
   const T factor = row.scale * unit;
   T sum = 0;
   const auto next_plane = [&] {
@@ -84,7 +89,7 @@ __device__ __forceinline__ T sum_of_tile(const ComponentEnergy<T, D, Kind>& body
     T own = row.displacement[e];
 #pragma unroll 4
     for (int z = tile.z; z < tile.end_z; ++z, next_plane()) {
-      const T after = z + 1 < body.planes ? row.displacement[e + plane] : T(0);
+      const T after = z + 1 < tile.planes ? row.displacement[e + plane] : T(0);
       T energy = 0, pull = 0;
       Kind::add(PassingComponent<T>{body.template component<false>(row, z, tile.y, e),
                                     body.per_step, before, own, after},
@@ -101,7 +106,7 @@ __device__ __forceinline__ T sum_of_tile(const ComponentEnergy<T, D, Kind>& body
 #pragma unroll 1
     for (int z = tile.z; z < tile.end_z; ++z, next_plane()) {
       T energy = 0, pull = 0;
-      if (row_inside && (D == 2 || (z >= kReach && z + kReach < body.planes))) {
+      if (row_inside && (D == 2 || (z >= kReach && z + kReach < tile.planes))) {
         Kind::add(body.template component<true>(row, z, tile.y, e), energy, pull);
       } else {
         Kind::add(body.template component<false>(row, z, tile.y, e), energy, pull);
@@ -143,7 +148,9 @@ __device__ __forceinline__ T sum_of_tile(const SlopeEnergy<T, D, Kind>& body,
   const bool active = lane_x < space.x;
   const int x = active ? lane_x : space.x - 1;
   auto element = body.element(group, item);
-  if (!kGradient) element.gradient = nullptr;
+  const int64_t before = D == 3 ? tile.first_plane * body.stride[D - 1] : 0;
+  element.displacement -= before;
+  element.gradient = kGradient ? element.gradient - before : nullptr;
   T sum = 0;
   const int end_z = tile.y < space.y ? tile.end_z : tile.z;  // for a whole warp at a time
 #pragma unroll 1
@@ -166,14 +173,16 @@ inline constexpr int kMinBlocks<true, SlopeEnergy<T, D, Kind>> =
     Kind::kHasPull && sizeof(T) == sizeof(float) ? 3 : 2;
 
 // Each block leaves the sum of one part of an item in `partial`, unless that is null.
-template <bool kGradient, class Body>
+template <bool kGradient, bool kSlab, class Body>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock, (kMinBlocks<kGradient, Body>))
     sum_parts_kernel(const __grid_constant__ Body body, const __grid_constant__ VoxelSpace space,
-                     int64_t parts, typename Body::T* partial) {
+                     int64_t parts, typename Body::T* partial, const OwnPlanes own) {
   using T = typename Body::T;
   __shared__ T shared[kRowsPerBlock];
   const int64_t part = blockIdx.x;
-  const Tile tile = Tile::of(part, space, body.first_plane(), body.planes);
+  // Whole volumes need no registers for where they begin.
+  const Tile tile =
+      kSlab ? Tile::of(part, space, own.first(), own.in_volume) : Tile::of(part, space, 0, space.z);
   for (int64_t b = blockIdx.y; b < space.batch(); b += gridDim.y) {
     const int64_t group = b / space.items;
     T sum = sum_of_tile<kGradient>(body, space, group, b - group * space.items, tile);
@@ -192,19 +201,34 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, (kMinBlocks<kGradient, B
   }
 }
 
-template <class Body>
-void sum_parts(const Cuda& device, const Body& body, const VoxelSpace& space, int64_t parts,
-               typename Body::T* partial) {
+template <bool kSlab, class Body>
+void launch_sum_parts(const Cuda& device, const Body& body, const VoxelSpace& space,
+                      const OwnPlanes& own, int64_t parts, typename Body::T* partial) {
   if (space.batch() == 0) return;
   const dim3 grid(static_cast<unsigned>(parts),
                   static_cast<unsigned>(std::min<int64_t>(space.batch(), 65535)));
   const dim3 block(kWarp, kRowsPerBlock);
   if (body.gradient.data == nullptr) {
-    sum_parts_kernel<false><<<grid, block, 0, device.stream>>>(body, space, parts, partial);
+    sum_parts_kernel<false, kSlab>
+        <<<grid, block, 0, device.stream>>>(body, space, parts, partial, own);
   } else {
-    sum_parts_kernel<true><<<grid, block, 0, device.stream>>>(body, space, parts, partial);
+    sum_parts_kernel<true, kSlab>
+        <<<grid, block, 0, device.stream>>>(body, space, parts, partial, own);
   }
   check_launch();
+}
+
+template <class Body>
+void sum_parts(const Cuda& device, const Call& call, const Body& body, const VoxelSpace& space,
+               typename Body::T* partial) {
+  const int64_t parts = call.checked<FieldEnergyCall>().parts;
+  const OwnPlanes own(call);
+  if constexpr (Body::kAxes == 3) {
+    if (call.slab.present()) {
+      return launch_sum_parts<true>(device, body, space, own, parts, partial);
+    }
+  }
+  launch_sum_parts<false>(device, body, space, own, parts, partial);
 }
 
 }  // namespace
@@ -215,7 +239,7 @@ void field_energy_cuda(const Context& context, const Call& call) {
   with_field_energy(call, [&](const auto& body, const VoxelSpace& space) {
     using T = typename std::decay_t<decltype(body)>::T;
     T* const partial = call.output("partial_sums").template as<T>();
-    sum_parts(device, body, space, checked.parts, partial);
+    sum_parts(device, call, body, space, partial);
     const int64_t terms = checked.output.rank() == 1 ? space.items * checked.parts : checked.parts;
     sum_groups(device, checked.output.count(), partial, terms, terms, checked.scale(),
                static_cast<const T*>(nullptr), call.output("output").template as<T>());
@@ -226,7 +250,7 @@ void field_energy_grad_cuda(const Context& context, const Call& call) {
   const Cuda device(context);
   with_field_energy(call, [&](const auto& body, const VoxelSpace& space) {
     using T = typename std::decay_t<decltype(body)>::T;
-    sum_parts(device, body, space, call.checked<FieldEnergyCall>().parts, static_cast<T*>(nullptr));
+    sum_parts(device, call, body, space, static_cast<T*>(nullptr));
   });
 }
 

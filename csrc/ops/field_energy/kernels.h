@@ -156,8 +156,6 @@ struct ComponentEnergy {
   T per_step[D];
   T squared_unit[D];  // of each component, 0 for one that has no effect
   T scale;
-  FirstPlane first_plane;
-  int planes;  // of the whole volume
 
   struct Row {
     const T* displacement;
@@ -165,10 +163,8 @@ struct ComponentEnergy {
     T scale;      // of the gradient
   };
 
-  // A plane goes by its number in the whole volume.
   REGKERNELS_HD Row row(int64_t group, int64_t item, int64_t z, int64_t y) const {
-    const int64_t plane = D == 3 ? z - first_plane() : 0;
-    const int64_t first = (plane * size[1] + y) * stride[1];
+    const int64_t first = (z * size[1] + y) * stride[1];
     const T weight = cotangent.data == nullptr ? T(1) : *cotangent.at(group, item);
     return {displacement.at(group, item) + first,
             gradient.data == nullptr ? nullptr : gradient.at(group, item) + first,
@@ -361,10 +357,7 @@ struct SlopeEnergy {
   Operand<const T> cotangent;
   Operand<T> gradient;
   T scale;
-  FirstPlane first_plane;
-  int planes;  // of the whole volume
 
-  // A plane goes by its number in the whole volume.
   struct Element {
     const SlopeEnergy* self;
     const T* displacement;
@@ -442,9 +435,8 @@ struct SlopeEnergy {
 
   REGKERNELS_HD Element element(int64_t group, int64_t item) const {
     const T weight = cotangent.data == nullptr ? T(1) : *cotangent.at(group, item);
-    const int64_t before = D == 3 ? first_plane() * stride[D - 1] : 0;
-    return {this, displacement.at(group, item) - before,
-            gradient.data == nullptr ? nullptr : gradient.at(group, item) - before, scale * weight};
+    return {this, displacement.at(group, item),
+            gradient.data == nullptr ? nullptr : gradient.at(group, item), scale * weight};
   }
 };
 
@@ -484,8 +476,19 @@ SlopeEnergy<T, D, Kind> slope_energy(const Call& call, const Kind& kind) {
   return body;
 }
 
+// The planes of a call within the whole volume, which bodies are of: their numbers there, and the
+// sizes that bodies have, tell what is at the border.
+struct OwnPlanes {
+  FirstPlane first;
+  int in_volume;
+
+  explicit OwnPlanes(const Call& call)
+      : first(call.slab), in_volume(static_cast<int>(call.checked<FieldEnergyCall>().planes)) {}
+};
+
 // Calls run(body, space) with the kind of energy that a call asks for, of its type and number of
-// dimensions, and the space of its voxels; for those by component, a row is one of numbers.
+// dimensions, and the space of its own voxels, the first of which is where a body's arrays begin;
+// for those by component, a row is one of numbers.
 template <class Body>
 void with_field_energy(const Call& call, const Body& run) {
   const auto& checked = call.checked<FieldEnergyCall>();
@@ -497,14 +500,11 @@ void with_field_energy(const Call& call, const Body& run) {
       constexpr int D = decltype(dimensions)::value;
       const auto run_with = [&](auto body) {
         body.displacement = Operand<const T>(call.input("displacement"));
+        if (call.slab.present()) {
+          body.displacement.data += kEnergyHalo * checked.sizes.y * checked.sizes.x * D;
+        }
         body.gradient = Operand<T>(call.output("grad_displacement"));
         body.scale = static_cast<T>(checked.scale());
-        body.first_plane = FirstPlane(call.slab);
-        body.planes = static_cast<int>(checked.planes);
-        if (call.slab.present()) {
-          const int64_t plane = checked.sizes.x * checked.sizes.y * D;
-          body.displacement.data += kEnergyHalo * plane;
-        }
         if (checked.is_gradient) body.cotangent = Operand<const T>(call.input("grad_output"));
         run(body, space);
       };
