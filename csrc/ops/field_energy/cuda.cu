@@ -18,9 +18,7 @@ struct Tile {
   int first_plane;
   int planes;  // of the whole volume
 
-  // The tile of a space whose first plane has this number, in a volume of so many planes.
-  static __device__ __forceinline__ Tile of(int64_t part, const VoxelSpace& space, int first_plane,
-                                            int planes) {
+  static __device__ __forceinline__ Tile of(int64_t part, const VoxelSpace& space) {
     const int tiles_x = (space.x + kWarp - 1) / kWarp;
     const int tiles_y = (space.y + kRowsPerBlock - 1) / kRowsPerBlock;
     const int64_t row_of_tiles = part / tiles_x;
@@ -29,10 +27,15 @@ struct Tile {
     const int z = chunk * kEnergyPlanes;
     return {static_cast<int>(part - row_of_tiles * tiles_x) * kWarp,
             tile_y * kRowsPerBlock + static_cast<int>(threadIdx.y),
-            first_plane + z,
-            min(first_plane + min(z + kEnergyPlanes, space.z), planes),
-            first_plane,
-            planes};
+            z,
+            min(z + kEnergyPlanes, space.z),
+            0,
+            space.z};
+  }
+  // The tile where the space is a slab.
+  __device__ __forceinline__ Tile in(const OwnPlanes& own) const {
+    const int before = own.first();
+    return {first, y, z + before, min(end_z + before, own.in_volume), before, own.in_volume};
   }
 };
 
@@ -181,8 +184,7 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, (kMinBlocks<kGradient, B
   __shared__ T shared[kRowsPerBlock];
   const int64_t part = blockIdx.x;
   // Whole volumes need no registers for where they begin.
-  const Tile tile =
-      kSlab ? Tile::of(part, space, own.first(), own.in_volume) : Tile::of(part, space, 0, space.z);
+  const Tile tile = kSlab ? Tile::of(part, space).in(own) : Tile::of(part, space);
   for (int64_t b = blockIdx.y; b < space.batch(); b += gridDim.y) {
     const int64_t group = b / space.items;
     T sum = sum_of_tile<kGradient>(body, space, group, b - group * space.items, tile);
