@@ -7,8 +7,9 @@ is where ``vmap`` puts its mapped axis; nothing is ever summed across groups.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,6 +69,7 @@ def _emit(
     first: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Emit the custom call of an op for operands by name; for ``slab``, see `jaxreg._slabs`."""
+    attributes = {name: attributes[name] for name in op.attribute_names}
     types = _infer(op, attributes, wanted, arrays, slab)
     ffi_attributes = {
         declared.name: _ffi_attribute(declared, attributes[declared.name])
@@ -109,6 +111,35 @@ def _workspaces(op: Op) -> set[str]:
     return {op.output_names[place] for place in op.workspaces}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """Runs an op, or others that are steps of it: see `jaxreg._slabs.Run`."""
+
+    op: Op
+    attributes: Mapping[str, Any]
+    wanted: int
+
+    @property
+    def results(self) -> frozenset[str]:
+        names = self.op.output_names
+        return frozenset(name for i, name in enumerate(names) if self.wanted >> i & 1)
+
+    def __call__(
+        self,
+        arrays: Mapping[str, jax.Array],
+        *,
+        attributes: Mapping[str, Any] | None = None,
+        slab: Sequence[int] = (),
+        first: jax.Array | None = None,
+        step: str | None = None,
+        results: Collection[str] = ("output",),
+    ) -> dict[str, jax.Array]:
+        changed = {**self.attributes, **(attributes or {})}
+        if step is None:
+            return _emit(self.op, changed, self.wanted, arrays, slab, first)
+        return _emit(OPS[step], changed, OPS[step].mask(results), arrays)
+
+
 @functools.lru_cache(maxsize=4096)
 def _kernel(
     name: str, attributes: Attributes, wanted: int, present: tuple[bool, ...]
@@ -118,14 +149,7 @@ def _kernel(
     named = dict(zip(op.attribute_names, attributes, strict=True))
     operand_names = [x for x, there in zip(op.input_names, present, strict=True) if there]
 
-    def run(
-        arrays: Mapping[str, jax.Array],
-        *,
-        attributes: Mapping[str, Any] | None = None,
-        slab: Sequence[int] = (),
-        first: jax.Array | None = None,
-    ) -> dict[str, jax.Array]:
-        return _emit(op, {**named, **(attributes or {})}, wanted, arrays, slab, first)
+    run = _Run(op, named, wanted)
 
     def result_shapes(*arrays: jax.Array) -> dict[str, tuple[int, ...]]:
         specs = _infer(op, named, wanted, dict(zip(operand_names, arrays, strict=True)))

@@ -9,8 +9,9 @@ the whole volume, so that they compute what they would on one device.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -118,11 +119,12 @@ def _added(x: jax.Array, part: jax.Array, axis: int, begin: int) -> jax.Array:
 
 
 class Run(Protocol):
-    """Runs the op's kernel on the arrays of this device, which go by their names.
+    """Runs a kernel on the arrays of this device, which go by their names with the group axis."""
 
-    ``attributes``: those that differ from the call's. ``slab`` and ``first`` are what the kernel
-    has to be told of slabs: see ``Slab`` in ``csrc/core/op.h``.
-    """
+    @property
+    def results(self) -> frozenset[str]:
+        """The results that are wanted of the call."""
+        ...
 
     def __call__(
         self,
@@ -131,7 +133,15 @@ class Run(Protocol):
         attributes: Mapping[str, Any] | None = None,
         slab: Sequence[int] = (),
         first: jax.Array | None = None,
-    ) -> Arrays: ...
+        step: str | None = None,
+        results: Collection[str] = ("output",),
+    ) -> Arrays:
+        """Run the op of the call, or the op ``step`` for some ``results``.
+
+        ``attributes``: those that differ from the call's. ``slab`` and ``first``: what the kernel
+        has to be told of slabs; see ``Slab`` in ``csrc/core/op.h``.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -241,8 +251,9 @@ def _farthest(
         row = affine[:, :, 2, :, None, None, None]
         z = row[:, :, 3]
         for axis in range(3):
-            moved = affine_last and vectors is not None
-            x = coordinate(axis) + vectors[axis] if moved else coordinate(axis)
+            x = coordinate(axis)
+            if affine_last and vectors is not None:
+                x = x + vectors[axis]
             z = z + row[:, :, axis] * x
         if vectors is not None and not affine_last:
             z = z + vectors[2]
@@ -374,11 +385,40 @@ def _sampling(
     in_sizes = (in_plane[1], in_plane[0], whole)
     out_sizes = (out_plane[1], out_plane[0], cut.planes.planes)
     farthest = _farthest(arrays, arrays.get(field), attributes, in_sizes, out_sizes, cut)
-    near, wide = min(_NEAR, own), own // 2
-    reaches = [near] if wide <= near else [near, wide]
-    tier = sum((farthest > reach).astype(jnp.int32) for reach in reaches)
-    branches = [lambda reach=reach: from_window(reach) for reach in reaches]
+    reaches, tier = _tiers(farthest, cut.sampled)
+    branches = [functools.partial(from_window, reach) for reach in reaches]
     return finished(jax.lax.switch(tier, [*branches, around_the_ring]))
+
+
+def _tiers(farthest: jax.Array, slabs: Slabs) -> tuple[list[int], jax.Array]:
+    """Halos that are tried, and how many of them do not reach as far as samples do."""
+    near, wide = min(_NEAR, slabs.own), slabs.own // 2
+    reaches = [near] if wide <= near else [near, wide]
+    too_short = [(farthest > reach).astype(jnp.int32) for reach in reaches]
+    return reaches, jnp.stack(too_short).sum()
+
+
+def _inverse(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) -> Arrays:
+    """The rule of `invert_displacement`: no root is farther away than the longest displacement."""
+    slabs, field = cut.planes, arrays["displacement"]
+    first = slabs.first()
+    along = slabs.inside(field, 2)[..., 2] * _half_extent(slabs.planes, attributes["align_corners"])
+    longest = jnp.max(jnp.where(jnp.isnan(along), jnp.inf, jnp.abs(along))) + 2
+    arrays = {"initial": jnp.zeros_like(field)} | arrays
+
+    def from_window(halo: int) -> Arrays:
+        return run(
+            arrays | {"displacement": slabs.with_halo(field, 2, halo, halo)},
+            slab=(slabs.planes, slabs.planes, slabs.own + 2 * halo),
+            first=_first_planes(first - halo, first),
+        )
+
+    farthest = jax.lax.pmax(longest, cut.everywhere)  # type: ignore[no-untyped-call]
+    reaches, tier = _tiers(farthest, slabs)
+    # A displacement across all of the volume is an error more than a deformation.
+    halos = [*reaches, slabs.planes]
+    found: Arrays = jax.lax.switch(tier, [functools.partial(from_window, x) for x in halos])
+    return found
 
 
 def _sampling_op(sampled: str, field: str) -> SlabOp:
@@ -512,6 +552,36 @@ def _lncc_loss(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut
     return results
 
 
+def _mutual_information(
+    run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut
+) -> Arrays:
+    """The rule of the loss, its gradient and the histogram: devices add up what they count."""
+    slabs = cut.planes
+    if slabs.is_padded:
+        own_planes = jnp.clip(slabs.planes - slabs.first(), 0, slabs.own).astype(jnp.int32)
+        arrays = arrays | {"own_planes": own_planes.reshape(1, 1)}
+    if "grad_output" in arrays:
+        return run(arrays)
+    found = run(arrays, step="value_extremes")["output"]
+    greatest = jax.lax.pmax(found, slabs.axes)  # type: ignore[no-untyped-call]
+    extremes = {"extremes": greatest}
+    whole = {"whole_samples": slabs.planes * math.prod(arrays["pred"].shape[4:])}
+    counts = run(arrays | extremes, step="joint_counts", attributes=whole)["output"]
+    value_range = {name: x for name, x in arrays.items() if name == "value_range"}
+    is_histogram = "reduction" not in attributes
+    results = run(
+        {"counts": slabs.sum(counts)} | extremes | value_range,
+        step="mutual_information_of_counts",
+        attributes=whole | (_NO_LOSS if is_histogram else {}),
+        results=("histogram",) if is_histogram else run.results,
+    )
+    return {"output": results["histogram"]} if is_histogram else results
+
+
+_NO_LOSS = {"normalised": False, "smooth_nr": 1.0, "smooth_dr": 1.0, "reduction": "none"}
+"""What else a loss of the counts takes, where only their histogram is asked for."""
+
+
 _ENERGY_HALO = 2
 """Planes that the gradient of an energy looks at beyond each end of a slab: see ``kEnergyHalo``."""
 
@@ -560,6 +630,10 @@ def _lncc_axes(attributes: Mapping[str, Any]) -> dict[str, tuple[Role, int]]:
     return dict.fromkeys(names, ("planes", 3))
 
 
+_INFORMATION = SlabOp(
+    _all_planes(3, "pred", "target", "mask", "grad_pred", "grad_target"), _mutual_information
+)
+
 SLAB_OPS: dict[str, SlabOp] = {
     "interpolate": _sampling_op("image", "grid"),
     "interpolate_labels": _sampling_op("labels", "grid"),
@@ -571,6 +645,11 @@ SLAB_OPS: dict[str, SlabOp] = {
     ),
     "gaussian_smooth": _SMOOTHING,
     "jacobian_determinant": SlabOp(_all_planes(2, *_WARPED), _jacobian_determinant),
+    "invert_displacement": SlabOp(
+        _all_planes(2, "displacement", "initial", "output", "residual"), _inverse
+    ),
+    "mutual_information_loss": _INFORMATION,
+    "joint_histogram": _INFORMATION,
     "field_energy": SlabOp(_all_planes(2, "displacement", "grad_displacement"), _field_energy),
     "lncc_loss": SlabOp(_lncc_axes, _lncc_loss, lambda x: 2 * _lncc_reach(x) + 1),
 }

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxreg
-from jaxreg._sharding import Reduction, spread_over_batch
+from jaxreg._sharding import Reduction, spread_over_devices
 
 Array = np.ndarray
 Function = Callable[..., Any]
@@ -364,7 +364,12 @@ def test_a_mean_over_items_needs_all_of_them(axis_type: AxisType) -> None:
 
             specs = ((groups, items), (groups,))
             spread = [put(a, devices, *s) for a, s in zip(arrays, specs, strict=False)]
-            results = jax.jit(spread_over_batch(call, names, shapes, Reduction()))(*spread)
+
+            def run(arrays: Any, call: Function = call) -> Any:
+                return call(*arrays.values())
+
+            function = spread_over_devices(run, names, shapes, Reduction(), {}, None)
+            results = jax.jit(function)(*spread)
             expected = call(*arrays)
             assert results.keys() == expected.keys()
             for name, result in results.items():

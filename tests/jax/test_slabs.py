@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxreg
+from regkernels import table
 
 Array = np.ndarray
 Function = Callable[..., Any]
@@ -567,3 +568,74 @@ def test_planes_are_spread_where_types_say_so() -> None:
     assert_close(np.asarray(value), expected)
     for found, right in zip(gradients, expected_gradients, strict=True):
         assert_close(np.asarray(found), right)
+
+
+@pytest.mark.parametrize("size", [0.4, 0.9])
+@pytest.mark.parametrize("with_initial", [False, True])
+def test_invert_displacement_gives_the_bits_of_one_device(
+    mesh: Mesh, planes: int, size: float, with_initial: bool
+) -> None:
+    u = np.asarray(jaxreg.gaussian_smooth(displacement(planes, 2 * size), 0.8, channel_last=True))
+    operands = [u, -u] if with_initial else [u]
+
+    def function(u: Any, *initial: Any) -> Any:
+        return jaxreg.invert_displacement(u, *initial, return_residual=True)
+
+    spread = on_slabs(function, mesh, [FIELD] * len(operands), [FIELD, FIELD])
+    for found, expected in zip(spread(*operands), jax.jit(function)(*operands), strict=True):
+        assert_same(found, np.asarray(expected))
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kernel": "b-spline", "value_range": "joint"},
+        {"value_range": ((-1.5, 1.5), (-1.0, 2.0))},
+    ],
+    ids=str,
+)
+def test_mutual_information_loss_is_that_of_one_device(
+    mesh: Mesh, planes: int, masked: bool, reduction: str, options: dict[str, Any]
+) -> None:
+    pred = random_array(1, 2, 2, planes, *IN_PLANE)
+    target = random_array(2, 1, 2, planes, *IN_PLANE) + 0.5 * pred[:1]
+    mask = np.abs(random_array(3, 2, 1, planes, *IN_PLANE)) if masked else None
+
+    def function(pred: Any, target: Any, *mask: Any) -> Any:
+        def loss(pred: Any, target: Any) -> Any:
+            return jaxreg.mutual_information_loss(
+                pred, target, mask=mask[0] if mask else None, reduction=reduction, **options
+            )
+
+        value, transpose = jax.vjp(loss, pred, target)
+        return value, *transpose(jnp.ones_like(value) + jnp.sin(value))
+
+    operands = [pred, target] if mask is None else [pred, target, mask]
+    spread = on_slabs(function, mesh, [IMAGE] * len(operands), [None, IMAGE, IMAGE])
+    for found, expected in zip(spread(*operands), jax.jit(function)(*operands), strict=True):
+        assert_close(found, expected)
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "delta"])
+def test_joint_histogram_is_that_of_one_device(mesh: Mesh, planes: int, kernel: str) -> None:
+    pred = random_array(1, 1, 2, planes, *IN_PLANE)
+    target = random_array(2, 1, 2, planes, *IN_PLANE)
+
+    def function(pred: Any, target: Any) -> Any:
+        return jaxreg.joint_histogram(pred, target, num_bins=16, kernel=kernel)
+
+    spread = on_slabs(function, mesh, [IMAGE, IMAGE], [None])
+    assert_close(spread(pred, target), jax.jit(function)(pred, target))
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+def test_an_op_that_knows_nothing_of_slabs_refuses_them() -> None:
+    image = ("float32", (1, 1, 1, 8, 8, 8))
+    attributes = {"radius": 1, "dilation": 1}
+    with pytest.raises(ValueError, match="mind_ssc: takes whole volumes, not slabs"):
+        table.infer("mind_ssc", [image], attributes, 1, (16, 16, 0))

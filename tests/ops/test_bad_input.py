@@ -31,6 +31,8 @@ SET_BY_ANOTHER = {"joint_range": "value_range"}  # attributes that an argument o
 # Attributes that the function sets by itself.
 VOLUMES = ["divergence_loss", "jacobian_loss"]
 SETTLED = {
+    # Only devices that share a volume say how much of it is theirs.
+    **dict.fromkeys(("mutual_information_loss", "joint_histogram"), ("own_planes",)),
     **dict.fromkeys(FIELD_LOSSES, ("kind", "weight", "mu", "lam")),
     "elasticity_loss": ("kind", "weight"),
     **dict.fromkeys(VOLUMES, ("kind", "weight", "mu", "lam", "spacing")),

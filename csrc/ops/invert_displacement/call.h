@@ -8,6 +8,7 @@ namespace regkernels {
 struct InvertDisplacementCall {
   DType dtype;
   int dimensions;
+  Sizes in_sizes;  // of the displacement, of which there may be more planes than are inverted
   Sizes sizes;
   Batch batch;
 };

@@ -83,13 +83,15 @@ struct DisplacementInversion {
                 (channel == k ? T(1) : T(0)) + (factor == 0 ? T(0) : factor * gradient[k]);
           }
         });
+        // Where a slab cannot tell, a step was too long.
+        if (R::kSlab && cell.index[D - 1] == kUnanswered) result.value[0] = kInfinity;
       });
       return result;
     }
 
     REGKERNELS_HD void operator()(const Voxel& voxel) const {
       const Frame<T, D>& frame = self->resampling.map.in;
-      const Vec<int, D> y = voxel_index<D>(voxel);
+      const Vec<int, D> y = source.place(voxel);
       Vec<T, D> best = source.vector(voxel);
       REGKERNELS_UNROLL
       for (int k = 0; k < D; ++k) {
@@ -148,7 +150,9 @@ void invert_displacement(const Device& device, const Call& call) {
   resample.input = &call.input("displacement");
   resample.affine = &absent;
   resample.field = &call.input("initial");
-  resample.in_sizes = resample.out_sizes = checked.sizes;
+  resample.in_sizes = checked.in_sizes;
+  resample.out_sizes = checked.sizes;
+  resample.slab = call.slab;
   resample.sampling = {Mode::kBilinear, call.choice<Padding>("padding_mode"),
                        call.flag("align_corners")};
   const VoxelSpace space = voxel_space(checked.batch.groups, checked.batch.items, checked.sizes);
@@ -156,14 +160,21 @@ void invert_displacement(const Device& device, const Call& call) {
     using T = typename decltype(type)::type;
     dispatch_dimensions(checked.dimensions, [&](auto dimensions) {
       constexpr int D = decltype(dimensions)::value;
-      const auto resampling =
-          make_resampling<T, T, D, false, true>(resample, ChannelsLast<D>{}, ChannelsLast<D>{});
-      using R = std::decay_t<decltype(resampling)>;
-      for_each_voxel(device, space,
-                     DisplacementInversion<R>{resampling, Operand<T>(call.output("output")),
-                                              Operand<float>(call.output("residual")),
-                                              static_cast<T>(call.number("tolerance")),
-                                              static_cast<int>(call.integer("max_iterations"))});
+      const auto invert = [&](auto is_slab) {
+        constexpr bool kSlab = decltype(is_slab)::value;
+        const auto resampling = make_resampling<T, T, D, false, true, kSlab>(
+            resample, ChannelsLast<D>{}, ChannelsLast<D>{});
+        using R = std::decay_t<decltype(resampling)>;
+        for_each_voxel(device, space,
+                       DisplacementInversion<R>{resampling, Operand<T>(call.output("output")),
+                                                Operand<float>(call.output("residual")),
+                                                static_cast<T>(call.number("tolerance")),
+                                                static_cast<int>(call.integer("max_iterations"))});
+      };
+      if constexpr (D == 3) {
+        if (call.slab.present()) return invert(std::true_type{});
+      }
+      invert(std::false_type{});
     });
   });
 }

@@ -15,7 +15,9 @@ void infer(Call& call) {
   checked.dtype = check_dtypes(call);
   const int D = checked.dimensions = check_field(call, "displacement");
   const Tensor& initial = call.input("initial");
-  const Sizes& sizes = checked.sizes = field_sizes(call.input("displacement"));
+  checked.in_sizes = checked.sizes = field_sizes(call.input("displacement"));
+  if (call.slab.present()) checked.sizes = field_sizes(initial);
+  const Sizes& sizes = checked.sizes;
   if (initial.present && (check_field(call, "initial") != D || !(field_sizes(initial) == sizes))) {
     fail_shape(call, "initial", "with the spatial axes of displacement");
   }
@@ -51,7 +53,8 @@ std::vector<Op> invert_displacement_ops() {
         {"align_corners", AttrKind::kBool}},
        infer,
        invert_displacement_cpu,
-       REGKERNELS_CUDA_LAUNCH(invert_displacement_cuda)},
+       REGKERNELS_CUDA_LAUNCH(invert_displacement_cuda),
+       true},
   };
 }
 
