@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
@@ -113,7 +114,15 @@ def check_clip(clip: Any) -> Clip:
 
 def _sample(image: jax.Array) -> jax.Array:
     """Return evenly spread voxels, ``(C, n)``."""
-    voxels = image[0].reshape(image.shape[1], -1)
+    shape = image.shape[2:]
+    count = math.prod(shape)
     # An odd step does not stay in the same column of an even grid.
-    step = -(-voxels.shape[1] // _SAMPLE)
-    return voxels[:, :: step + (step + 1) % 2 if step > 1 else 1]
+    step = -(-count // _SAMPLE)
+    step += (step + 1) % 2 if step > 1 else 0
+    # Places in the volume, since an image that is spread over devices is flat on none of them.
+    number = jnp.arange(-(-count // step), dtype=jnp.uint32) * step
+    places: list[jax.Array] = []
+    for size in reversed(shape):
+        places.insert(0, number % size)
+        number = number // size
+    return image[0][(slice(None), *places)]

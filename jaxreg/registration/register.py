@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import compose, jacobian_determinant
-from jaxreg.registration.intensities import Clip
+from jaxreg.registration.intensities import Clip, check_clip
 from jaxreg.registration.plausibility import Doubt, find_doubts
 from jaxreg.registration.progress import Callback
-from jaxreg.registration.register_images import check_stages, make_problem
+from jaxreg.registration.register_images import check_stages
+from jaxreg.registration.running import OneDevice, SeveralDevices, check_devices
 from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.presets import preset
 from jaxreg.registration.stages.problem import Alignment
@@ -211,11 +212,15 @@ def register(
     clip: Clip = "outliers",
     outside: Outside = "background",
     callback: Callback | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Registration:
     """Register a moving volume to a fixed one.
 
     The stages run on JAX's default device. Each level of a stage is one compiled program; shapes
     and settings that were compiled before in this process are not compiled again.
+
+    On several devices each has some planes of all volumes and fields in the stages, of which none
+    has all, and the result is that of one device but for rounding. A stage is one program then.
 
     Parameters
     ----------
@@ -241,7 +246,11 @@ def register(
         number, one for each channel, or ``"background"``, for each volume its own background where
         that is clear, else 0; see `outside_values`.
     callback
-        Called with a `Progress` after each block of iterations.
+        Called with a `Progress` after each block of iterations; on several devices, for each level
+        when the stage has ended.
+    devices
+        Which volumes in 3-D are spread over, ``jax.devices()`` for all that there are. By default
+        there is one.
 
     Returns
     -------
@@ -256,10 +265,11 @@ def register(
         of another grid, with several channels, with a negative weight or without a positive one;
         for a matrix that cannot be inverted; if, after the stages, the moving image
         covers no voxel of the fixed one that counts: then there was nothing to compare; if a
-        metric or its gradient is not finite; or for a `clip` or `outside` that does not fit.
+        metric or its gradient is not finite; for a `clip` or `outside` that does not fit; or for
+        several devices and images in 2-D.
     TypeError
-        If there is something else among the stages, if a volume or a mask is none, if `initial`
-        is neither numbers nor a transform, or if `outside` is neither numbers nor
+        If there is something else among the stages or the devices, if a volume or a mask is none,
+        if `initial` is neither numbers nor a transform, or if `outside` is neither numbers nor
         ``"background"``.
     """
     _check_volumes(fixed=fixed, moving=moving)
@@ -275,29 +285,33 @@ def register(
             "default", ndim=fixed.grid.ndim, device="cpu" if platform == "cpu" else "gpu"
         )
     stages = check_stages(stages)
+    devices = check_devices(devices, fixed.grid.ndim)
     _check_intensities(fixed, moving)
     if not isinstance(outside, str) or outside != "background":
         outside_values(fixed, outside)
     # About the middle of the fixed grid float32 holds coordinates to a fraction of a micrometre.
     centre = np.eye(fixed.grid.ndim + 1)
     centre[:-1, -1] = fixed.grid.centre()
-    problem = make_problem(
-        fixed.batched()[0],
-        moving.batched()[0],
-        fixed_mask=_weights("fixed_mask", fixed_mask, fixed),
-        moving_mask=_weights("moving_mask", moving_mask, moving),
-        fixed_to_physical=np.linalg.solve(centre, fixed.grid.normalised_to_physical()),
-        moving_to_physical=np.linalg.solve(centre, moving.grid.normalised_to_physical()),
-        moving_ratio=_moving_ratio(fixed.grid, moving.grid),
-        clip=clip,
+    operands: dict[str, Any] = {
+        "fixed": fixed.batched()[0],
+        "moving": moving.batched()[0],
+        "fixed_mask": _weights("fixed_mask", fixed_mask, fixed),
+        "moving_mask": _weights("moving_mask", moving_mask, moving),
+        "fixed_to_physical": np.linalg.solve(centre, fixed.grid.normalised_to_physical()),
+        "moving_to_physical": np.linalg.solve(centre, moving.grid.normalised_to_physical()),
+        "moving_ratio": _moving_ratio(fixed.grid, moving.grid),
+        "clip": check_clip(clip),
+    }
+    work: OneDevice | SeveralDevices = (
+        OneDevice(**operands) if devices is None else SeveralDevices(devices, **operands)
     )
     matrix, *fields = _initial(initial, fixed.grid)
     start = _float32(np.linalg.solve(centre, matrix @ centre))
-    alignment = Alignment(start, *fields)
+    alignment = work.begin(Alignment(start, *fields))
     records = []
     for stage in stages:
         began = time.perf_counter()
-        alignment, traces = stage.run(problem, alignment, callback)
+        alignment, traces = work.run(stage, alignment, callback)
         finite = _is_finite(alignment).block_until_ready()
         seconds = time.perf_counter() - began
         # A loss that is finite at first and not later comes from places that are not. It may also
@@ -315,7 +329,7 @@ def register(
         records.append(StageRecord(stage.name, stage, _levels(stage, fixed, traces), seconds))
     # Overlap is asked for after the stages only, because they may bring images together that have
     # nothing in common at the start.
-    if stages and not problem.whole(alignment).overlap > 0:
+    if stages and not work.overlap(alignment) > 0:
         masked = fixed_mask is not None or moving_mask is not None
         raise ValueError(
             f"{'moving' if initial is None else 'initial'}: expected volumes that overlap, but "
@@ -327,6 +341,7 @@ def register(
     found = matrix
     if not np.array_equal(alignment.matrix, start):
         found = centre @ np.asarray(alignment.matrix, np.float64) @ np.linalg.inv(centre)
+    alignment = work.end(alignment)
     transform = Transform(fixed.grid, found, alignment.displacement, alignment.inverse_displacement)
     mended = 0.0 if alignment.mended is None else float(alignment.mended)
     return Registration(

@@ -22,9 +22,11 @@ from jaxreg.registration.stages.adam import (
 from jaxreg.registration.stages.fields import confined, mended, smoothed
 from jaxreg.registration.stages.iterative import Iterative, State, mean_over_channels
 from jaxreg.registration.stages.metrics import Metric, as_metric
+from jaxreg.registration.stages.neighbours import differences
 from jaxreg.registration.stages.problem import Alignment, Level, Weighted, charged
 from jaxreg.registration.stages.pyramid import resize_field
 from jaxreg.registration.stages.regularisers import Regulariser
+from jaxreg.registration.stages.spread import spread
 
 __all__ = ["Deformable", "Regularisation", "step_gradient", "through_warp"]
 
@@ -95,7 +97,7 @@ class Deformable(Iterative):
 
     def begin(self, level: Level) -> State:
         """Return fields of zero, ``(fields, [Z,] Y, X, D)``."""
-        zero = jnp.zeros((self.fields, *level.shape, level.ndim), jnp.float32)
+        zero = spread(jnp.zeros((self.fields, *level.shape, level.ndim), jnp.float32), 1)
         return State(zero, no_moments(zero))
 
     def resized(self, state: State, shape: tuple[int, ...]) -> State:
@@ -302,6 +304,4 @@ def _along(array: jax.Array, axis: int) -> jax.Array:
     """Return the derivative along an axis of a grid per unit of normalised coordinates."""
     if array.shape[axis] == 1:
         return jnp.zeros_like(array)
-    derivative = jnp.gradient(array, axis=axis)
-    assert isinstance(derivative, jax.Array)  # a single axis has no list of them
-    return derivative * ((array.shape[axis] - 1) / 2)
+    return differences(array, axis) * ((array.shape[axis] - 1) / 2)

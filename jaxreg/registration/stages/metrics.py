@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxreg.descriptors import mind_ssc
 from jaxreg.loss import lncc_loss, mutual_information_loss
+from jaxreg.registration.stages.neighbours import after
 
 __all__ = [
     "LNCC",
@@ -426,16 +427,9 @@ def _varies(image: jax.Array, whole: jax.Array) -> jax.Array:
     axes = tuple(range(2, image.ndim))
     low = high = jax.lax.stop_gradient(image)
     for axis in axes:
-        low, high = jnp.minimum(low, _next(low, axis)), jnp.maximum(high, _next(high, axis))
+        low, high = jnp.minimum(low, after(low, axis)), jnp.maximum(high, after(high, axis))
     width = whole.max(axes, keepdims=True) - whole.min(axes, keepdims=True)
     return high - low > _FLAT * jax.lax.stop_gradient(width)
-
-
-def _next(array: jax.Array, axis: int) -> jax.Array:
-    """Return the array shifted by a voxel; the last one is repeated."""
-    size = array.shape[axis]
-    last = jax.lax.slice_in_dim(array, size - 1, size, axis=axis)
-    return jnp.concatenate([jax.lax.slice_in_dim(array, 1, size, axis=axis), last], axis)
 
 
 def _any_within(array: jax.Array, axis: int, reach: int, *, beyond: bool) -> jax.Array:

@@ -14,6 +14,7 @@ from jaxreg.registration.intensities import Clip, clipped
 from jaxreg.registration.stages.coverage import coverage, margins
 from jaxreg.registration.stages.metrics import Metric, shrunk
 from jaxreg.registration.stages.pyramid import FEW_CHANNELS, downsample, level_shape, resize_field
+from jaxreg.registration.stages.spread import spread
 
 __all__ = ["Alignment", "Level", "Problem", "Weighted", "charged", "matmul"]
 
@@ -369,8 +370,8 @@ class Problem:
         moving_ratio: float,
         clip: Clip = "outliers",
     ) -> None:
-        self._fixed = clipped(fixed, clip)
-        self._moving = clipped(moving, clip)
+        self._fixed = spread(clipped(fixed, clip))
+        self._moving = spread(clipped(moving, clip))
         self._masks = fixed_mask, moving_mask
         self._to_physical = fixed_to_physical
         self._to_moving = jnp.linalg.inv(moving_to_physical)
@@ -396,8 +397,8 @@ class Problem:
             other = level_shape(self._moving.shape[2:], max(scale * self._moving_ratio, 1.0))
             masks = _smaller_mask(self._masks[0], shape), _smaller_mask(self._masks[1], other)
             self._pyramids[scale] = (
-                _continued(downsample(self._fixed, shape), masks[0]),
-                _continued(downsample(self._moving, other), masks[1]),
+                spread(_continued(downsample(self._fixed, shape), masks[0])),
+                spread(_continued(downsample(self._moving, other), masks[1])),
                 *masks,
             )
         return self._level(self._pyramids[scale], shape, alignment, metric)

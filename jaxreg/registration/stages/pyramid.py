@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg import gaussian_smooth, interpolate
+from jaxreg.registration.stages.spread import spread
 
 __all__ = ["FEW_CHANNELS", "downsample", "level_shape", "resize_field", "resize_image"]
 
@@ -69,7 +70,7 @@ def resize_image(image: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """
     if image.shape[2:] == tuple(shape):
         return image
-    return interpolate(image, out_shape=tuple(shape), padding_mode="border")
+    return spread(interpolate(image, out_shape=tuple(shape), padding_mode="border"))
 
 
 def resize_field(field: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -92,7 +93,7 @@ def resize_field(field: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """
     if field.shape[1:-1] == tuple(shape):
         return field
-    return jnp.moveaxis(resize_image(jnp.moveaxis(field, -1, 1), shape), 1, -1)
+    return spread(jnp.moveaxis(resize_image(jnp.moveaxis(field, -1, 1), shape), 1, -1), 1)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -136,7 +137,7 @@ def downsample(image: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     padded = jnp.pad(
         image, [(0, 0), (0, 0), *((r, r) for r in radius)], mode="reflect", reflect_type="odd"
     )
-    smooth = gaussian_smooth(padded, tuple(sigma), truncate=_TRUNCATE)
+    smooth = spread(gaussian_smooth(spread(padded), tuple(sigma), truncate=_TRUNCATE))
     inside = tuple(slice(r, r + n) for r, n in zip(radius, old, strict=True))
-    smaller: jax.Array = resize_image(smooth[(..., *inside)], tuple(shape))
+    smaller: jax.Array = resize_image(spread(smooth[(..., *inside)]), tuple(shape))
     return smaller

@@ -1,0 +1,226 @@
+"""Where the stages of a registration run: on one device, or on several.
+
+On several devices each holds some planes of the volumes, and a stage is one program that they run
+together. Arrays that a program takes and returns have
+as many planes on each device, the last of which may lie beyond the end of the volume; they are cut
+off inside, where the compiler can do with parts of different sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from numpy.typing import ArrayLike, NDArray
+
+from jaxreg.registration.intensities import Clip
+from jaxreg.registration.progress import Callback, Progress
+from jaxreg.registration.register_images import make_problem
+from jaxreg.registration.stages.base import Stage, Trace
+from jaxreg.registration.stages.problem import Alignment, Problem
+from jaxreg.registration.stages.spread import AXIS, mesh_of, padded, placed, sharding
+
+__all__ = ["OneDevice", "SeveralDevices", "check_devices"]
+
+_IMAGE, _MASK, _FIELD = 1, 0, 1
+"""The axis of the planes."""
+
+
+class _Inputs(NamedTuple):
+    """What `make_problem` takes; images and masks with planes beyond their ends."""
+
+    fixed: jax.Array
+    moving: jax.Array
+    fixed_mask: jax.Array | None
+    moving_mask: jax.Array | None
+    fixed_to_physical: jax.Array
+    moving_to_physical: jax.Array
+
+
+class _Settings(NamedTuple):
+    """What the programs are compiled for."""
+
+    planes: int
+    moving_planes: int
+    moving_ratio: float
+    clip: Clip
+
+
+def check_devices(devices: Sequence[jax.Device] | None, ndim: int) -> list[jax.Device] | None:
+    """Return the devices if there are several; refuse what is none, and slices of images in 2-D."""
+    if devices is None:
+        return None
+    found = list(devices)
+    if not found or not all(isinstance(device, jax.Device) for device in found):
+        raise TypeError(f"devices: expected devices, as of jax.devices(), got {devices!r}")
+    if len(set(found)) != len(found):
+        raise ValueError("devices: expected each device once, got one of them twice")
+    if len(found) > 1 and ndim != 3:
+        raise ValueError(f"devices: expected one for images in {ndim}-D, got {len(found)}")
+    return found
+
+
+class OneDevice:
+    """Runs stages on the default device; the operands are those of `make_problem`."""
+
+    def __init__(self, **operands: Any) -> None:
+        self._problem = make_problem(**operands)
+
+    def begin(self, alignment: Alignment) -> Alignment:
+        """Return the alignment."""
+        return alignment
+
+    def run(
+        self, stage: Stage, alignment: Alignment, callback: Callback | None
+    ) -> tuple[Alignment, tuple[Trace, ...]]:
+        """Run a stage."""
+        return stage.run(self._problem, alignment, callback)
+
+    def overlap(self, alignment: Alignment) -> float:
+        """Return how many voxels count at an alignment."""
+        return float(self._problem.whole(alignment).overlap)
+
+    def end(self, alignment: Alignment) -> Alignment:
+        """Return the alignment."""
+        return alignment
+
+
+class SeveralDevices:
+    """Runs stages on several devices; the operands are those of `make_problem`.
+
+    Parameters
+    ----------
+    devices
+        Which hold the planes, in this order.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[jax.Device],
+        fixed: ArrayLike,
+        moving: ArrayLike,
+        *,
+        fixed_mask: ArrayLike | None,
+        moving_mask: ArrayLike | None,
+        fixed_to_physical: ArrayLike,
+        moving_to_physical: ArrayLike,
+        moving_ratio: float,
+        clip: Clip,
+    ) -> None:
+        self._mesh = mesh_of(devices)
+        self._settings = _Settings(
+            np.shape(fixed)[_IMAGE], np.shape(moving)[_IMAGE], moving_ratio, clip
+        )
+        self._inputs = _Inputs(
+            self._put(fixed, _IMAGE),
+            self._put(moving, _IMAGE),
+            None if fixed_mask is None else self._put(fixed_mask, _MASK),
+            None if moving_mask is None else self._put(moving_mask, _MASK),
+            jnp.asarray(fixed_to_physical, jnp.float32),
+            jnp.asarray(moving_to_physical, jnp.float32),
+        )
+
+    def _put(self, array: ArrayLike, axis: int) -> jax.Array:
+        """Spread an array over the devices, of which none gets all."""
+        host = np.asarray(array, np.float32)
+        planes = host.shape[axis]
+        beyond = padded(planes, self._mesh.size) - planes
+        host = np.pad(host, [(0, beyond if i == axis else 0) for i in range(host.ndim)])
+        spread: jax.Array = jax.device_put(host, sharding(self._mesh, axis))
+        return spread
+
+    def begin(self, alignment: Alignment) -> Alignment:
+        """Return an alignment that is spread over the devices."""
+        return _on_fields(lambda field: self._put(field, _FIELD), alignment)
+
+    def run(
+        self, stage: Stage, alignment: Alignment, callback: Callback | None
+    ) -> tuple[Alignment, tuple[Trace, ...]]:
+        """Run a stage; the callback hears of its levels when all of them have ended."""
+        with jax.set_mesh(self._mesh):
+            alignment, traces = _run_stage(stage, self._inputs, alignment, self._settings)
+        if callback is not None:
+            total = sum(stage.iterations) or len(stage.scales)
+            done = 0
+            for scale, trace in zip(stage.scales, traces, strict=True):
+                done += trace.losses.size if stage.iterations else 1
+                callback(Progress(stage.name, scale, done, total, trace.losses))
+        return alignment, traces
+
+    def overlap(self, alignment: Alignment) -> float:
+        """Return how many voxels count at an alignment."""
+        with jax.set_mesh(self._mesh):
+            return float(_overlap(self._inputs, alignment, self._settings))
+
+    def end(self, alignment: Alignment) -> Alignment:
+        """Return an alignment without planes beyond the end.
+
+        Its fields stay spread where as many planes are on each device, and are in the memory of the
+        host elsewhere.
+        """
+        return _on_fields(self._whole, alignment)
+
+    def _whole(self, field: jax.Array) -> Any:
+        if not field.is_fully_addressable:
+            everywhere: NDArray[np.float32] = multihost_utils.process_allgather(field, tiled=True)
+            return everywhere[:, : self._settings.planes]
+        if field.shape[_FIELD] == self._settings.planes:
+            return field
+        return np.asarray(field)[:, : self._settings.planes]
+
+
+def _cut(array: jax.Array, axis: int, planes: int) -> jax.Array:
+    return placed(jax.lax.slice_in_dim(array, 0, planes, axis=axis), axis)
+
+
+def _extended(field: jax.Array) -> jax.Array:
+    planes = field.shape[_FIELD]
+    devices = jax.sharding.get_abstract_mesh().shape[AXIS]
+    beyond = padded(planes, devices) - planes
+    widths = [(0, beyond if i == _FIELD else 0) for i in range(field.ndim)]
+    return placed(jnp.pad(placed(field, _FIELD), widths), _FIELD)
+
+
+def _problem(inputs: _Inputs, settings: _Settings) -> Problem:
+    def mask(array: jax.Array | None, planes: int) -> jax.Array | None:
+        return None if array is None else _cut(array, _MASK, planes)
+
+    return make_problem(
+        _cut(inputs.fixed, _IMAGE, settings.planes),
+        _cut(inputs.moving, _IMAGE, settings.moving_planes),
+        fixed_mask=mask(inputs.fixed_mask, settings.planes),
+        moving_mask=mask(inputs.moving_mask, settings.moving_planes),
+        fixed_to_physical=inputs.fixed_to_physical,
+        moving_to_physical=inputs.moving_to_physical,
+        moving_ratio=settings.moving_ratio,
+        clip=settings.clip,
+    )
+
+
+def _on_fields(function: Callable[[Any], Any], alignment: Alignment) -> Alignment:
+    displacement, inverse = alignment.displacement, alignment.inverse_displacement
+    return alignment._replace(
+        displacement=None if displacement is None else function(displacement),
+        inverse_displacement=None if inverse is None else function(inverse),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def _run_stage(
+    stage: Stage, inputs: _Inputs, alignment: Alignment, settings: _Settings
+) -> tuple[Alignment, tuple[Trace, ...]]:
+    problem = _problem(inputs, settings)
+    whole = _on_fields(lambda field: _cut(field, _FIELD, settings.planes), alignment)
+    found, traces = stage.run(problem, whole)
+    return _on_fields(_extended, found), traces
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def _overlap(inputs: _Inputs, alignment: Alignment, settings: _Settings) -> jax.Array:
+    whole = _on_fields(lambda field: _cut(field, _FIELD, settings.planes), alignment)
+    return _problem(inputs, settings).whole(whole).overlap

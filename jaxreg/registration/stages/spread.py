@@ -1,0 +1,74 @@
+"""Volumes whose planes are spread over several devices, within a registration.
+
+The program of a stage is the same on any number of devices: the compiler divides it by where its
+arrays are. This module says where they are, under a mesh with the axis `AXIS`, and nothing
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+__all__ = ["AXIS", "mesh_of", "padded", "placed", "sharding", "spread"]
+
+AXIS = "planes"
+"""The axis of the mesh that planes are spread over."""
+
+LEAST_VOXELS = 2**21
+"""A volume of fewer voxels is on every device: to exchange its planes would take longer."""
+
+_LEAST_PLANES = 4
+"""On each device; of fewer, most of the work would be for the planes of neighbours."""
+
+
+def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
+    """Return the mesh under which a registration is spread over devices."""
+    return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def sharding(mesh: Mesh, axis: int) -> NamedSharding:
+    """Return how an array is spread whose planes lie along an axis."""
+    return NamedSharding(mesh, _spec(axis))
+
+
+def padded(planes: int, devices: int) -> int:
+    """Return the number of planes of an array that has as many on each device."""
+    return -(-planes // devices) * devices
+
+
+def spread(array: jax.Array, axis: int = 2) -> jax.Array:
+    """Return a volume that is spread over the devices, or on each of them if it is small.
+
+    Parameters
+    ----------
+    array
+        Three spatial axes from ``axis`` on, and two others; any other array stays as it is.
+    axis
+        That of the planes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if AXIS not in mesh.axis_names or array.ndim != 5:
+        return array
+    sizes = array.shape[axis : axis + 3]
+    small = math.prod(sizes) < LEAST_VOXELS or sizes[0] < _LEAST_PLANES * mesh.shape[AXIS]
+    return _constrained(array, _spec(None) if small else _spec(axis))
+
+
+def placed(array: jax.Array, axis: int) -> jax.Array:
+    """Return an array, under the mesh, whose planes lie along an axis and are spread."""
+    return _constrained(array, _spec(axis))
+
+
+def _spec(axis: int | None) -> PartitionSpec:
+    axes = () if axis is None else (*[None] * axis, AXIS)
+    return PartitionSpec(*axes)  # type: ignore[no-untyped-call]
+
+
+def _constrained(array: jax.Array, spec: PartitionSpec) -> jax.Array:
+    result: jax.Array = jax.lax.with_sharding_constraint(array, spec)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,157 @@
+"""Registration of volumes whose planes are spread over devices (of the CPU: see conftest.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import scipy.ndimage
+
+from jaxreg.registration import register
+from jaxreg.registration.stages import spread
+from jaxreg.registration.stages.greedy import Greedy
+from jaxreg.registration.stages.linear import Affine, Rigid
+from jaxreg.registration.stages.moments import Moments
+from jaxreg.registration.stages.svf import SVF
+from jaxreg.registration.stages.syn import SyN
+from jaxreg.warp import INVERSE_TOLERANCE
+from regkernels import Volume
+
+Array = np.ndarray
+
+
+@pytest.fixture(autouse=True)
+def _even_small_volumes_are_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spread, "LEAST_VOXELS", 10_000)
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+def volume(array: Array) -> Volume:
+    return Volume.create(array, spacing=(1.0, 1.1, 1.2), origin=(5.0, -3.0, 7.0))
+
+
+def pair(planes: int) -> tuple[Volume, Volume]:
+    """Two smooth images, of which one is deformed and shifted a little."""
+    shape = (planes, 28, 26)
+    rng = np.random.default_rng(planes)
+    fixed = scipy.ndimage.gaussian_filter(rng.normal(size=shape), 2.5)
+    fixed = 3 + fixed / fixed.std()
+    bump = 1.5 * scipy.ndimage.gaussian_filter(rng.normal(size=(3, *shape)), (0, 5, 5, 5))
+    bump *= 1.5 / np.abs(bump).max()
+    place = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij")) + bump + 0.4
+    moving = scipy.ndimage.map_coordinates(fixed, place, order=1, mode="nearest")
+    return volume(fixed.astype(np.float32)), volume(moving.astype(np.float32))
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    return {"scales": (2, 1), "iterations": (10, 5), **changes}
+
+
+STAGES: dict[str, Callable[[], list[Any]]] = {
+    "moments, rigid and affine": lambda: [
+        Moments(scale=1),
+        Rigid(**settings()),
+        Affine(**settings(metric="lncc")),
+    ],
+    "greedy": lambda: [Greedy(**settings())],
+    "syn": lambda: [Affine(**settings()), SyN(**settings())],
+    "svf": lambda: [SVF(**settings(metric="mse"))],
+    "greedy with mi": lambda: [Affine(**settings(metric="mi")), Greedy(**settings(metric="mi"))],
+}
+
+
+def voxels_apart(one: Any, other: Any) -> float:
+    sizes = np.array([(n - 1) / 2 for n in np.shape(one)[-2:0:-1]])
+    return float(np.abs((np.asarray(one) - np.asarray(other)) * sizes).max())
+
+
+CASES = [(name, 3, 25) for name in STAGES] + [("syn", 2, 24), ("syn", 4, 26)]
+
+
+@pytest.mark.parametrize(("name", "devices", "planes"), CASES)
+def test_the_result_is_that_of_one_device(name: str, devices: int, planes: int) -> None:
+    fixed, moving = pair(planes)
+    stages = STAGES[name]
+    expected = register(fixed, moving, stages())
+    found = register(fixed, moving, stages(), devices=jax.devices("cpu")[:devices])
+    # Rounding an image otherwise in its last bit has moved points by up to 6e-5 mm.
+    difference = np.abs(found.transform.matrix - expected.transform.matrix)
+    assert difference[:3, :3].max() < 2e-5
+    assert difference[:3, 3].max() < 5e-4
+    if expected.transform.displacement is None:
+        assert found.transform.displacement is None
+        return
+    assert voxels_apart(found.transform.displacement, expected.transform.displacement) < 2e-3
+    # Each inverse is only as exact as it was asked to be, and where it stops rounding decides.
+    inverses = found.transform.inverse_displacement, expected.transform.inverse_displacement
+    assert voxels_apart(*inverses) < 2 * INVERSE_TOLERANCE
+    for one, other in zip(found.stages, expected.stages, strict=True):
+        for level, right in zip(one.levels, other.levels, strict=True):
+            assert level.converged == right.converged
+            np.testing.assert_allclose(level.losses, right.losses, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_and_a_start_count_as_on_one_device() -> None:
+    fixed, moving = pair(25)
+    inside = np.zeros(fixed.shape, np.float32)
+    inside[3:-4, 4:-4, 5:-3] = 1
+    mask = volume(inside)
+    start = np.eye(4)
+    start[0, 3] = 1.0
+    options: dict[str, Any] = {"fixed_mask": mask, "moving_mask": mask, "initial": start}
+    stages = [Affine(**settings()), Greedy(**settings())]
+    expected = register(fixed, moving, stages, **options)
+    found = register(fixed, moving, stages, **options, devices=jax.devices("cpu")[:2])
+    assert voxels_apart(found.transform.displacement, expected.transform.displacement) < 2e-3
+
+
+def test_a_registration_goes_on_from_another_one() -> None:
+    fixed, moving = pair(26)
+    devices = jax.devices("cpu")[:2]
+    first = register(fixed, moving, [Greedy(**settings())], devices=devices)
+    assert first.transform.displacement.sharding.num_devices == 2
+    again = register(
+        fixed, moving, [Greedy(**settings())], devices=devices, initial=first.transform
+    )
+    expected = register(fixed, moving, [Greedy(**settings())], initial=first.transform)
+    assert voxels_apart(again.transform.displacement, expected.transform.displacement) < 2e-3
+    # What follows from the transform is computed where its fields are.
+    assert np.abs(again.moved.array - expected.moved.array).max() < 1e-3
+    assert again.folds.share == 0
+
+
+def test_progress_is_told_of_each_level() -> None:
+    fixed, moving = pair(24)
+    heard = []
+    register(
+        fixed,
+        moving,
+        [Greedy(**settings())],
+        devices=jax.devices("cpu")[:2],
+        callback=lambda progress: heard.append((progress.scale, progress.done, progress.total)),
+    )
+    assert heard == [(2, 10, 15), (1, 15, 15)]
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        (lambda: [], "devices: expected devices"),
+        (lambda: ["cpu"], "devices: expected devices"),
+        (lambda: [jax.devices("cpu")[0]] * 2, "devices: expected each device once"),
+    ],
+)
+def test_what_is_no_device_is_refused(devices: Callable[[], Any], message: str) -> None:
+    fixed, moving = pair(24)
+    with pytest.raises((TypeError, ValueError), match=message):
+        register(fixed, moving, [Greedy(**settings())], devices=devices())
+
+
+def test_several_devices_are_for_volumes() -> None:
+    image = Volume.create(np.random.default_rng(0).normal(size=(20, 20)).astype(np.float32))
+    with pytest.raises(ValueError, match="devices: expected one for images in 2-D, got 2"):
+        register(image, image, [Greedy(**settings())], devices=jax.devices("cpu")[:2])
