@@ -105,7 +105,7 @@ def demo(
             )
             scores, facts = _register(fixed, moving, folder, console, target, quick)
         written = sorted(path.name for path in folder.iterdir())
-    stopwatch.add_rows(facts, target)
+    stopwatch.add_rows(facts, devices.describe(target))
     console.print(scores)
     console.print(facts)
     for name in written:

@@ -1,4 +1,4 @@
-"""The ``--device`` option."""
+"""The ``--device`` and ``--devices`` options."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 
 import jax
 
-__all__ = ["Device", "describe", "find"]
+__all__ = ["Device", "describe", "find", "find_several"]
 
 
 class Device(enum.StrEnum):
@@ -30,6 +30,42 @@ def find(device: Device) -> jax.Device:
     except RuntimeError as error:
         reason = error if device is Device.AUTO else f"JAX sees no {device.value.upper()}"
         raise ValueError(f"--device {device.value}: {reason}") from error
+
+
+def find_several(count: str, first: jax.Device, ndim: int) -> list[jax.Device] | None:
+    """Return the devices that a volume is spread over, of the kind of the one to run on.
+
+    Parameters
+    ----------
+    count
+        How many, or ``"all"``.
+    first
+        The device to run on.
+    ndim
+        Spatial dimensions of the images.
+
+    Returns
+    -------
+    list of jax.Device or None
+        `None`: the one device does.
+
+    Raises
+    ------
+    ValueError
+        If it is no number, or of more devices than there are, or for images in 2-D.
+    """
+    there = jax.devices(first.platform)
+    number = len(there) if count == "all" else int(count) if count.isdecimal() else 0
+    if not 1 <= number <= len(there):
+        raise ValueError(
+            f"--devices: expected a number from 1 to {len(there)}, the devices that JAX sees, or "
+            f"all, got {count!r}"
+        )
+    if number > 1 and ndim != 3:
+        if count == "all":
+            return None
+        raise ValueError(f"--devices: expected 1 for images in {ndim}-D, got {number}")
+    return there[:number] if number > 1 else None
 
 
 def describe(device: jax.Device) -> str:

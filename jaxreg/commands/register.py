@@ -134,6 +134,15 @@ def register(
         ),
     ] = "background",
     device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,
+    several: Annotated[
+        str,
+        typer.Option(
+            "--devices",
+            metavar="N",
+            help="How many of them to spread volumes over that do not fit one; all: as many as "
+            "there are.",
+        ),
+    ] = "1",
     report: Annotated[
         bool,
         typer.Option("--report", help=f"Also write {_REPORT}: pictures to judge the result by."),
@@ -172,6 +181,7 @@ def register(
         with naming(name):
             check_image_grid(volumes[name].grid, output / _MOVED, volumes[name].channels)
     target = devices.find(device)
+    spread = devices.find_several(several, target, volumes["FIXED"].ndim)
     if cache is not None:
         with naming("--cache"):
             keep_compiled(cache)
@@ -192,9 +202,10 @@ def register(
             initial=Transform.from_parts(image.grid, parts).with_inverse() if parts else None,
             clip=clipping,
             outside=around,
+            devices=spread,
         )
         _write(result, folder)
-        facts = {**describe(), "device": devices.describe(target)}
+        facts = {**describe(), "device": _told(target, spread)}
         inputs = {name: str(path) for name, path in read} | {"--initial": initial or []}
         beyond = {
             name: outside_values(volume, result.outside)
@@ -212,7 +223,7 @@ def register(
             tables = {"Inputs": told, "Versions": facts}
             write_report(result, folder / _REPORT, title=title, tables=tables)
         written = sorted(path.name for path in folder.iterdir())
-    console.print(_summary(result, stopwatch, target))
+    console.print(_summary(result, stopwatch, facts["device"]))
     for name, values in beyond.items():
         if values.any():
             text = f"Outside of the image in {name} is {format_values(values)}."
@@ -271,11 +282,17 @@ def _record(result: Registration, inputs: dict[str, Any], facts: dict[str, str])
     }
 
 
-def _summary(result: Registration, stopwatch: Stopwatch, target: jax.Device) -> Table:
+def _told(target: jax.Device, spread: list[jax.Device] | None) -> str:
+    """Return what the stages ran on, for people."""
+    name = devices.describe(target)
+    return name if spread is None else f"{len(spread)} of {name}, with some planes on each"
+
+
+def _summary(result: Registration, stopwatch: Stopwatch, device: str) -> Table:
     table = fact_table()
     for stage in result.stages:
         table.add_row(stage.name.capitalize(), f"{stage.seconds:.1f} s")
-    stopwatch.add_rows(table, target)
+    stopwatch.add_rows(table, device)
     table.add_section()
     folds = result.folds
     table.add_row("Voxels with Jacobian determinant ≤ 0", f"{100 * folds.share:.4g} %")

@@ -404,5 +404,5 @@ def _summary(result: Template, stopwatch: Stopwatch, target: jax.Device) -> Tabl
             f"changed {100 * record.change:.2g} %",
         )
     table.add_section()
-    stopwatch.add_rows(table, target)
+    stopwatch.add_rows(table, devices.describe(target))
     return table

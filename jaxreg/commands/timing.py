@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import time
 
-import jax
 from rich.table import Table
 
-from jaxreg.commands import devices
 from jaxreg.commands.compilation import compile_seconds
 
 __all__ = ["Stopwatch", "fact_table"]
@@ -19,12 +17,12 @@ class Stopwatch:
     def __init__(self) -> None:
         self._began, self._compiled = time.perf_counter(), compile_seconds()
 
-    def add_rows(self, table: Table, target: jax.Device) -> None:
-        """Tell what it has counted until now, and on which device that was."""
+    def add_rows(self, table: Table, device: str) -> None:
+        """Tell what it has counted until now, and on which device that was, by its name."""
         seconds, compiling = time.perf_counter() - self._began, compile_seconds() - self._compiled
         table.add_row("Total", f"{seconds:.1f} s", style="bold")
         table.add_row("of which XLA compilation", f"{compiling:.1f} s", style="dim")
-        table.add_row("Device", devices.describe(target))
+        table.add_row("Device", device)
 
 
 def fact_table() -> Table:

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import scipy.ndimage
 import SimpleITK as sitk  # noqa: N813
 from command import run
 from jax.experimental.compilation_cache import compilation_cache
@@ -241,6 +242,35 @@ def test_without_a_deformation_everything_but_the_warps_is_there(
         scale = np.abs(expected).max()
         np.testing.assert_allclose(read_volume(found).array, expected, atol=1e-4 * scale)
         assert float(ncc(read_volume(found).batched(), read_volume(grid).batched())[0, 0]) > 0.97
+
+
+def test_a_registration_on_several_devices_writes_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    image = scipy.ndimage.gaussian_filter(rng.normal(size=(20, 22, 21)), 2).astype(np.float32)
+    paths = [tmp_path / name for name in ("fixed.nii.gz", "moving.nii.gz")]
+    for path, array in zip(paths, (image, np.roll(image, 1, 1)), strict=True):
+        write_volume(Volume.create(array), path)
+    options = ["--stages", "affine,greedy", "--preset", "fast", "--device", "cpu"]
+    for count in ("1", "2"):
+        folder = tmp_path / count
+        assert run("register", *paths, *options, "--devices", count, "-o", folder) == 0
+    assert "2 of CPU" in capsys.readouterr().out
+    record = json.loads((tmp_path / "2" / "registration.json").read_text())
+    assert record["versions"]["device"] == "2 of CPU, with some planes on each"
+    one, two = (read_volume(tmp_path / count / "moved.nii.gz").array for count in ("1", "2"))
+    np.testing.assert_allclose(two, one, atol=1e-3 * np.abs(one).max())
+
+
+@pytest.mark.parametrize("count", ["0", "many", "1000"])
+def test_devices_that_are_not_there_are_refused(
+    pair: Path, tmp_path: Path, count: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--device", "cpu", "--devices", count, "-o", tmp_path / "out"]
+    assert run("register", pair / "fixed.nii.gz", pair / "moving.mha", *arguments) == 2
+    assert "--devices: expected a number from 1 to" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_why_a_result_may_be_wrong_is_told_on_stderr_in_the_record_and_in_the_report(
