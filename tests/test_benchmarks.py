@@ -331,3 +331,18 @@ def test_a_registration_that_was_written_part_by_part_is_compared(
         ("register, affine stage", "jaxreg"): 100,
         ("iteration of affine 1/4", "jaxreg"): 0.5,
     }
+
+
+def test_scaling_is_measured_on_several_devices(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--cube", "16", "--devices", "1", "2", "--only", "strong", "--stages", "greedy"]
+    file = tmp_path / "scaling.json"
+    script("scaling", monkeypatch, "--device", "cpu", *options, "--json", str(file)).main()
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["work"], row["who"]) for row in rows] == [
+        ("strong, greedy", "1 devices"),
+        ("strong, greedy", "2 devices"),
+    ]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], abs=1e-4)
+    assert "strong, greedy, 2 devices:" in capsys.readouterr().out
