@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 
@@ -41,13 +42,14 @@ PROGRAM = textwrap.dedent(
 )
 
 
-def results(count: int) -> list[dict[str, object]]:
+def results(count: int, folder: Path) -> list[dict[str, object]]:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(port), str(count), str(number)],
+            cwd=folder,  # beside the sources, Python would take them for the installed package
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -66,8 +68,8 @@ def results(count: int) -> list[dict[str, object]]:
     return told
 
 
-def test_every_process_has_the_result_of_one() -> None:
-    (alone,) = results(1)
-    for one in results(2):
+def test_every_process_has_the_result_of_one(tmp_path: Path) -> None:
+    (alone,) = results(1, tmp_path)
+    for one in results(2, tmp_path):
         assert one["devices"] == 2
         np.testing.assert_allclose(one["field"], alone["field"], rtol=0, atol=1e-4)
