@@ -394,6 +394,26 @@ def test_gaussian_smooth_of_images_gives_the_bits_of_one_device(mesh: Mesh, plan
     assert_same(spread(image), np.asarray(jax.jit(function)(image)))
 
 
+@pytest.mark.parametrize("radius", [1, 2])
+@pytest.mark.parametrize("dilation", [1, 3])
+def test_descriptors_are_those_of_one_device(
+    mesh: Mesh, planes: int, radius: int, dilation: int
+) -> None:
+    image = random_array(1, 2, 2, planes, *IN_PLANE)
+
+    def function(image: Any) -> Any:
+        def described(image: Any) -> Any:
+            return jaxreg.mind_ssc(image, radius=radius, dilation=dilation)
+
+        value, transpose = jax.vjp(described, image)
+        return value, *transpose(jnp.sin(jnp.arange(value.size)).reshape(value.shape))
+
+    spread = on_slabs(function, mesh, [IMAGE], [IMAGE, IMAGE])
+    for found, expected in zip(spread(image), jax.jit(function)(image), strict=True):
+        assert_close(found, expected)
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
 def test_affine_warp_gives_the_bits_of_one_device(mesh: Mesh, planes: int) -> None:
     u, affine = displacement(planes, 1.0), random_affine(5, 1, 3)
     spread = on_slabs(jaxreg.affine_warp, mesh, [None, FIELD], [FIELD])

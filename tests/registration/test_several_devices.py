@@ -60,6 +60,7 @@ STAGES: dict[str, Callable[[], list[Any]]] = {
     "greedy": lambda: [Greedy(**settings())],
     "syn": lambda: [Affine(**settings()), SyN(**settings())],
     "svf": lambda: [SVF(**settings(metric="mse"))],
+    "greedy with mind": lambda: [Greedy(**settings(metric="mind"))],
     "greedy with mi": lambda: [Affine(**settings(metric="mi")), Greedy(**settings(metric="mi"))],
 }
 
