@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 MeshAxes = tuple[str, ...]
 Arrays = dict[str, jax.Array]
-_RANK = 6
+RANK = 6
 """Of images and fields in 3-D, with the group axis."""
 Role = Literal["planes", "sampled"]
 SLAB_AXES: tuple[Role, Role] = ("planes", "sampled")
@@ -709,5 +709,5 @@ def axes_of_slabs(
     axes = slab_op.axes(attributes)
     places = [(operands[name], axis) for name, (_, axis) in axes.items() if name in operands]
     reach = slab_op.reach(attributes)
-    is_large = all(len(shape) == _RANK and shape[axis] >= reach for shape, axis in places[:1])
+    is_large = all(len(shape) == RANK and shape[axis] >= reach for shape, axis in places[:1])
     return axes if places and is_large else {}
