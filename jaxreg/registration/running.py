@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from jaxreg.registration.across import cut, extended, put, whole
 from jaxreg.registration.intensities import Clip
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.register_images import make_problem
 from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.problem import Alignment, Problem
-from jaxreg.registration.stages.spread import AXIS, mesh_of, padded, placed, sharding
+from jaxreg.registration.stages.spread import mesh_of
 
 __all__ = ["OneDevice", "SeveralDevices", "check_devices"]
 
@@ -127,12 +127,7 @@ class SeveralDevices:
 
     def _put(self, array: ArrayLike, axis: int) -> jax.Array:
         """Spread an array over the devices, of which none gets all."""
-        host = np.asarray(array, np.float32)
-        planes = host.shape[axis]
-        beyond = padded(planes, self._mesh.size) - planes
-        host = np.pad(host, [(0, beyond if i == axis else 0) for i in range(host.ndim)])
-        spread: jax.Array = jax.device_put(host, sharding(self._mesh, axis))
-        return spread
+        return put(np.asarray(array, np.float32), axis, self._mesh)
 
     def begin(self, alignment: Alignment) -> Alignment:
         """Return an alignment that is spread over the devices."""
@@ -163,36 +158,16 @@ class SeveralDevices:
         Its fields stay spread where as many planes are on each device, and are in the memory of the
         host elsewhere.
         """
-        return _on_fields(self._whole, alignment)
-
-    def _whole(self, field: jax.Array) -> Any:
-        if not field.is_fully_addressable:
-            everywhere: NDArray[np.float32] = multihost_utils.process_allgather(field, tiled=True)
-            return everywhere[:, : self._settings.planes]
-        if field.shape[_FIELD] == self._settings.planes:
-            return field
-        return np.asarray(field)[:, : self._settings.planes]
-
-
-def _cut(array: jax.Array, axis: int, planes: int) -> jax.Array:
-    return placed(jax.lax.slice_in_dim(array, 0, planes, axis=axis), axis)
-
-
-def _extended(field: jax.Array) -> jax.Array:
-    planes = field.shape[_FIELD]
-    devices = jax.sharding.get_abstract_mesh().shape[AXIS]
-    beyond = padded(planes, devices) - planes
-    widths = [(0, beyond if i == _FIELD else 0) for i in range(field.ndim)]
-    return placed(jnp.pad(placed(field, _FIELD), widths), _FIELD)
+        return _on_fields(lambda field: whole(field, _FIELD, self._settings.planes), alignment)
 
 
 def _problem(inputs: _Inputs, settings: _Settings) -> Problem:
     def mask(array: jax.Array | None, planes: int) -> jax.Array | None:
-        return None if array is None else _cut(array, _MASK, planes)
+        return None if array is None else cut(array, _MASK, planes)
 
     return make_problem(
-        _cut(inputs.fixed, _IMAGE, settings.planes),
-        _cut(inputs.moving, _IMAGE, settings.moving_planes),
+        cut(inputs.fixed, _IMAGE, settings.planes),
+        cut(inputs.moving, _IMAGE, settings.moving_planes),
         fixed_mask=mask(inputs.fixed_mask, settings.planes),
         moving_mask=mask(inputs.moving_mask, settings.moving_planes),
         fixed_to_physical=inputs.fixed_to_physical,
@@ -215,12 +190,12 @@ def _run_stage(
     stage: Stage, inputs: _Inputs, alignment: Alignment, settings: _Settings
 ) -> tuple[Alignment, tuple[Trace, ...]]:
     problem = _problem(inputs, settings)
-    whole = _on_fields(lambda field: _cut(field, _FIELD, settings.planes), alignment)
+    whole = _on_fields(lambda field: cut(field, _FIELD, settings.planes), alignment)
     found, traces = stage.run(problem, whole)
-    return _on_fields(_extended, found), traces
+    return _on_fields(lambda field: extended(field, _FIELD), found), traces
 
 
 @functools.partial(jax.jit, static_argnames="settings")
 def _overlap(inputs: _Inputs, alignment: Alignment, settings: _Settings) -> jax.Array:
-    whole = _on_fields(lambda field: _cut(field, _FIELD, settings.planes), alignment)
+    whole = _on_fields(lambda field: cut(field, _FIELD, settings.planes), alignment)
     return _problem(inputs, settings).whole(whole).overlap

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.ndimage
+from inputs import assert_same
 
 from jaxreg.registration import register
 from jaxreg.registration.stages import spread
@@ -108,6 +110,36 @@ def test_masks_and_a_start_count_as_on_one_device() -> None:
     expected = register(fixed, moving, stages, **options)
     found = register(fixed, moving, stages, **options, devices=jax.devices("cpu")[:2])
     assert voxels_apart(found.transform.displacement, expected.transform.displacement) < 2e-3
+
+
+@pytest.mark.parametrize(("devices", "planes"), [(2, 24), (3, 25)])
+def test_what_follows_from_the_transform_is_computed_on_all_devices(
+    devices: int, planes: int
+) -> None:
+    fixed, moving = pair(planes)
+    stages = [Affine(**settings()), SyN(**settings())]
+    found = register(fixed, moving, stages, devices=jax.devices("cpu")[:devices], outside=-2.0)
+    alone = dataclasses.replace(found, transform=dataclasses.replace(found.transform, devices=None))
+    for name in ("moved", "fixed_moved"):
+        one, other = getattr(found, name).array, getattr(alone, name).array
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    assert_same(found.jacobian, alone.jacobian)
+    assert found.folds == alone.folds
+    assert found.doubts == alone.doubts
+    np.testing.assert_allclose(found.inverse_residual, alone.inverse_residual, atol=1e-5)
+    there, back = found.transform, alone.transform
+    for with_affine in (False, True):
+        one, other = (x.displacement_field(with_affine=with_affine) for x in (there, back))
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    one, other = (x.inverse(moving.grid) for x in (there, back))
+    assert voxels_apart(one.displacement, other.displacement) < 1e-4
+    assert voxels_apart(one.inverse_displacement, other.inverse_displacement) < 1e-4
+    one, other = (x.with_inverse().inverse_displacement for x in (there, back))
+    assert voxels_apart(one, other) < 1e-4
+    labels = volume((fixed.array > 3).astype(np.int32) + 1)
+    for kind in ("labels", "nearest"):
+        one, other = (x.apply(labels, interpolation=kind, outside=7).array for x in (there, back))
+        assert_same(one, other)
 
 
 def test_a_registration_goes_on_from_another_one() -> None:
