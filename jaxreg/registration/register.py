@@ -270,6 +270,8 @@ def register(
         covers no voxel of the fixed one that counts: then there was nothing to compare; if a
         metric or its gradient is not finite; for a `clip` or `outside` that does not fit; or for
         several devices and images in 2-D.
+    RuntimeError
+        If the devices belong to several processes of `jax.distributed`, and one of them has ended.
     TypeError
         If there is something else among the stages or the devices, if a volume or a mask is none,
         if `initial` is neither numbers nor a transform, or if `outside` is neither numbers nor

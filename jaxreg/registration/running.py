@@ -8,8 +8,9 @@ off inside, where the compiler can do with parts of different sizes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -137,8 +138,9 @@ class SeveralDevices:
         self, stage: Stage, alignment: Alignment, callback: Callback | None
     ) -> tuple[Alignment, tuple[Trace, ...]]:
         """Run a stage; the callback hears of its levels when all of them have ended."""
-        with jax.set_mesh(self._mesh):
-            alignment, traces = _run_stage(stage, self._inputs, alignment, self._settings)
+        with _together(), jax.set_mesh(self._mesh):
+            found = _run_stage(stage, self._inputs, alignment, self._settings)
+            alignment, traces = jax.block_until_ready(found)  # type: ignore[no-untyped-call]
         if callback is not None:
             total = sum(stage.iterations) or len(stage.scales)
             done = 0
@@ -149,7 +151,7 @@ class SeveralDevices:
 
     def overlap(self, alignment: Alignment) -> float:
         """Return how many voxels count at an alignment."""
-        with jax.set_mesh(self._mesh):
+        with _together(), jax.set_mesh(self._mesh):
             return float(_overlap(self._inputs, alignment, self._settings))
 
     def end(self, alignment: Alignment) -> Alignment:
@@ -159,6 +161,20 @@ class SeveralDevices:
         host elsewhere.
         """
         return _on_fields(lambda field: whole(field, _FIELD, self._settings.planes), alignment)
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Say what it means if a program of several processes fails: one of them is not there."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise RuntimeError(
+            f"devices: the program of {jax.process_count()} processes failed, probably because one "
+            f"of them has ended or cannot be reached; see what the others say. Here: {error}"
+        ) from error
 
 
 def _problem(inputs: _Inputs, settings: _Settings) -> Problem:
