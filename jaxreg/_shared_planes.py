@@ -69,13 +69,19 @@ def planes_over(
         Those of the volume that is sampled, ``image``, ``labels`` or ``u``, if they are others. One
         that every device has, because it is not spread over the axis, is sampled as it is.
 
+    Returns
+    -------
+    context manager
+
     Raises
     ------
     NameError
         Outside of a ``jax.shard_map`` over the axis.
     ValueError
-        A number of planes that is none, here; in a call, arrays with other numbers of planes than
-        those say, or volumes too small for their windows. The message names the argument.
+        No planes, here; in a call, arrays with other numbers of planes than those say, or volumes
+        too small for their windows. The message names the argument.
+    TypeError
+        What is no number.
 
     Notes
     -----
@@ -94,8 +100,10 @@ def planes_over(
     """
     planes, sampled_planes = plain_number(planes), plain_number(sampled_planes)
     for name, value in (("planes", planes), ("sampled_planes", sampled_planes)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}: expected a number of planes from 1, got {value!r}")
+        if value is not None and not isinstance(value, int):
+            raise TypeError(f"{name}: expected a number of planes, got {type(value).__name__}")
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected a number of planes from 1, got {value}")
     devices = jax.lax.axis_size(axis_name)
     token = _shared.set(SharedPlanes(axis_name, devices, planes, sampled_planes))
     try:

@@ -11,6 +11,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from device_cases import Shared, cases
 from inputs import assert_close as assert_values_close
 from inputs import assert_same, random_affine, random_array
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -23,7 +24,9 @@ Function = Callable[..., Any]
 
 IN_PLANE = (6, 7)
 IMAGES, FIELDS, EVERYWHERE = P(None, None, "z"), P(None, "z"), P()
-CASES = {"12 planes on 2 devices": (2, 12), "13 planes on 4": (4, 13), "9 planes on 4": (4, 9)}
+# One device, with the kernels of slabs all the same, and two.
+GPUS = [Shared(1, 12, "gpu"), Shared(2, 13, "gpu")]
+CASES = [Shared(2, 12), Shared(4, 13), Shared(4, 9), *GPUS]
 
 
 @pytest.fixture(autouse=True)
@@ -32,20 +35,21 @@ def _double_precision_on_the_cpu() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=CASES.values(), ids=CASES)
-def case(request: pytest.FixtureRequest) -> tuple[int, int]:
-    found: tuple[int, int] = request.param
+@pytest.fixture(params=cases(CASES))
+def case(request: pytest.FixtureRequest) -> Shared:
+    found: Shared = request.param
     return found
 
 
 @pytest.fixture
-def mesh(case: tuple[int, int]) -> Mesh:
-    return mesh_of(case[0])
+def mesh(case: Shared) -> Iterator[Mesh]:
+    with case.mesh() as mesh:
+        yield mesh
 
 
 @pytest.fixture
-def planes(case: tuple[int, int]) -> int:
-    return case[1]
+def planes(case: Shared) -> int:
+    return case.planes
 
 
 def mesh_of(devices: int) -> Mesh:
@@ -331,7 +335,7 @@ def test_what_does_not_fit_is_refused() -> None:
     both = (image, grid), (IMAGES, FIELDS)
     with pytest.raises(ValueError, match="planes: expected a number of planes from 1, got 0"):
         call_with(*both, 0)
-    with pytest.raises(ValueError, match=r"sampled_planes: expected a number .* got 'all'"):
+    with pytest.raises(TypeError, match="sampled_planes: expected a number of planes, got str"):
         call_with(*both, sampled_planes="all")
     with pytest.raises(ValueError, match=r"grid: expected 7 planes on each device, as 13 .* got 6"):
         call_with(*both, 13)

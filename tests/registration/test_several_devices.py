@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.ndimage
+from device_cases import Shared, cases
 from inputs import assert_same
 
 from jaxreg.registration import register
@@ -72,15 +73,22 @@ def voxels_apart(one: Any, other: Any) -> float:
     return float(np.abs((np.asarray(one) - np.asarray(other)) * sizes).max())
 
 
-CASES = [(name, 3, 25) for name in STAGES] + [("syn", 2, 24), ("syn", 4, 26)]
+CASES = [Shared(2, 24), Shared(3, 25), Shared(4, 26), Shared(2, 25, "gpu")]
+CASES_OF_STAGES = [
+    pytest.param(name, *case.values, id=f"{name}, {case.id}", marks=case.marks)
+    for name in STAGES
+    for case in cases(CASES)
+    if name == "syn" or case.values[0] in (CASES[1], CASES[3])
+]
 
 
-@pytest.mark.parametrize(("name", "devices", "planes"), CASES)
-def test_the_result_is_that_of_one_device(name: str, devices: int, planes: int) -> None:
-    fixed, moving = pair(planes)
+@pytest.mark.parametrize(("name", "case"), CASES_OF_STAGES)
+def test_the_result_is_that_of_one_device(name: str, case: Shared) -> None:
+    fixed, moving = pair(case.planes)
     stages = STAGES[name]
-    expected = register(fixed, moving, stages())
-    found = register(fixed, moving, stages(), devices=jax.devices("cpu")[:devices])
+    with case.mesh() as mesh:
+        expected = register(fixed, moving, stages())
+        found = register(fixed, moving, stages(), devices=mesh.devices.tolist())
     # On one device an image that differs in its last bits has changed the shift by 6e-5 mm.
     difference = np.abs(found.transform.matrix - expected.transform.matrix)
     assert difference[:3, :3].max() < 2e-5
