@@ -3,19 +3,31 @@
 Needs SimpleITK: ``pip install 'regkernels[files]'``.
 """
 
+from regkernels.files.conversions import (
+    from_nibabel,
+    from_simpleitk,
+    to_nibabel,
+    to_simpleitk,
+)
 from regkernels.files.images import read_grid, read_volume, write_volume
 from regkernels.files.transforms import (
     read_transform,
     write_affine,
+    write_composite,
     write_displacement,
     write_transform,
 )
 
 __all__ = [
+    "from_nibabel",
+    "from_simpleitk",
     "read_grid",
     "read_transform",
     "read_volume",
+    "to_nibabel",
+    "to_simpleitk",
     "write_affine",
+    "write_composite",
     "write_displacement",
     "write_transform",
     "write_volume",
