@@ -205,7 +205,7 @@ def register(
             devices=spread,
         )
         _write(result, folder)
-        facts = {**describe(), "device": _told(target, spread)}
+        facts = {**describe(["jax"]), "device": _told(target, spread)}
         inputs = {name: str(path) for name, path in read} | {"--initial": initial or []}
         beyond = {
             name: outside_values(volume, result.outside)

@@ -239,7 +239,7 @@ def template(
                     "normalise": normalise,
                     "clip": clipping,
                 }
-                facts = {**describe(), "device": devices.describe(target)}
+                facts = {**describe(["jax"]), "device": devices.describe(target)}
                 record = _record(result, settings, chosen, folders, labels, facts)
                 (beside / _RECORD).write_text(f"{json.dumps(record, indent=2)}\n")
                 written = sorted(path.name for path in beside.iterdir())

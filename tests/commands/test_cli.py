@@ -27,7 +27,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 from scenes import header, physical_grid, placed, scene
 
-from jaxreg import cli
+import jaxreg_cli
 from jaxreg.commands import progress_bars
 from jaxreg.registration import Affine, Progress, Registration, Transform, ncc
 from regkernels import (
@@ -816,7 +816,9 @@ def test_a_bug_is_not_taken_for_bad_input(
 
     monkeypatch.setattr(register_command, "register_watched", fail)
     with pytest.raises(type(bug)):
-        cli.main([str(argument) for argument in (*registration(pair), "-o", tmp_path / "out")])
+        jaxreg_cli.main(
+            [str(argument) for argument in (*registration(pair), "-o", tmp_path / "out")]
+        )
     assert not list(tmp_path.iterdir())
 
 
