@@ -11,6 +11,7 @@ import numpy as np
 import typer
 
 from jaxreg.commands import devices
+from jaxreg.commands.compilation import NoCache, keep_compiled
 from jaxreg.commands.devices import Device
 from jaxreg.commands.inputs import (
     format_values,
@@ -76,6 +77,7 @@ def apply(
         ),
     ] = None,
     device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,
+    no_cache: NoCache = False,
 ) -> None:
     """Resample IMAGE onto the grid of a reference, through any number of transforms.
 
@@ -106,6 +108,7 @@ def apply(
             raise ValueError(f"{reference}: expected a {volume.ndim}-D image, got {grid.ndim}-D")
     with naming("--output"):
         check_image_grid(grid, output, volume.channels)
+    keep_compiled(None, no_cache)
     with jax.default_device(devices.find(device)):
         parts = read_chain("--transform", texts, volume.ndim)
         kind: resampling.Interpolation = "labels" if labels else interpolation.value

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxreg.commands import devices
-from jaxreg.commands.compilation import keep_compiled
+from jaxreg.commands.compilation import Cache, NoCache, keep_compiled
 from jaxreg.commands.devices import Device
 from jaxreg.commands.doubts import tell_doubts
 from jaxreg.commands.inputs import (
@@ -147,13 +147,8 @@ def register(
         bool,
         typer.Option("--report", help=f"Also write {_REPORT}: pictures to judge the result by."),
     ] = False,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder that keeps compiled programs, so that the next run starts sooner.",
-        ),
-    ] = None,
+    cache: Cache = None,
+    no_cache: NoCache = False,
 ) -> None:
     """Register MOVING to FIXED.
 
@@ -182,9 +177,7 @@ def register(
             check_image_grid(volumes[name].grid, output / _MOVED, volumes[name].channels)
     target = devices.find(device)
     spread = devices.find_several(several, target, volumes["FIXED"].ndim)
-    if cache is not None:
-        with naming("--cache"):
-            keep_compiled(cache)
+    keep_compiled(cache, no_cache)
     console = Console()
     with contextlib.ExitStack() as stack:
         with naming("--output"):
