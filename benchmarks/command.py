@@ -25,6 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from harness import Record, add_file_arguments
 
@@ -34,10 +35,12 @@ from regkernels.data import load_pair_paths
 
 __all__ = ["finer", "parts_of"]
 
-COLD, WARM = "empty cache", "with the cache"
+COLD, WARM = "empty", "filled"
 
 
 def main() -> None:
+    # The processes that are measured have the device for themselves.
+    jax.config.update("jax_platforms", "cpu")
     arguments = parse()
     record = Record("command", arguments, device_name(arguments.device), repeats=arguments.repeats)
     with tempfile.TemporaryDirectory() as name:
@@ -49,7 +52,7 @@ def main() -> None:
         through = ["-r", "fixed.nii.gz", "-t", "out/warp.nii.gz", "-t", "out/affine.tfm", *where]
         works: Mapping[str, Sequence[str]] = {
             "jaxreg --help": ["--help"],
-            f"jaxreg register, preset {arguments.preset}": [
+            f"jaxreg register --preset {arguments.preset}": [
                 *register,
                 f"--preset={arguments.preset}",
             ],

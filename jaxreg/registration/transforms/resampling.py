@@ -80,7 +80,7 @@ def resample(
     displacement = None if vectors is None else rotate(inverse_matrix(to_physical), vectors)[None]
 
     where: dict[str, Any] = {
-        "affine": jnp.asarray(affine, jnp.float32),
+        "affine": jnp.asarray(np.float32(affine)),
         "grid": displacement,
         "affine_last": True,
         "out_shape": grid.shape,
@@ -147,7 +147,7 @@ def _background(image: NDArray[Any], *, exact: bool) -> NDArray[Any]:
     nothing = np.zeros(len(channels), image.dtype)
     if (channels.min(axis=1) == channels.max(axis=1)).all() or _are_labels(channels):
         return nothing
-    value, _, clear = map(np.asarray, background(jnp.asarray(image, jnp.float32)))
+    value, _, clear = map(np.asarray, background(jnp.asarray(np.asarray(image, np.float32))))
     if not clear.all():
         return nothing
     if not exact:
@@ -194,7 +194,7 @@ def _checked(outside: Any, channels: int, dtype: np.dtype[Any], *, whole: bool) 
 def _sample_linear(
     image: NDArray[Any], outside: NDArray[np.float32], where: dict[str, Any]
 ) -> NDArray[np.float32]:
-    sampled = interpolate(jnp.asarray(image, jnp.float32), **where)
+    sampled = interpolate(jnp.asarray(np.asarray(image, np.float32)), **where)
     if outside.any():
         # What the image covers is exact: the rounding of weights does not bring in the outside.
         missing = 1 - _coverage(image, where)
