@@ -48,15 +48,14 @@ def main() -> None:
         shape = write_images(folder, arguments.size)
         record.about["shape"], record.about["dtype"] = shape, "int16"
         where = ["--device", arguments.device]
-        register = ["register", "fixed.nii.gz", "moving.nii.gz", "-o", "out", *where]
-        through = ["-r", "fixed.nii.gz", "-t", "out/warp.nii.gz", "-t", "out/affine.tfm", *where]
+        register = ["register", "fixed.nii.gz", "moving.nii.gz", *where]
+        preset = ["-o", "out", "--preset", arguments.preset]
+        chain = ["-t", "found/warp.nii.gz", "-t", "found/affine.tfm"]
+        through = ["-r", "fixed.nii.gz", *chain, *where]
         works: Mapping[str, Sequence[str]] = {
             "jaxreg --help": ["--help"],
-            f"jaxreg register --preset {arguments.preset}": [
-                *register,
-                f"--preset={arguments.preset}",
-            ],
-            "jaxreg register --report": [*register, f"--preset={arguments.preset}", "--report"],
+            f"jaxreg register --preset {arguments.preset}": [*register, *preset],
+            "jaxreg register --report": [*register, *preset, "--report"],
             "jaxreg apply": ["apply", "moving.nii.gz", *through, "-o", "moved.nii.gz"],
             "jaxreg apply --labels": [
                 *("apply", "labels.nii.gz", *through, "-o", "moved_labels.nii.gz", "--labels")
@@ -72,7 +71,7 @@ def main() -> None:
         if any(words[0] == "apply" for words in wanted.values()):
             # What there is to apply need not be found with much effort.
             once = ["--stages", "moments,greedy", "--preset", "fast"]
-            run([*register, *once], folder, folder / "cache-of-a-transform")
+            run([*register, "-o", "found", *once], folder, folder / "another-cache")
         for work, words in wanted.items():
             measure(record, work, words, folder, arguments.repeats)
 
@@ -165,7 +164,8 @@ def run(words: Sequence[str], folder: Path, cache: Path) -> dict[str, float]:
     used -= before.children_user + before.children_system
     found = {"ms": 1e3 * seconds, "cpu_ms": 1e3 * used}
     if words[0] == "register":
-        told = json.loads((folder / "out" / "registration.json").read_text())["seconds"]
+        out = folder / words[words.index("-o") + 1]
+        told = json.loads((out / "registration.json").read_text())["seconds"]
         found |= parts_of(told, seconds)
     return found
 

@@ -234,14 +234,8 @@ def training_table(result: Result) -> str:
 
 def command_table(result: Result) -> str:
     """Seconds of whole processes, with an empty cache and with what that leaves, and of parts."""
-    parts = list(
-        dict.fromkeys(
-            key
-            for row in result["rows"]
-            for key in row
-            if key not in ("work", "who", "ms", "cpu_ms")
-        )
-    )
+    parts = list(dict.fromkeys(key for row in result["rows"] for key in row))
+    parts = [part for part in parts if part not in ("work", "who", "ms", "cpu_ms")]
     lines = []
     for row in result["rows"]:
         seconds = [row["ms"] / 1e3, row["cpu_ms"] / 1e3, *(row.get(part) for part in parts)]
