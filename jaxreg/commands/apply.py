@@ -101,7 +101,8 @@ def apply(
         grid = read_grid(reference)
     with naming("IMAGE"):
         volume = read_volume(image)
-        if labels and (np.asarray(volume.array) % 1).any():
+        values = np.asarray(volume.array)
+        if labels and values.dtype.kind == "f" and (values % 1).any():
             raise ValueError(f"{image}: expected integers for --labels, got fractions")
     with naming("--reference"):
         if grid.ndim != volume.ndim:
@@ -112,10 +113,10 @@ def apply(
     with jax.default_device(devices.find(device)):
         parts = read_chain("--transform", texts, volume.ndim)
         kind: resampling.Interpolation = "labels" if labels else interpolation.value
-        values = outside_values(volume, around, kind)
+        beyond = outside_values(volume, around, kind)
         with naming("IMAGE"):
-            moved = resample(volume, grid, parts, kind, values)
+            moved = resample(volume, grid, parts, kind, beyond)
     with naming("--output"):
         write_volume(moved, output)
-    if values.any():
-        print(f"Outside of IMAGE is {format_values(values)}.")
+    if beyond.any():
+        print(f"Outside of IMAGE is {format_values(beyond)}.")
