@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # $(call build_settings,CUDA kernels,CUDA architectures)
 build_settings = --config-settings=cmake.define.REGKERNELS_CUDA=$1 \
   $(if $2,"--config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$2")
-SOURCES := $(shell find csrc regkernels jaxreg torchreg -type f -not -path '*/__pycache__/*' -not -name '*.md' -not -name '*.so') \
+SOURCES := $(shell find csrc regkernels jaxreg jaxreg_cli torchreg -type f -not -path '*/__pycache__/*' -not -name '*.md' -not -name '*.so') \
   CMakeLists.txt pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
@@ -71,7 +71,7 @@ sanitize: $(VENV)/.installed ## the extension under AddressSanitizer and Undefin
 	  -DXLA_FFI_INCLUDE_DIR="$(CURDIR)/build/headers/jaxlib/include" -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
 	$(BIN)/cmake --build $(SANITIZED)
-	rm -rf $(SANITIZED)/site && mkdir $(SANITIZED)/site && cp -r regkernels jaxreg torchreg $(SANITIZED)/site
+	rm -rf $(SANITIZED)/site && mkdir $(SANITIZED)/site && cp -r regkernels jaxreg jaxreg_cli torchreg $(SANITIZED)/site
 	$(BIN)/cmake --install $(SANITIZED) --prefix $(SANITIZED)/site
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

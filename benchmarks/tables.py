@@ -232,6 +232,18 @@ def training_table(result: Result) -> str:
     return table([*heads, "loss told at the end", "LNCC of what was moved there"], lines)
 
 
+def command_table(result: Result) -> str:
+    """Seconds of whole processes, with an empty cache and with what that leaves, and of parts."""
+    parts = list(dict.fromkeys(key for row in result["rows"] for key in row))
+    parts = [part for part in parts if part not in ("work", "who", "ms", "cpu_ms")]
+    lines = []
+    for row in result["rows"]:
+        seconds = [row["ms"] / 1e3, row["cpu_ms"] / 1e3, *(row.get(part) for part in parts)]
+        cells = [NOTHING if value is None else f"{value:.2f}" for value in seconds]
+        lines.append([row["work"], row["who"], *cells])
+    return table(["seconds", "cache", "whole", "of all cores", *parts], lines)
+
+
 TABLES: Mapping[str, Callable[[Result], str]] = {
     "warp": peers_table(WARP),
     "similarity": peers_table(SIMILARITY),
@@ -239,6 +251,7 @@ TABLES: Mapping[str, Callable[[Result], str]] = {
     "latency": latency_table,
     "quality": quality_table,
     "training": training_table,
+    "command": command_table,
 }
 
 

@@ -1,6 +1,6 @@
 """``python -m jaxreg`` is the ``jaxreg`` command."""
 
-from jaxreg.cli import main
+from jaxreg_cli import main
 
 if __name__ == "__main__":
     main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import platform
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,13 @@ _PLATFORMS = ("cpu", "cuda")
 _LIBRARIES = ("numpy", "jax", "jaxlib", "torch", "SimpleITK")
 
 
-def describe() -> dict[str, str]:
+def describe(frameworks: Collection[str] = ("jax", "torch")) -> dict[str, str]:
     """Return versions, the build and the devices of whichever frameworks are installed.
+
+    Parameters
+    ----------
+    frameworks
+        Whose devices are told; a framework has to be started for that, which takes a second.
 
     Returns
     -------
@@ -38,8 +44,14 @@ def describe() -> dict[str, str]:
         "CUDA architectures": architectures,
         "CUDA devices": str(_core.cuda_device_count()),
         "CPU threads": str(_core.num_threads()),
-        "JAX devices": _devices("jax", _jax_devices),
-        "PyTorch devices": _devices("torch", _torch_devices),
+        **{
+            title: _devices(framework, find)
+            for framework, title, find in (
+                ("jax", "JAX devices", _jax_devices),
+                ("torch", "PyTorch devices", _torch_devices),
+            )
+            if framework in frameworks
+        },
     }
 
 

@@ -15,6 +15,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 )
 
+# Commands in this process keep nothing that others, or the user, would find.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+
 import hypothesis
 import pytest
 from backends import BACKENDS, cuda_device_exists

@@ -346,3 +346,26 @@ def test_scaling_is_measured_on_several_devices(
     ]
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], abs=1e-4)
     assert "strong, greedy, 2 devices:" in capsys.readouterr().out
+
+
+def test_the_command_is_measured_as_processes_and_makes_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = ["--work", "help", "affine"]
+    words = ["--size", "24", "24", "20", "--preset", "affine", "--device", "cpu", "--repeats", "1"]
+    command = [sys.executable, str(BENCHMARKS / "command.py"), *words, *work]
+    subprocess.run([*command, "--output", str(tmp_path)], cwd=tmp_path, check=True)
+    (file,) = tmp_path.glob("cpu-*/command.json")
+    result = json.loads(file.read_text())
+    assert result["about"]["shape"] == [24, 24, 20]
+    rows = {(row["work"], row["who"]): row for row in result["rows"]}
+    assert len(rows) == 4
+    registered = rows["jaxreg register --preset affine", "filled"]
+    parts = ("start", "reading", "stages", "results", "writing", "compilation")
+    assert sum(registered[part] for part in parts) == pytest.approx(registered["ms"] / 1e3)
+    assert (
+        registered["compilation"] < rows["jaxreg register --preset affine", "empty"]["compilation"]
+    )
+    tables = script("tables", monkeypatch)
+    made, _ = tables.rewrite("<!-- table: command-cpu -->\n<!-- /table -->", tmp_path)
+    assert "| jaxreg --help | empty |" in made

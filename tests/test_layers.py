@@ -109,6 +109,9 @@ def test_headers_are_included_by_their_path_from_the_folder_of_the_sources() -> 
         ("regkernels", "torchreg"),
         ("jaxreg", "torchreg"),
         ("torchreg", "jaxreg"),
+        ("regkernels", "jaxreg_cli"),
+        ("torchreg", "jaxreg_cli"),
+        ("jaxreg_cli", "torchreg"),
     ],
 )
 def test_a_package_never_imports_one_that_is_beside_or_above_it(package: str, other: str) -> None:

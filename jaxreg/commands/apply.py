@@ -11,6 +11,7 @@ import numpy as np
 import typer
 
 from jaxreg.commands import devices
+from jaxreg.commands.compilation import NoCache, keep_compiled
 from jaxreg.commands.devices import Device
 from jaxreg.commands.inputs import (
     format_values,
@@ -76,6 +77,7 @@ def apply(
         ),
     ] = None,
     device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,
+    no_cache: NoCache = False,
 ) -> None:
     """Resample IMAGE onto the grid of a reference, through any number of transforms.
 
@@ -99,20 +101,22 @@ def apply(
         grid = read_grid(reference)
     with naming("IMAGE"):
         volume = read_volume(image)
-        if labels and (np.asarray(volume.array) % 1).any():
+        values = np.asarray(volume.array)
+        if labels and values.dtype.kind == "f" and (values % 1).any():
             raise ValueError(f"{image}: expected integers for --labels, got fractions")
     with naming("--reference"):
         if grid.ndim != volume.ndim:
             raise ValueError(f"{reference}: expected a {volume.ndim}-D image, got {grid.ndim}-D")
     with naming("--output"):
         check_image_grid(grid, output, volume.channels)
+    keep_compiled(None, no_cache)
     with jax.default_device(devices.find(device)):
         parts = read_chain("--transform", texts, volume.ndim)
         kind: resampling.Interpolation = "labels" if labels else interpolation.value
-        values = outside_values(volume, around, kind)
+        beyond = outside_values(volume, around, kind)
         with naming("IMAGE"):
-            moved = resample(volume, grid, parts, kind, values)
+            moved = resample(volume, grid, parts, kind, beyond)
     with naming("--output"):
         write_volume(moved, output)
-    if values.any():
-        print(f"Outside of IMAGE is {format_values(values)}.")
+    if beyond.any():
+        print(f"Outside of IMAGE is {format_values(beyond)}.")

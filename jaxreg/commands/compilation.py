@@ -1,47 +1,194 @@
-"""Compilation by XLA: how long it took, and how a second run is spared it."""
+"""Compilation: how long it took, and how the next run of a command is spared it.
+
+What XLA compiles is kept in a folder, by what it was compiled from: the program, with the names and
+the attributes of our kernels in it, the versions of jaxlib and of the device, and XLA's flags. The
+kernels themselves are not among it. They are looked up when a program is loaded, so a program that
+an earlier version has compiled calls the kernels of this one.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
+import platform
+import re
 import tempfile
+import time
+import warnings
 from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.monitoring
+import typer
 
-__all__ = ["compile_seconds", "keep_compiled"]
+from jaxreg.commands.inputs import naming
 
-_EVENT = "/jax/core/compile/backend_compile_duration"
-_durations: list[float] = []
+__all__ = ["Cache", "NoCache", "compile_seconds", "describe_kept", "keep_compiled"]
+
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache",
+        metavar="DIR",
+        help="Folder that keeps compiled programs, so that the next run starts sooner. By default "
+        "one in the cache folder of the user, which `jaxreg info` tells.",
+    ),
+]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Neither keep compiled programs nor look for them.")
+]
+
+_LARGEST = 512 * 2**20
+"""Bytes that our own folder may hold when a command starts; a registration adds about a
+hundredth of it."""
+
+_EVENTS = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    "/jax/core/compile/backend_compile_duration",
+)
+_spans: list[tuple[float, float]] = []
+"""When something was compiled, from and to, without overlaps."""
 
 
 def _listen(event: str, duration_secs: float, **_: str | int) -> None:
-    if event == _EVENT:
-        _durations.append(duration_secs)
+    if event in _EVENTS:
+        end = time.perf_counter()
+        start = end - duration_secs
+        # A function is traced within another one, of whose time it is a part.
+        while _spans and _spans[-1][1] > start:
+            start = min(start, _spans.pop()[0])
+        _spans.append((start, end))
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def compile_seconds() -> float:
-    """Return the seconds that XLA has compiled since this module was imported."""
-    return sum(_durations)
+    """Return the seconds that programs were traced, compiled or loaded since this was imported."""
+    return sum(end - start for start, end in _spans)
 
 
-def keep_compiled(folder: Path) -> None:
+def keep_compiled(folder: Path | None, no_cache: bool = False) -> None:
     """Keep what XLA compiles from now on in a folder, and look there before compiling.
+
+    Parameters
+    ----------
+    folder
+        What ``--cache`` says. Without one it is JAX's own setting, such as the variable
+        ``JAX_COMPILATION_CACHE_DIR``, and without that a folder in the user's cache folder, of
+        which what has not been used for longest is removed where it is too large. Should there be
+        no writing in that one, nothing is kept.
+    no_cache
+        Whether ``--no-cache`` was said.
 
     Raises
     ------
-    OSError
-        If the folder cannot be made, or not be written to.
+    ValueError
+        If the folder cannot be made, or not be written to, or if nothing is to be kept in it.
     """
+    if no_cache:
+        if folder is not None:
+            raise ValueError(f"--no-cache: expected no --cache beside it, got {folder}")
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    # An entry that another process has just begun to write, or a full disk: it is compiled then.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+    if folder is not None:
+        with naming("--cache"):
+            _check_writing(folder)
+        jax.config.update("jax_enable_compilation_cache", True)
+    elif _setting("compilation_cache_dir") is None and _setting("enable_compilation_cache"):
+        try:
+            folder = _own_folder()
+            _check_writing(folder)
+            _remove_oldest(folder, _LARGEST)
+        except OSError:
+            return
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    # By default what compiles within a second is not kept; here that is most of it.
+    for name in ("min_compile_time_secs", "min_entry_size_bytes"):
+        if f"JAX_PERSISTENT_CACHE_{name.upper()}" not in os.environ:
+            jax.config.update(f"jax_persistent_cache_{name}", 0)
+
+
+def describe_kept() -> str:
+    """Return where compiled programs are kept by default, and how many."""
+    users = _setting("compilation_cache_dir")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(users) if users else _own_folder()
+        files = _files(folder)
+    except OSError as error:
+        return f"not kept: {error}"
+    if not _setting("enable_compilation_cache"):
+        return "not kept: JAX_ENABLE_COMPILATION_CACHE is off"
+    size = sum(file.size for file in files) / 2**20
+    limit = "" if users else f" of at most {_LARGEST / 2**20:.0f}"
+    return f"{folder}\n{len(files)} files, {size:.1f}{limit} MiB"
+
+
+def _setting(name: str) -> Any:
+    return getattr(jax.config, f"jax_{name}")
+
+
+def _own_folder() -> Path:
+    """Return our folder in the user's cache folder, by the rules of XDG.
+
+    Homes are shared by machines. A program for a processor may stop another one, which lacks some
+    of its instructions, and JAX does not tell them apart.
+    """
+    users = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        root = Path(users) if os.path.isabs(users) else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+    cpu = platform.machine() + platform.processor()
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+        cpu += "".join(re.findall(r"(?m)^(?:model name|flags|Features)\s*:.*", text)[:2])
+    return root / "regkernels" / f"xla-{hashlib.sha256(cpu.encode()).hexdigest()[:12]}"
+
+
+def _check_writing(folder: Path) -> None:
+    try:
+        # Who can write there can have this process run what they like.
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise OSError(f"{folder}: cannot write there ({error.strerror})") from error
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    # By default what compiles within a second is not kept; here that is most of it.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+class _File(NamedTuple):
+    used: float
+    size: int
+    path: str
+
+
+def _files(folder: Path) -> list[_File]:
+    """Return what is in a folder, what was used last at the end; nothing if there is none."""
+    found = []
+    for where, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(where, name)
+            with contextlib.suppress(FileNotFoundError):  # another process has removed it
+                about = os.stat(path)
+                found.append(_File(max(about.st_atime, about.st_mtime), about.st_size, path))
+    return sorted(found)
+
+
+def _remove_oldest(folder: Path, largest: int) -> None:
+    """Bring a folder that is larger than so many bytes to three quarters of them."""
+    files = _files(folder)
+    size = sum(file.size for file in files)
+    if size <= largest:
+        return
+    for file in files:
+        if size <= 0.75 * largest:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(file.path)
+        size -= file.size

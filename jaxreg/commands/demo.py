@@ -16,6 +16,7 @@ from rich.table import Table
 
 from jaxreg import lncc_loss
 from jaxreg.commands import devices
+from jaxreg.commands.compilation import NoCache, keep_compiled
 from jaxreg.commands.devices import Device
 from jaxreg.commands.doubts import tell_doubts
 from jaxreg.commands.inputs import naming
@@ -79,6 +80,7 @@ def demo(
             help="Register a CT to an MR image instead, by three metrics from the same six starts.",
         ),
     ] = False,
+    no_cache: NoCache = False,
 ) -> None:
     """Register Colin27 to the ICBM152 template: affine, then diffeomorphic.
 
@@ -92,6 +94,7 @@ def demo(
         if value is not None and not np.isfinite(value):
             raise ValueError(f"{name}: expected a finite number, got {value}")
     target = devices.find(device)
+    keep_compiled(None, no_cache)
     console = Console()
     with contextlib.ExitStack() as stack:
         with naming("--output-dir"):

@@ -10,6 +10,7 @@ import numpy as np
 import typer
 from numpy.typing import ArrayLike, NDArray
 
+from jaxreg.commands.compilation import describe_kept
 from jaxreg.commands.inputs import naming
 from regkernels import AffineMap, DisplacementField, Grid, Volume, read_transform, read_volume
 from regkernels.files.transforms import TRANSFORM_SUFFIXES
@@ -23,8 +24,12 @@ def info(
     file: Annotated[Path | None, typer.Argument(metavar="FILE", help="Image or transform.")] = None,
 ) -> None:
     """Describe an image or a transform; without FILE, the installation."""
-    for facts in [describe()] if file is None else _of_file(file):
+    for facts in [_of_installation()] if file is None else _of_file(file):
         _print(facts)
+
+
+def _of_installation() -> dict[str, str]:
+    return {**describe(), "compiled programs": describe_kept()}
 
 
 def _of_file(file: Path) -> list[dict[str, str]]:

@@ -9,6 +9,7 @@ import jax
 import typer
 
 from jaxreg.commands import devices
+from jaxreg.commands.compilation import NoCache, keep_compiled
 from jaxreg.commands.devices import Device
 from jaxreg.commands.inputs import inverted, naming, refuse_overwriting
 from regkernels import read_transform, write_transform
@@ -33,6 +34,7 @@ def invert(
         ),
     ],
     device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,
+    no_cache: NoCache = False,
 ) -> None:
     """Invert an affine, or a displacement field on its own grid.
 
@@ -52,6 +54,7 @@ def invert(
             )
     with naming("--output"):
         check_transform_name(parts[0], output)
+    keep_compiled(None, no_cache)
     with jax.default_device(devices.find(device)):
         (inverse,) = inverted(parts, str(transform))
     with naming("--output"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
@@ -82,7 +83,7 @@ def register_watched(
 
 
 def _note(stage: Stage, block: Progress) -> str:
-    loss = float(block.losses[-1])  # waits for the block
+    loss = float(np.asarray(block.losses)[-1])  # waits for the block
     metric = stage.for_scale(block.scale).metric
     held_back = isinstance(stage, Deformable) and stage.regularisation is not None
     penalty = " with penalty" if held_back else ""

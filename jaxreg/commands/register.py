@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxreg.commands import devices
-from jaxreg.commands.compilation import keep_compiled
+from jaxreg.commands.compilation import Cache, NoCache, keep_compiled
 from jaxreg.commands.devices import Device
 from jaxreg.commands.doubts import tell_doubts
 from jaxreg.commands.inputs import (
@@ -26,16 +27,20 @@ from jaxreg.commands.inputs import (
     read_chain,
     refuse_overwriting,
 )
+from jaxreg.commands.outputs import (
+    FILES,
+    FIXED_MOVED,
+    MOVED,
+    RECORD,
+    REPORT,
+    Outputs,
+    choose_outputs,
+    write_images,
+)
 from jaxreg.commands.progress_bars import register_watched
 from jaxreg.commands.stage_options import Preset, choose_stages
 from jaxreg.commands.timing import Stopwatch, fact_table
-from jaxreg.commands.transform_files import (
-    AFFINE,
-    INVERSE_WARP,
-    WARP,
-    chains,
-    write_transform_files,
-)
+from jaxreg.commands.transform_files import chains
 from jaxreg.registration import (
     Registration,
     Transform,
@@ -43,18 +48,12 @@ from jaxreg.registration import (
 )
 from jaxreg.registration.report.page import write_report
 from jaxreg.warp import INVERSE_TOLERANCE
-from regkernels import Volume, read_volume, write_volume
+from regkernels import Volume, read_volume
 from regkernels.files.atomic import atomic_folder
 from regkernels.files.images import check_image_grid
 from regkernels.info import describe
 
 __all__ = ["register"]
-
-_MOVED = "moved.nii.gz"
-_FIXED_MOVED = "fixed_moved.nii.gz"
-_RECORD = "registration.json"
-_REPORT = "report.html"
-_FILES = (AFFINE, WARP, INVERSE_WARP, _MOVED, _FIXED_MOVED, _RECORD, _REPORT)
 
 
 def register(
@@ -128,7 +127,7 @@ def register(
         str,
         typer.Option(
             metavar="VALUE",
-            help=f"What is outside of the images in {_MOVED} and {_FIXED_MOVED}: a number, one for "
+            help=f"What is outside of the images in {MOVED} and {FIXED_MOVED}: a number, one for "
             "each channel with commas between them, or background, the own background of each "
             "where that is clear, else 0.",
         ),
@@ -145,15 +144,11 @@ def register(
     ] = "1",
     report: Annotated[
         bool,
-        typer.Option("--report", help=f"Also write {_REPORT}: pictures to judge the result by."),
+        typer.Option("--report", help=f"Also write {REPORT}: pictures to judge the result by."),
     ] = False,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder that keeps compiled programs, so that the next run starts sooner.",
-        ),
-    ] = None,
+    outputs: Outputs = None,
+    cache: Cache = None,
+    no_cache: NoCache = False,
 ) -> None:
     """Register MOVING to FIXED.
 
@@ -166,6 +161,7 @@ def register(
     """
     stopwatch = Stopwatch()
     clipping, around = parse_clip(clip), parse_outside(outside)
+    wanted = choose_outputs(outputs, report)
     given = [("--initial", text) for text in initial or []]
     files = (
         ("FIXED", fixed),
@@ -174,54 +170,58 @@ def register(
         ("--moving-mask", moving_mask),
     )
     read = [(name, path) for name, path in files if path is not None]
-    refuse_overwriting([output / name for name in _FILES], [*read, *given])
-    volumes = dict(_read(read))
+    refuse_overwriting([output / name for name in FILES], [*read, *given])
+    with stopwatch.phase("reading"), ThreadPoolExecutor() as pool:
+        starting = pool.submit(devices.find, device)  # a GPU takes longer to start than a file
+        volumes = dict(_read(read))
     for name in ("FIXED", "MOVING"):
         _check_contrast(name, volumes[name])
         with naming(name):
-            check_image_grid(volumes[name].grid, output / _MOVED, volumes[name].channels)
-    target = devices.find(device)
+            check_image_grid(volumes[name].grid, output / MOVED, volumes[name].channels)
+    target = starting.result()
     spread = devices.find_several(several, target, volumes["FIXED"].ndim)
-    if cache is not None:
-        with naming("--cache"):
-            keep_compiled(cache)
+    keep_compiled(cache, no_cache)
     console = Console()
     with contextlib.ExitStack() as stack:
         with naming("--output"):
-            folder = stack.enter_context(atomic_folder(output, owned=_FILES))
+            folder = stack.enter_context(atomic_folder(output, owned=FILES))
         stack.enter_context(jax.default_device(target))
         image = volumes["FIXED"]
         parts = read_chain("--initial", initial or [], image.ndim)
-        result = register_watched(
-            image,
-            volumes["MOVING"],
-            choose_stages(stages, metric, effort, image.ndim, target, console),
-            console,
-            fixed_mask=volumes.get("--fixed-mask"),
-            moving_mask=volumes.get("--moving-mask"),
-            initial=Transform.from_parts(image.grid, parts).with_inverse() if parts else None,
-            clip=clipping,
-            outside=around,
-            devices=spread,
-        )
-        _write(result, folder)
-        facts = {**describe(), "device": _told(target, spread)}
+        with stopwatch.phase("stages"):
+            result = register_watched(
+                image,
+                volumes["MOVING"],
+                choose_stages(stages, metric, effort, image.ndim, target, console),
+                console,
+                fixed_mask=volumes.get("--fixed-mask"),
+                moving_mask=volumes.get("--moving-mask"),
+                initial=Transform.from_parts(image.grid, parts).with_inverse() if parts else None,
+                clip=clipping,
+                outside=around,
+                devices=spread,
+            )
+        write_images(result, wanted, folder, stopwatch)
+        facts = {**describe(["jax"]), "device": _told(target, spread)}
         inputs = {name: str(path) for name, path in read} | {"--initial": initial or []}
         beyond = {
             name: outside_values(volume, result.outside)
-            for name, volume in ((_MOVED, result.moving), (_FIXED_MOVED, result.fixed))
+            for name, volume in ((MOVED, result.moving), (FIXED_MOVED, result.fixed))
         }
-        settings = {"clip": clipping, "outside": {n: v.tolist() for n, v in beyond.items()}}
-        record = json.dumps(_record(result, inputs, facts) | settings, indent=2)
-        (folder / _RECORD).write_text(f"{record}\n")
-        if report:
+        if REPORT in wanted:
             title = f"{moving.name} registered to {fixed.name}"
             told = {name: str(path) for name, path in read}
             told |= {"--initial": " ".join(initial)} if initial else {}
             told |= {"--clip": clip}
             told |= {f"Outside of the image in {n}": format_values(v) for n, v in beyond.items()}
             tables = {"Inputs": told, "Versions": facts}
-            write_report(result, folder / _REPORT, title=title, tables=tables)
+            with stopwatch.phase("report"):
+                write_report(result, folder / REPORT, title=title, tables=tables)
+        if RECORD in wanted:
+            settings = {"clip": clipping, "outside": {n: v.tolist() for n, v in beyond.items()}}
+            record = _record(result, inputs, facts, wanted) | settings
+            record["seconds"] = stopwatch.seconds()
+            (folder / RECORD).write_text(f"{json.dumps(record, indent=2)}\n")
         written = sorted(path.name for path in folder.iterdir())
     console.print(_summary(result, stopwatch, facts["device"]))
     for name, values in beyond.items():
@@ -234,9 +234,11 @@ def register(
 
 
 def _read(paths: list[tuple[str, Path]]) -> Iterator[tuple[str, Volume]]:
-    for argument, path in paths:
-        with naming(argument):
-            yield argument, read_volume(path)
+    with ThreadPoolExecutor() as pool:
+        reading = [(argument, pool.submit(read_volume, path)) for argument, path in paths]
+        for argument, volume in reading:
+            with naming(argument):
+                yield argument, volume.result()
 
 
 def _check_contrast(argument: str, volume: Volume) -> None:
@@ -246,15 +248,14 @@ def _check_contrast(argument: str, volume: Volume) -> None:
         raise ValueError(f"{argument}: expected different intensities, got {low:g} everywhere")
 
 
-def _write(result: Registration, folder: Path) -> None:
-    write_transform_files(result.transform, folder)
-    write_volume(result.moved, folder / _MOVED)
-    write_volume(result.fixed_moved, folder / _FIXED_MOVED)
-
-
-def _record(result: Registration, inputs: dict[str, Any], facts: dict[str, str]) -> dict[str, Any]:
+def _record(
+    result: Registration, inputs: dict[str, Any], facts: dict[str, str], wanted: frozenset[str]
+) -> dict[str, Any]:
     """Return what is worth keeping beside the images, for JSON."""
-    there, back = chains(result.transform)
+    there, back = (
+        chain if {name.partition(":")[0] for name in chain} <= wanted else []
+        for chain in chains(result.transform)
+    )
     return {
         "inputs": inputs,
         "transform": {

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from jaxreg.commands import devices
 from jaxreg.commands.command import Command
-from jaxreg.commands.compilation import keep_compiled
+from jaxreg.commands.compilation import Cache, NoCache, keep_compiled
 from jaxreg.commands.devices import Device
 from jaxreg.commands.doubts import tell_doubts
 from jaxreg.commands.inputs import naming, parse_clip, parse_spacing, refuse_overwriting
@@ -156,13 +156,8 @@ def template(
         ),
     ] = "outliers",
     device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder that keeps compiled programs, so that the next run starts sooner.",
-        ),
-    ] = None,
+    cache: Cache = None,
+    no_cache: NoCache = False,
 ) -> None:
     """Build the template of several images: their mean shape and their mean intensity.
 
@@ -196,9 +191,7 @@ def template(
             grid = read_grid(reference)
             check_image_grid(grid, output / _TEMPLATE)
     target = devices.find(device)
-    if cache is not None:
-        with naming("--cache"):
-            keep_compiled(cache)
+    keep_compiled(cache, no_cache)
     console = Console()
     store = FolderStore(output / _UNFINISHED)
     label_maps = None if labels is None else _Files("--labels", labels)
@@ -239,7 +232,7 @@ def template(
                     "normalise": normalise,
                     "clip": clipping,
                 }
-                facts = {**describe(), "device": devices.describe(target)}
+                facts = {**describe(["jax"]), "device": devices.describe(target)}
                 record = _record(result, settings, chosen, folders, labels, facts)
                 (beside / _RECORD).write_text(f"{json.dumps(record, indent=2)}\n")
                 written = sorted(path.name for path in beside.iterdir())

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = ["Background", "Clip", "background", "check_clip", "clipped"]
 
@@ -87,13 +88,27 @@ def clipped(image: jax.Array, clip: Clip) -> jax.Array:
     sample = _sample(image)
     if clip == "outliers":
         share = min(max(_OUTLIERS, 8 / sample.shape[1]), 0.25)
-        low, high = jnp.quantile(sample, jnp.asarray([share, 1 - share]), axis=1)
-        reach = 2 * (high - low)
-        # Where nearly all voxels are alike the few others are the object.
-        reach = jnp.where(reach > 0, reach, jnp.inf)
-        low, high = low - reach, high + reach
-    else:
-        low, high = jnp.quantile(sample, jnp.asarray(clip, jnp.float32), axis=1)
+        low, high = jnp.quantile(
+            sample, jnp.asarray(np.array([share, 1 - share], np.float32)), axis=1
+        )
+        without: jax.Array = _without_outliers(image, low, high)
+        return without
+    low, high = jnp.quantile(sample, jnp.asarray(clip, jnp.float32), axis=1)
+    bounded: jax.Array = _bounded(image, low, high)
+    return bounded
+
+
+@jax.jit
+def _without_outliers(image: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    reach = 2 * (high - low)
+    # Where nearly all voxels are alike the few others are the object.
+    reach = jnp.where(reach > 0, reach, jnp.inf)
+    bounded: jax.Array = _bounded(image, low - reach, high + reach)
+    return bounded
+
+
+@jax.jit
+def _bounded(image: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     bounds = (b.reshape(1, -1, *(1,) * (image.ndim - 2)) for b in (low, high))
     return jnp.clip(image, *bounds)
 
@@ -112,6 +127,7 @@ def check_clip(clip: Any) -> Clip:
     )
 
 
+@jax.jit
 def _sample(image: jax.Array) -> jax.Array:
     """Return evenly spread voxels, ``(C, n)``."""
     shape = image.shape[2:]

@@ -322,8 +322,8 @@ def register(
         # A loss that is finite at first and not later comes from places that are not. It may also
         # stay finite there: a sample whose place is not finite is 0, and a penalty may be none.
         lost = any(
-            np.isfinite(trace.losses[:1]).all() and not np.isfinite(trace.losses).all()
-            for trace in traces
+            np.isfinite(losses[:1]).all() and not np.isfinite(losses).all()
+            for losses in (np.asarray(trace.losses) for trace in traces)
         )
         if lost or (not finite and all(np.isfinite(trace.losses).all() for trace in traces)):
             raise ValueError(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from numpy.typing import NDArray
 
 from jaxreg.registration.intensities import Clip, check_clip
 from jaxreg.registration.stages.base import Stage, Trace
@@ -152,10 +153,19 @@ def make_problem(
 
 
 def _image(name: str, image: ArrayLike) -> jax.Array:
-    array = jnp.asarray(image, jnp.float32)
+    array = _float32(image)
     if array.ndim not in (3, 4) or array.size == 0:
         raise ValueError(f"{name}: expected an array (C, [Z,] Y, X), got shape {array.shape}")
-    return array[None]
+    return jnp.asarray(array[None])
+
+
+def _float32(array: ArrayLike) -> jax.Array | NDArray[np.float32]:
+    """Convert an array where it is: on the host, what follows is no program of a device."""
+    return (
+        jnp.asarray(array, jnp.float32)
+        if isinstance(array, jax.Array)
+        else np.asarray(array, np.float32)
+    )
 
 
 def _mask(name: str, mask: ArrayLike | None, image: jax.Array) -> jax.Array | None:
@@ -173,7 +183,7 @@ def _geometry(name: str, matrix: ArrayLike | None, image: jax.Array) -> jax.Arra
         to_voxel = normalised_to_voxel(image.shape[2:])
         to_voxel[:-1, -1] = 0
         matrix = np.asarray(to_voxel)
-    array = jnp.asarray(matrix, jnp.float32)
+    array = jnp.asarray(_float32(matrix))
     if array.shape != (ndim + 1, ndim + 1):
         raise ValueError(f"{name}: expected shape {(ndim + 1, ndim + 1)}, got {array.shape}")
     return array

@@ -27,9 +27,8 @@ from jaxreg.registration.stages.presets import preset
 from jaxreg.registration.template_store import MemoryStore, TemplateStore
 from jaxreg.registration.transforms.resampling import outside_values
 from jaxreg.registration.transforms.transform import Transform
-from regkernels import Volume
+from regkernels import Volume, __version__
 from regkernels.grid import Grid, Matrix, inverse_matrix
-from regkernels.info import describe
 
 __all__ = ["RoundRecord", "Template", "TemplateProgress", "build_template"]
 
@@ -330,7 +329,7 @@ def build_template(
         "start": start,
         "normalise": normalise,
         "clip": clip,
-        "version": describe()["regkernels"],
+        "version": __version__,
     }
     _check_same(kept, settings)
     work = _Construction(

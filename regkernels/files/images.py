@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from regkernels.files.atomic import atomic_path
+from regkernels.files.compression import compress, has_isal
 from regkernels.files.formats import IMAGE_FORMATS
 from regkernels.files.formats.dicom import (
     check_dicom,
@@ -457,12 +458,20 @@ def write_image(
     check_image_name(path)
     check_image_grid(grid, path)
     image = itk_image(values, grid, vectors=vectors)
-    with atomic_path(path) as beside, telling_warnings(path):
-        try:
-            sitk.WriteImage(image, str(beside), useCompression=True)
-        except RuntimeError as error:
-            reason = itk_reason(error).replace(str(beside), os.fspath(path))
-            raise ValueError(f"{path}: cannot write it: {reason}") from error
+    # ITK compresses a file of any format by itself, but slowly.
+    apart = has_isal and Path(path).suffix == ".gz"
+    with atomic_path(path) as beside:
+        written = beside.with_suffix("") if apart else beside
+        with telling_warnings(path):
+            try:
+                sitk.WriteImage(image, str(written), useCompression=not apart)
+            except RuntimeError as error:
+                reason = itk_reason(error).replace(str(written), os.fspath(path))
+                raise ValueError(f"{path}: cannot write it: {reason}") from error
+        if apart:
+            for plain in list(beside.parent.iterdir()):
+                compress(plain, plain.with_name(f"{plain.name}.gz"))
+                plain.unlink()
 
 
 def itk_image(values: ArrayLike, grid: Grid, *, vectors: bool = False) -> Any:

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,10 @@ import pytest
 import scipy.ndimage
 import SimpleITK as sitk  # noqa: N813
 from command import run
-from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 from scenes import header, physical_grid, placed, scene
 
-from jaxreg import cli
+import jaxreg_cli
 from jaxreg.commands import progress_bars
 from jaxreg.registration import Affine, Progress, Registration, Transform, ncc
 from regkernels import (
@@ -816,40 +814,7 @@ def test_a_bug_is_not_taken_for_bad_input(
 
     monkeypatch.setattr(register_command, "register_watched", fail)
     with pytest.raises(type(bug)):
-        cli.main([str(argument) for argument in (*registration(pair), "-o", tmp_path / "out")])
+        jaxreg_cli.main(
+            [str(argument) for argument in (*registration(pair), "-o", tmp_path / "out")]
+        )
     assert not list(tmp_path.iterdir())
-
-
-# --- cache --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def forgetful() -> Iterator[None]:
-    """JAX without what it has compiled, before and after, and with the options that it had."""
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    options = {name: getattr(jax.config, name) for name in names}
-    jax.clear_caches()
-    compilation_cache.reset_cache()
-    yield
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-def test_what_was_compiled_is_found_again_on_disk(
-    pair: Path, tmp_path: Path, forgetful: None
-) -> None:
-    compiled = []
-    for out in ("first", "second"):
-        jax.clear_caches()  # as in another process
-        arguments = ["register", pair / "fixed.nii.gz", pair / "moving.mha", "--device", "cpu"]
-        arguments += ["--stages", "moments", "-o", tmp_path / out]
-        assert run(*arguments, "--cache", tmp_path / "cache") == 0
-        compiled.append(len(list((tmp_path / "cache").glob("*-cache"))))
-    assert compiled[0] == compiled[1] > 0
-    for name in ("moved.nii.gz", "affine.tfm"):
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()

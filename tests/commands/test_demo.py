@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from command import run
 
-from jaxreg import cli
 from jaxreg.commands import multimodal
 from jaxreg.registration import dice, ncc, resample
 from jaxreg.registration.report.pictures import View, draw_contours
@@ -204,9 +204,9 @@ def test_bad_input_is_one_line_on_stderr_and_exit_status_2(
 def test_a_missing_package_is_named_with_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    find = cli.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr(
-        cli.importlib.util, "find_spec", lambda name: None if name == "typer" else find(name)
+        importlib.util, "find_spec", lambda name: None if name == "typer" else find(name)
     )
     assert run("demo") == 2
     error = capsys.readouterr().err

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from jaxreg import cli
+import jaxreg_cli
 
 
 def run(*arguments: object) -> int:
     """Run the command line; return its exit status."""
     with pytest.raises(SystemExit) as end:
-        cli.main([str(argument) for argument in arguments])
+        jaxreg_cli.main([str(argument) for argument in arguments])
     return int(end.value.code or 0)

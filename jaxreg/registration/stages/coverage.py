@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = ["coverage", "margins"]
 
@@ -29,7 +30,7 @@ def margins(whole: Sequence[int], shape: Sequence[int]) -> jax.Array:
         smoothed from lies beyond the image, and was made up; of the next one nearly nothing was.
     """
     coarser = [old != new for old, new in zip(whole, shape, strict=True)]
-    return jnp.asarray(coarser[::-1], jnp.float32)
+    return jnp.asarray(np.array(coarser[::-1], np.float32))
 
 
 def coverage(

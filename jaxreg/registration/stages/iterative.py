@@ -244,8 +244,11 @@ def block_length(iterations: int, block: int, least: int = 1) -> int:
 
 
 def _no_trace(iterations: int) -> Trace:
+    # Of arrays of the host no program has to be made.
     return Trace(
-        jnp.zeros(iterations, jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.bool)
+        jnp.asarray(np.zeros(iterations, np.float32)),
+        jnp.asarray(np.int32(0)),
+        jnp.asarray(np.bool_(False)),
     )
 
 
@@ -301,7 +304,9 @@ def _bearable(losses: _Losses, block: _Losses) -> jax.Array:
 
     A small rise is no reason to undo it: what looks alike on this level goes on to a finer one.
     """
-    return block[0] + 0.1 * jnp.maximum(losses[0] - block[0], 0)
+    numbers = np if isinstance(losses, np.ndarray) else jnp
+    bearable: jax.Array = block[0] + 0.1 * numbers.maximum(losses[0] - block[0], 0)
+    return bearable
 
 
 def trend(losses: _Losses) -> jax.Array:

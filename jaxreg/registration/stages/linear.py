@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxreg.registration.stages.adam import adam_direction, no_moments
 from jaxreg.registration.stages.iterative import Iterative, State, mean_over_channels
 from jaxreg.registration.stages.metrics import NCC, MetricField
-from jaxreg.registration.stages.moments import centre_and_covariance
+from jaxreg.registration.stages.moments import centre_of_mass
 from jaxreg.registration.stages.problem import Alignment, Level, Weighted, charged, matmul
 
 __all__ = ["Affine", "Linear", "Rigid", "Similarity", "Translation", "rotation_matrix"]
@@ -100,7 +100,7 @@ class Linear(Iterative):
         """Return the parameters of no motion, about the fixed image's centre of mass."""
         plane = level.plane()
         parameters = self._parameters(level.ndim if plane is None else 2)
-        centre, _ = centre_and_covariance(level.fixed, level.fixed_mask, level.to_physical)
+        centre = centre_of_mass(level.fixed, level.fixed_mask, level.to_physical)
         length = jnp.linalg.norm(level.to_physical[:-1, :-1])
         motion = _Motion(parameters, centre, length, plane, _copy(parameters))
         return State(motion, no_moments(parameters))

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxreg.registration.intensities import background
 from jaxreg.registration.progress import Callback, Progress
@@ -17,7 +18,7 @@ from jaxreg.registration.stages.metrics import NCC, MetricField
 from jaxreg.registration.stages.problem import Alignment, Level, Problem, charged, matmul
 from jaxreg.registration.stages.pyramid import FEW_CHANNELS
 
-__all__ = ["Moments", "centre_and_covariance"]
+__all__ = ["Moments", "centre_and_covariance", "centre_of_mass"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Moments(Stage):
         matrix, losses = _best(stage, problem.level(self.scale, alignment, stage.metric))
         if callback is not None:
             callback(Progress(self.name, self.scale, 1, 1, losses))
-        trace = Trace(losses, jnp.asarray(2, jnp.int32), jnp.ones((), jnp.bool))
+        trace = Trace(losses, jnp.asarray(np.int32(2)), jnp.asarray(np.bool_(True)))
         return alignment._replace(matrix=matrix), (trace,)
 
 
@@ -176,6 +177,28 @@ def centre_and_covariance(
     centre, covariance
         ``(D,)`` and ``(D, D)``. An image without mass has its centre in the middle.
     """
+    mass, coordinates, mean = _distribution(image, mask)
+    centred = [c - m for c, m in zip(coordinates, mean, strict=True)]
+    rows = [jnp.stack([(mass * a * b).sum() for b in centred]) for a in centred]
+    linear = to_physical[:-1, :-1]
+    covariance = matmul(linear, matmul(jnp.stack(rows), linear.T))
+    return _in_space(mean, to_physical), covariance
+
+
+def centre_of_mass(image: jax.Array, mask: jax.Array | None, to_physical: jax.Array) -> jax.Array:
+    """Return the first of what `centre_and_covariance` returns, and compute nothing else."""
+    return _in_space(_distribution(image, mask)[2], to_physical)
+
+
+def _in_space(mean: jax.Array, to_physical: jax.Array) -> jax.Array:
+    centre: jax.Array = (to_physical[:-1, :-1] * mean).sum(axis=1) + to_physical[:-1, -1]
+    return centre
+
+
+def _distribution(
+    image: jax.Array, mask: jax.Array | None
+) -> tuple[jax.Array, list[jax.Array], jax.Array]:
+    """Return the mass of the voxels, 1 in all, their normalised coordinates, and their mean."""
     channels = image.shape[1]
     if channels <= FEW_CHANNELS:
         mass = _mass(image)
@@ -197,9 +220,4 @@ def centre_and_covariance(
         size = mass.shape[axis]
         along = jnp.linspace(-1, 1, size, dtype=mass.dtype) if size > 1 else jnp.zeros(1)
         coordinates.append(along.reshape([-1 if a == axis else 1 for a in range(ndim)]))
-    mean = jnp.stack([(mass * c).sum() for c in coordinates])
-    centred = [c - m for c, m in zip(coordinates, mean, strict=True)]
-    rows = [jnp.stack([(mass * a * b).sum() for b in centred]) for a in centred]
-    linear = to_physical[:-1, :-1]
-    covariance = matmul(linear, matmul(jnp.stack(rows), linear.T))
-    return (linear * mean).sum(axis=1) + to_physical[:-1, -1], covariance
+    return mass, coordinates, jnp.stack([(mass * c).sum() for c in coordinates])

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxreg import compose, gaussian_smooth, interpolate
 from jaxreg.registration.intensities import Clip, clipped
@@ -396,11 +397,12 @@ class Problem:
         if scale not in self._pyramids:
             other = level_shape(self._moving.shape[2:], max(scale * self._moving_ratio, 1.0))
             masks = _smaller_mask(self._masks[0], shape), _smaller_mask(self._masks[1], other)
-            self._pyramids[scale] = (
-                spread(_continued(downsample(self._fixed, shape), masks[0])),
-                spread(_continued(downsample(self._moving, other), masks[1])),
-                *masks,
+            images = downsample(self._fixed, shape), downsample(self._moving, other)
+            fixed, moving = (
+                spread(image if mask is None else _continued(image, mask))
+                for image, mask in zip(images, masks, strict=True)
             )
+            self._pyramids[scale] = (fixed, moving, *masks)
         return self._level(self._pyramids[scale], shape, alignment, metric)
 
     def whole(self, alignment: Alignment) -> Level:
@@ -426,21 +428,19 @@ class Problem:
             reach=None,
             content=None,
             fixed_weight=None,
-            overlap=jnp.zeros((), jnp.float32),
-            metric_scale=jnp.zeros((), jnp.float32),
+            overlap=jnp.asarray(np.float32(0)),
+            metric_scale=jnp.asarray(np.float32(0)),
         )
         attention = _attention(level, metric)
         return level._replace(**attention._asdict())
 
 
 @jax.jit
-def _continued(image: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _continued(image: jax.Array, mask: jax.Array) -> jax.Array:
     """Return an image in which what a mask leaves out continues what is beside it.
 
     A sample that lies between a voxel that counts and one that does not mixes the two.
     """
-    if mask is None:
-        return image
     counts = (mask > 0).astype(image.dtype)
     sigma = [1.0 if size > 1 else 0.0 for size in image.shape[2:]]
     near = gaussian_smooth(counts, sigma, truncate=1)

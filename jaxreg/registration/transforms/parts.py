@@ -155,7 +155,8 @@ def _(part: DisplacementField, chain: _Chain, grid: Grid) -> _Chain:
         # Sampling would give the same and take memory.
         found = jnp.asarray(part.vectors, jnp.float32)
     else:
-        found = _sample_vectors(part, affine, before, grid.shape)
+        field = jnp.asarray(np.asarray(part.vectors, np.float32))
+        found = _sample_vectors(field, np.float32(affine), before, grid.shape)
     step = rotate(inverse_matrix(matrix), found)
     return matrix, step if vectors is None else vectors + step
 
@@ -166,21 +167,25 @@ def affine_between(sampled: Grid, to_physical: Matrix) -> Matrix:
     return (to_normalised @ to_physical)[None, :-1]
 
 
+@functools.partial(jax.jit, static_argnames="shape")
 def _sample_vectors(
-    field: DisplacementField, affine: Matrix, before: jax.Array | None, shape: tuple[int, ...]
+    field: jax.Array,
+    affine: NDArray[np.float32],
+    before: jax.Array | None,
+    shape: tuple[int, ...],
 ) -> jax.Array:
-    """Sample a displacement field as ITK does, at ``A(x + u(x))``: ``(*shape, D)``."""
+    """Sample displacements ``(*S, D)`` as ITK does, at ``A(x + u(x))``: ``(*shape, D)``."""
     where: dict[str, Any] = {
-        "affine": jnp.asarray(affine, jnp.float32),
+        "affine": jnp.asarray(affine),
         "grid": before,
         "affine_last": True,
         "out_shape": shape,
         "align_corners": False,
     }
-    vectors = jnp.moveaxis(jnp.asarray(field.vectors, jnp.float32), -1, 0)[None]
+    vectors = jnp.moveaxis(field, -1, 0)[None]
     found = interpolate(vectors, padding_mode="border", **where)
     # The nearest voxel exists up to half a voxel beyond the outermost centres.
-    ones = jnp.ones((1, 1, *field.grid.shape), jnp.float32)
+    ones = jnp.ones((1, 1, *field.shape[:-1]), jnp.float32)
     inside = interpolate(ones, mode="nearest", **where)
     return jnp.moveaxis((found * inside)[0], 0, -1)
 

@@ -115,7 +115,7 @@ def _where(source: Grid, grid: Grid, parts: Sequence[Part]) -> dict[str, Any]:
     affine = affine_between(source, matrix @ to_physical)
     displacement = None if vectors is None else rotate(inverse_matrix(to_physical), vectors)[None]
     return {
-        "affine": jnp.asarray(affine, jnp.float32),
+        "affine": jnp.asarray(np.float32(affine)),
         "grid": displacement,
         "affine_last": True,
         "out_shape": grid.shape,
@@ -173,7 +173,7 @@ def _background(image: NDArray[Any], *, exact: bool) -> NDArray[Any]:
     nothing = np.zeros(len(channels), image.dtype)
     if (channels.min(axis=1) == channels.max(axis=1)).all() or _are_labels(channels):
         return nothing
-    value, _, clear = map(np.asarray, background(jnp.asarray(image, jnp.float32)))
+    value, _, clear = map(np.asarray, background(jnp.asarray(np.asarray(image, np.float32))))
     if not clear.all():
         return nothing
     if not exact:

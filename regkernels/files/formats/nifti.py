@@ -6,17 +6,16 @@ no slope, knows neither NIfTI-2 nor what the intent says, and takes Analyze imag
 
 from __future__ import annotations
 
-import gzip
 import math
 import re
 import warnings
-import zlib
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from regkernels.files.compression import DAMAGE, uncompressed
 from regkernels.files.formats.reading import (
     FileWarning,
     Voxels,
@@ -163,11 +162,14 @@ _NOTABLE = 0.05
 """Voxels that two places are apart for it to be told; rounding of headers stays far below."""
 
 
+_UNREADABLE: tuple[type[Exception], ...] = (*DAMAGE, OSError)
+
+
 def is_nifti2(path: Path) -> bool:
     """Tell whether a file begins as NIfTI-2, which ITK does not know."""
     try:
         return _start(_nifti_pair(path)[0])[4:12] in _MAGIC[540]
-    except (EOFError, OSError, zlib.error):
+    except _UNREADABLE:
         return False
 
 
@@ -311,7 +313,7 @@ def read_values(path: Path, header: NiftiHeader, ndim: int | None = None) -> NDA
 def _start(header: Path) -> bytes:
     """Read as much as a header takes, or all that there is."""
     with header.open("rb") as raw:
-        file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if is_gzip(header) else raw
+        file = uncompressed(raw) if is_gzip(header) else raw
         return read_exactly(file, 348) + file.read(540 - 348)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, cast
+from typing import BinaryIO, Literal, NamedTuple
+
+from regkernels.files.compression import DAMAGE, uncompressed
 
 __all__ = [
     "FileWarning",
@@ -86,7 +87,7 @@ def telling_of_damage(path: str | os.PathLike[str]) -> Iterator[None]:
     """Say of which file it is that something is missing."""
     try:
         yield
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path}: cut short or damaged: {error}") from error
 
 
@@ -138,7 +139,7 @@ def blocks(voxels: Voxels) -> Iterator[bytes]:
         if voxels.packing == "zlib":
             yield from _inflated(raw)
             return
-        file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if voxels.packing == "gzip" else raw
+        file = uncompressed(raw) if voxels.packing == "gzip" else raw
         skipped = voxels.skipped
         while skipped > 0 and (block := file.read(min(skipped, _BLOCK))):
             skipped -= len(block)

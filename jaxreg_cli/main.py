@@ -10,7 +10,10 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import typer
 
 __all__ = ["main"]
 
@@ -47,10 +50,8 @@ def _run(arguments: Sequence[str] | None) -> NoReturn:
     try:
         import typer
 
-        from jaxreg.commands import app
-
         try:
-            status = app(args=arguments, prog_name="jaxreg", standalone_mode=False)
+            status = _app(arguments)(args=arguments, prog_name="jaxreg", standalone_mode=False)
             sys.stdout.flush()
             raise SystemExit(status)
         except typer.Abort:
@@ -72,6 +73,18 @@ def _run(arguments: Sequence[str] | None) -> NoReturn:
         if not error.format_message():  # the help was asked for, by giving no arguments
             raise SystemExit(_BAD_INPUT) from None
         _fail(error.format_message())
+
+
+def _app(arguments: Sequence[str] | None) -> typer.Typer:
+    """Return the command; only an outline of it where that is all that is asked for."""
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    if typed in ([], ["--help"], ["--version"]):
+        from jaxreg_cli.outline import describing_app
+
+        return describing_app()
+    from jaxreg.commands import app
+
+    return app
 
 
 class _Ended(BaseException):

@@ -1,0 +1,123 @@
+"""The files of a registration: which are wanted, and their writing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jaxreg.commands.timing import Stopwatch
+from jaxreg.commands.transform_files import AFFINE, INVERSE_WARP, WARP
+from jaxreg.registration import Registration
+from regkernels import write_affine, write_displacement, write_volume
+
+__all__ = [
+    "FILES",
+    "FIXED_MOVED",
+    "MOVED",
+    "RECORD",
+    "REPORT",
+    "Outputs",
+    "choose_outputs",
+    "write_images",
+]
+
+MOVED = "moved.nii.gz"
+FIXED_MOVED = "fixed_moved.nii.gz"
+RECORD = "registration.json"
+REPORT = "report.html"
+
+_OUTPUTS: Mapping[str, tuple[str, ...]] = {
+    "transform": (AFFINE, WARP),
+    "inverse": (AFFINE, INVERSE_WARP),
+    "moved": (MOVED,),
+    "fixed_moved": (FIXED_MOVED,),
+    "record": (RECORD,),
+    "report": (REPORT,),
+}
+FILES = tuple(dict.fromkeys(name for files in _OUTPUTS.values() for name in files))
+"""All that a registration may write."""
+
+Outputs = Annotated[
+    str | None,
+    typer.Option(
+        "--outputs",
+        metavar="NAME,...",
+        help=f"What to write, with commas between: {', '.join(_OUTPUTS)}. By default all but the "
+        "report.",
+    ),
+]
+
+
+def choose_outputs(text: str | None, report: bool) -> frozenset[str]:
+    """Return the names of the files that are wanted.
+
+    Parameters
+    ----------
+    text
+        What ``--outputs`` says.
+    report
+        Whether ``--report`` was said, which adds the report.
+
+    Raises
+    ------
+    ValueError
+        For an output that there is not, or for none.
+    """
+    wanted = [name for name in _OUTPUTS if name != "report"]
+    if text is not None:
+        wanted = [name.strip() for name in text.split(",")]
+        unknown = [name for name in wanted if name not in _OUTPUTS]
+        if unknown:
+            raise ValueError(
+                f"--outputs: expected some of {', '.join(_OUTPUTS)}, got {unknown[0]!r}"
+            )
+    if report:
+        wanted.append("report")
+    return frozenset(file for name in wanted for file in _OUTPUTS[name])
+
+
+def write_images(
+    result: Registration, wanted: frozenset[str], folder: Path, stopwatch: Stopwatch
+) -> None:
+    """Write the transform and the images of a registration into a folder.
+
+    They are compressed and written while the next of them, and what else the record tells of the
+    result, is computed.
+    """
+    with ThreadPoolExecutor() as pool:
+        with stopwatch.phase("results"):
+            writing = [pool.submit(write, folder / name) for name, write in _files(result, wanted)]
+            # What is computed when it is first asked for: the record, or the summary, tells it.
+            _ = result.folds, result.inverse_residual, result.doubts
+        with stopwatch.phase("writing"):
+            for file in writing:
+                file.result()
+
+
+def _files(
+    result: Registration, wanted: frozenset[str]
+) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """Return what is wanted, each computed when it is asked for, with what writes it.
+
+    It is computed here, because a device that is the default is that of one thread.
+    """
+    transform = result.transform
+    if AFFINE in wanted:
+        yield AFFINE, lambda path: write_affine(transform.matrix, path)
+    if transform.displacement is not None:
+        if WARP in wanted:
+            there = transform.displacement_field()
+            yield WARP, lambda path: write_displacement(there, transform.grid, path)
+        if INVERSE_WARP in wanted:
+            back = transform.inverse_displacement_field()
+            yield INVERSE_WARP, lambda path: write_displacement(back, transform.grid, path)
+    if MOVED in wanted:
+        moved = result.moved
+        yield MOVED, lambda path: write_volume(moved, path)
+    if FIXED_MOVED in wanted:
+        fixed_moved = result.fixed_moved
+        yield FIXED_MOVED, lambda path: write_volume(fixed_moved, path)

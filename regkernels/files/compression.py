@@ -1,0 +1,58 @@
+"""gzip, by ISA-L where the package `isal` is installed.
+
+Of displacements in float32, of which little can be saved, ISA-L compresses ten times as much in a
+second as zlib does at its fastest level, and of images six times as much, to the same sizes within
+a hundredth. Reading is twice as fast.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import shutil
+import zlib
+from pathlib import Path
+from typing import BinaryIO, cast
+
+__all__ = ["DAMAGE", "compress", "has_isal", "uncompressed"]
+
+has_isal = importlib.util.find_spec("isal") is not None
+
+if has_isal:
+    from isal import igzip, isal_zlib
+
+    DAMAGE: tuple[type[Exception], ...] = (
+        EOFError,
+        gzip.BadGzipFile,
+        zlib.error,
+        cast(type[Exception], isal_zlib.error),
+    )
+else:
+    DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error)
+"""What is raised where compressed data is cut short or damaged."""
+
+_BLOCK = 1 << 20
+
+
+def uncompressed(file: BinaryIO) -> BinaryIO:
+    """Return what a file holds that gzip has compressed; its end verifies the checksum."""
+    kind = igzip.IGzipFile if has_isal else gzip.GzipFile
+    return cast(BinaryIO, kind(fileobj=file, mode="rb"))
+
+
+def compress(source: Path, goal: Path) -> None:
+    """Compress a file by ISA-L to another one, of the same bytes whenever that is done.
+
+    Parameters
+    ----------
+    source
+        What to compress.
+    goal
+        Where to.
+    """
+    with (
+        source.open("rb") as plain,
+        goal.open("wb") as raw,
+        igzip.IGzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as packed,
+    ):
+        shutil.copyfileobj(plain, packed, _BLOCK)
