@@ -1,9 +1,10 @@
-"""Reading and writing of images and transforms, as ITK, ANTs and 3D Slicer read and write them.
+"""Reading and writing of images, transforms and points, as ITK, ANTs and 3D Slicer have them.
 
 Needs SimpleITK: ``pip install 'regkernels[files]'``.
 """
 
 from regkernels.files.images import read_grid, read_volume, write_volume
+from regkernels.files.points import PointSet, read_points, write_points
 from regkernels.files.transforms import (
     read_transform,
     write_affine,
@@ -12,11 +13,14 @@ from regkernels.files.transforms import (
 )
 
 __all__ = [
+    "PointSet",
     "read_grid",
+    "read_points",
     "read_transform",
     "read_volume",
     "write_affine",
     "write_displacement",
+    "write_points",
     "write_transform",
     "write_volume",
 ]
