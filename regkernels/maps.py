@@ -86,8 +86,7 @@ class DisplacementField:
         """Return which points ``(..., D)`` lie on the grid; beyond it the field is zero."""
         voxel = AffineMap(self.grid.voxel_to_physical()).inverse().move(points)
         last = np.array(self.grid.shape[::-1]) - 1
-        covered: NDArray[np.bool_] = ((voxel >= -0.5) & (voxel <= last + 0.5)).all(axis=-1)
-        return covered
+        return np.asarray(((voxel >= -0.5) & (voxel <= last + 0.5)).all(axis=-1))
 
     def move(self, points: Points) -> Points:
         """Return where points ``(..., D)`` go, in float64."""
