@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from jaxreg.commands.apply import apply
+from jaxreg.commands.apply_points import apply_points
 from jaxreg.commands.command import Command
 from jaxreg.commands.demo import demo
 from jaxreg.commands.info import info
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command(cls=Command, no_args_is_help=True)(register)
 app.command(cls=TemplateCommand, no_args_is_help=True)(template)
 app.command(cls=Command, no_args_is_help=True)(apply)
+app.command(cls=Command, no_args_is_help=True)(apply_points)
 app.command(cls=Command, no_args_is_help=True)(invert)
 app.command(cls=Command)(info)
 app.command(cls=Command)(demo)

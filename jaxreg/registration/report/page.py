@@ -42,6 +42,7 @@ def write_report(
     subtitle: str = "",
     names: tuple[str, str] = ("", ""),
     tables: Mapping[str, Mapping[str, str]] | None = None,
+    scores: Mapping[str, Sequence[Sequence[str]]] | None = None,
     dpi: int = 110,
 ) -> None:
     """Write a registration as a picture, or as a page that holds everything it needs.
@@ -63,6 +64,9 @@ def write_report(
     tables
         What else there is to tell on the page: files, versions and the like. By their headings,
         names and values.
+    scores
+        What labels and landmarks say, for the page. By their headings, rows of cells; the first row
+        has the names of the columns, and the first column those of the rows.
     dpi
         Resolution; the picture is 13 inches wide.
     """
@@ -70,7 +74,8 @@ def write_report(
     slices = draw_slices(result, title=title, subtitle=subtitle or _subtitle(result), names=names)
     with atomic_path(path) as beside:
         if page:
-            beside.write_text(_page(result, slices, title, tables or {}, dpi), encoding="utf-8")
+            text = _page(result, slices, title, tables or {}, scores or {}, dpi)
+            beside.write_text(text, encoding="utf-8")
         else:
             slices.savefig(beside, dpi=dpi, facecolor=BACKGROUND)
 
@@ -90,6 +95,7 @@ def _page(
     slices: Figure,
     title: str,
     tables: Mapping[str, Mapping[str, str]],
+    scores: Mapping[str, Sequence[Sequence[str]]],
     dpi: int,
 ) -> str:
     losses = draw_losses(result.stages)
@@ -101,6 +107,8 @@ def _page(
         *_doubts(result),
         _image(slices, "slices of the images, the deformed grid and what differs", dpi),
     ]
+    for heading, rows_of_scores in scores.items():
+        parts += [f"<h2>{html.escape(heading)}</h2>", _scores(rows_of_scores)]
     if losses is not None:
         parts += ["<h2>Losses</h2>", _image(losses, "loss curves", dpi)]
     parts += ["<h2>Stages</h2>", _stages(result), "<h2>Affine</h2>", _matrix(result)]
@@ -127,6 +135,13 @@ def _image(figure: Figure, description: str, dpi: int) -> str:
     figure.savefig(buffer, format="png", dpi=dpi, facecolor=BACKGROUND)
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+
+
+def _scores(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = [f"<tr>{_cells(head[:1], 'th')}{_cells(head[1:], 'th', 'number')}</tr>"]
+    lines += [f"<tr>{_cells(row[:1])}{_cells(row[1:], 'td', 'number')}</tr>" for row in body]
+    return f"<table>{''.join(lines)}</table>"
 
 
 def _stages(result: Registration) -> str:
