@@ -19,8 +19,10 @@ from __future__ import annotations
 from jaxreg.registration import pytrees as pytrees
 from jaxreg.registration.evaluation import (
     HausdorffDistance,
+    ImageSimilarity,
     dice,
     hausdorff_distance,
+    image_similarity,
     target_registration_error,
 )
 from jaxreg.registration.plausibility import Doubt
@@ -104,6 +106,7 @@ __all__ = [
     "Folds",
     "Greedy",
     "HausdorffDistance",
+    "ImageSimilarity",
     "InverseResidual",
     "Iterative",
     "Jacobian",
@@ -131,6 +134,7 @@ __all__ = [
     "dice",
     "downsample",
     "hausdorff_distance",
+    "image_similarity",
     "invert_part",
     "level_shape",
     "mse_loss",

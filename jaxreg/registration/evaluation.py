@@ -1,17 +1,27 @@
-"""How good a registration is, by what it was not told: labels and landmarks."""
+"""How good a registration is: by labels and landmarks, of which it was not told, and by images."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jaxreg.loss import mutual_information_loss
+from jaxreg.registration.stages.metrics import LNCC, mse_loss, ncc, shrunk
 from jaxreg.registration.transforms.transform import Transform
 from regkernels import AffineMap, Grid, Volume
 
-__all__ = ["HausdorffDistance", "dice", "hausdorff_distance", "target_registration_error"]
+__all__ = [
+    "HausdorffDistance",
+    "ImageSimilarity",
+    "dice",
+    "hausdorff_distance",
+    "image_similarity",
+    "target_registration_error",
+]
 
 
 def dice(labels_a: ArrayLike, labels_b: ArrayLike) -> dict[int, float]:
@@ -91,7 +101,7 @@ def hausdorff_distance(labels_a: Volume, labels_b: Volume) -> dict[int, Hausdorf
     """
     from scipy.spatial import KDTree
 
-    _check_same_grid(labels_a.grid, labels_b.grid)
+    _check_same_grid("labels_b", "labels_a", labels_a.grid, labels_b.grid)
     a, b = (
         _surfaces(_labels(name, volume.array), volume.grid)
         for name, volume in (("labels_a", labels_a), ("labels_b", labels_b))
@@ -145,13 +155,89 @@ def target_registration_error(
     return distances
 
 
-def _check_same_grid(a: Grid, b: Grid) -> None:
-    if a.shape != b.shape:
-        raise ValueError(f"labels_b: expected shape {a.shape} as labels_a, got {b.shape}")
-    if not b.same_place(a):
+class ImageSimilarity(NamedTuple):
+    """How alike two images are, where both have data.
+
+    Attributes
+    ----------
+    ncc
+        Global normalised cross-correlation, from -1 to 1; over channels the mean.
+    lncc
+        Mean squared local correlation in windows of 7 voxels, as `LNCC` has it, of the images less
+        their means; from 0 to 1, NaN if no window is whole.
+    mutual_information
+        In nats, from 32 bins; over channels the mean.
+    mean_squared_difference
+        In the units of the intensities, squared.
+    share
+        Part of the voxels that were compared, from 0 to 1.
+    """
+
+    ncc: float
+    lncc: float
+    mutual_information: float
+    mean_squared_difference: float
+    share: float
+
+
+def image_similarity(
+    image: Volume, other: Volume, mask: ArrayLike | None = None
+) -> ImageSimilarity:
+    """Return how alike two images are, by what the stages minimise.
+
+    Parameters
+    ----------
+    image, other
+        Volumes on one grid with as many channels.
+    mask
+        ``([Z,] Y, X)``, true where both have data; everywhere by default.
+
+    Returns
+    -------
+    ImageSimilarity
+        Of the voxels that the mask leaves in; of LNCC those whose whole windows it does.
+
+    Raises
+    ------
+    ValueError
+        If the grids or channels differ, or the mask has another shape or leaves nothing in.
+    """
+    _check_same_grid("other", "image", image.grid, other.grid)
+    if other.channels != image.channels:
         raise ValueError(
-            "labels_b: expected spacing, origin and direction of labels_a, got voxels that lie up "
-            f"to {b.voxels_apart(a):.3g} voxels from those"
+            f"other: expected {image.channels} channels as image, got {other.channels}"
+        )
+    inside = np.ones(image.shape, np.bool_) if mask is None else np.asarray(mask, np.bool_)
+    if inside.shape != image.shape:
+        raise ValueError(f"mask: expected shape {image.shape}, got {inside.shape}")
+    if not inside.any():
+        raise ValueError("mask: expected a voxel that both images have, got none")
+    weights = jnp.asarray(inside, jnp.float32)[None, None]
+    one, two = (jnp.asarray(volume.batched(), jnp.float32) for volume in (image, other))
+    # Beyond the grid windows hold zeros: about the mean of an image that is no edge, so that a gain
+    # and an offset change nothing.
+    axes = tuple(range(2, weights.ndim))
+    means = ((weights * x).sum(axes, keepdims=True) / weights.sum() for x in (one, two))
+    centred_one, centred_two = (x - mean for x, mean in zip((one, two), means, strict=True))
+    metric = LNCC()
+    windows = shrunk(weights, metric.reach)
+    whole = bool(windows.any())
+    return ImageSimilarity(
+        float(ncc(two, one, weights).mean()),
+        -float(metric.loss(centred_two, centred_one, windows)) if whole else math.nan,
+        -float(mutual_information_loss(two, one, mask=weights)),
+        float(mse_loss(two, one, weights)),
+        float(inside.mean()),
+    )
+
+
+def _check_same_grid(name: str, of: str, grid: Grid, other: Grid) -> None:
+    if other.shape != grid.shape:
+        raise ValueError(f"{name}: expected shape {grid.shape} as {of}, got {other.shape}")
+    if not other.same_place(grid):
+        raise ValueError(
+            f"{name}: expected spacing, origin and direction of {of}, got voxels that lie up to "
+            f"{other.voxels_apart(grid):.3g} voxels from those"
         )
 
 

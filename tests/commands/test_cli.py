@@ -179,7 +179,7 @@ def test_the_record_tells_settings_versions_and_losses(pair: Path, registered: P
 
 def test_the_report_is_one_file_with_everything(pair: Path, registered: Path) -> None:
     page = (registered / "report.html").read_text()
-    assert page.count("data:image/png;base64,iVBOR") == 2  # slices and losses
+    assert page.count("data:image/png;base64,iVBOR") == 5  # slices, losses, three of the sliders
     assert not re.search(r'(src|href)="(?!data:)', page)
     words = ("moving.mha registered to fixed.nii.gz", "learning_rate", "jaxlib", "greedy")
     for word in (
@@ -227,7 +227,7 @@ def test_without_a_deformation_everything_but_the_warps_is_there(
     assert record["transform"]["moving to fixed"] == ["affine.tfm:inverse"]
     assert record["jacobian"] == {"share": 0, "minimum": 1, "maximum": 1}
     assert record["inverse residual (voxels)"] == {"share": 0, "mean": 0, "maximum": 0}
-    assert (out / "report.html").read_text().count("data:image/png;base64,iVBOR") == 2
+    assert (out / "report.html").read_text().count("data:image/png;base64,iVBOR") == 5
 
     assert run("info", out / "affine.tfm") == 0
     assert run("invert", out / "affine.tfm", "-o", tmp_path / "back.tfm") == 0

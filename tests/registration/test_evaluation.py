@@ -1,4 +1,4 @@
-"""How good a registration is: overlap and surfaces of labels, and the distance of landmarks."""
+"""How good a registration is: by labels, by landmarks, and by how alike the images are."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jaxreg.registration import (
     HausdorffDistance,
     dice,
     hausdorff_distance,
+    image_similarity,
     target_registration_error,
 )
 from jaxreg.registration.transforms.transform import Transform
@@ -116,6 +117,43 @@ def test_surfaces_on_different_grids_are_not_compared() -> None:
         hausdorff_distance(a, header((9, 8, 9), (1, 2, 3)))
     with pytest.raises(ValueError, match="labels_a: expected integers"):
         hausdorff_distance(a.with_array(np.asarray(a.array) / 2), b)
+
+
+def test_images_are_compared_where_the_mask_says() -> None:
+    volume = header((14, 15, 16), (1, 2, 3))
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(2, *volume.shape)).astype(np.float32)
+    other = 3 * image + 5
+    inside = np.zeros(volume.shape, np.bool_)
+    inside[:, :10] = True
+    other[:, :, 10:] = rng.normal(size=other[:, :, 10:].shape)
+    one, two = volume.with_array(image), volume.with_array(other)
+    found = image_similarity(one, two, inside)
+    assert found.ncc == pytest.approx(1, abs=1e-5)
+    assert found.lncc == pytest.approx(1, abs=1e-4)
+    assert found.share == pytest.approx(10 / 15)
+    expected = np.mean((image - other)[:, inside].astype(np.float64) ** 2)
+    assert found.mean_squared_difference == pytest.approx(expected, rel=1e-5)
+    whole = image_similarity(one, two)
+    assert whole.ncc < 0.9 and whole.lncc < 0.8 and whole.share == 1
+    assert whole.mutual_information < found.mutual_information
+    thin = np.zeros(volume.shape, np.bool_)
+    thin[3] = True
+    assert np.isnan(image_similarity(one, two, thin).lncc)
+
+
+def test_images_that_cannot_be_compared_are_refused() -> None:
+    volume = header((8, 9, 10), (1, 2, 3))
+    with pytest.raises(ValueError, match=r"other: expected shape \(8, 9, 10\) as image"):
+        image_similarity(volume, header((8, 9, 9), (1, 2, 3)))
+    with pytest.raises(ValueError, match="other: expected spacing, origin and direction of image"):
+        image_similarity(volume, placed(volume, origin=volume.grid.origin + 1))
+    with pytest.raises(ValueError, match="other: expected 1 channels as image, got 2"):
+        image_similarity(volume, volume.with_array(np.zeros((2, *volume.shape))))
+    with pytest.raises(ValueError, match=r"mask: expected shape \(8, 9, 10\)"):
+        image_similarity(volume, volume, np.ones((8, 9)))
+    with pytest.raises(ValueError, match="mask: expected a voxel that both images have"):
+        image_similarity(volume, volume, np.zeros(volume.shape))
 
 
 class Shift(Transform):
