@@ -183,8 +183,12 @@ def register(
     Writes moved.nii.gz, MOVING on the grid of FIXED; fixed_moved.nii.gz, FIXED on the grid of
     MOVING; affine.tfm and, if there is a deformation, warp.nii.gz and inverse_warp.nii.gz, which
     `jaxreg apply`, ITK, ANTs and 3D Slicer read; registration.json, with settings, versions and
-    losses, and what labels and landmarks say, if they are given. Where the result may be wrong, a
-    warning says why.
+    losses. Where the result may be wrong, a warning says why.
+
+    Judged by labels and landmarks, before and after, on the console, in record and report:
+    jaxreg register fixed.nii.gz moving.nii.gz -o out --report
+    --fixed-labels fixed_labels.nii.gz --moving-labels moving_labels.nii.gz
+    --fixed-points fixed.mrk.json --moving-points moving.mrk.json
     """
     stopwatch = Stopwatch()
     clipping, around = parse_clip(clip), parse_outside(outside)

@@ -453,9 +453,10 @@ def test_apply_says_what_is_outside(ct: Path, capsys: pytest.CaptureFixture[str]
         assert moved.dtype == dtype
         assert (moved[:, -10:] == -1024).all()
         assert told == "Outside of IMAGE is -1024.\n"
-        moved, told = applied("moving", *options, "--outside=-7")
-        assert (moved[:, -10:] == -7).all()
-        assert told == "Outside of IMAGE is -7.\n"
+        for name in ("--outside", "--default-value"):  # the latter as ANTs calls it
+            moved, told = applied("moving", *options, f"{name}=-7")
+            assert (moved[:, -10:] == -7).all()
+            assert told == "Outside of IMAGE is -7.\n"
     for options in ((), ("--labels",), ("--interpolation", "nearest")):
         moved, told = applied("labels", *options)
         assert (moved[:, -10:] == 0).all()
@@ -633,7 +634,7 @@ APPLY = "apply moving.mha -r fixed.nii.gz -o out.nrrd"
         (f"{APPLY} -t fixed.nii.gz", "--transform: fixed.nii.gz: expected displacements, 2"),
         (f"{APPLY} -r space.nrrd", "--reference: space.nrrd: expected a 2-D image, got 3-D"),
         (f"{APPLY} --interpolation magic", "--interpolation"),
-        (f"{APPLY} --outside air", "error: --outside: expected background, or a number for all"),
+        (f"{APPLY} --outside air", "error: --outside/--default-value: expected background, or a"),
         (f"{APPLY} --outside 1,2", "error: --outside: expected 1 number, or 1 as channels, got 2"),
         (
             f"{APPLY} --outside .5 --labels",
