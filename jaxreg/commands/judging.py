@@ -278,7 +278,8 @@ def read_labels(path: Path) -> Volume:
     Raises
     ------
     ValueError
-        If the file cannot be read, has channels, or other values than integers of at least 0.
+        If the file cannot be read, has channels, other values than integers of at least 0, or no
+        label.
     """
     labels = read_volume(path)
     array = np.asarray(labels.array)
@@ -287,6 +288,8 @@ def read_labels(path: Path) -> Volume:
     if (array % 1).any() or array.min() < 0:
         kind = "fractions" if (array % 1).any() else "negative numbers"
         raise ValueError(f"{path}: expected labels, integers of at least 0, got {kind}")
+    if not array.any():
+        raise ValueError(f"{path}: expected a label above 0, got none")
     return labels
 
 

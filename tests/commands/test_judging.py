@@ -191,6 +191,7 @@ def broken(pair: Path, folder: Path) -> dict[str, Path]:
         "fractions": labels.with_array(array + 0.5),
         "negative": labels.with_array(array.astype(np.int16) - 1),
         "channels": labels.with_array(np.stack([array, array])),
+        "empty": labels.with_array(0 * array),
     }
     for name, volume in volumes.items():
         write_volume(volume, folder / f"{name}.nrrd")
@@ -214,6 +215,7 @@ LABELS, POINTS = ("fixed-labels", "moving-labels"), ("fixed-points", "moving-poi
         (LABELS, {"fixed-labels": "fractions"}, "expected labels, .* got fractions"),
         (LABELS, {"fixed-labels": "negative"}, "expected labels, .* got negative numbers"),
         (LABELS, {"fixed-labels": "channels"}, "expected labels, got 2 channels"),
+        (LABELS, {"fixed-labels": "empty"}, "expected a label above 0, got none"),
         (LABELS, {"fixed-labels": "nothing"}, "no such file"),
         (LABELS[:1], {"moving-labels": ""}, "expected a file beside that of --fixed-labels, got"),
         (POINTS[1:], {"fixed-points": ""}, "expected a file beside that of --moving-points, got"),
