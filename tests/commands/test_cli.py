@@ -635,10 +635,13 @@ APPLY = "apply moving.mha -r fixed.nii.gz -o out.nrrd"
         (f"{APPLY} -r space.nrrd", "--reference: space.nrrd: expected a 2-D image, got 3-D"),
         (f"{APPLY} --interpolation magic", "--interpolation"),
         (f"{APPLY} --outside air", "error: --outside/--default-value: expected background, or a"),
-        (f"{APPLY} --outside 1,2", "error: --outside: expected 1 number, or 1 as channels, got 2"),
+        (
+            f"{APPLY} --outside 1,2",
+            "error: --outside/--default-value: expected 1 number, or 1 as channels, got 2",
+        ),
         (
             f"{APPLY} --outside .5 --labels",
-            "error: --outside: expected an integer that int16 holds",
+            "error: --outside/--default-value: expected an integer that int16 holds",
         ),
         (f"{APPLY} --labels --interpolation nearest", "--labels: expected no --interpolation"),
         ("apply fixed.nii.gz -r moving.mha --labels -o out.nrrd", "IMAGE: fixed.nii.gz: expected"),
