@@ -1,6 +1,7 @@
 """Fused image-registration kernels for JAX, on CUDA and CPU."""
 
 from jaxreg._ops import export_checks
+from jaxreg._shared_planes import planes_over
 from jaxreg.descriptors import mind_ssc
 from jaxreg.loss import joint_histogram, lncc_loss, mutual_information_loss
 from jaxreg.regularisation import (
@@ -45,5 +46,6 @@ __all__ = [
     "lncc_loss",
     "mind_ssc",
     "mutual_information_loss",
+    "planes_over",
     "scaling_and_squaring",
 ]

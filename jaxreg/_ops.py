@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreg._sharding import Operands, Reduction, align, spread_over_devices
+from jaxreg._shared_planes import SharedPlanes, on_shared_planes, shared_planes
 from jaxreg._slabs import SLAB_OPS, axes_of_slabs
 from regkernels import table
 from regkernels.options import plain_number
@@ -142,7 +143,11 @@ class _Run:
 
 @functools.lru_cache(maxsize=4096)
 def _kernel(
-    name: str, attributes: Attributes, wanted: int, present: tuple[bool, ...]
+    name: str,
+    attributes: Attributes,
+    wanted: int,
+    present: tuple[bool, ...],
+    shared: SharedPlanes | None,
 ) -> Callable[..., dict[str, jax.Array]]:
     """A function of the operands that are present, with the group axis, to the wanted outputs."""
     op = OPS[name]
@@ -158,7 +163,10 @@ def _kernel(
     weight = next((x.name for x in op.outputs if x.role == "weight"), None)
     reduction = Reduction(named.get("reduction", "none"), weight)
     slab_op = SLAB_OPS.get(name.removesuffix("_grad"))
-    spread = spread_over_devices(run, operand_names, result_shapes, reduction, named, slab_op)
+    if shared is not None and slab_op is not None:
+        spread = on_shared_planes(run, operand_names, named, slab_op, shared)
+    else:
+        spread = spread_over_devices(run, operand_names, result_shapes, reduction, named, slab_op)
     mapped_call = jax.custom_batching.custom_vmap(spread)
 
     @mapped_call.def_vmap
@@ -201,12 +209,16 @@ def _kernel(
 
 
 def _run(
-    name: str, attributes: Attributes, wanted: int, operands: Sequence[jax.Array | None]
+    name: str,
+    attributes: Attributes,
+    wanted: int,
+    shared: SharedPlanes | None,
+    operands: Sequence[jax.Array | None],
 ) -> dict[str, jax.Array]:
     """Call an op on arrays as the user has them, without the group axis: its outputs by name."""
     present = tuple(operand is not None for operand in operands)
     arrays = [operand[None] for operand in operands if operand is not None]
-    outputs = _kernel(name, attributes, wanted, present)(*arrays)
+    outputs = _kernel(name, attributes, wanted, present, shared)(*arrays)
     return {x: output[0] for x, output in outputs.items()}
 
 
@@ -215,11 +227,15 @@ def _times(unit_gradient: jax.Array, cotangent: jax.Array, dtype: Any) -> jax.Ar
     return (unit_gradient * jnp.expand_dims(cotangent, tuple(axes))).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _differentiable(
-    name: str, attributes: Attributes, results: Results, operands: Operands
+    name: str,
+    attributes: Attributes,
+    results: Results,
+    shared: SharedPlanes | None,
+    operands: Operands,
 ) -> tuple[jax.Array, ...]:
-    outputs = _run(name, attributes, OPS[name].mask(results), operands)
+    outputs = _run(name, attributes, OPS[name].mask(results), shared, operands)
     return tuple(outputs[result] for result in results)
 
 
@@ -229,7 +245,9 @@ def _places_of_residuals(op: Op) -> list[int]:
     return [*range(count), *(count + place for place in op.for_backward)]
 
 
-def _forward(name: str, attributes: Attributes, results: Results, operands: Any) -> Any:
+def _forward(
+    name: str, attributes: Attributes, results: Results, shared: SharedPlanes | None, operands: Any
+) -> Any:
     op = OPS[name]
     inputs = [None if x is None else x.value for x in operands]
     needs = [x is not None and x.perturbed for x in operands]
@@ -240,7 +258,7 @@ def _forward(name: str, attributes: Attributes, results: Results, operands: Any)
                 f"is differentiated, as {name} has no gradient for it; got one that does. "
                 "jax.lax.stop_gradient makes it a constant"
             )
-    outputs = _run(name, attributes, op.mask(results) | op.wanted(needs), inputs)
+    outputs = _run(name, attributes, op.mask(results) | op.wanted(needs), shared, inputs)
     values = [*inputs, *map(outputs.get, op.output_names)]
     kept = [place for place in op.kept(needs, values) if values[place] is not None]
 
@@ -264,7 +282,12 @@ def _forward(name: str, attributes: Attributes, results: Results, operands: Any)
 
 
 def _backward(
-    name: str, attributes: Attributes, results: Results, residuals: Any, cotangents: Any
+    name: str,
+    attributes: Attributes,
+    results: Results,
+    shared: SharedPlanes | None,
+    residuals: Any,
+    cotangents: Any,
 ) -> Any:
     op = OPS[name]
     kept, flags = residuals
@@ -287,7 +310,7 @@ def _backward(
         values.append(cotangent)
         operands = [values[place] for place in op.gradient_inputs]
         wanted = op.gradient.mask([op.gradient.output_names[place] for _, place in remaining])
-        outputs = _run(op.gradient.name, attributes, wanted, operands)
+        outputs = _run(op.gradient.name, attributes, wanted, shared, operands)
         for i, place in remaining:
             gradients[i] = outputs[op.gradient.output_names[place]]
     return (tuple(gradients),)
@@ -313,9 +336,13 @@ def _axes_of_planes(op: Op, attributes: Attributes, operands: Operands) -> list[
     ]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("shared",))
 def _jitted(
-    name: str, attributes: Attributes, results: Results, operands: Operands
+    name: str,
+    attributes: Attributes,
+    results: Results,
+    operands: Operands,
+    shared: SharedPlanes | None = None,
 ) -> tuple[jax.Array, ...]:
     # Conversions are outside of the differentiated function, so that JAX returns each gradient in
     # the dtype of its operand.
@@ -324,7 +351,9 @@ def _jitted(
         x if x is None else x.astype(d) for x, d in zip(operands, dtypes, strict=True)
     )
     planes = _axes_of_planes(OPS[name], attributes, converted)
-    first, *others = _differentiable(name, attributes, results, align(converted, planes))
+    apart = () if shared is None else (shared.axis,)
+    aligned = align(converted, planes, apart)
+    first, *others = _differentiable(name, attributes, results, shared, aligned)
     return (first if result_dtype is None else first.astype(result_dtype), *others)
 
 
@@ -408,7 +437,9 @@ def apply_for(
         arrays = jax.lax.stop_gradient(arrays)
     ordered = tuple(attributes[key] for key in op.attribute_names)
     try:
-        values: tuple[jax.Array, ...] = _jitted(name, ordered, results, arrays)
+        values: tuple[jax.Array, ...] = _jitted(
+            name, ordered, results, arrays, shared=shared_planes()
+        )
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise

@@ -342,29 +342,33 @@ def _spread_alike(operands: Operands, planes: Sequence[int | None]) -> Operands:
     )
 
 
-def _varying(array: Any) -> frozenset[str]:
+def varying(array: Any) -> frozenset[str]:
+    """The axes of ``shard_map`` along which an array differs from device to device."""
     kind = jax.typeof(array)
     axes: frozenset[str] = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
     return axes
 
 
-def _vary_alike(operands: Operands) -> Operands:
-    axes = [frozenset() if x is None else _varying(x) for x in operands]
-    everywhere = frozenset().union(*axes)
+def vary_alike(
+    operands: Operands, *, apart: Iterable[str] = (), also: Iterable[str] = ()
+) -> Operands:
+    """Operands that differ along the same axes of ``shard_map``, ``also`` some, but ``apart``."""
+    axes = [frozenset() if x is None else varying(x) for x in operands]
+    everywhere = frozenset(also).union(*axes) - frozenset(apart)
     return tuple(
         x
-        if x is None or own == everywhere
+        if x is None or own >= everywhere
         else jax.lax.pcast(x, tuple(everywhere - own), to="varying")
         for x, own in zip(operands, axes, strict=True)
     )
 
 
-def align(operands: Operands, planes: Sequence[int | None]) -> Operands:
+def align(operands: Operands, planes: Sequence[int | None], apart: Iterable[str] = ()) -> Operands:
     """Operands of one call, spread alike where their types say how they are spread.
 
-    In ``shard_map`` those that are replicated join those that are not; on a mesh with explicit
-    axes all keep their batch axis and that of ``planes``, for each operand, alone. This comes
-    before what is differentiated, whose gradients have the types of its operands: JAX then sums and
-    spreads them as they were.
+    In ``shard_map`` those that are replicated join those that are not, but along axes ``apart``; on
+    a mesh with explicit axes all keep their batch axis and that of ``planes``, for each operand,
+    alone. This comes before what is differentiated, whose gradients have the types of its operands:
+    JAX then sums and spreads them as they were.
     """
-    return _vary_alike(_spread_alike(operands, planes))
+    return vary_alike(_spread_alike(operands, planes), apart=apart)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 MeshAxes = tuple[str, ...]
 Arrays = dict[str, jax.Array]
-_RANK = 6
+RANK = 6
 """Of images and fields in 3-D, with the group axis."""
 Role = Literal["planes", "sampled"]
 SLAB_AXES: tuple[Role, Role] = ("planes", "sampled")
@@ -106,6 +106,30 @@ class Slabs:
             own = _added(own, self.moved(part, hops), axis, 0)
             begin += count
         return self.inside(own, axis)
+
+    def with_edges(self, x: jax.Array, axis: int, reach: int) -> jax.Array:
+        """A slab with the planes before and after it, the volume's first and last ones repeated."""
+        halo = self.with_halo(x, axis, reach, reach)
+        return jnp.take(halo, self._nearest(reach), axis, mode="clip")
+
+    def add_edges(self, x: jax.Array, axis: int, reach: int) -> jax.Array:
+        """The transpose of :meth:`with_edges`."""
+        place = (*[slice(None)] * axis, self._nearest(reach))
+        return self.add_halo(jnp.zeros_like(x).at[place].add(x, mode="drop"), axis, reach, reach)
+
+    def _nearest(self, reach: int) -> jax.Array:
+        """For each plane of a slab and its halo the nearest one of the volume, by its place there.
+
+        On a device with nothing but padding it may lie outside.
+        """
+        begin = self.first() - reach
+        plane = begin + jnp.arange(self.own + 2 * reach, dtype=jnp.int32)
+        return jnp.clip(plane, 0, self.planes - 1) - begin
+
+    def alone(self, x: jax.Array, axis: int, reach: int) -> jax.Array:
+        """A slab with zeros for the planes of others, which are theirs to count."""
+        widths = [(reach, reach) if i == axis else (0, 0) for i in range(x.ndim)]
+        return jnp.pad(self.inside(x, axis), widths)
 
     def _hops(self, planes: int) -> list[tuple[int, int]]:
         """How many planes lie with the nearest neighbour, the next, and so on."""
@@ -493,6 +517,29 @@ def _jacobian_determinant(run: Run, arrays: Arrays, _: Mapping[str, Any], cut: C
     return run(halos, slab=slab, first=_first_planes(first, first))
 
 
+def _mind_ssc(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) -> Arrays:
+    """The rule of the descriptors: devices take the mean of the variances of all their voxels."""
+    slabs, axis = cut.planes, 3
+    reach = attributes["radius"] + attributes["dilation"]
+    image = slabs.with_edges(arrays["image"], axis, reach)
+
+    def own(x: jax.Array) -> jax.Array:
+        return jax.lax.slice_in_dim(x, reach, reach + slabs.own, axis=axis)
+
+    if "grad_output" in arrays:
+        cotangent = slabs.alone(arrays["grad_output"], axis, reach)
+        results = run(arrays | {"image": image, "grad_output": cotangent})
+        return {"grad_image": slabs.add_edges(results["grad_image"], axis, reach)}
+    variances = run({"image": image}, step="mind_ssc_variances")["output"]
+    voxels = slabs.planes * math.prod(image.shape[axis + 1 :])
+    total = jnp.sum(slabs.inside(own(variances), axis), tuple(range(axis, image.ndim)))
+    mean = slabs.sum(total) / voxels
+    given = {"image": image, "mean_variance": mean}
+    output = own(run(given, step="mind_ssc_of_variance")["output"])
+    results = {"output": output, "mean_variance": mean}
+    return {name: x for name, x in results.items() if name in run.results}
+
+
 # --- Losses ---------------------------------------------------------------------------------------
 
 
@@ -504,11 +551,6 @@ def _lncc_loss(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut
     slabs, axis, reach = cut.planes, 3, _lncc_reach(attributes)
     pred, mask = arrays["pred"], arrays.get("mask")
 
-    def beyond(x: jax.Array) -> jax.Array:
-        """The array with zeros for the planes of others, which are theirs to count."""
-        widths = [(reach, reach) if i == axis else (0, 0) for i in range(x.ndim)]
-        return jnp.pad(slabs.inside(x, axis), widths)
-
     def finished(results: Arrays) -> Arrays:
         for name in ("grad_pred", "grad_target"):
             if name in results:
@@ -519,7 +561,7 @@ def _lncc_loss(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut
     if attributes["reduction"] == "none":
         for name in ("mask", "grad_output"):
             if name in arrays:
-                halos[name] = beyond(arrays[name])
+                halos[name] = slabs.alone(arrays[name], axis, reach)
         results = finished(run(halos))
         if "output" in results:
             results["output"] = jax.lax.slice_in_dim(
@@ -527,7 +569,7 @@ def _lncc_loss(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut
             )
         return results
     counted = jnp.ones((1, 1, 1, *pred.shape[axis:]), pred.dtype) if mask is None else mask
-    halos["mask"] = beyond(counted)
+    halos["mask"] = slabs.alone(counted, axis, reach)
     results = finished(run(halos, attributes={"reduction": "sum"}))
     results["output"] = slabs.sum(results["output"])
     if attributes["reduction"] == "sum":
@@ -644,6 +686,7 @@ SLAB_OPS: dict[str, SlabOp] = {
         _all_planes(2, "velocity", "grad_velocity", "output", "grad_output"), _voxel_by_voxel
     ),
     "gaussian_smooth": _SMOOTHING,
+    "mind_ssc": SlabOp(_all_planes(3, "image", "output", "grad_output", "grad_image"), _mind_ssc),
     "jacobian_determinant": SlabOp(_all_planes(2, *_WARPED), _jacobian_determinant),
     "invert_displacement": SlabOp(
         _all_planes(2, "displacement", "initial", "output", "residual"), _inverse
@@ -666,5 +709,5 @@ def axes_of_slabs(
     axes = slab_op.axes(attributes)
     places = [(operands[name], axis) for name, (_, axis) in axes.items() if name in operands]
     reach = slab_op.reach(attributes)
-    is_large = all(len(shape) == _RANK and shape[axis] >= reach for shape, axis in places[:1])
+    is_large = all(len(shape) == RANK and shape[axis] >= reach for shape, axis in places[:1])
     return axes if places and is_large else {}

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxreg import interpolate, jacobian_determinant
+from jaxreg.registration.across import across
 from jaxreg.registration.stages.coverage import coverage
 from jaxreg.registration.stages.deformable import Deformable
 from jaxreg.registration.stages.iterative import Iterative, trend
@@ -100,6 +102,10 @@ def find_doubts(result: Registration) -> tuple[Doubt, ...]:
     )
 
 
+_IMAGE, _FIELD = 2, 1
+"""The axis of the planes."""
+
+
 # --- Overlap and determinants --------------------------------------------------------------------
 
 
@@ -121,23 +127,26 @@ def _found(result: Registration) -> _Found:
     chain = np.linalg.solve(
         moving.normalised_to_physical(), matrix @ fixed.normalised_to_physical()
     )
-    displacement = transform.displacement
+    measured = functools.partial(_measured, fixed.shape, moving.shape)
+    numbers = (
+        jnp.asarray(chain[None, :-1], jnp.float32),
+        jnp.float32(_voxels(matrix, fixed, moving)),
+    )
+    masks = _weights(result.fixed_mask), _weights(result.moving_mask)
     found = jax.device_get(
-        _measured(
-            fixed.shape,
-            moving.shape,
-            _weights(result.fixed_mask),
-            _weights(result.moving_mask),
-            jnp.asarray(chain[None, :-1], jnp.float32),
-            jnp.float32(_voxels(matrix, fixed, moving)),
-            None if displacement is None else jnp.asarray(displacement, jnp.float32),
+        across(
+            transform.devices,
+            lambda *volumes: measured(*numbers, *volumes),
+            (*masks, transform.displacement),
+            (_IMAGE, _IMAGE, _FIELD),
+            None,
         )
     )
     return _Found(*map(float, found))
 
 
-def _weights(mask: Volume | None) -> jax.Array | None:
-    return None if mask is None else jnp.asarray(mask.batched(), jnp.float32)
+def _weights(mask: Volume | None) -> NDArray[np.float32] | None:
+    return None if mask is None else np.asarray(mask.batched(), np.float32)
 
 
 def _voxels(matrix: Matrix, fixed: Grid, moving: Grid) -> float:
@@ -150,10 +159,10 @@ def _voxels(matrix: Matrix, fixed: Grid, moving: Grid) -> float:
 def _measured(
     shape: tuple[int, ...],
     source: tuple[int, ...],
-    fixed_mask: jax.Array | None,
-    moving_mask: jax.Array | None,
     affine: jax.Array,
     voxels: jax.Array,
+    fixed_mask: jax.Array | None,
+    moving_mask: jax.Array | None,
     displacement: jax.Array | None,
 ) -> tuple[jax.Array, ...]:
     """Compare the images on the fixed grid, of a shape; return what `_Found` holds.

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import compose, jacobian_determinant
+from jaxreg.registration.across import across
 from jaxreg.registration.intensities import Clip, check_clip
 from jaxreg.registration.plausibility import Doubt, find_doubts
 from jaxreg.registration.progress import Callback
@@ -177,7 +178,9 @@ class Registration:
         """
         if self.transform.displacement is None:
             return np.ones(self.fixed.shape, np.float32)
-        determinant = jacobian_determinant(self.transform.displacement)
+        determinant = across(
+            self.transform.devices, jacobian_determinant, (self.transform.displacement,), (1,), 1
+        )
         array: NDArray[np.float32] = np.asarray(determinant)[0]
         return array
 
@@ -267,6 +270,8 @@ def register(
         covers no voxel of the fixed one that counts: then there was nothing to compare; if a
         metric or its gradient is not finite; for a `clip` or `outside` that does not fit; or for
         several devices and images in 2-D.
+    RuntimeError
+        If the devices belong to several processes of `jax.distributed`, and one of them has ended.
     TypeError
         If there is something else among the stages or the devices, if a volume or a mask is none,
         if `initial` is neither numbers nor a transform, or if `outside` is neither numbers nor
@@ -342,7 +347,10 @@ def register(
     if not np.array_equal(alignment.matrix, start):
         found = centre @ np.asarray(alignment.matrix, np.float64) @ np.linalg.inv(centre)
     alignment = work.end(alignment)
-    transform = Transform(fixed.grid, found, alignment.displacement, alignment.inverse_displacement)
+    shared = None if devices is None else tuple(devices)
+    transform = Transform(
+        fixed.grid, found, alignment.displacement, alignment.inverse_displacement, devices=shared
+    )
     mended = 0.0 if alignment.mended is None else float(alignment.mended)
     return Registration(
         fixed, moving, transform, tuple(records), outside, matrix, fixed_mask, moving_mask, mended

@@ -8,22 +8,23 @@ off inside, where the compiler can do with parts of different sizes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from jaxreg.registration.across import cut, extended, put, whole
 from jaxreg.registration.intensities import Clip
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.register_images import make_problem
 from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.problem import Alignment, Problem
-from jaxreg.registration.stages.spread import AXIS, mesh_of, padded, placed, sharding
+from jaxreg.registration.stages.spread import mesh_of
 
 __all__ = ["OneDevice", "SeveralDevices", "check_devices"]
 
@@ -127,12 +128,7 @@ class SeveralDevices:
 
     def _put(self, array: ArrayLike, axis: int) -> jax.Array:
         """Spread an array over the devices, of which none gets all."""
-        host = np.asarray(array, np.float32)
-        planes = host.shape[axis]
-        beyond = padded(planes, self._mesh.size) - planes
-        host = np.pad(host, [(0, beyond if i == axis else 0) for i in range(host.ndim)])
-        spread: jax.Array = jax.device_put(host, sharding(self._mesh, axis))
-        return spread
+        return put(np.asarray(array, np.float32), axis, self._mesh)
 
     def begin(self, alignment: Alignment) -> Alignment:
         """Return an alignment that is spread over the devices."""
@@ -142,8 +138,9 @@ class SeveralDevices:
         self, stage: Stage, alignment: Alignment, callback: Callback | None
     ) -> tuple[Alignment, tuple[Trace, ...]]:
         """Run a stage; the callback hears of its levels when all of them have ended."""
-        with jax.set_mesh(self._mesh):
-            alignment, traces = _run_stage(stage, self._inputs, alignment, self._settings)
+        with _together(), jax.set_mesh(self._mesh):
+            found = _run_stage(stage, self._inputs, alignment, self._settings)
+            alignment, traces = jax.block_until_ready(found)  # type: ignore[no-untyped-call]
         if callback is not None:
             total = sum(stage.iterations) or len(stage.scales)
             done = 0
@@ -154,7 +151,7 @@ class SeveralDevices:
 
     def overlap(self, alignment: Alignment) -> float:
         """Return how many voxels count at an alignment."""
-        with jax.set_mesh(self._mesh):
+        with _together(), jax.set_mesh(self._mesh):
             return float(_overlap(self._inputs, alignment, self._settings))
 
     def end(self, alignment: Alignment) -> Alignment:
@@ -163,36 +160,30 @@ class SeveralDevices:
         Its fields stay spread where as many planes are on each device, and are in the memory of the
         host elsewhere.
         """
-        return _on_fields(self._whole, alignment)
-
-    def _whole(self, field: jax.Array) -> Any:
-        if not field.is_fully_addressable:
-            everywhere: NDArray[np.float32] = multihost_utils.process_allgather(field, tiled=True)
-            return everywhere[:, : self._settings.planes]
-        if field.shape[_FIELD] == self._settings.planes:
-            return field
-        return np.asarray(field)[:, : self._settings.planes]
+        return _on_fields(lambda field: whole(field, _FIELD, self._settings.planes), alignment)
 
 
-def _cut(array: jax.Array, axis: int, planes: int) -> jax.Array:
-    return placed(jax.lax.slice_in_dim(array, 0, planes, axis=axis), axis)
-
-
-def _extended(field: jax.Array) -> jax.Array:
-    planes = field.shape[_FIELD]
-    devices = jax.sharding.get_abstract_mesh().shape[AXIS]
-    beyond = padded(planes, devices) - planes
-    widths = [(0, beyond if i == _FIELD else 0) for i in range(field.ndim)]
-    return placed(jnp.pad(placed(field, _FIELD), widths), _FIELD)
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Say what it means if a program of several processes fails: one of them is not there."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise RuntimeError(
+            f"devices: the program of {jax.process_count()} processes failed, probably because one "
+            f"of them has ended or cannot be reached; see what the others say. Here: {error}"
+        ) from error
 
 
 def _problem(inputs: _Inputs, settings: _Settings) -> Problem:
     def mask(array: jax.Array | None, planes: int) -> jax.Array | None:
-        return None if array is None else _cut(array, _MASK, planes)
+        return None if array is None else cut(array, _MASK, planes)
 
     return make_problem(
-        _cut(inputs.fixed, _IMAGE, settings.planes),
-        _cut(inputs.moving, _IMAGE, settings.moving_planes),
+        cut(inputs.fixed, _IMAGE, settings.planes),
+        cut(inputs.moving, _IMAGE, settings.moving_planes),
         fixed_mask=mask(inputs.fixed_mask, settings.planes),
         moving_mask=mask(inputs.moving_mask, settings.moving_planes),
         fixed_to_physical=inputs.fixed_to_physical,
@@ -215,12 +206,12 @@ def _run_stage(
     stage: Stage, inputs: _Inputs, alignment: Alignment, settings: _Settings
 ) -> tuple[Alignment, tuple[Trace, ...]]:
     problem = _problem(inputs, settings)
-    whole = _on_fields(lambda field: _cut(field, _FIELD, settings.planes), alignment)
+    whole = _on_fields(lambda field: cut(field, _FIELD, settings.planes), alignment)
     found, traces = stage.run(problem, whole)
-    return _on_fields(_extended, found), traces
+    return _on_fields(lambda field: extended(field, _FIELD), found), traces
 
 
 @functools.partial(jax.jit, static_argnames="settings")
 def _overlap(inputs: _Inputs, alignment: Alignment, settings: _Settings) -> jax.Array:
-    whole = _on_fields(lambda field: _cut(field, _FIELD, settings.planes), alignment)
+    whole = _on_fields(lambda field: cut(field, _FIELD, settings.planes), alignment)
     return _problem(inputs, settings).whole(whole).overlap

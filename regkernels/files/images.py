@@ -15,7 +15,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from regkernels.files.atomic import atomic_path
 from regkernels.files.formats import IMAGE_FORMATS
-from regkernels.files.formats.dicom import check_dicom, dicom_grid, dicom_values
+from regkernels.files.formats.dicom import (
+    check_dicom,
+    dicom_grid,
+    dicom_series,
+    dicom_values,
+    series_grid,
+)
 from regkernels.files.formats.hdf5 import check_hdf5
 from regkernels.files.formats.minc import minc_to_lps
 from regkernels.files.formats.nifti import Intent, is_nifti2, read_nifti_header, read_values
@@ -33,6 +39,7 @@ __all__ = [
     "check_image_name",
     "image_grid",
     "image_values",
+    "itk_image",
     "itk_reason",
     "read_grid",
     "read_image",
@@ -55,8 +62,9 @@ def read_volume(path: str | os.PathLike[str]) -> Volume:
     Parameters
     ----------
     path
-        The file: NIfTI, MetaImage, NRRD, GIPL, MINC 2, HDF5, DICOM or PNG. Where sform and qform of
-        NIfTI differ, the sform says where voxels lie, and a warning tells.
+        The file: NIfTI, MetaImage, NRRD, GIPL, MINC 2, HDF5, DICOM or PNG; or the folder of one
+        series of DICOM. Where sform and qform of NIfTI differ, the sform says where voxels lie, and
+        a warning tells.
 
     Returns
     -------
@@ -69,7 +77,7 @@ def read_volume(path: str | os.PathLike[str]) -> Volume:
         If there is no such file.
     ValueError
         If it is not an image of real numbers in such a format, is cut short or damaged, or holds
-        values that are not finite.
+        values that are not finite; or if slices of a series are missing, or belong to several.
     """
     array, grid, *_ = read_image(path)
     if array.ndim > grid.ndim:
@@ -154,6 +162,8 @@ def read_image(path: str | os.PathLike[str], *, vectors: bool = False) -> Image:
         If it is of a format that is not read, is not 2-D or 3-D, is cut short or damaged, or is a
         NIfTI image with voxels that are not finite.
     """
+    if Path(path).is_dir():
+        return _read_series(Path(path))
     kind = _format(path)
     if kind == _NIFTI:
         with telling_of_damage(path):
@@ -164,21 +174,49 @@ def read_image(path: str | os.PathLike[str], *, vectors: bool = False) -> Image:
             grid = nifti.grid(Path(path), ndim)
             values = read_values(Path(path), nifti, ndim)
             return Image(values, grid, nifti.intent, _unit_of_vectors(nifti.unit))
-    reader, header, grid, said = _open(path, kind)
-    if header.voxels is not None:
-        check_voxels(path, header.voxels, _voxel_bytes(reader))
-    with collected_output() as more:
-        try:
-            values = image_values(reader.Execute())
-        except RuntimeError as error:
-            raise ValueError(f"{path}: not an image: {itk_reason(error)}") from error
-    tell_of_output(path, said + more)
-    if kind == _DICOM:
-        values = dicom_values(Path(path), _fields(reader), values)
+    opened = _open(path, kind)
+    header, grid = opened.header, opened.grid
+    values = _values(path, kind, opened)
     if header.scale is not None:
         slope, intercept = header.scale
         values = values * np.float64(slope) + np.float64(intercept)
     return Image(values, grid, vectors=header.vectors or _unit_of_vectors(header.unit))
+
+
+def _values(path: str | os.PathLike[str], kind: str, opened: _Opened) -> NDArray[Any]:
+    """Return what is in an image that is open, before it is scaled as its header says."""
+    if opened.header.voxels is not None:
+        check_voxels(path, opened.header.voxels, _voxel_bytes(opened.reader))
+    with collected_output() as more:
+        try:
+            values = image_values(opened.reader.Execute())
+        except RuntimeError as error:
+            raise ValueError(f"{path}: not an image: {itk_reason(error)}") from error
+    tell_of_output(path, opened.said + more)
+    if kind == _DICOM:
+        values = dicom_values(Path(path), _fields(opened.reader), values)
+    return values
+
+
+def _open_series(folder: Path) -> tuple[list[Path], list[_Opened]]:
+    """Open the slices of the series of DICOM in a folder."""
+    files = dicom_series(folder)
+    if len(files) == 1:
+        raise ValueError(f"{folder}: expected slices of a series, got one; give {files[0]}")
+    for file in files:
+        if _format(file) != _DICOM:
+            raise ValueError(f"{file}: expected DICOM as the others in its folder")
+    return files, [_open(file, _DICOM, in_series=True) for file in files]
+
+
+def _read_series(folder: Path) -> Image:
+    files, slices = _open_series(folder)
+    grid = series_grid(folder, [opened.grid for opened in slices])
+    # Each is scaled by itself: ITK would give all of them the type of the first.
+    values = [_values(file, _DICOM, opened) for file, opened in zip(files, slices, strict=True)]
+    if len({array.shape for array in values}) > 1:
+        raise ValueError(f"{folder}: expected as many values per voxel in all slices")
+    return Image(np.concatenate(values), grid)
 
 
 def read_grid(path: str | os.PathLike[str]) -> Grid:
@@ -201,6 +239,8 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
     ValueError
         If it is of a format that is not read, or is not 2-D or 3-D.
     """
+    if Path(path).is_dir():
+        return series_grid(Path(path), [opened.grid for opened in _open_series(Path(path))[1]])
     kind = _format(path)
     if kind == _NIFTI:
         with telling_of_damage(path):
@@ -233,13 +273,7 @@ def _format(path: str | os.PathLike[str]) -> str:
     sitk = import_simpleitk()
 
     if not Path(path).is_file():
-        found = "no such file"
-        if Path(path).exists():
-            found = (
-                "expected a file, got a folder; of a series of DICOM make one file first, by "
-                "dcm2niix, say, which tells whether slices are missing"
-            )
-        raise FileNotFoundError(f"{path}: {found}")
+        raise FileNotFoundError(f"{path}: no such file")
     check_hdf5(path)
     with collected_output():  # which is said again when it is read
         kind: str = sitk.ImageFileReader().GetImageIOFromFileName(os.fspath(path))
@@ -261,7 +295,7 @@ class _Opened(NamedTuple):
     said: list[str]
 
 
-def _open(path: str | os.PathLike[str], kind: str) -> _Opened:
+def _open(path: str | os.PathLike[str], kind: str, *, in_series: bool = False) -> _Opened:
     sitk = import_simpleitk()
 
     header = read_header(path, kind)
@@ -286,7 +320,7 @@ def _open(path: str | os.PathLike[str], kind: str) -> _Opened:
         grid = _minc_grid(grid)
     if kind == _DICOM:
         check_dicom(Path(path), _fields(reader))
-        grid = dicom_grid(Path(path), _fields(reader), grid)
+        grid = dicom_grid(Path(path), _fields(reader), grid, in_series=in_series)
     if header.unit != 1:
         spacing, origin = header.unit * grid.spacing, header.unit * grid.origin
         grid = dataclasses.replace(grid, spacing=spacing, origin=origin)
@@ -422,8 +456,7 @@ def write_image(
 
     check_image_name(path)
     check_image_grid(grid, path)
-    image = sitk.GetImageFromArray(np.asarray(values), isVector=vectors)
-    _set_place(image, grid)
+    image = itk_image(values, grid, vectors=vectors)
     with atomic_path(path) as beside, telling_warnings(path):
         try:
             sitk.WriteImage(image, str(beside), useCompression=True)
@@ -432,10 +465,15 @@ def write_image(
             raise ValueError(f"{path}: cannot write it: {reason}") from error
 
 
-def _set_place(image: Any, grid: Grid) -> None:
+def itk_image(values: ArrayLike, grid: Grid, *, vectors: bool = False) -> Any:
+    """Return a SimpleITK image of values, as `write_image` takes them, on a grid."""
+    sitk = import_simpleitk()
+
+    image = sitk.GetImageFromArray(np.asarray(values), isVector=vectors)
     image.SetSpacing(np.asarray(grid.spacing).tolist())
     image.SetOrigin(np.asarray(grid.origin).tolist())
     image.SetDirection(np.ravel(grid.direction).tolist())
+    return image
 
 
 def itk_reason(error: RuntimeError) -> str:

@@ -7,6 +7,7 @@ millimetres, LPS, which NIfTI marks with the intent code 1007.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from regkernels.files.atomic import atomic_path
+from regkernels.files.formats.exchange import (
+    is_fsl_affine,
+    read_freesurfer_affine,
+    read_fsl_affine,
+)
 from regkernels.files.formats.minc import minc_to_lps
 from regkernels.files.images import (
     Image,
@@ -21,6 +27,7 @@ from regkernels.files.images import (
     check_image_name,
     image_grid,
     image_values,
+    itk_image,
     itk_reason,
     read_image,
     write_image,
@@ -37,6 +44,7 @@ __all__ = [
     "check_transform_name",
     "read_transform",
     "write_affine",
+    "write_composite",
     "write_displacement",
     "write_transform",
 ]
@@ -44,9 +52,17 @@ __all__ = [
 TRANSFORM_SUFFIXES = (".tfm", ".txt", ".mat", ".h5", ".hdf5", ".xfm")
 """Endings of ITK transform files; what ends otherwise is an image of displacements."""
 
+_READ_SUFFIXES = (".lta", ".fsl")
+"""Endings of affines that are read and not written."""
 
-def read_transform(path: str | os.PathLike[str]) -> tuple[Part, ...]:
-    """Read a transform that ITK, ANTs, 3D Slicer or `write_transform` wrote.
+
+def read_transform(
+    path: str | os.PathLike[str],
+    *,
+    fixed: Volume | Grid | None = None,
+    moving: Volume | Grid | None = None,
+) -> tuple[Part, ...]:
+    """Read a transform that ITK, ANTs, 3D Slicer, FreeSurfer, FSL or `write_transform` wrote.
 
     Parameters
     ----------
@@ -54,7 +70,12 @@ def read_transform(path: str | os.PathLike[str]) -> tuple[Part, ...]:
         An ITK transform file of linear transforms, displacement fields or both, composed in any
         way; linear ones of MINC (``.xfm``), which are converted from RAS; or an image of
         displacements in millimetres, LPS. Of the positions in millimetres, RAS, that SPM
-        (``y_*.nii``) and NiftyReg write, displacements are made.
+        (``y_*.nii``) and NiftyReg write, displacements are made. FreeSurfer's ``.lta`` and what
+        FSL's FLIRT writes (four rows of text, in ``.mat`` or ``.fsl``) are read by nitransforms:
+        ``pip install 'regkernels[exchange]'``.
+    fixed, moving
+        The images that an affine of FSL is between, of which nothing but the grid counts; for
+        others they do not matter.
 
     Returns
     -------
@@ -68,7 +89,10 @@ def read_transform(path: str | os.PathLike[str]) -> tuple[Part, ...]:
         If there is no such file.
     ValueError
         If it is not a transform, is one of another kind (a B-spline, say), is cut short or damaged,
-        cannot be inverted or holds values that are not finite.
+        cannot be inverted or holds values that are not finite; or if it is an affine of FSL and
+        nobody says between which images.
+    ImportError
+        If nitransforms is missing for one that it reads.
     """
     sitk = import_simpleitk()
 
@@ -77,10 +101,22 @@ def read_transform(path: str | os.PathLike[str]) -> tuple[Part, ...]:
             f"{path}: expected displacements in NIfTI, NRRD or MetaImage, got MINC, of which ITK "
             "and MINC disagree which way they point"
         )
-    if Path(path).suffix.lower() not in TRANSFORM_SUFFIXES:
+    if Path(path).suffix.lower() not in (*TRANSFORM_SUFFIXES, *_READ_SUFFIXES):
         return (_field_of_image(read_image(path, vectors=True), path),)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    if Path(path).suffix.lower() == ".lta":
+        return (AffineMap(read_freesurfer_affine(Path(path))),)
+    if Path(path).suffix.lower() in (".mat", ".fsl") and is_fsl_affine(Path(path)):
+        if fixed is None or moving is None:
+            raise ValueError(
+                f"{path}: expected the images that this affine of FSL is between, without which it "
+                "tells nothing, as fixed and moving"
+            )
+        grids = [x.grid if isinstance(x, Volume) else x for x in (fixed, moving)]
+        return (AffineMap(read_fsl_affine(Path(path), *grids)),)
+    if Path(path).suffix.lower() == ".fsl":
+        raise ValueError(f"{path}: expected four rows of four numbers, as FLIRT writes them")
     check_transform(path)
     with collected_output() as said:
         try:
@@ -152,6 +188,67 @@ def write_transform(part: Part | ArrayLike, path: str | os.PathLike[str]) -> Non
         write_affine(part.matrix, path)
 
 
+def write_composite(parts: Sequence[Part | ArrayLike], path: str | os.PathLike[str]) -> None:
+    """Write a chain as one composite transform, which ITK, ANTs and 3D Slicer read as such.
+
+    Parameters
+    ----------
+    parts
+        Affine maps (or their matrices) and displacement fields, in the order in which a point goes
+        through them.
+    path
+        The file: ``.h5`` or ``.hdf5``, without displacements ``.tfm`` or ``.txt``, too. Vectors are
+        stored in float64, as ITK computes with them, and not compressed.
+
+    Raises
+    ------
+    OSError
+        If there is no such folder, or no writing in it.
+    ValueError
+        For another ending, no part, or parts of different dimensions.
+    TypeError
+        If a part is neither an affine map, a displacement field nor a matrix.
+    """
+    sitk = import_simpleitk()
+
+    chain = [as_part(part) for part in parts]
+    deforms = any(isinstance(part, DisplacementField) for part in chain)
+    endings = _COMPOSITE_SUFFIXES[: 2 if deforms else 4]
+    if Path(path).suffix.lower() not in endings:
+        raise ValueError(f"{path}: expected an ending of {', '.join(endings)}")
+    dimensions = sorted({part.ndim for part in chain})
+    if len(dimensions) != 1:
+        raise ValueError(f"parts: expected some of one dimension, got {dimensions}")
+    # ITK sends a point through the transform that was added last first.
+    _write(sitk.CompositeTransform([_itk_transform(part) for part in reversed(chain)]), path)
+
+
+_COMPOSITE_SUFFIXES = (".h5", ".hdf5", ".tfm", ".txt")
+
+
+def _itk_transform(part: Part) -> Any:
+    sitk = import_simpleitk()
+
+    if isinstance(part, DisplacementField):
+        vectors = np.asarray(part.vectors, dtype=np.float64)
+        return sitk.DisplacementFieldTransform(itk_image(vectors, part.grid, vectors=True))
+    matrix = np.asarray(part.matrix, dtype=np.float64)
+    transform = sitk.AffineTransform(part.ndim)
+    transform.SetMatrix(matrix[:-1, :-1].ravel().tolist())
+    transform.SetTranslation(matrix[:-1, -1].tolist())
+    return transform
+
+
+def _write(transform: Any, path: str | os.PathLike[str]) -> None:
+    sitk = import_simpleitk()
+
+    with atomic_path(path) as beside, telling_warnings(path):
+        try:
+            sitk.WriteTransform(transform, str(beside))
+        except RuntimeError as error:
+            raise ValueError(f"{path}: cannot write it: {itk_reason(error)}") from error
+
+
 def write_affine(matrix: ArrayLike, path: str | os.PathLike[str]) -> None:
     """Write an affine as an ITK transform file, about the centre 0.
 
@@ -171,20 +268,11 @@ def write_affine(matrix: ArrayLike, path: str | os.PathLike[str]) -> None:
     ValueError
         For another ending, or if such a file cannot hold the matrix.
     """
-    sitk = import_simpleitk()
-
     matrix = np.asarray(matrix, dtype=np.float64)
     check_transform_name(AffineMap(matrix), path)
     if _is_xfm(path):
         matrix = _between_xfm_and_lps(matrix)
-    transform = sitk.AffineTransform(len(matrix) - 1)
-    transform.SetMatrix(matrix[:-1, :-1].ravel().tolist())
-    transform.SetTranslation(matrix[:-1, -1].tolist())
-    with atomic_path(path) as beside, telling_warnings(path):
-        try:
-            sitk.WriteTransform(transform, str(beside))
-        except RuntimeError as error:
-            raise ValueError(f"{path}: cannot write it: {itk_reason(error)}") from error
+    _write(_itk_transform(AffineMap(matrix)), path)
 
 
 def write_displacement(

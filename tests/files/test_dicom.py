@@ -103,10 +103,65 @@ def test_a_mosaic_of_slices_is_refused(tmp_path: Path) -> None:
         read_volume(tmp_path / "v.dcm")
 
 
-def test_a_folder_is_refused_with_what_to_do_with_a_series(tmp_path: Path) -> None:
+def _write_series(
+    folder: Path,
+    positions: NDArray[Any],
+    values: NDArray[Any] = VALUES,
+    series: str = "1.2.3",
+    **changed: Any,
+) -> None:
+    """Slices in files of their own, whose names are in another order than their places."""
+    for k, (position, slice_) in enumerate(zip(positions, values, strict=True)):
+        fields = {
+            0x00080018: ("UI", f"{series}.{k + 1}"),
+            0x0020000E: ("UI", series),
+            0x00200032: decimals(*position),
+            0x00200037: decimals(*AXES),
+            0x00280030: decimals(0.8, 1.2),
+            0x00281052: decimals(-1000),
+            0x00281053: decimals(1 + k % 2),
+            **{int(tag, 16): field[k] for tag, field in changed.items()},
+        }
+        write_dicom(folder / f"{series}-{(k * 3) % 4}.dcm", slice_, fields, kind=CT)
+
+
+@pytest.mark.parametrize("step", [2.5 * NORMAL, 2.5 * NORMAL + [0.7, 0.2, 0.1]], ids=str)
+@pytest.mark.filterwarnings("error")
+def test_a_series_in_a_folder_is_one_volume(tmp_path: Path, step: NDArray[Any]) -> None:
+    positions = ORIGIN + STEPS * step
+    _write_series(tmp_path, positions)
+    (tmp_path / "notes.txt").write_text("Not DICOM.")
+    _is_at(tmp_path, positions)
+    slopes = np.array([1, 2, 1, 2])[:, None, None]  # each slice has its own
+    np.testing.assert_array_equal(read_volume(tmp_path).array, VALUES * slopes - 1000)
+
+
+def test_a_folder_without_one_whole_series_is_refused(tmp_path: Path) -> None:
+    def refused(error: type[Exception], message: str) -> None:
+        for read in (read_grid, read_volume):
+            with pytest.raises(error, match=message):
+                read(tmp_path)
+
+    refused(FileNotFoundError, "expected a file, or a folder with a series of DICOM")
+    places = np.array([0, 1, 3, 4])[:, None]
+    _write_series(tmp_path, ORIGIN + places * 2.5 * NORMAL)
+    refused(
+        ValueError, r"expected slices that are spaced evenly on a line, got some up to 0\.833 mm"
+    )
+    turned = [("DS", "1\\0\\0\\0\\1\\0") if k == 3 else decimals(*AXES) for k in range(4)]
+    _write_series(tmp_path, ORIGIN + STEPS * 2.5 * NORMAL, **{"0x00200037": turned})
+    refused(ValueError, "slices")
+    _write_series(tmp_path, ORIGIN + STEPS * 2.5 * NORMAL)
+    _write_series(tmp_path, ORIGIN + STEPS * 2.5 * NORMAL, series="4.5.6")
+    refused(ValueError, r"expected one series of DICOM, got slices of 2: 4 in .*move each to a")
+
+
+def test_one_slice_in_a_folder_is_no_series(tmp_path: Path) -> None:
     write_dicom(tmp_path / "1.dcm", VALUES[0])
     for read in (read_grid, read_volume):
-        with pytest.raises(FileNotFoundError, match=r"got a folder; of a series .* dcm2niix"):
+        with pytest.raises(
+            ValueError, match=r"expected slices of a series, got one; give .*1\.dcm"
+        ):
             read(tmp_path)
 
 
@@ -125,7 +180,7 @@ def test_one_slice_lies_where_the_file_says_and_is_told(
         **{tag: ("DS", size) for tag, size in sizes.items()},
     }
     write_dicom(tmp_path / "v.dcm", VALUES[0], fields, kind=kind)
-    with pytest.warns(UserWarning, match=r"v\.dcm: it holds one slice, of .* not read: make one"):
+    with pytest.warns(UserWarning, match=r"v\.dcm: it holds one slice, of .* not read: give the"):
         _is_at(tmp_path / "v.dcm", ORIGIN[None])
         if kind == CT:
             assert read_grid(tmp_path / "v.dcm").spacing[2] == thickness

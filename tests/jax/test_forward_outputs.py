@@ -80,7 +80,7 @@ class Recorder:
 
 
 def kernel(
-    op: str, attributes: tuple[str, Recorder], wanted: int, present: tuple[bool, ...]
+    op: str, attributes: tuple[str, Recorder], wanted: int, present: tuple[bool, ...], shared: None
 ) -> Callable[..., dict[str, jax.Array]]:
     reduction, recorder = attributes
     names = [name for i, (name, _) in enumerate(TABLE[op]["outputs"]) if wanted >> i & 1]

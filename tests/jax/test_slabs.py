@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from device_cases import Shared, cases
 from inputs import assert_close as assert_values_close
 from inputs import assert_same, random_affine, random_array
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -33,33 +33,24 @@ def _double_precision_on_the_cpu() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Case:
-    devices: int
-    planes: int
-
-    def __str__(self) -> str:
-        return f"{self.planes} planes on {self.devices} devices"
+# Of the last but one, a device has planes beyond the end of the volume alone.
+CASES = [Shared(2, 12), Shared(3, 13), Shared(4, 13), Shared(4, 9), Shared(2, 13, "gpu")]
 
 
-# The last has a device with planes beyond the end of the volume alone.
-CASES = [Case(2, 12), Case(3, 13), Case(4, 13), Case(4, 9)]
-
-
-@pytest.fixture(params=CASES, ids=str)
-def case(request: pytest.FixtureRequest) -> Case:
-    found: Case = request.param
+@pytest.fixture(params=cases(CASES))
+def case(request: pytest.FixtureRequest) -> Shared:
+    found: Shared = request.param
     return found
 
 
 @pytest.fixture
-def mesh(case: Case) -> Mesh:
-    devices = np.array(jax.devices("cpu")[: case.devices])
-    return Mesh(devices, ("z",), axis_types=(AxisType.Auto,))
+def mesh(case: Shared) -> Iterator[Mesh]:
+    with case.mesh() as mesh:
+        yield mesh
 
 
 @pytest.fixture
-def planes(case: Case) -> int:
+def planes(case: Shared) -> int:
     return case.planes
 
 
@@ -392,6 +383,26 @@ def test_gaussian_smooth_of_images_gives_the_bits_of_one_device(mesh: Mesh, plan
 
     spread = on_slabs(function, mesh, [IMAGE], [IMAGE])
     assert_same(spread(image), np.asarray(jax.jit(function)(image)))
+
+
+@pytest.mark.parametrize("radius", [1, 2])
+@pytest.mark.parametrize("dilation", [1, 3])
+def test_descriptors_are_those_of_one_device(
+    mesh: Mesh, planes: int, radius: int, dilation: int
+) -> None:
+    image = random_array(1, 2, 2, planes, *IN_PLANE)
+
+    def function(image: Any) -> Any:
+        def described(image: Any) -> Any:
+            return jaxreg.mind_ssc(image, radius=radius, dilation=dilation)
+
+        value, transpose = jax.vjp(described, image)
+        return value, *transpose(jnp.sin(jnp.arange(value.size)).reshape(value.shape))
+
+    spread = on_slabs(function, mesh, [IMAGE], [IMAGE, IMAGE])
+    for found, expected in zip(spread(image), jax.jit(function)(image), strict=True):
+        assert_close(found, expected)
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
 
 
 def test_affine_warp_gives_the_bits_of_one_device(mesh: Mesh, planes: int) -> None:

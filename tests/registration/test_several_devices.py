@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 import scipy.ndimage
+from device_cases import Shared, cases
+from inputs import assert_same
 
 from jaxreg.registration import register
 from jaxreg.registration.stages import spread
@@ -60,6 +63,7 @@ STAGES: dict[str, Callable[[], list[Any]]] = {
     "greedy": lambda: [Greedy(**settings())],
     "syn": lambda: [Affine(**settings()), SyN(**settings())],
     "svf": lambda: [SVF(**settings(metric="mse"))],
+    "greedy with mind": lambda: [Greedy(**settings(metric="mind"))],
     "greedy with mi": lambda: [Affine(**settings(metric="mi")), Greedy(**settings(metric="mi"))],
 }
 
@@ -69,15 +73,22 @@ def voxels_apart(one: Any, other: Any) -> float:
     return float(np.abs((np.asarray(one) - np.asarray(other)) * sizes).max())
 
 
-CASES = [(name, 3, 25) for name in STAGES] + [("syn", 2, 24), ("syn", 4, 26)]
+CASES = [Shared(2, 24), Shared(3, 25), Shared(4, 26), Shared(2, 25, "gpu")]
+CASES_OF_STAGES = [
+    pytest.param(name, *case.values, id=f"{name}, {case.id}", marks=case.marks)
+    for name in STAGES
+    for case in cases(CASES)
+    if name == "syn" or case.values[0] in (CASES[1], CASES[3])
+]
 
 
-@pytest.mark.parametrize(("name", "devices", "planes"), CASES)
-def test_the_result_is_that_of_one_device(name: str, devices: int, planes: int) -> None:
-    fixed, moving = pair(planes)
+@pytest.mark.parametrize(("name", "case"), CASES_OF_STAGES)
+def test_the_result_is_that_of_one_device(name: str, case: Shared) -> None:
+    fixed, moving = pair(case.planes)
     stages = STAGES[name]
-    expected = register(fixed, moving, stages())
-    found = register(fixed, moving, stages(), devices=jax.devices("cpu")[:devices])
+    with case.mesh() as mesh:
+        expected = register(fixed, moving, stages())
+        found = register(fixed, moving, stages(), devices=mesh.devices.tolist())
     # On one device an image that differs in its last bits has changed the shift by 6e-5 mm.
     difference = np.abs(found.transform.matrix - expected.transform.matrix)
     assert difference[:3, :3].max() < 2e-5
@@ -107,6 +118,36 @@ def test_masks_and_a_start_count_as_on_one_device() -> None:
     expected = register(fixed, moving, stages, **options)
     found = register(fixed, moving, stages, **options, devices=jax.devices("cpu")[:2])
     assert voxels_apart(found.transform.displacement, expected.transform.displacement) < 2e-3
+
+
+@pytest.mark.parametrize(("devices", "planes"), [(2, 24), (3, 25)])
+def test_what_follows_from_the_transform_is_computed_on_all_devices(
+    devices: int, planes: int
+) -> None:
+    fixed, moving = pair(planes)
+    stages = [Affine(**settings()), SyN(**settings())]
+    found = register(fixed, moving, stages, devices=jax.devices("cpu")[:devices], outside=-2.0)
+    alone = dataclasses.replace(found, transform=dataclasses.replace(found.transform, devices=None))
+    for name in ("moved", "fixed_moved"):
+        one, other = getattr(found, name).array, getattr(alone, name).array
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    assert_same(found.jacobian, alone.jacobian)
+    assert found.folds == alone.folds
+    assert found.doubts == alone.doubts
+    np.testing.assert_allclose(found.inverse_residual, alone.inverse_residual, atol=1e-5)
+    there, back = found.transform, alone.transform
+    for with_affine in (False, True):
+        one, other = (x.displacement_field(with_affine=with_affine) for x in (there, back))
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    one, other = (x.inverse(moving.grid) for x in (there, back))
+    assert voxels_apart(one.displacement, other.displacement) < 1e-4
+    assert voxels_apart(one.inverse_displacement, other.inverse_displacement) < 1e-4
+    one, other = (x.with_inverse().inverse_displacement for x in (there, back))
+    assert voxels_apart(one, other) < 1e-4
+    labels = volume((fixed.array > 3).astype(np.int32) + 1)
+    for kind in ("labels", "nearest"):
+        one, other = (x.apply(labels, interpolation=kind, outside=7).array for x in (there, back))
+        assert_same(one, other)
 
 
 def test_a_registration_goes_on_from_another_one() -> None:

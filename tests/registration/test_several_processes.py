@@ -16,11 +16,14 @@ PROGRAM = textwrap.dedent(
     import json, sys
     import jax
 
-    port, count, number = map(int, sys.argv[1:])
+    port, count, number, lost = map(int, sys.argv[1:])
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 1)
-    jax.distributed.initialize(f"127.0.0.1:{port}", count, number)
+    jax.distributed.initialize(
+        f"127.0.0.1:{port}", count, number, heartbeat_timeout_seconds=10
+    )
 
+    import os
     import numpy as np
     import scipy.ndimage
     from jaxreg.registration import Affine, Greedy, register
@@ -33,8 +36,15 @@ PROGRAM = textwrap.dedent(
     fixed = (fixed / fixed.std()).astype(np.float32)
     moving = scipy.ndimage.shift(fixed, (0.5, -0.7, 0.6), order=1, mode="nearest")
     stages = [stage(scales=(1,), iterations=(5,)) for stage in (Affine, Greedy)]
+
+
+    def ended(progress):  # after the first stage
+        if number == lost:
+            os._exit(9)
+
+
     result = register(
-        Volume.create(fixed), Volume.create(moving), stages, devices=jax.devices()
+        Volume.create(fixed), Volume.create(moving), stages, devices=jax.devices(), callback=ended
     )
     field = np.asarray(result.transform.displacement)
     print(json.dumps({"devices": len(jax.devices()), "field": field[0, ::4, ::5, ::5].tolist()}))
@@ -42,30 +52,41 @@ PROGRAM = textwrap.dedent(
 )
 
 
-def results(count: int, folder: Path) -> list[dict[str, object]]:
+def run(count: int, folder: Path, lost: int = -1) -> list[subprocess.CompletedProcess[str]]:
+    """Run the program in so many processes, of which one may get lost in between."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
+    commands = [
+        [sys.executable, "-c", PROGRAM, *map(str, (port, count, number, lost))]
+        for number in range(count)
+    ]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(port), str(count), str(number)],
+            command,
             cwd=folder,  # beside the sources, Python would take them for the installed package
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for number in range(count)
+        for command in commands
     ]
-    told = []
     try:
-        for process in processes:
-            out, errors = process.communicate(timeout=600)
-            assert process.returncode == 0, errors
-            told.append(json.loads(out.splitlines()[-1]))
+        told = [process.communicate(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return told
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *texts)
+        for process, texts in zip(processes, told, strict=True)
+    ]
+
+
+def results(count: int, folder: Path) -> list[dict[str, object]]:
+    processes = run(count, folder)
+    for process in processes:
+        assert process.returncode == 0, process.stderr
+    return [json.loads(process.stdout.splitlines()[-1]) for process in processes]
 
 
 def test_every_process_has_the_result_of_one(tmp_path: Path) -> None:
@@ -73,3 +94,13 @@ def test_every_process_has_the_result_of_one(tmp_path: Path) -> None:
     for one in results(2, tmp_path):
         assert one["devices"] == 2
         np.testing.assert_allclose(one["field"], alone["field"], rtol=0, atol=1e-4)
+
+
+def test_all_end_with_a_clear_error_where_one_is_lost(tmp_path: Path) -> None:
+    there, lost = run(2, tmp_path, lost=1)
+    assert lost.returncode == 9
+    assert there.returncode != 0
+    # JAX ends a process by itself where it misses another one before this one needs it.
+    words = ("RuntimeError: devices: the program of 2 processes failed", "another task died")
+    assert any(text in there.stderr for text in words), there.stderr
+    assert not there.stdout

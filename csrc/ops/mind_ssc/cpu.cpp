@@ -78,5 +78,11 @@ void mind_ssc_cpu(const Context& context, const Call& call) { mind_ssc(Cpu(conte
 void mind_ssc_grad_cpu(const Context& context, const Call& call) {
   mind_ssc_grad(Cpu(context), call);
 }
+void mind_ssc_variances_cpu(const Context& context, const Call& call) {
+  mind_ssc_variances(Cpu(context), call);
+}
+void mind_ssc_of_variance_cpu(const Context& context, const Call& call) {
+  mind_ssc_of_variance(Cpu(context), call);
+}
 
 }  // namespace regkernels

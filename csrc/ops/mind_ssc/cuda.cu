@@ -168,5 +168,11 @@ void mind_ssc_cuda(const Context& context, const Call& call) { mind_ssc(Cuda(con
 void mind_ssc_grad_cuda(const Context& context, const Call& call) {
   mind_ssc_grad(Cuda(context), call);
 }
+void mind_ssc_variances_cuda(const Context& context, const Call& call) {
+  mind_ssc_variances(Cuda(context), call);
+}
+void mind_ssc_of_variance_cuda(const Context& context, const Call& call) {
+  mind_ssc_of_variance(Cuda(context), call);
+}
 
 }  // namespace regkernels

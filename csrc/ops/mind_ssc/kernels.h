@@ -133,6 +133,33 @@ struct MeanVariance {
   REGKERNELS_HD double scale(int) const { return 1.0 / static_cast<double>(volumes.voxels()); }
 };
 
+// The variances by themselves, for devices that share a volume to take their mean together.
+template <class T_, int D>
+struct Variances {
+  using T = T_;
+  static constexpr int kDepth = 4, kUnroll = 1;
+  static constexpr int kMinBlocks = sizeof(T) == sizeof(double) ? 2 : 4;
+  Volumes<D> volumes;
+  DistanceReader<T, D> distances;
+  T* output;
+
+  struct Element {
+    const Variances* self;
+    int64_t volume;
+
+    REGKERNELS_HD void operator()(const Voxel& voxel) const {
+      const T variance = self->distances(volume, voxel.x, voxel.y, voxel.z).variance;
+      if (!voxel.active) return;
+      const int64_t place = voxel.row(self->volumes.around.size) + voxel.x;
+      self->output[volume * self->volumes.voxels() + place] = variance;
+    }
+  };
+
+  REGKERNELS_HD Element element(int64_t group, int64_t item) const {
+    return {this, volumes.of_image(group, item)};
+  }
+};
+
 template <class T>
 REGKERNELS_HD T descriptor(T distances_beyond) {
   return exp2_of(distances_beyond * T(-1.4426950408889634));
@@ -366,29 +393,72 @@ void with_mind_ssc(const Call& call, const Body& body) {
   });
 }
 
+// The distances of the pairs of a call's image, and all that a step from there on needs to know.
+template <class S, int D>
+struct DistancesOfCall {
+  using T = Arithmetic<S>;
+  Volumes<D> volumes;
+  DistanceReader<T, D> reader;
+  VoxelSpace space;
+
+  template <class Device>
+  static DistancesOfCall compute(const Device& device, const Call& call,
+                                 const MindSscCall& checked) {
+    const auto around = surroundings<D>(checked.sizes, checked.dilation);
+    T* const distances = call.output("distances").template as<T>();
+    average_patches(device,
+                    SquaredDifferences<S, D>{call.input("image").template as<const S>(), around,
+                                             checked.dilation},
+                    checked.in_image, checked.radius, distances);
+    return {{around, checked.batch.items, checked.in_image},
+            {distances, around, checked.dilation},
+            voxel_space(checked.batch.groups, checked.batch.items, checked.sizes)};
+  }
+
+  template <class Device>
+  void describe(const Device& device, const Call& call, const Tensor& mean_variance) const {
+    for_each_voxel(device, space,
+                   Descriptors<S, D>{volumes, reader, mean_variance.template as<const T>(),
+                                     call.output("output").template as<S>()});
+  }
+};
+
 template <class Device>
 void mind_ssc(const Device& device, const Call& call) {
   with_mind_ssc(call, [&](const MindSscCall& checked, auto type, auto dimensions) {
     using S = typename decltype(type)::type;
     using T = Arithmetic<S>;
     constexpr int D = decltype(dimensions)::value;
-    const auto around = surroundings<D>(checked.sizes, checked.dilation);
-    const Volumes<D> volumes{around, checked.batch.items, checked.in_image};
-    const VoxelSpace space = voxel_space(checked.batch.groups, checked.batch.items, checked.sizes);
-    T* const distances = call.output("distances").template as<T>();
-    average_patches(device,
-                    SquaredDifferences<S, D>{call.input("image").template as<const S>(), around,
-                                             checked.dilation},
-                    checked.in_image, checked.radius, distances);
-    const DistanceReader<T, D> reader{distances, around, checked.dilation};
+    const auto distances = DistancesOfCall<S, D>::compute(device, call, checked);
     const Tensor& saved = call.output("mean_variance");
     Tensor mean = saved.present ? saved : call.output("mean");
     mean.shape = {checked.batch.groups, checked.batch.items};
-    reduce_voxels(device, space, MeanVariance<T, D>{volumes, reader}, call.output("partial_sums"),
-                  mean);
-    for_each_voxel(device, space,
-                   Descriptors<S, D>{volumes, reader, mean.template as<const T>(),
-                                     call.output("output").template as<S>()});
+    reduce_voxels(device, distances.space, MeanVariance<T, D>{distances.volumes, distances.reader},
+                  call.output("partial_sums"), mean);
+    distances.describe(device, call, mean);
+  });
+}
+
+template <class Device>
+void mind_ssc_variances(const Device& device, const Call& call) {
+  with_mind_ssc(call, [&](const MindSscCall& checked, auto type, auto dimensions) {
+    using S = typename decltype(type)::type;
+    using T = Arithmetic<S>;
+    constexpr int D = decltype(dimensions)::value;
+    const auto distances = DistancesOfCall<S, D>::compute(device, call, checked);
+    for_each_voxel(device, distances.space,
+                   Variances<T, D>{distances.volumes, distances.reader,
+                                   call.output("output").template as<T>()});
+  });
+}
+
+template <class Device>
+void mind_ssc_of_variance(const Device& device, const Call& call) {
+  with_mind_ssc(call, [&](const MindSscCall& checked, auto type, auto dimensions) {
+    using S = typename decltype(type)::type;
+    constexpr int D = decltype(dimensions)::value;
+    const auto distances = DistancesOfCall<S, D>::compute(device, call, checked);
+    distances.describe(device, call, call.input("mean_variance"));
   });
 }
 

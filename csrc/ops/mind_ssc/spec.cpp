@@ -48,13 +48,23 @@ int64_t voxels_with(const MindSscCall& checked, int margin) {
   return extended_sizes(checked.sizes, checked.dimensions, margin).voxels();
 }
 
+Tensor distances_spec(const MindSscCall& checked) {
+  const int families = pair_families(checked.dimensions);
+  return tensor_spec(checked.arithmetic,
+                     {1, checked.in_image * families * voxels_with(checked, checked.dilation)});
+}
+
+void check_mean(const Call& call, const MindSscCall& checked) {
+  const Tensor mean = mean_spec(call, checked);
+  if (call.input("mean_variance").shape != mean.shape) {
+    fail_shape(call, "mean_variance", describe(mean));
+  }
+}
+
 void infer(Call& call) {
   const auto& checked = check(call);
   call.set("output", output_spec(call, checked));
-  const int families = pair_families(checked.dimensions);
-  call.set("distances",
-           tensor_spec(checked.arithmetic,
-                       {1, checked.in_image * families * voxels_with(checked, checked.dilation)}));
+  call.set("distances", distances_spec(checked));
   call.set("partial_sums",
            partial_sums_spec(checked.arithmetic, checked.batch, checked.sizes, /*sums=*/1));
   // A value alone needs the mean no longer than the call lasts.
@@ -62,14 +72,24 @@ void infer(Call& call) {
   call.set(call.wants("mean_variance") ? "mean_variance" : "mean", mean);
 }
 
+void infer_variances(Call& call) {
+  const auto& checked = check(call);
+  call.set("output", tensor_spec(checked.arithmetic, call.input("image").shape));
+  call.set("distances", distances_spec(checked));
+}
+
+void infer_of_variance(Call& call) {
+  const auto& checked = check(call);
+  check_mean(call, checked);
+  call.set("output", output_spec(call, checked));
+  call.set("distances", distances_spec(checked));
+}
+
 void infer_grad(Call& call) {
   const auto& checked = check(call);
   const Tensor output = output_spec(call, checked);
   check_cotangent(call, "grad_output", output.dtype, output.shape);
-  const Tensor mean = mean_spec(call, checked);
-  if (call.input("mean_variance").shape != mean.shape) {
-    fail_shape(call, "mean_variance", describe(mean));
-  }
+  check_mean(call, checked);
   call.set("grad_image", gradient_spec(call.input("image"), checked.batch));
   // First the distances are in this memory, then the gradients of squared differences, which reach
   // further. The gradients of the distances make room for that of the continued image likewise.
@@ -110,6 +130,22 @@ std::vector<Op> mind_ssc_ops() {
        infer_grad,
        mind_ssc_grad_cpu,
        REGKERNELS_CUDA_LAUNCH(mind_ssc_grad_cuda)},
+      {"mind_ssc_variances",
+       nullptr,
+       {{"image", false, InputKind::kImage}},
+       {{"output"}, {"distances", OutputRole::kWorkspace}},
+       attributes,
+       infer_variances,
+       mind_ssc_variances_cpu,
+       REGKERNELS_CUDA_LAUNCH(mind_ssc_variances_cuda)},
+      {"mind_ssc_of_variance",
+       nullptr,
+       {{"image", false, InputKind::kImage}, {"mean_variance"}},
+       {{"output"}, {"distances", OutputRole::kWorkspace}},
+       attributes,
+       infer_of_variance,
+       mind_ssc_of_variance_cpu,
+       REGKERNELS_CUDA_LAUNCH(mind_ssc_of_variance_cuda)},
   };
 }
 

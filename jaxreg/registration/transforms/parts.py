@@ -17,7 +17,15 @@ from regkernels import AffineMap, DisplacementField, Grid
 from regkernels.grid import Matrix, inverse_matrix
 from regkernels.maps import Part, as_part
 
-__all__ = ["affine_between", "compose_parts", "invert_part", "rotate"]
+__all__ = [
+    "affine_between",
+    "compose_parts",
+    "fields_of",
+    "invert_part",
+    "matrix_of",
+    "rotate",
+    "with_fields",
+]
 
 Residual = NDArray[np.float32]
 
@@ -103,6 +111,26 @@ def compose_parts(parts: Sequence[Part | ArrayLike], grid: Grid) -> _Chain:
     for part in map(as_part, parts):
         chain = _followed_by(part, chain, grid)
     return chain
+
+
+def matrix_of(parts: Sequence[Part], ndim: int) -> Matrix:
+    """Return the product of a chain's affine maps, which is the ``A`` of `compose_parts`."""
+    matrices = [np.asarray(x.matrix, np.float64) for x in parts if isinstance(x, AffineMap)]
+    return functools.reduce(lambda before, matrix: matrix @ before, matrices, np.eye(ndim + 1))
+
+
+def fields_of(parts: Sequence[Part]) -> list[Any]:
+    """Return the vectors of the displacement fields in a chain."""
+    return [part.vectors for part in parts if isinstance(part, DisplacementField)]
+
+
+def with_fields(parts: Sequence[Part], fields: Sequence[jax.Array]) -> list[Part]:
+    """Return a chain with other vectors in its displacement fields, as in a traced program."""
+    others = iter(fields)
+    return [
+        DisplacementField(part.grid, next(others)) if isinstance(part, DisplacementField) else part
+        for part in parts
+    ]
 
 
 @functools.singledispatch

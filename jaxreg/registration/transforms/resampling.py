@@ -12,11 +12,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import interpolate, interpolate_labels
+from jaxreg.registration.across import across
 from jaxreg.registration.intensities import background
-from jaxreg.registration.transforms.parts import affine_between, compose_parts, rotate
+from jaxreg.registration.stages.spread import spread
+from jaxreg.registration.transforms.parts import (
+    affine_between,
+    compose_parts,
+    fields_of,
+    rotate,
+    with_fields,
+)
 from regkernels import Grid, Volume
 from regkernels.grid import inverse_matrix
-from regkernels.maps import Part
+from regkernels.maps import Part, as_part
 
 __all__ = ["Interpolation", "Outside", "outside_values", "resample"]
 
@@ -24,6 +32,9 @@ Interpolation = Literal["linear", "nearest", "labels"]
 
 Outside = float | Sequence[float] | NDArray[Any] | Literal["background"] | None
 """What is outside of a volume: a number, one for each channel, its background, or the default."""
+
+_IMAGE = 2
+"""The axis of the planes of an image."""
 
 _ROUNDING = 1e-6
 """So far from 1 may the weights of a sample within an image add up to."""
@@ -35,6 +46,8 @@ def resample(
     parts: Sequence[Part | ArrayLike] = (),
     interpolation: Interpolation = "linear",
     outside: Outside = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Volume:
     """Sample a volume where a chain of transforms sends the voxels of a grid.
 
@@ -54,6 +67,8 @@ def resample(
         What is outside of the volume's grid, as `outside_values` takes it: by default the volume's
         own background where that is clear, else 0; of labels 0. Between the outermost voxels'
         centres it has no effect; beyond, linear interpolation gets to it over one voxel.
+    devices
+        Which share the planes of volumes and fields in 3-D; one by default.
 
     Returns
     -------
@@ -73,28 +88,39 @@ def resample(
     if grid.ndim != volume.ndim:
         raise ValueError(f"reference: expected {volume.ndim} dimensions as volume, got {grid.ndim}")
     around = outside_values(volume, outside, interpolation)
+    chain = [as_part(part) for part in parts]
+    fields = fields_of(chain)
+
+    def sampled(sample: _Sample, image: NDArray[Any]) -> NDArray[Any]:
+        """Sample an image ``(1, C, *S)`` with other types of values than the volume's, maybe."""
+
+        def on_grid(image: jax.Array, *fields: jax.Array) -> jax.Array:
+            return sample(image, _where(volume.grid, grid, with_fields(chain, fields)))
+
+        axes = [_IMAGE, *[0] * len(fields)]
+        return np.asarray(across(devices, on_grid, (image, *fields), axes, _IMAGE))
+
+    values = np.asarray(volume.array)
+    batch = values.reshape(1, volume.channels, *volume.shape)
+    sample = {"linear": _sample_linear, "nearest": _sample_nearest, "labels": _sample_labels}
+    found = sample[interpolation](batch, around, sampled)
+    return Volume.on_grid(grid, found.reshape(*values.shape[: -volume.ndim], *grid.shape))
+
+
+def _where(source: Grid, grid: Grid, parts: Sequence[Part]) -> dict[str, Any]:
+    """Return what tells `interpolate` where to sample an image of a grid for another grid."""
     # Between outer edges an axis of one voxel has a length, and leaving it is noticed.
     to_physical = grid.normalised_to_physical(align_corners=False)
     matrix, vectors = compose_parts(parts, grid)
-    affine = affine_between(volume.grid, matrix @ to_physical)
+    affine = affine_between(source, matrix @ to_physical)
     displacement = None if vectors is None else rotate(inverse_matrix(to_physical), vectors)[None]
-
-    where: dict[str, Any] = {
+    return {
         "affine": jnp.asarray(affine, jnp.float32),
         "grid": displacement,
         "affine_last": True,
         "out_shape": grid.shape,
         "align_corners": False,
     }
-    values = np.asarray(volume.array)
-    batch = values.reshape(1, volume.channels, *volume.shape)
-    if interpolation == "linear":
-        sampled = _sample_linear(batch, around, where)
-    elif interpolation == "nearest":
-        sampled = _sample_nearest(batch, around, where)
-    else:
-        sampled = _sample_labels(batch, around, where)
-    return Volume.on_grid(grid, sampled.reshape(*values.shape[: -volume.ndim], *grid.shape))
 
 
 def outside_values(
@@ -191,49 +217,61 @@ def _checked(outside: Any, channels: int, dtype: np.dtype[Any], *, whole: bool) 
     return np.array([dtype.type(number) for number in numbers]).repeat(channels // len(numbers))
 
 
+_Sample = Callable[[jax.Array, dict[str, Any]], jax.Array]
+_Sampled = Callable[[_Sample, NDArray[Any]], NDArray[Any]]
+
+
 def _sample_linear(
-    image: NDArray[Any], outside: NDArray[np.float32], where: dict[str, Any]
+    image: NDArray[Any], outside: NDArray[np.float32], sampled: _Sampled
 ) -> NDArray[np.float32]:
-    sampled = interpolate(jnp.asarray(image, jnp.float32), **where)
-    if outside.any():
+    def sample(image: jax.Array, where: dict[str, Any]) -> jax.Array:
+        found = interpolate(image, **where)
+        if not outside.any():
+            return found
         # What the image covers is exact: the rounding of weights does not bring in the outside.
         missing = 1 - _coverage(image, where)
         around = outside.reshape(1, -1, *(1,) * (image.ndim - 2))
-        sampled = jnp.where(missing > _ROUNDING, sampled + around * missing, sampled)
-    return np.asarray(sampled)
+        return jnp.where(missing > _ROUNDING, found + around * missing, found)
+
+    return sampled(sample, np.asarray(image, np.float32))
 
 
-def _sample_nearest(
-    image: NDArray[Any], outside: NDArray[Any], where: dict[str, Any]
-) -> NDArray[Any]:
-    where = {**where, "mode": "nearest"}
+def _sample_nearest(image: NDArray[Any], outside: NDArray[Any], sampled: _Sampled) -> NDArray[Any]:
     codes, decode = _encode(image)
-    sampled = decode(np.asarray(interpolate(jnp.asarray(codes), **where)))
+    found = decode(sampled(lambda image, where: interpolate(image, mode="nearest", **where), codes))
     if outside.any():
         around = outside.reshape(1, -1, *(1,) * (image.ndim - 2))
-        sampled = np.where(np.asarray(_coverage(image, where)) > 0, sampled, around)
-    return sampled
+        covered = sampled(
+            lambda image, where: _coverage(image, where, mode="nearest"), codes[:, :1]
+        )
+        found = np.where(covered > 0, found, around)
+    return found
 
 
-def _coverage(image: NDArray[Any], where: dict[str, Any]) -> jax.Array:
+def _coverage(image: jax.Array, where: dict[str, Any], **options: Any) -> jax.Array:
     """Return the part of each sample's weights that lies within an image, ``(1, 1, *S)``."""
-    return interpolate(jnp.ones((1, 1, *image.shape[2:]), jnp.float32), **where)
+    ones = spread(jnp.ones((1, 1, *image.shape[2:]), jnp.float32))
+    return interpolate(ones, **where, **options)
 
 
-def _sample_labels(
-    labels: NDArray[Any], outside: NDArray[Any], where: dict[str, Any]
-) -> NDArray[Any]:
+def _sample_labels(labels: NDArray[Any], outside: NDArray[Any], sampled: _Sampled) -> NDArray[Any]:
     whole = labels
     if not np.issubdtype(labels.dtype, np.integer):
         whole = labels.astype(np.int64)
         if not np.array_equal(whole, labels):
             raise ValueError("volume: expected labels, which are integers, got other numbers")
+
+    def sample(background: int) -> _Sample:
+        def labels(image: jax.Array, where: dict[str, Any]) -> jax.Array:
+            found = interpolate_labels(image, background=background, **where)
+            assert isinstance(found, jax.Array)  # and no weights, which are not asked for
+            return found
+
+        return labels
+
     with jax.enable_x64(whole.dtype.itemsize == 8):
-        sampled = [
-            np.asarray(interpolate_labels(jnp.asarray(whole[:, [k]]), background=int(o), **where))
-            for k, o in enumerate(outside)
-        ]
-    return np.concatenate(sampled, axis=1).astype(labels.dtype)
+        channels = [sampled(sample(int(o)), whole[:, [k]]) for k, o in enumerate(outside)]
+    return np.concatenate(channels, axis=1).astype(labels.dtype)
 
 
 def _encode(

@@ -8,7 +8,8 @@ to the fixed one maps the fixed space to the moving space.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,13 +18,25 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import compose, convert_displacement, invert_displacement
-from jaxreg.registration.transforms.parts import compose_parts, rotate
+from jaxreg.registration.across import across
+from jaxreg.registration.transforms.parts import (
+    compose_parts,
+    fields_of,
+    matrix_of,
+    rotate,
+    with_fields,
+)
 from jaxreg.registration.transforms.resampling import Interpolation, Outside, resample
 from regkernels import AffineMap, DisplacementField, Grid, Volume, move_points
 from regkernels.grid import inverse_matrix
-from regkernels.maps import Part
+from regkernels.maps import Part, as_part
 
 __all__ = ["Transform"]
+
+_Field = jax.Array | NDArray[np.float32]
+
+_PLANES = 1
+"""The axis of the planes of a displacement."""
 
 
 @jax.tree_util.register_dataclass
@@ -46,15 +59,27 @@ class Transform:
         ``d``: ``(1, [Z,] Y, X, D)`` on the grid, normalised coordinates; `None`: no deformation.
     inverse_displacement
         ``e``, likewise; `None` where there is no deformation, or its inverse is not known.
+    devices
+        Which share the planes of the fields where something is computed with them; `None`: one does
+        it.
     """
 
     grid: Grid
     matrix: Any
     displacement: Any = None
     inverse_displacement: Any = None
+    devices: tuple[jax.Device, ...] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
 
     @classmethod
-    def from_parts(cls, grid: Grid, parts: Sequence[Part | ArrayLike]) -> Transform:
+    def from_parts(
+        cls,
+        grid: Grid,
+        parts: Sequence[Part | ArrayLike],
+        *,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> Transform:
         """Return a chain of parts as one transform, without the inverse of its deformation.
 
         Parameters
@@ -63,6 +88,8 @@ class Transform:
             The fixed grid.
         parts
             In the order in which a point goes through them; any number.
+        devices
+            Which share the planes of the fields; one by default.
 
         Returns
         -------
@@ -70,10 +97,19 @@ class Transform:
             With the product of the matrices. What the displacement fields do is resampled on the
             grid; a field on this grid that comes first keeps its values.
         """
-        matrix, vectors = compose_parts(parts, grid)
-        if vectors is None:
-            return cls(grid, matrix)
-        return cls(grid, matrix, _to_normalised(vectors, grid))
+        chain = [as_part(part) for part in parts]
+        shared = None if devices is None else tuple(devices)
+        matrix, fields = matrix_of(chain, grid.ndim), fields_of(chain)
+        if not fields:
+            return cls(grid, matrix, devices=shared)
+
+        def displacement(*fields: jax.Array) -> jax.Array:
+            _, vectors = compose_parts(with_fields(chain, fields), grid)
+            assert vectors is not None
+            return _to_normalised(vectors, grid)
+
+        found = across(shared, displacement, fields, [0] * len(fields), _PLANES)
+        return cls(grid, matrix, found, devices=shared)
 
     def with_inverse(self) -> Transform:
         """Return the same transform with the inverse of its deformation.
@@ -83,7 +119,7 @@ class Transform:
         """
         if self.displacement is None:
             return self
-        inverse = invert_displacement(jnp.asarray(self.displacement, jnp.float32))
+        inverse = self._computed(invert_displacement, self.displacement)
         return dataclasses.replace(self, inverse_displacement=inverse)
 
     @property
@@ -148,7 +184,7 @@ class Transform:
         """
         return move_points(points, self.inverse_parts)
 
-    def displacement_field(self, *, with_affine: bool = False) -> jax.Array:
+    def displacement_field(self, *, with_affine: bool = False) -> _Field:
         """Return the deformation as ITK reads it.
 
         Parameters
@@ -162,17 +198,24 @@ class Transform:
         float32[*S, D]
             On `grid`, millimetres, LPS; zero where there is no deformation.
         """
-        vectors = _to_physical(self.displacement, self.grid)
         if not with_affine:
-            return vectors
+            return self._to_physical(self.displacement)
         matrix = np.asarray(self.matrix, dtype=np.float64)
         # (A - 1)p is computed in float64: the positions are large beside what is left of them.
         shift = (matrix - np.eye(self.grid.ndim + 1)) @ self.grid.voxel_to_physical()
         index = np.moveaxis(np.indices(self.grid.shape)[::-1], 0, -1)
-        affine_part = index @ shift[:-1, :-1].T + shift[:-1, -1]
-        return jnp.asarray(affine_part, jnp.float32) + rotate(matrix, vectors)
+        affine_part = (index @ shift[:-1, :-1].T + shift[:-1, -1]).astype(np.float32)
+        if self.displacement is None:
+            return jnp.asarray(affine_part)
 
-    def inverse_displacement_field(self) -> jax.Array:
+        def whole(displacement: jax.Array, affine_part: jax.Array) -> jax.Array:
+            return affine_part + rotate(matrix, _to_physical(displacement, self.grid))
+
+        operands = self.displacement, affine_part
+        vectors: _Field = across(self.devices, whole, operands, (_PLANES, 0), 0)
+        return vectors
+
+    def inverse_displacement_field(self) -> _Field:
         """Return the inverse of the deformation as ITK reads it; the affine is not part of it.
 
         Returns
@@ -187,7 +230,22 @@ class Transform:
         """
         if self.displacement is not None and self.inverse_displacement is None:
             raise ValueError("inverse_displacement: expected a field to invert with, got None")
-        return _to_physical(self.inverse_displacement, self.grid)
+        return self._to_physical(self.inverse_displacement)
+
+    def _to_physical(self, displacement: ArrayLike | None) -> _Field:
+        if displacement is None:
+            return jnp.zeros((*self.grid.shape, self.grid.ndim), jnp.float32)
+        convert = functools.partial(_to_physical, grid=self.grid)
+        vectors: _Field = across(self.devices, convert, (displacement,), (_PLANES,), 0)
+        return vectors
+
+    def _computed(self, function: Callable[..., jax.Array], *fields: ArrayLike) -> Any:
+        """Return what a function makes of fields of the grid, in float32: a field."""
+
+        def computed(*fields: jax.Array) -> jax.Array:
+            return function(*(field.astype(jnp.float32) for field in fields))
+
+        return across(self.devices, computed, fields, [_PLANES] * len(fields), _PLANES)
 
     def inverse_residual(self) -> NDArray[np.float32]:
         """Return how far points are from where they started after the inverse and the deformation.
@@ -207,11 +265,11 @@ class Transform:
             return np.zeros(self.grid.shape, np.float32)
         if self.inverse_displacement is None:
             raise ValueError("inverse_displacement: expected a field to invert with, got None")
-        forward, back = (
-            jnp.asarray(field, jnp.float32)
-            for field in (self.displacement, self.inverse_displacement)
-        )
-        voxels = convert_displacement(compose(forward, back), "normalised", "voxel")
+
+        def there_and_back(forward: jax.Array, back: jax.Array) -> jax.Array:
+            return convert_displacement(compose(forward, back), "normalised", "voxel")
+
+        voxels = self._computed(there_and_back, self.displacement, self.inverse_displacement)
         lengths: NDArray[np.float32] = np.linalg.norm(np.asarray(voxels)[0], axis=-1)
         return lengths
 
@@ -233,10 +291,11 @@ class Transform:
         ValueError
             If the inverse of the deformation is not known.
         """
-        there = Transform.from_parts(grid, self.inverse_parts)
+        there = Transform.from_parts(grid, self.inverse_parts, devices=self.devices)
         if self.displacement is None:
             return there
-        back = Transform.from_parts(grid, (self.inverse_parts[0], *self.parts))
+        chain = (self.inverse_parts[0], *self.parts)
+        back = Transform.from_parts(grid, chain, devices=self.devices)
         return dataclasses.replace(there, inverse_displacement=back.displacement)
 
     def apply(
@@ -265,7 +324,7 @@ class Transform:
             On the reference's grid.
         """
         grid = self.grid if reference is None else reference
-        return resample(moving, grid, self.parts, interpolation, outside)
+        return resample(moving, grid, self.parts, interpolation, outside, devices=self.devices)
 
     def apply_inverse(
         self,
@@ -297,16 +356,15 @@ class Transform:
         ValueError
             If the inverse of the deformation is not known.
         """
-        return resample(fixed, reference, self.inverse_parts, interpolation, outside)
+        parts = self.inverse_parts
+        return resample(fixed, reference, parts, interpolation, outside, devices=self.devices)
 
 
-def _to_physical(displacement: ArrayLike | None, grid: Grid) -> jax.Array:
+def _to_physical(displacement: jax.Array, grid: Grid) -> jax.Array:
     """Turn ``(1, *S, D)`` in normalised coordinates into ``(*S, D)`` in millimetres."""
-    if displacement is None:
-        return jnp.zeros((*grid.shape, grid.ndim), jnp.float32)
     # For an axis of one voxel this is 0: displacements along it have no effect.
     voxels = jnp.asarray((np.array(grid.shape[::-1]) - 1) / 2, jnp.float32)
-    return rotate(grid.voxel_to_physical(), jnp.asarray(displacement, jnp.float32)[0] * voxels)
+    return rotate(grid.voxel_to_physical(), displacement.astype(jnp.float32)[0] * voxels)
 
 
 def _to_normalised(vectors: jax.Array, grid: Grid) -> jax.Array:

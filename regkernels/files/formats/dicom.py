@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import mmap
+import os
 import re
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regkernels.files.formats.reading import FileWarning
+from regkernels.files.itk_warnings import collected_output
+from regkernels.files.simpleitk import import_simpleitk
 from regkernels.grid import Grid
 
-__all__ = ["check_dicom", "dicom_grid", "dicom_values"]
+__all__ = ["check_dicom", "dicom_grid", "dicom_series", "dicom_values", "series_grid"]
 
 _SYNTAX = re.compile(rb"\x02\0\x10\0UI..([0-9.]+)", re.DOTALL)
 _IMPLICIT = "1.2.840.10008.1.2"
@@ -133,7 +136,66 @@ def _scaling(pixels: _Pixels, data: mmap.mmap, start: int) -> str:
     return ""
 
 
-def dicom_grid(path: Path, fields: Mapping[str, str], grid: Grid) -> Grid:
+def dicom_series(folder: Path) -> list[Path]:
+    """Return the files of the one series of slices in a folder, in the order of their places.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    ValueError
+        If there are several.
+    """
+    sitk = import_simpleitk()
+
+    reader = sitk.ImageSeriesReader
+    with collected_output():  # about files that are no DICOM
+        series = reader.GetGDCMSeriesIDs(os.fspath(folder))
+        files = [reader.GetGDCMSeriesFileNames(os.fspath(folder), name) for name in series]
+    if not series:
+        raise FileNotFoundError(f"{folder}: expected a file, or a folder with a series of DICOM")
+    if len(series) > 1:
+        found = "; ".join(
+            f"{len(names)} in {Path(names[0]).name} and others"
+            if len(names) > 1
+            else f"one in {Path(names[0]).name}"
+            for names in files
+        )
+        raise ValueError(
+            f"{folder}: expected one series of DICOM, got slices of {len(series)}: {found}; move "
+            "each to a folder of its own"
+        )
+    return [Path(name) for name in files[0]]
+
+
+def series_grid(folder: Path, grids: Sequence[Grid]) -> Grid:
+    """Return the grid of slices that are in files of their own, from the grids of these.
+
+    Raises
+    ------
+    ValueError
+        If they are not spaced evenly on a line, are not parallel, or differ in size.
+    """
+    if any(grid.ndim != 3 or grid.shape[0] != 1 for grid in grids):
+        raise ValueError(f"{folder}: expected files of one slice in space each")
+    first = grids[0]
+    for grid in grids:
+        turned = np.abs(np.asarray(grid.direction) - first.direction).max() > 1e-4
+        sized = np.abs(np.asarray(grid.spacing)[:2] - first.spacing[:2]).max() > 1e-4
+        if turned or sized or grid.shape != first.shape:
+            raise ValueError(
+                f"{folder}: expected parallel slices of one size, got others among them"
+            )
+    spacing, direction = np.array(first.spacing), np.array(first.direction)
+    positions = np.array([grid.origin for grid in grids])
+    if len(grids) > 1:
+        spacing[2], direction[:, 2] = _even_step(folder, positions, spacing[:2].min())
+    return Grid((len(grids), *first.shape[1:]), spacing, positions[0], direction)
+
+
+def dicom_grid(
+    path: Path, fields: Mapping[str, str], grid: Grid, *, in_series: bool = False
+) -> Grid:
     """Return where the slices of a file lie.
 
     Parameters
@@ -145,6 +207,8 @@ def dicom_grid(path: Path, fields: Mapping[str, str], grid: Grid) -> Grid:
     grid
         That of ITK, which takes slices to follow each other at right angles and evenly; where they
         do not it may take them to be 1 mm apart.
+    in_series
+        Whether it is one of several files of a volume, and one slice alone is what it should be.
 
     Returns
     -------
@@ -176,7 +240,7 @@ def dicom_grid(path: Path, fields: Mapping[str, str], grid: Grid) -> Grid:
     if len(steps):
         spacing[:2] = steps[0, ::-1]
     if slices == 1:
-        spacing[2] = _thickness(path, fields, spacing[2])
+        spacing[2] = _thickness(path, fields, spacing[2], in_series=in_series)
     else:
         spacing[2], direction[:, 2] = _even_step(path, positions, spacing[:2].min())
     return dataclasses.replace(grid, spacing=spacing, origin=positions[0], direction=direction)
@@ -221,18 +285,19 @@ def _even_step(
     return length, step / length
 
 
-def _thickness(path: Path, fields: Mapping[str, str], known: float) -> float:
-    """Return how thick one slice is, and warn that it is one."""
+def _thickness(path: Path, fields: Mapping[str, str], known: float, *, in_series: bool) -> float:
+    """Return how thick one slice is, and warn that it is one where there should be more."""
     # ITK knows SpacingBetweenSlices, and takes 1 mm where it is missing.
     thickness = _numbers(fields.get("0018|0050", ""))
     if "0018|0088" not in fields and thickness is not None and thickness[0] > 0:
         known = float(thickness[0])
-    warnings.warn(
-        f"{path}: it holds one slice, of {known:g} mm; if it is one of a series, the others are "
-        "not read: make one file of them first, by dcm2niix, say",
-        FileWarning,
-        stacklevel=3,
-    )
+    if not in_series:
+        warnings.warn(
+            f"{path}: it holds one slice, of {known:g} mm; if it is one of a series, the others "
+            "are not read: give the folder that they are in",
+            FileWarning,
+            stacklevel=3,
+        )
     return known
 
 
