@@ -6,7 +6,8 @@ DATA is a folder of labelled images; each is registered to each other, both ways
 
     NAME.nii.gz          an image, of any format that is read
     NAME_labels.nii.gz   its labels, in the same space
-    NAME_points.csv      landmarks in millimetres, LPS: lines of x,y,z, as many for each; if any
+    NAME_points.csv      landmarks in millimetres, as `read_points` takes them, as many for each; if
+                         any
     regions.csv          which labels are the same region: a line for each, with the columns
                          `region`, `group` (optional) and `NAME_labels` with one or more labels of
                          that image, separated by spaces; without it, equal labels are the same
@@ -56,11 +57,13 @@ from jaxreg.registration import (
     preset,
     register,
     resample,
+    target_registration_error,
 )
 from jaxreg.registration import dice as dice_of_labels
 from regkernels import (
     Volume,
     move_points,
+    read_points,
     read_transform,
     read_volume,
     rigid_motion,
@@ -133,7 +136,7 @@ def read_folder(folder: Path) -> tuple[list[Labelled], dict[str, list[int]]]:
         for number, own in enumerate(of_regions, start=1):
             numbers[np.isin(np.asarray(volume.array), own)] = number
         landmarks = folder / f"{name}_points.csv"
-        points = np.loadtxt(landmarks, delimiter=",", ndmin=2) if landmarks.exists() else None
+        points = read_points(landmarks).positions if landmarks.exists() else None
         image = read_volume(folder / f"{name}.{ending}")
         regions = resample(volume.with_array(numbers), image, (), "nearest")
         images.append(Labelled(name, image, regions, points))
@@ -229,7 +232,7 @@ def judge(
         for group, numbers in groups.items():
             found[f"{name} {group}"] = float(np.mean([overlaps.get(n, 0.0) for n in numbers]))
     if fixed.points is not None and moving.points is not None:
-        distances = np.linalg.norm(transform.transform_points(fixed.points) - moving.points, axis=1)
+        distances = target_registration_error(transform, fixed.points, moving.points)
         found["landmarks mm"] = float(distances.mean())
     inside = np.asarray(fixed.regions.array) > 0
     determinant = result.jacobian

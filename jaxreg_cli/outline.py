@@ -13,7 +13,9 @@ SUBCOMMANDS: Mapping[str, str] = {
     "register": "Register MOVING to FIXED.",
     "template": "Build the template of several images: their mean shape and their mean intensity.",
     "apply": "Resample IMAGE onto the grid of a reference, through any number of transforms.",
+    "apply-points": "Send points through any number of transforms.",
     "invert": "Invert an affine, or a displacement field on its own grid.",
+    "compare": "Compare two images, or two label maps, whose grids may differ.",
     "info": "Describe an image or a transform; without FILE, the installation.",
     "demo": "Register Colin27 to the ICBM152 template: affine, then diffeomorphic.",
 }

@@ -19,9 +19,11 @@ except ModuleNotFoundError as error:
         name="regkernels",
     ) from None
 from regkernels.files import (
+    PointSet,
     from_nibabel,
     from_simpleitk,
     read_grid,
+    read_points,
     read_transform,
     read_volume,
     to_nibabel,
@@ -29,6 +31,7 @@ from regkernels.files import (
     write_affine,
     write_composite,
     write_displacement,
+    write_points,
     write_transform,
     write_volume,
 )
@@ -40,6 +43,7 @@ __all__ = [
     "AffineMap",
     "DisplacementField",
     "Grid",
+    "PointSet",
     "Volume",
     "__version__",
     "centre_of_mass",
@@ -48,6 +52,7 @@ __all__ = [
     "move_points",
     "normalised_affine",
     "read_grid",
+    "read_points",
     "read_transform",
     "read_volume",
     "rigid_motion",
@@ -56,6 +61,7 @@ __all__ = [
     "write_affine",
     "write_composite",
     "write_displacement",
+    "write_points",
     "write_transform",
     "write_volume",
 ]

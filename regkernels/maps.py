@@ -82,13 +82,19 @@ class DisplacementField:
         """Number of spatial dimensions."""
         return self.grid.ndim
 
+    def covers(self, points: Points) -> NDArray[np.bool_]:
+        """Return which points ``(..., D)`` lie on the grid; beyond it the field is zero."""
+        voxel = AffineMap(self.grid.voxel_to_physical()).inverse().move(points)
+        last = np.array(self.grid.shape[::-1]) - 1
+        return np.asarray(((voxel >= -0.5) & (voxel <= last + 0.5)).all(axis=-1))
+
     def move(self, points: Points) -> Points:
         """Return where points ``(..., D)`` go, in float64."""
         to_voxel = AffineMap(self.grid.voxel_to_physical()).inverse()
         vectors = np.asarray(self.vectors)
         last = np.array(self.grid.shape[::-1]) - 1  # x first, as the components of points
         voxel = to_voxel.move(points)
-        covered = ((voxel >= -0.5) & (voxel <= last + 0.5)).all(axis=-1, keepdims=True)
+        covered = self.covers(points)[..., None]
         inside = np.clip(voxel, 0, last)
         lower = np.minimum(inside.astype(np.int64), np.maximum(last - 1, 0))
         part = inside - lower

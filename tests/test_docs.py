@@ -167,7 +167,7 @@ def test_every_link_of_a_page_leads_somewhere() -> None:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the pages assume: two images, a mask of one and labels on the other."""
+    """The folder that the pages assume: two images, mask and points of one, labels on the other."""
     folder = tmp_path_factory.mktemp("docs")
     fixed, moving = header((30, 32), (3, 3)), header((31, 29), (3.2, 3.1), turn=8)
     fixed = fixed.with_array(scene(physical_grid(fixed)))
@@ -176,6 +176,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_volume(moving, folder / "moving.nii.gz")
     write_volume(fixed.with_array(np.asarray(fixed.array) > 0.1), folder / "mask.nii.gz")
     write_volume(moving.with_array(np.asarray(moving.array) > 0.5), folder / "labels.nii.gz")
+    (folder / "points.csv").write_text("x,y,label\n0,0,middle\n18,-8,left\n")
     return folder
 
 

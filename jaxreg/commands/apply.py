@@ -70,10 +70,12 @@ def apply(
     outside: Annotated[
         str | None,
         typer.Option(
+            "--outside",
+            "--default-value",
             metavar="VALUE",
             help="What is outside of IMAGE: a number, one for each channel with commas between "
             "them, or background, its own background where that is clear, else 0. By default "
-            "background; with --labels 0.",
+            "background; with --labels 0. The second name is that of antsApplyTransforms.",
         ),
     ] = None,
     device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,

@@ -44,7 +44,8 @@ class Command(TyperCommand):
             if typed is None or not complaint:
                 raise
             option = typed.param_type_name == "option"
-            name = typed.opts[0] if option else str(typed.metavar).removesuffix("...")
+            names = [name for name in typed.opts if name.startswith("--")]
+            name = "/".join(names) if option else str(typed.metavar).removesuffix("...")
             raise ValueError(f"{name}: {complaint}") from error
 
 

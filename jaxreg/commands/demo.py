@@ -23,7 +23,7 @@ from jaxreg.commands.inputs import naming
 from jaxreg.commands.multimodal import compare_metrics
 from jaxreg.commands.progress_bars import register_watched
 from jaxreg.commands.timing import Stopwatch, fact_table
-from jaxreg.registration import Affine, Greedy, Moments, Registration, ncc, resample
+from jaxreg.registration import Affine, Greedy, Moments, Registration, dice, ncc, resample
 from jaxreg.registration.report.page import write_report
 from regkernels import Volume, read_volume, rigid_motion, write_displacement, write_volume
 from regkernels.data import load_pair_paths
@@ -178,7 +178,7 @@ def _score(fixed: Volume, moving: Volume, parts: Sequence[Part] = ()) -> _Scores
     return _Scores(
         float(ncc(moved, target)[0, 0]),
         -float(lncc_loss(moved, target, mask=brain)),
-        float(2 * (brain & moved_brain).sum() / (brain.sum() + moved_brain.sum())),
+        dice(np.asarray(brain), np.asarray(moved_brain)).get(1, 0.0),
     )
 
 

@@ -42,7 +42,7 @@ def naming(argument: str) -> Iterator[None]:
         raise ValueError(f"{argument}: {error}") from error
 
 
-def read_chain(option: str, texts: Sequence[str], ndim: int) -> tuple[Part, ...]:
+def read_chain(option: str, texts: Sequence[str], ndim: int | None = None) -> tuple[Part, ...]:
     """Read transforms given on the command line.
 
     Parameters
@@ -52,7 +52,7 @@ def read_chain(option: str, texts: Sequence[str], ndim: int) -> tuple[Part, ...]
     texts
         Files, in the order in which a point goes through them; ``:inverse`` after a name inverts.
     ndim
-        What they have to be.
+        What they have to be; by default what the first one is.
 
     Returns
     -------
@@ -69,6 +69,7 @@ def read_chain(option: str, texts: Sequence[str], ndim: int) -> tuple[Part, ...]
         with naming(option):
             parts = read_transform(Path(text.removesuffix(_INVERSE)))
         for part in parts:
+            ndim = ndim or part.ndim
             if part.ndim != ndim:
                 raise ValueError(
                     f"{option}: {text}: expected a {ndim}-D transform, got {part.ndim}-D"

@@ -27,6 +27,7 @@ from jaxreg.commands.inputs import (
     read_chain,
     refuse_overwriting,
 )
+from jaxreg.commands.judging import Judgement, Judging
 from jaxreg.commands.outputs import (
     FILES,
     FIXED_MOVED,
@@ -114,6 +115,26 @@ def register(
             "`jaxreg apply -t`.",
         ),
     ] = None,
+    fixed_labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="Labels on the grid of FIXED, to judge the result by: Dice coefficients and "
+            "Hausdorff distances, before and after."
+        ),
+    ] = None,
+    moving_labels: Annotated[
+        Path | None, typer.Option(help="The same on the grid of MOVING, with the same numbers.")
+    ] = None,
+    fixed_points: Annotated[
+        Path | None,
+        typer.Option(
+            help="Landmarks in FIXED, to judge the result by: .csv, .mrk.json or .fcsv, in "
+            "millimetres, as for `jaxreg apply-points`."
+        ),
+    ] = None,
+    moving_points: Annotated[
+        Path | None, typer.Option(help="The same landmarks in MOVING, in the same order.")
+    ] = None,
     clip: Annotated[
         str,
         typer.Option(
@@ -158,6 +179,11 @@ def register(
     MOVING; affine.tfm and, if there is a deformation, warp.nii.gz and inverse_warp.nii.gz, which
     `jaxreg apply`, ITK, ANTs and 3D Slicer read; registration.json, with settings, versions and
     losses. Where the result may be wrong, a warning says why.
+
+    Judged by labels and landmarks, before and after, on the console, in record and report:
+    jaxreg register fixed.nii.gz moving.nii.gz -o out --report
+    --fixed-labels fixed_labels.nii.gz --moving-labels moving_labels.nii.gz
+    --fixed-points fixed.mrk.json --moving-points moving.mrk.json
     """
     stopwatch = Stopwatch()
     clipping, around = parse_clip(clip), parse_outside(outside)
@@ -169,11 +195,19 @@ def register(
         ("--fixed-mask", fixed_mask),
         ("--moving-mask", moving_mask),
     )
+    judged_by = {
+        "--fixed-labels": fixed_labels,
+        "--moving-labels": moving_labels,
+        "--fixed-points": fixed_points,
+        "--moving-points": moving_points,
+    }
     read = [(name, path) for name, path in files if path is not None]
-    refuse_overwriting([output / name for name in FILES], [*read, *given])
+    beside = [(name, path) for name, path in judged_by.items() if path is not None]
+    refuse_overwriting([output / name for name in FILES], [*read, *beside, *given])
     with stopwatch.phase("reading"), ThreadPoolExecutor() as pool:
         starting = pool.submit(devices.find, device)  # a GPU takes longer to start than a file
         volumes = dict(_read(read))
+        judging = Judging.read(judged_by, volumes["FIXED"], volumes["MOVING"])
     for name in ("FIXED", "MOVING"):
         _check_contrast(name, volumes[name])
         with naming(name):
@@ -202,33 +236,37 @@ def register(
                 devices=spread,
             )
         write_images(result, wanted, folder, stopwatch)
+        with stopwatch.phase("judging"):
+            judgement = judging.judge(Transform.from_parts(image.grid, parts), result.transform)
         facts = {**describe(["jax"]), "device": _told(target, spread)}
-        inputs = {name: str(path) for name, path in read} | {"--initial": initial or []}
+        inputs = {name: str(path) for name, path in [*read, *beside]} | {"--initial": initial or []}
         beyond = {
             name: outside_values(volume, result.outside)
             for name, volume in ((MOVED, result.moving), (FIXED_MOVED, result.fixed))
         }
         if REPORT in wanted:
             title = f"{moving.name} registered to {fixed.name}"
-            told = {name: str(path) for name, path in read}
+            told = {name: str(path) for name, path in [*read, *beside]}
             told |= {"--initial": " ".join(initial)} if initial else {}
             told |= {"--clip": clip}
             told |= {f"Outside of the image in {n}": format_values(v) for n, v in beyond.items()}
             tables = {"Inputs": told, "Versions": facts}
+            scores = judgement.tables()
             with stopwatch.phase("report"):
-                write_report(result, folder / REPORT, title=title, tables=tables)
+                write_report(result, folder / REPORT, title=title, tables=tables, scores=scores)
         if RECORD in wanted:
             settings = {"clip": clipping, "outside": {n: v.tolist() for n, v in beyond.items()}}
-            record = _record(result, inputs, facts, wanted) | settings
+            record = _record(result, inputs, facts, wanted) | settings | judgement.record()
             record["seconds"] = stopwatch.seconds()
             (folder / RECORD).write_text(f"{json.dumps(record, indent=2)}\n")
         written = sorted(path.name for path in folder.iterdir())
-    console.print(_summary(result, stopwatch, facts["device"]))
+    console.print(_summary(result, judgement, stopwatch, facts["device"]))
     for name, values in beyond.items():
         if values.any():
             text = f"Outside of the image in {name} is {format_values(values)}."
             console.print(text, highlight=False, soft_wrap=True, markup=False)
     tell_doubts(result.doubts)
+    judgement.tell()
     for name in written:
         console.print(output / name, highlight=False, soft_wrap=True, markup=False)
 
@@ -289,7 +327,9 @@ def _told(target: jax.Device, spread: list[jax.Device] | None) -> str:
     return name if spread is None else f"{len(spread)} of {name}, with some planes on each"
 
 
-def _summary(result: Registration, stopwatch: Stopwatch, device: str) -> Table:
+def _summary(
+    result: Registration, judgement: Judgement, stopwatch: Stopwatch, device: str
+) -> Table:
     table = fact_table()
     for stage in result.stages:
         table.add_row(stage.name.capitalize(), f"{stage.seconds:.1f} s")
@@ -303,4 +343,7 @@ def _summary(result: Registration, stopwatch: Stopwatch, device: str) -> Table:
         missed = f"Voxels without an inverse to {INVERSE_TOLERANCE:g} voxels"
         table.add_row(missed, f"{100 * residual.share:.4g} %")
         table.add_row("Residual of the inverse", f"at most {residual.maximum:.3g} voxels")
+    table.add_section()
+    for name, value in judgement.rows():
+        table.add_row(name, value)
     return table

@@ -17,7 +17,14 @@ SimpleITK is needed to read and write files: ``pip install 'regkernels[jax,cli]'
 from __future__ import annotations
 
 from jaxreg.registration import pytrees as pytrees
-from jaxreg.registration.evaluation import dice, target_registration_error
+from jaxreg.registration.evaluation import (
+    HausdorffDistance,
+    ImageSimilarity,
+    dice,
+    hausdorff_distance,
+    image_similarity,
+    target_registration_error,
+)
 from jaxreg.registration.plausibility import Doubt
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.register import (
@@ -98,6 +105,8 @@ __all__ = [
     "FolderStore",
     "Folds",
     "Greedy",
+    "HausdorffDistance",
+    "ImageSimilarity",
     "InverseResidual",
     "Iterative",
     "Jacobian",
@@ -124,6 +133,8 @@ __all__ = [
     "build_template",
     "dice",
     "downsample",
+    "hausdorff_distance",
+    "image_similarity",
     "invert_part",
     "level_shape",
     "mse_loss",

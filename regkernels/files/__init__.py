@@ -1,4 +1,4 @@
-"""Reading and writing of images and transforms, as ITK, ANTs and 3D Slicer read and write them.
+"""Reading and writing of images, transforms and points, as ITK, ANTs and 3D Slicer have them.
 
 Needs SimpleITK: ``pip install 'regkernels[files]'``.
 """
@@ -10,6 +10,7 @@ from regkernels.files.conversions import (
     to_simpleitk,
 )
 from regkernels.files.images import read_grid, read_volume, write_volume
+from regkernels.files.points import PointSet, read_points, write_points
 from regkernels.files.transforms import (
     read_transform,
     write_affine,
@@ -19,9 +20,11 @@ from regkernels.files.transforms import (
 )
 
 __all__ = [
+    "PointSet",
     "from_nibabel",
     "from_simpleitk",
     "read_grid",
+    "read_points",
     "read_transform",
     "read_volume",
     "to_nibabel",
@@ -29,6 +32,7 @@ __all__ = [
     "write_affine",
     "write_composite",
     "write_displacement",
+    "write_points",
     "write_transform",
     "write_volume",
 ]

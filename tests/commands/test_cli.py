@@ -177,7 +177,7 @@ def test_the_record_tells_settings_versions_and_losses(pair: Path, registered: P
 
 def test_the_report_is_one_file_with_everything(pair: Path, registered: Path) -> None:
     page = (registered / "report.html").read_text()
-    assert page.count("data:image/png;base64,iVBOR") == 2  # slices and losses
+    assert page.count("data:image/png;base64,iVBOR") == 5  # slices, losses, three of the sliders
     assert not re.search(r'(src|href)="(?!data:)', page)
     words = ("moving.mha registered to fixed.nii.gz", "learning_rate", "jaxlib", "greedy")
     for word in (
@@ -225,7 +225,7 @@ def test_without_a_deformation_everything_but_the_warps_is_there(
     assert record["transform"]["moving to fixed"] == ["affine.tfm:inverse"]
     assert record["jacobian"] == {"share": 0, "minimum": 1, "maximum": 1}
     assert record["inverse residual (voxels)"] == {"share": 0, "mean": 0, "maximum": 0}
-    assert (out / "report.html").read_text().count("data:image/png;base64,iVBOR") == 2
+    assert (out / "report.html").read_text().count("data:image/png;base64,iVBOR") == 5
 
     assert run("info", out / "affine.tfm") == 0
     assert run("invert", out / "affine.tfm", "-o", tmp_path / "back.tfm") == 0
@@ -451,9 +451,10 @@ def test_apply_says_what_is_outside(ct: Path, capsys: pytest.CaptureFixture[str]
         assert moved.dtype == dtype
         assert (moved[:, -10:] == -1024).all()
         assert told == "Outside of IMAGE is -1024.\n"
-        moved, told = applied("moving", *options, "--outside=-7")
-        assert (moved[:, -10:] == -7).all()
-        assert told == "Outside of IMAGE is -7.\n"
+        for name in ("--outside", "--default-value"):  # the latter as ANTs calls it
+            moved, told = applied("moving", *options, f"{name}=-7")
+            assert (moved[:, -10:] == -7).all()
+            assert told == "Outside of IMAGE is -7.\n"
     for options in ((), ("--labels",), ("--interpolation", "nearest")):
         moved, told = applied("labels", *options)
         assert (moved[:, -10:] == 0).all()
@@ -631,11 +632,14 @@ APPLY = "apply moving.mha -r fixed.nii.gz -o out.nrrd"
         (f"{APPLY} -t fixed.nii.gz", "--transform: fixed.nii.gz: expected displacements, 2"),
         (f"{APPLY} -r space.nrrd", "--reference: space.nrrd: expected a 2-D image, got 3-D"),
         (f"{APPLY} --interpolation magic", "--interpolation"),
-        (f"{APPLY} --outside air", "error: --outside: expected background, or a number for all"),
-        (f"{APPLY} --outside 1,2", "error: --outside: expected 1 number, or 1 as channels, got 2"),
+        (f"{APPLY} --outside air", "error: --outside/--default-value: expected background, or a"),
+        (
+            f"{APPLY} --outside 1,2",
+            "error: --outside/--default-value: expected 1 number, or 1 as channels, got 2",
+        ),
         (
             f"{APPLY} --outside .5 --labels",
-            "error: --outside: expected an integer that int16 holds",
+            "error: --outside/--default-value: expected an integer that int16 holds",
         ),
         (f"{APPLY} --labels --interpolation nearest", "--labels: expected no --interpolation"),
         ("apply fixed.nii.gz -r moving.mha --labels -o out.nrrd", "IMAGE: fixed.nii.gz: expected"),

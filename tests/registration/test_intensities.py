@@ -12,7 +12,7 @@ from scenes import header, physical_grid
 
 from jaxreg.registration import Affine, Moments, Rigid, register, register_images
 from jaxreg.registration.intensities import clipped
-from jaxreg.registration.report.pictures import draw_slices
+from jaxreg.registration.report.pictures import Shown, draw_slices
 from regkernels import Volume, move_points, rigid_motion
 
 
@@ -115,7 +115,8 @@ def test_pictures_show_an_object_before_its_background_whatever_is_far_from_both
     for contrast, around in (("dark", 0), ("CT", 0), ("noisy", 0), ("bright", 1)):
         fixed, moving = (hot(v) for v in sections(8, CONTRASTS[contrast]))
         away = moving.moved_by(motion(8))
-        figure = draw_slices(register(fixed, away, []), title="")
+        result = register(fixed, away, [])
+        figure = draw_slices(result, Shown.of_registration(result), title="")
         panels = [np.asarray(ax.images[0].get_array()) for ax in figure.axes if ax.images][:3]
         for panel in panels:  # the fixed image, the moving one, and that one moved
             corner, middle = panel[:9, :9], panel[38:58, 38:58]

@@ -11,19 +11,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxreg.registration.register import LevelRecord, Registration, StageRecord
-from jaxreg.registration.report.pictures import BACKGROUND, FAINT, TEXT, draw_losses, draw_slices
+from jaxreg.registration.report.pictures import (
+    BACKGROUND,
+    FAINT,
+    TEXT,
+    Shown,
+    draw_losses,
+    draw_slices,
+)
+from jaxreg.registration.report.viewer import VIEWER_STYLE, viewer
 from jaxreg.warp import INVERSE_TOLERANCE
 from regkernels.files.atomic import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["write_report"]
+__all__ = ["write_comparison", "write_report"]
 
 _STYLE = f"""
 body {{ background: {BACKGROUND}; color: {TEXT}; font: 14px/1.45 system-ui, sans-serif;
        max-width: 1430px; margin: 0 auto; padding: 8px 24px 40px; }}
-img {{ width: 100%; }}
+img:not([hidden]) {{ width: 100%; }}
+[hidden] {{ display: none !important; }}
 h2 {{ font-size: 17px; margin: 28px 0 8px; }}
 table {{ border-collapse: collapse; }}
 th, td {{ text-align: left; vertical-align: top; padding: 3px 18px 3px 0; }}
@@ -42,13 +51,15 @@ def write_report(
     subtitle: str = "",
     names: tuple[str, str] = ("", ""),
     tables: Mapping[str, Mapping[str, str]] | None = None,
+    scores: Mapping[str, Sequence[Sequence[str]]] | None = None,
     dpi: int = 110,
 ) -> None:
     """Write a registration as a picture, or as a page that holds everything it needs.
 
     The picture is that of `draw_slices`. With the ending ``.html`` a page is written: the picture,
-    the loss curves of each stage and scale, the settings, the transform, and the tables. At its top
-    are the reasons why the result may be wrong, if there are any.
+    sliders that swipe or fade between the fixed and the moved image through the slices, the loss
+    curves of each stage and scale, the settings, the transform, and the tables. At its top are the
+    reasons why the result may be wrong, if there are any.
 
     Parameters
     ----------
@@ -63,16 +74,60 @@ def write_report(
     tables
         What else there is to tell on the page: files, versions and the like. By their headings,
         names and values.
+    scores
+        What labels and landmarks say, for the page. By their headings, rows of cells; the first row
+        has the names of the columns, and the first column those of the rows.
     dpi
         Resolution; the picture is 13 inches wide.
     """
     page = Path(path).suffix.lower() in (".html", ".htm")
-    slices = draw_slices(result, title=title, subtitle=subtitle or _subtitle(result), names=names)
+    shown = Shown.of_registration(result)
+    slices = draw_slices(
+        result, shown, title=title, subtitle=subtitle or _subtitle(result), names=names
+    )
     with atomic_path(path) as beside:
         if page:
-            beside.write_text(_page(result, slices, title, tables or {}, dpi), encoding="utf-8")
+            parts = _parts(result, shown, slices, tables or {}, scores or {}, dpi)
+            beside.write_text(_document(title, parts), encoding="utf-8")
         else:
             slices.savefig(beside, dpi=dpi, facecolor=BACKGROUND)
+
+
+def write_comparison(
+    picture: Figure,
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    shown: Shown | None = None,
+    names: tuple[str, str] = ("", ""),
+    tables: Mapping[str, Mapping[str, str]] | None = None,
+    scores: Mapping[str, Sequence[Sequence[str]]] | None = None,
+    dpi: int = 110,
+) -> None:
+    """Write how two images compare as a page that holds everything it needs.
+
+    Parameters
+    ----------
+    picture
+        What is shown first, from `draw_comparison` or `draw_labels`.
+    path
+        Where to write; the file appears complete or not at all.
+    title
+        Of the page.
+    shown
+        The images, for sliders; without it there are none.
+    names
+        What they show.
+    tables, scores, dpi
+        As for `write_report`.
+    """
+    parts = [_image(picture, "slices of the images and what differs", dpi)]
+    if shown is not None:
+        first, second = (" · ".join(filter(None, (k, n))) for k, n in zip("AB", names, strict=True))
+        parts += ["<h2>Slice by slice</h2>", viewer(shown, first, {second: 0})]
+    parts += [*_score_tables(scores or {}), *_fact_tables(tables or {})]
+    with atomic_path(path) as beside:
+        beside.write_text(_document(title, parts), encoding="utf-8")
 
 
 def _subtitle(result: Registration) -> str:
@@ -85,31 +140,54 @@ def _subtitle(result: Registration) -> str:
     )
 
 
-def _page(
-    result: Registration,
-    slices: Figure,
-    title: str,
-    tables: Mapping[str, Mapping[str, str]],
-    dpi: int,
-) -> str:
-    losses = draw_losses(result.stages)
-    parts = [
+def _document(title: str, parts: Iterable[str]) -> str:
+    # The policy forbids browsers to load anything: what the page shows is in it.
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    head = [
         "<!doctype html>",
         f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}; '
+        "script-src 'unsafe-inline'\">",
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<style>{_STYLE}</style></head><body>",
+        f"<style>{_STYLE}{VIEWER_STYLE}</style></head><body>",
+    ]
+    return "\n".join([*head, *parts, "</body></html>", ""])
+
+
+def _parts(
+    result: Registration,
+    shown: Shown,
+    slices: Figure,
+    tables: Mapping[str, Mapping[str, str]],
+    scores: Mapping[str, Sequence[Sequence[str]]],
+    dpi: int,
+) -> list[str]:
+    losses = draw_losses(result.stages)
+    parts = [
         *_doubts(result),
         _image(slices, "slices of the images, the deformed grid and what differs", dpi),
+        "<h2>Slice by slice</h2>",
+        viewer(shown, "fixed", {"moved": 1, "moving as loaded": 0}),
+        *_score_tables(scores),
     ]
     if losses is not None:
         parts += ["<h2>Losses</h2>", _image(losses, "loss curves", dpi)]
     parts += ["<h2>Stages</h2>", _stages(result), "<h2>Affine</h2>", _matrix(result)]
     if result.transform.displacement is not None:
         tables = {"Deformation": _deformation(result), **tables}
+    return [*parts, *_fact_tables(tables)]
+
+
+def _score_tables(scores: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
+    return [f"<h2>{html.escape(heading)}</h2>{_scores(rows)}" for heading, rows in scores.items()]
+
+
+def _fact_tables(tables: Mapping[str, Mapping[str, str]]) -> list[str]:
+    parts = []
     for heading, facts in tables.items():
         rows = "".join(f"<tr>{_cells([name], 'th')}{_cells([v])}</tr>" for name, v in facts.items())
         parts += [f"<h2>{html.escape(heading)}</h2>", f"<table>{rows}</table>"]
-    return "\n".join([*parts, "</body></html>", ""])
+    return parts
 
 
 def _doubts(result: Registration) -> tuple[str, ...]:
@@ -127,6 +205,13 @@ def _image(figure: Figure, description: str, dpi: int) -> str:
     figure.savefig(buffer, format="png", dpi=dpi, facecolor=BACKGROUND)
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+
+
+def _scores(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = [f"<tr>{_cells(head[:1], 'th')}{_cells(head[1:], 'th', 'number')}</tr>"]
+    lines += [f"<tr>{_cells(row[:1])}{_cells(row[1:], 'td', 'number')}</tr>" for row in body]
+    return f"<table>{''.join(lines)}</table>"
 
 
 def _stages(result: Registration) -> str:

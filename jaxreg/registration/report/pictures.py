@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
@@ -22,7 +22,18 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-__all__ = ["BACKGROUND", "FAINT", "TEXT", "View", "draw_contours", "draw_losses", "draw_slices"]
+__all__ = [
+    "BACKGROUND",
+    "FAINT",
+    "TEXT",
+    "Shown",
+    "View",
+    "draw_comparison",
+    "draw_contours",
+    "draw_labels",
+    "draw_losses",
+    "draw_slices",
+]
 
 BACKGROUND = "#0e1116"
 TEXT = "#e6e9ee"
@@ -36,8 +47,65 @@ _SQUARE = 1 / 12
 _LINE_EVERY = 1 / 36
 
 
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """Images as they are looked at: turned to the patient, in grey values from 0 to 1.
+
+    Grey values span the background of an image and its object, of which a hundredth is left out.
+    Of several channels the mean is shown.
+    """
+
+    view: View
+    ndim: int
+    fixed: NDArray[np.float32]
+    """(superior, posterior, left), as all of them."""
+    others: tuple[NDArray[np.float32], ...]
+
+    @classmethod
+    def of(cls, fixed: Volume, moving: Volume, others: Sequence[Volume]) -> Shown:
+        """Prepare images.
+
+        Parameters
+        ----------
+        fixed
+            Gives the grid.
+        moving
+            On its own grid; what lies outside of it does not change how bright it is shown.
+        others
+            What it becomes on the fixed grid, by one transform or another.
+        """
+        view = View.of(fixed)
+        window = _window(view.scalar(moving))
+        return cls(
+            view,
+            fixed.ndim,
+            np.clip(_scaled(view.scalar(fixed)), 0, 1),
+            tuple(np.clip(_scaled(view.scalar(other), window), 0, 1) for other in others),
+        )
+
+    @classmethod
+    def of_registration(cls, result: Registration) -> Shown:
+        """Prepare a registration: the moving image as its header places it, and moved."""
+        before = resample(result.moving, result.fixed, outside=result.outside)
+        return cls.of(result.fixed, result.moving, (before, result.moved))
+
+    def differences(self) -> list[NDArray[np.float32]]:
+        """Return what differs, after matching gain and offset to the fixed image.
+
+        All get those of the last one, or the differences could not be compared.
+        """
+        last = self.others[-1]
+        gain, offset = np.polyfit(last.ravel(), self.fixed.ravel(), 1) if np.ptp(last) else (1, 0)
+        return [gain * image + offset - self.fixed for image in self.others]
+
+
 def draw_slices(
-    result: Registration, *, title: str, subtitle: str = "", names: tuple[str, str] = ("", "")
+    result: Registration,
+    shown: Shown,
+    *,
+    title: str,
+    subtitle: str = "",
+    names: tuple[str, str] = ("", ""),
 ) -> Figure:
     """Draw a registration in eight panels.
 
@@ -45,14 +113,14 @@ def draw_slices(
     logarithm of the Jacobian determinant (the affine left out); differences and checkerboards
     before and after. Of volumes each panel has an axial, a coronal and a sagittal slice through
     the middle of the fixed one, radiological (the patient's right on the left), and everything is
-    true to scale in millimetres. Grey values span the background of an image and its object, of
-    which a hundredth is left out. Differences are taken after matching the moving image's gain and
-    offset to the fixed image. Of several channels the mean is shown.
+    true to scale in millimetres.
 
     Parameters
     ----------
     result
         From `register`.
+    shown
+        Its images.
     title, subtitle
         Printed above the panels.
     names
@@ -63,41 +131,105 @@ def draw_slices(
     matplotlib.figure.Figure
         13 inches wide.
     """
-    view = View.of(result.fixed)
-    resampled = resample(result.moving, result.fixed, outside=result.outside)
-    fixed = np.clip(_scaled(view.scalar(result.fixed)), 0, 1)
-    # What lies outside of the moving image does not change how bright it is shown.
-    window = _window(view.scalar(result.moving))
-    before, moved = (
-        np.clip(_scaled(view.scalar(v), window), 0, 1) for v in (resampled, result.moved)
-    )
-    # Both get one gain and offset, or the differences before and after could not be compared.
-    gain, offset = np.polyfit(moved.ravel(), fixed.ravel(), 1) if np.ptp(moved) else (1.0, 0.0)
-    differences = [gain * image + offset - fixed for image in (before, moved)]
+    view, (before, moved) = shown.view, shown.others
     log_jacobian = np.log2(np.maximum(view.arrange(_in_space(result.jacobian)), 2.0**-8))
-    slices = _middle_slices(fixed, view.spacing, result.fixed.ndim)
-    length = max(abs(b - a) for cut in slices for a, b in (cut.window[:2], cut.window[2:]))
-    board = _checkerboard(fixed.shape, view.spacing, _SQUARE * length)
-
-    gray: dict[str, Any] = {"cmap": _colours(BACKGROUND, "white"), "vmin": 0, "vmax": 1}
-    change: dict[str, Any] = {"cmap": _colours(*_DIVERGING), "vmin": -0.6, "vmax": 0.6}
+    slices = _middle_slices(shown.fixed, view.spacing, shown.ndim)
     growth: dict[str, Any] = {"cmap": _colours(*_DIVERGING), "vmin": -1, "vmax": 1}
 
     panels = _Panels(slices, title, subtitle)
-    panels.image(_joined("Fixed", names[0]), fixed, gray, letters=True)
-    panels.image(_joined("Moving, as loaded", names[1]), before, gray)
-    panels.image("Moved", moved, gray)
+    panels.image(_joined("Fixed", names[0]), shown.fixed, _gray(), letters=True)
+    panels.image(_joined("Moving, as loaded", names[1]), before, _gray())
+    panels.image("Moved", moved, _gray())
     axes, drawn = panels.image("Grid, log₂ Jacobian", log_jacobian, growth)
     if result.transform.displacement is not None:
         points = view.deformed_points(_in_space(np.asarray(result.transform.displacement[0]), 3))
-        _draw_grid(axes, points, slices, _LINE_EVERY * length)
+        _draw_grid(axes, points, slices, _LINE_EVERY * _length(slices))
     panels.colourbar(drawn, "halved", "doubled")
-    for word, difference in zip(("before", "after"), differences, strict=True):
-        _, drawn = panels.image(f"Difference {word}", difference, change)
-        panels.colourbar(drawn, "fixed brighter", "moving brighter")
-    for word, image in (("before", before), ("after", moved)):
-        panels.image(f"Checkerboard {word}", _interleave(fixed, image, board), {})
-        panels.caption("fixed grey, moving orange")
+    words = ("before", "after")
+    panels.differences(shown, [f"Difference {w}" for w in words], ("fixed", "moving"))
+    panels.checkerboards(shown, [f"Checkerboard {w}" for w in words], ("fixed", "moving"))
+    return panels.figure
+
+
+def draw_comparison(
+    shown: Shown, *, title: str, subtitle: str = "", names: tuple[str, str] = ("", "")
+) -> Figure:
+    """Draw two images, A and B, in four panels: either, what differs, and a checkerboard.
+
+    Parameters
+    ----------
+    shown
+        The images; of the others, the only one.
+    title, subtitle
+        Printed above the panels.
+    names
+        What they show.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        13 inches wide.
+    """
+    slices = _middle_slices(shown.fixed, shown.view.spacing, shown.ndim)
+    panels = _Panels(slices, title, subtitle, number=4)
+    panels.image(_joined("A", names[0]), shown.fixed, _gray(), letters=True)
+    panels.image(_joined("B", names[1]), shown.others[0], _gray())
+    panels.differences(shown, ["Difference"], ("A", "B"))
+    panels.checkerboards(shown, ["Checkerboard"], ("A", "B"))
+    return panels.figure
+
+
+def draw_labels(
+    labels: Volume,
+    other: Volume,
+    *,
+    title: str,
+    subtitle: str = "",
+    names: tuple[str, str] = ("", ""),
+) -> Figure:
+    """Draw two label maps, A and B, in three panels: either, and where they differ.
+
+    Parameters
+    ----------
+    labels, other
+        On one grid; 0 is the background.
+    title, subtitle
+        Printed above the panels.
+    names
+        What they show.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        13 inches wide.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import to_rgb
+
+    view = View.of(labels)
+    known = np.unique([*np.unique(labels.array), *np.unique(other.array), 0])
+    a, b = (
+        view.arrange(_in_space(np.searchsorted(known, np.asarray(volume.array))))
+        for volume in (labels, other)
+    )
+    wheel = [to_rgb(colour) for colour in colormaps["tab20"].colors]  # type: ignore[attr-defined]
+    colours = np.array(
+        [to_rgb(BACKGROUND), *(wheel[k % len(wheel)] for k in range(len(known) - 1))], np.float32
+    )
+    agreement = np.zeros(a.shape, np.intp)
+    for number, where in enumerate(
+        ((a == b) & (a > 0), (a > 0) & (b == 0), (a == 0) & (b > 0), (a != b) & (a > 0) & (b > 0)),
+        start=1,
+    ):
+        agreement[where] = number
+    signs = np.array([*map(to_rgb, (BACKGROUND, "#4a515d", _COLD, _WARM, "white"))], np.float32)
+    slices = _middle_slices(((a > 0) | (b > 0)).astype(np.float32), view.spacing, labels.ndim)
+    panels = _Panels(slices, title, subtitle, number=3)
+    style = {"interpolation": "nearest"}
+    panels.image(_joined("A", names[0]), colours[a], style, letters=True)
+    panels.image(_joined("B", names[1]), colours[b], style)
+    panels.image("Where they differ", signs[agreement], style)
+    panels.caption("alike grey, A alone blue, B alone orange, two labels white")
     return panels.figure
 
 
@@ -134,10 +266,9 @@ def draw_contours(
     image, beneath = view.scalar(fixed), view.scalar(reference)
     image = _scaled(image)
     slices = _middle_slices(image, view.spacing, fixed.ndim)
-    gray: dict[str, Any] = {"cmap": _colours(BACKGROUND, "white"), "vmin": 0, "vmax": 1.4}
     panels = _Panels(slices, title, subtitle, number=len(placed))
     for number, (name, volume) in enumerate(placed.items()):
-        axes, _ = panels.image(name, image, gray, letters=number == 0)
+        axes, _ = panels.image(name, image, _gray(white=1.4), letters=number == 0)
         for contoured, colour in ((beneath, _COLD), (view.scalar(volume), _WARM)):
             for ax, cut in zip(axes, slices, strict=True):
                 section = cut.of(contoured)
@@ -188,6 +319,15 @@ def draw_losses(stages: tuple[StageRecord, ...]) -> Figure | None:
         for text in (legend.get_title(), *legend.get_texts()):
             text.set_color(TEXT)
     return figure
+
+
+def _gray(white: float = 1.0) -> dict[str, Any]:
+    return {"cmap": _colours(BACKGROUND, "white"), "vmin": 0, "vmax": white}
+
+
+def _length(slices: Sequence[_Slice]) -> float:
+    """Return the longest side of what is shown, in millimetres."""
+    return max(abs(b - a) for cut in slices for a, b in (cut.window[:2], cut.window[2:]))
 
 
 def _joined(*words: str) -> str:
@@ -373,7 +513,10 @@ class _Panels:
         for cut, (width, height) in zip(self.slices, self.sizes, strict=True):
             ax = self._axes(left, top + self._TITLE + (room - height) / 2, width, height)
             drawn = ax.imshow(
-                cut.of(volume), origin="lower", extent=cut.extent, interpolation="bicubic", **style
+                cut.of(volume),
+                origin="lower",
+                extent=cut.extent,
+                **{"interpolation": "bicubic", **style},
             )
             ax.set_xlim(cut.window[:2])
             ax.set_ylim(cut.window[2:])
@@ -404,6 +547,21 @@ class _Panels:
                 child.set_edgecolor("none")
         self._text(centre - half - 0.07, top, low, color=FAINT, fontsize=9, ha="right")
         self._text(centre + half + 0.07, top, high, color=FAINT, fontsize=9)
+
+    def differences(self, shown: Shown, titles: Sequence[str], names: tuple[str, str]) -> None:
+        """Show how far each of the other images is from the fixed one."""
+        style: dict[str, Any] = {"cmap": _colours(*_DIVERGING), "vmin": -0.6, "vmax": 0.6}
+        for title, difference in zip(titles, shown.differences(), strict=True):
+            _, drawn = self.image(title, difference, style)
+            self.colourbar(drawn, f"{names[0]} brighter", f"{names[1]} brighter")
+
+    def checkerboards(self, shown: Shown, titles: Sequence[str], names: tuple[str, str]) -> None:
+        """Show each of the other images in turn with the fixed one."""
+        square = _SQUARE * _length(self.slices)
+        board = _checkerboard(shown.fixed.shape, shown.view.spacing, square)
+        for title, image in zip(titles, shown.others, strict=True):
+            self.image(title, _interleave(shown.fixed, image, board), {})
+            self.caption(f"{names[0]} grey, {names[1]} orange")
 
     def caption(self, text: str) -> None:
         """Put a line of text below the last panel."""
