@@ -2,7 +2,7 @@
 
 An op is declared once, in C++. What its declaration means to any framework is worked out here, once
 for each op: which outputs a call asks for, what a backward pass takes, and the dtype rule. `infer`,
-`launch` and `xla_registrations` are the extension's own functions. Only this package imports the
+`launch`, `TensorFramework`, `TensorOp` and `xla_registrations` are the extension's own. Only this package imports the
 extension.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from regkernels._core import infer, launch, ops, xla_registrations
+from regkernels._core import TensorFramework, TensorOp, infer, launch, ops, xla_registrations
 
 __all__ = [
     "HALVES",
@@ -21,6 +21,8 @@ __all__ = [
     "Input",
     "Op",
     "Output",
+    "TensorFramework",
+    "TensorOp",
     "bit_mask",
     "infer",
     "launch",

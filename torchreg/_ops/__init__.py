@@ -20,12 +20,14 @@ import torch
 from regkernels.namesake import refuse_mixture
 from regkernels.options import plain_number
 from regkernels.table import OPS, Input, Op
+from torchreg._ops import exchange
 from torchreg._ops import registration  # noqa: F401 - which registers the ops
 from torchreg._ops.autograd import (
     Differentiable,
     EagerDifferentiable,
     needed_gradients,
     no_forward_mode,
+    record,
     refuse_dual_numbers,
 )
 from torchreg._ops.calls import call, is_eager, plain_memory
@@ -59,6 +61,13 @@ def apply(name: str, operands: Sequence[Any], attributes: dict[str, Any]) -> tor
     ValueError, TypeError
         What the op's checks find, naming the argument.
     """
+    op = OPS[name]
+    launched = exchange.forward(op, operands, attributes)
+    if launched is not None:
+        needs, outputs = launched
+        if True not in needs:
+            return result(op, outputs)
+        return record(op, attributes, needs, outputs, *operands)
     operands, result_dtype = _prepare(name, operands)
     value = _dispatch(name, operands, attributes)
     return value if result_dtype is None else value.to(result_dtype)
@@ -191,7 +200,7 @@ def _dispatch(
     if eager:
         # The checks come with the launch.
         if True in needs:
-            value: torch.Tensor = EagerDifferentiable.apply(op, attributes, needs, *arguments)
+            value: torch.Tensor = EagerDifferentiable.apply(op, attributes, needs, None, *arguments)
             return value
         return result(op, run(op, arguments, attributes, op.wanted(needs), False))
     if not torch.compiler.is_compiling():

@@ -9,11 +9,13 @@ import torch
 from torch.autograd import forward_ad
 
 from regkernels.table import OPS, Op
+from torchreg._ops import exchange
 from torchreg._ops.calls import call, fold, is_eager, plain_memory, unfold
 from torchreg._ops.launch import Outputs, result, run
 from torchreg._ops.torch_internals import (
     is_forward_mode_active,
     is_graph_kept,
+    plain_apply,
     requires_gradient,
     transforms,
 )
@@ -97,10 +99,15 @@ def _first_derivatives(
             gradients[i] = _scaled(unit, grad_output, operand.dtype)
     remaining = [(i, place) for i, place in op.gradients if needs[i] and gradients[i] is None]
     if remaining and op.gradient is not None:
-        values = (*saved, plain_memory(grad_output))
-        operands = [values[place] for place in op.gradient_inputs]
+        values = (*saved, grad_output)
+        operands = tuple([values[place] for place in op.gradient_inputs])
         wanted = sum([1 << place for _, place in remaining])
-        results = call(op.gradient.name, operands, ctx.attributes, wanted, ctx.grouped)
+        results = None
+        if not ctx.grouped:
+            results = exchange.launch(op.gradient, operands, ctx.attributes, wanted)
+        if results is None:
+            plain = [x if x is None else plain_memory(x) for x in operands]
+            results = call(op.gradient.name, plain, ctx.attributes, wanted, ctx.grouped)
         for i, place in remaining:
             gradients[i] = results[place]
     return gradients
@@ -195,7 +202,10 @@ class Differentiable(torch.autograd.Function):
 
 
 class EagerDifferentiable(torch.autograd.Function):
-    """`Differentiable` in the older style: half the time, and blind to functional transforms."""
+    """`Differentiable` in the older style: half the time, and blind to functional transforms.
+
+    An op that has been launched comes with its outputs.
+    """
 
     @staticmethod
     def forward(
@@ -203,15 +213,21 @@ class EagerDifferentiable(torch.autograd.Function):
         op: Op,
         attributes: dict[str, Any],
         needs: tuple[bool, ...],
+        outputs: Outputs | None,
         *operands: torch.Tensor | None,
     ) -> torch.Tensor:
-        outputs = run(op, operands, attributes, op.wanted(needs), False)
+        if outputs is None:
+            outputs = run(op, operands, attributes, op.wanted(needs), False)
         _keep(ctx, op, attributes, needs, False, operands, outputs)
         return result(op, outputs)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple[Any, ...]:
-        return (None, None, None, *_gradients(ctx, grad_output))
+        return (None, None, None, None, *_gradients(ctx, grad_output))
+
+
+# For plain tensors.
+record = plain_apply(EagerDifferentiable)
 
 
 def check_constants(op: Op, needs: Sequence[bool]) -> None:
