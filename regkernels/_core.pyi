@@ -32,6 +32,7 @@ def launch(
     cuda_device: int,
     stream: int,
 ) -> None: ...
+
 class TensorFramework:
     def __init__(
         self,

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/errors.h"
+#include "frontends/python_call.h"
 
 namespace py = pybind11;
 
@@ -119,10 +120,6 @@ AttrValue value_of(const Op& op, const AttrSpec& spec, const std::vector<py::str
   throw std::logic_error("unknown attribute kind");
 }
 
-py::str interned(const char* text) {
-  return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(text));
-}
-
 }  // namespace
 
 AttributeReader::AttributeReader(const Op& op) : op_(op) {
@@ -134,7 +131,7 @@ AttributeReader::AttributeReader(const Op& op) : op_(op) {
 }
 
 const AttributeReader& AttributeReader::of(const Op& op) {
-  // They live as long as the process: strings cannot be given back once Python is gone.
+  // It lives as long as the process: strings cannot be given back once Python is gone.
   static auto* const readers = new std::unordered_map<const Op*, AttributeReader>;
   return readers->try_emplace(&op, op).first->second;
 }

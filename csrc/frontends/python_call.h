@@ -1,4 +1,4 @@
-// What calls from Python share: the op of a name, and a launch that lets other threads run.
+// What calls from Python share: names, the op of a name, and a launch that lets other threads run.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,6 +10,10 @@
 #include "core/op.h"
 
 namespace regkernels {
+
+inline pybind11::str interned(const char* text) {
+  return pybind11::reinterpret_steal<pybind11::str>(PyUnicode_InternFromString(text));
+}
 
 inline const Op& op_called(const std::string& name) {
   const Op* op = find_op(name);

@@ -92,17 +92,8 @@ bool are_plain(const py::dict& attributes) {
   return true;
 }
 
-bool is_true(const py::object& value) {
-  const int truth = PyObject_IsTrue(value.ptr());
-  if (truth < 0) throw py::error_already_set();
-  return truth != 0;
-}
-
-py::str interned(const char* text) {
-  return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(text));
-}
-
-// The strings that calls ask tensors by. They live as long as the process.
+// What calls ask tensors by. It lives as long as the process: strings cannot be given back once
+// Python is gone.
 struct Names {
   py::str requires_grad = interned("requires_grad"), is_neg = interned("is_neg"),
           device = interned("device");
@@ -123,7 +114,7 @@ py::object attribute(const py::handle& of, const py::str& name) {
 bool is_lazily_negated(PyObject* tensor) {
   PyObject* answer = PyObject_CallMethodNoArgs(tensor, names().is_neg.ptr());
   if (answer == nullptr) throw py::error_already_set();
-  return is_true(py::reinterpret_steal<py::object>(answer));
+  return py::reinterpret_steal<py::object>(answer).ptr() == Py_True;
 }
 
 void* address(const dlpack::View& view) { return static_cast<char*>(view.data) + view.byte_offset; }

@@ -5,8 +5,8 @@ which makes it differentiable and mappable. Inside the table every array has one
 the group axis, which is where ``vmap`` puts its mapped axis; nothing is ever summed across groups.
 A call with ``grouped=False`` leaves that axis out.
 
-From the ground up: `torch_internals`, `open_sizes`, `launch`, `calls`, `autograd`, `registration`,
-and on top of them what is here.
+From the ground up: `torch_internals`, `open_sizes`, `launch`, `exchange`, `calls`, `autograd`,
+`registration`, and on top of them what is here.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import torch
 from regkernels.namesake import refuse_mixture
 from regkernels.options import plain_number
 from regkernels.table import OPS, Input, Op
-from torchreg._ops import exchange
-from torchreg._ops import registration  # noqa: F401 - which registers the ops
+from torchreg._ops import (
+    exchange,
+    registration,  # noqa: F401 - which registers the ops
+)
 from torchreg._ops.autograd import (
     Differentiable,
     EagerDifferentiable,
@@ -40,7 +42,7 @@ refuse_mixture(Path(__file__).parents[1])
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-def apply(name: str, operands: Sequence[Any], attributes: dict[str, Any]) -> torch.Tensor:
+def apply(name: str, operands: tuple[Any, ...], attributes: dict[str, Any]) -> torch.Tensor:
     """Call an op of the table.
 
     Parameters
@@ -68,8 +70,8 @@ def apply(name: str, operands: Sequence[Any], attributes: dict[str, Any]) -> tor
         if True not in needs:
             return result(op, outputs)
         return record(op, attributes, needs, outputs, *operands)
-    operands, result_dtype = _prepare(name, operands)
-    value = _dispatch(name, operands, attributes)
+    prepared, result_dtype = _prepare(name, operands)
+    value = _dispatch(name, prepared, attributes)
     return value if result_dtype is None else value.to(result_dtype)
 
 

@@ -1,15 +1,14 @@
 """Calls on plain tensors by one call of the extension, which looks into tensors by itself.
 
-From 2.10 on, PyTorch offers DLPack's functions to read a tensor, and the current stream, from C. With
-them the extension checks the operands, makes the outputs and launches, all in one call from here.
-It declines whatever is not plain, such as operands that have to be converted or copied or are no
-tensors: the rest of this package serves those, as it serves all calls with an older PyTorch.
+From 2.10 on, PyTorch offers DLPack's functions that read a tensor, and the current stream, from C.
+With them the extension checks the operands, makes the outputs and launches, all in one call from
+here. It declines whatever is not plain, such as operands that have to be converted or copied or are
+no tensors: the rest of this package serves those, as it serves all calls with an older PyTorch.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,7 +48,7 @@ def _of(op: Op) -> TensorOp | None:
 
 
 def forward(
-    op: Op, operands: Sequence[Any], attributes: dict[str, Any]
+    op: Op, operands: tuple[Any, ...], attributes: dict[str, Any]
 ) -> tuple[tuple[bool, ...], Outputs] | None:
     """Which operands are differentiated by, and the outputs; ``None`` for what is declined."""
     tensor_op = _of(op)
@@ -59,7 +58,7 @@ def forward(
 
 
 def launch(
-    op: Op, operands: Sequence[Any], attributes: dict[str, Any], wanted: int
+    op: Op, operands: tuple[Any, ...], attributes: dict[str, Any], wanted: int
 ) -> Outputs | None:
     """The outputs, ``None`` where they are absent or internal; ``None`` for what is declined."""
     tensor_op = _of(op)

@@ -16,8 +16,8 @@ from torch.autograd import forward_ad
 # PyTorch without CUDA has no such function, and never asks for a stream.
 current_cuda_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # type: ignore[assignment]
 
-# DLPack's functions to look into a tensor from C, in a capsule. Another package may have put its own
-# there for a PyTorch before 2.10, which has none.
+# DLPack's functions that look into a tensor from C, in a capsule. Another package may have put its
+# own there for a PyTorch before 2.10, which has none.
 dlpack_exchange: object | None = (
     torch.Tensor.__dlpack_c_exchange_api__ if hasattr(torch._C, "_dlpack_exchange_api") else None
 )
@@ -43,7 +43,7 @@ _tracing_state = torch._C._get_tracing_state
 
 def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """What `apply` of an autograd function comes to for plain tensors, outside of transforms."""
-    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return apply
 
 
