@@ -1,10 +1,11 @@
-"""Time that an eager PyTorch call takes beside its kernels, on one CPU core.
+"""Time that an eager PyTorch call takes beside its kernels, on one thread of the host.
 
     python benchmarks/latency.py [--device cuda|cpu] [--only NAME ...] [--json FILE]
 
 Volumes of 2x2x2 voxels, so that the kernels take next to nothing; microseconds of the calling
 thread, the least of many rounds: without gradients, with what they need recorded, and with the
-backward pass. The last line is an autograd function that does nothing.
+backward pass. The last lines are PyTorch's own `grid_sample`, and an autograd function that does
+nothing.
 """
 
 from __future__ import annotations
@@ -55,10 +56,18 @@ def main() -> None:
     torch.set_num_threads(1)
     image, affine = torch.rand(1, 1, 2, 2, 2, device=device), torch.eye(3, 4, device=device)[None]
     u, v = torch.zeros(2, 1, 2, 2, 2, 3, device=device)
+    where = torch.nn.functional.affine_grid(affine, [1, 1, 2, 2, 2], align_corners=True)
     work: list[tuple[str, Callable[..., torch.Tensor], list[torch.Tensor]]] = [
         ("interpolate u + grad u", lambda u: torchreg.interpolate(image, grid=u), [u]),
         ("interpolate affine and u + grad all", torchreg.interpolate, [image, affine, u]),
         ("compose + grad u, v", torchreg.compose, [u, v]),
+        ("gaussian_smooth + grad x", lambda x: torchreg.gaussian_smooth(x, 1.0), [image]),
+        ("lncc_loss + grad pred", lambda x: torchreg.lncc_loss(x, image, kernel_size=3), [image]),
+        (
+            "grid_sample + grad grid",
+            lambda grid: torch.nn.functional.grid_sample(image, grid, align_corners=True),
+            [where],
+        ),
         ("nothing", Nothing.apply, [u]),
     ]
     record = Record(

@@ -1,6 +1,6 @@
 """The extension module. Private: its functions may change at any time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 __version__: str
@@ -32,6 +32,27 @@ def launch(
     cuda_device: int,
     stream: int,
 ) -> None: ...
+
+class TensorFramework:
+    def __init__(
+        self,
+        exchange: object,
+        types: tuple[type, ...],
+        empty: Callable[..., Any],
+        dtypes: Mapping[str, Any],
+    ) -> None: ...
+
+class TensorOp:
+    def __init__(
+        self, framework: TensorFramework, op: str, wanted: Sequence[int | None]
+    ) -> None: ...
+    def launch(
+        self, operands: tuple[Any, ...], attributes: dict[str, Any], wanted: int
+    ) -> list[Any] | None: ...
+    def forward(
+        self, operands: tuple[Any, ...], attributes: dict[str, Any], is_recording: bool
+    ) -> tuple[tuple[bool, ...], list[Any]] | None: ...
+
 def xla_registrations(platform: str) -> dict[str, object]: ...
 def xla_ffi_api_version() -> tuple[int, int]: ...
 def cuda_architectures() -> list[str]: ...

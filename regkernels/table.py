@@ -2,8 +2,8 @@
 
 An op is declared once, in C++. What its declaration means to any framework is worked out here, once
 for each op: which outputs a call asks for, what a backward pass takes, and the dtype rule. `infer`,
-`launch` and `xla_registrations` are the extension's own functions. Only this package imports the
-extension.
+`launch`, `TensorFramework`, `TensorOp` and `xla_registrations` are the extension's own. Only this
+package imports the extension.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from regkernels._core import infer, launch, ops, xla_registrations
+from regkernels._core import TensorFramework, TensorOp, infer, launch, ops, xla_registrations
 
 __all__ = [
     "HALVES",
@@ -21,6 +21,8 @@ __all__ = [
     "Input",
     "Op",
     "Output",
+    "TensorFramework",
+    "TensorOp",
     "bit_mask",
     "infer",
     "launch",
@@ -102,6 +104,8 @@ class Op:
     constants: tuple[int, ...] = field(init=False, repr=False)
     # What the gradient op takes: places among the values.
     gradient_inputs: tuple[int, ...] = field(init=False, repr=False)
+    # Those of them that are there before the cotangent, which comes with the backward pass.
+    kept_for_gradient: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         input_names = tuple(x.name for x in self.inputs)
@@ -136,6 +140,7 @@ class Op:
             "unit_gradients": unit_gradients,
             "constants": tuple(i for i in range(len(input_names)) if i not in variable),
             "gradient_inputs": tuple(values.index(name) for name in taken),
+            "kept_for_gradient": tuple(values.index(n) for n in taken if n != "grad_output"),
         }
         for name, fact in facts.items():
             object.__setattr__(self, name, fact)
@@ -174,8 +179,7 @@ class Op:
             if needs[i] and values[count + place] is not None
         ]
         if needs.count(True) > len(kept):
-            # The last of the values, the cotangent, comes with the backward pass.
-            kept += [place for place in self.gradient_inputs if place < len(values)]
+            kept += self.kept_for_gradient
         return kept
 
     def kernel_dtypes(self, dtypes: Sequence[str | None]) -> tuple[list[str | None], str | None]:

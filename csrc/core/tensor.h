@@ -27,6 +27,7 @@ enum class DType : int {
   kComplex64,
   kComplex128,
 };
+inline constexpr int kDTypeCount = static_cast<int>(DType::kComplex128) + 1;
 
 inline bool is_half(DType dtype) { return dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
 inline bool is_integer(DType dtype) { return dtype >= DType::kBool && dtype <= DType::kUInt64; }

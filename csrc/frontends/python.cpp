@@ -10,6 +10,9 @@
 
 #include "core/op.h"
 #include "core/thread_pool.h"
+#include "frontends/attributes.h"
+#include "frontends/python_call.h"
+#include "frontends/tensor_op.h"
 #include "frontends/xla.h"
 #ifdef REGKERNELS_CUDA
 #include "core/cuda_runtime.h"
@@ -20,12 +23,6 @@ namespace py = pybind11;
 namespace regkernels {
 
 namespace {
-
-const Op& op_called(const std::string& name) {
-  const Op* op = find_op(name);
-  if (op == nullptr) throw ValueError("no op is called " + name);
-  return *op;
-}
 
 Shape shape_of(const Op& op, const char* name, const py::handle& value) {
   const auto sizes = py::cast<py::tuple>(value);
@@ -48,117 +45,6 @@ DType dtype_of(const Op& op, const char* name, const py::handle& value) {
                            ": expected a dtype of numbers of at most 64 bits, got ", text));
   }
   return dtype;
-}
-
-// A value as Python writes it, unless that is a page long or an error of its own.
-std::string text_of(const py::handle& value) {
-  try {
-    const auto text = std::string(py::repr(value));
-    if (text.size() <= 100) return text;
-  } catch (const py::error_already_set&) {
-  }
-  return concat("a value of type ", Py_TYPE(value.ptr())->tp_name);
-}
-
-// What an attribute has to be, for its conversions and their errors.
-struct AttributeReader {
-  const Op& op;
-  const AttrSpec& spec;
-  const py::handle& value;
-  const char* expected;
-
-  [[noreturn]] void fail_type() const {
-    throw TypeError(
-        concat(op.name, ": ", spec.name, ": expected ", expected, ", got ", text_of(value)));
-  }
-  [[noreturn]] void fail_value(const std::string& instead) const {
-    throw ValueError(
-        concat(op.name, ": ", spec.name, ": expected ", instead, ", got ", text_of(value)));
-  }
-
-  // The casts of pybind11 take True for 1, and 2.5 for 2 where it comes as something else than a
-  // float. An array of one number is none: to read it might wait for a device, or freeze a value
-  // that is being traced.
-  void check_scalar(const py::handle& scalar) const {
-    if (PyBool_Check(scalar.ptr()) || py::hasattr(scalar, "shape")) fail_type();
-  }
-  // Whether a conversion failed because Python cannot do it at all.
-  bool is_refusal() const {
-    if (!PyErr_ExceptionMatches(PyExc_TypeError)) return false;
-    PyErr_Clear();
-    return true;
-  }
-
-  int64_t integer(const py::handle& scalar) const {
-    if (!PyLong_CheckExact(scalar.ptr())) check_scalar(scalar);
-    const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(scalar.ptr()));
-    if (!index) {
-      if (is_refusal()) fail_type();
-      throw py::error_already_set();
-    }
-    int overflow = 0;
-    const long long result = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
-    if (overflow != 0) fail_value("integers of at most 64 bits");
-    return result;
-  }
-
-  double number(const py::handle& scalar) const {
-    if (PyFloat_CheckExact(scalar.ptr())) return PyFloat_AS_DOUBLE(scalar.ptr());
-    check_scalar(scalar);
-    const double result = PyFloat_AsDouble(scalar.ptr());
-    if (result == -1 && PyErr_Occurred()) {
-      if (is_refusal()) fail_type();
-      if (!PyErr_ExceptionMatches(PyExc_OverflowError)) throw py::error_already_set();
-      PyErr_Clear();
-      fail_value("numbers of at most 1.8e308");
-    }
-    return result;
-  }
-
-  template <class T>
-  std::vector<T> sequence(T (AttributeReader::*read)(const py::handle&) const) const {
-    if (!PyTuple_Check(value.ptr()) && !PyList_Check(value.ptr())) fail_type();
-    std::vector<T> result;
-    for (const py::handle& scalar : value) result.push_back((this->*read)(scalar));
-    return result;
-  }
-};
-
-AttrValue attribute_of(const Op& op, const AttrSpec& spec, const py::handle& value) {
-  auto reader = [&](const char* expected) { return AttributeReader{op, spec, value, expected}; };
-  switch (spec.kind) {
-    case AttrKind::kBool:
-      if (!PyBool_Check(value.ptr())) reader("True or False").fail_type();
-      return static_cast<int64_t>(value.ptr() == Py_True);
-    case AttrKind::kInt:
-      return reader("an integer").integer(value);
-    case AttrKind::kFloat:
-      return reader("a number").number(value);
-    case AttrKind::kChoice: {
-      if (!PyUnicode_Check(value.ptr())) reader("a string").fail_type();
-      std::string choices;
-      for (size_t i = 0; i < spec.choices.size(); ++i) {
-        if (PyUnicode_CompareWithASCIIString(value.ptr(), spec.choices[i]) == 0) {
-          return static_cast<int64_t>(i);
-        }
-        choices += (i ? ", '" : "'") + std::string(spec.choices[i]) + "'";
-      }
-      reader("a string").fail_value("one of " + choices);
-    }
-    case AttrKind::kInts:
-      return reader("a sequence of integers").sequence<int64_t>(&AttributeReader::integer);
-    case AttrKind::kFloats:
-      return reader("a sequence of numbers").sequence<double>(&AttributeReader::number);
-  }
-  throw std::logic_error("unknown attribute kind");
-}
-
-void set_attributes(Call& call, const py::dict& attributes) {
-  for (const AttrSpec& spec : call.op->attributes) {
-    PyObject* value = PyDict_GetItemString(attributes.ptr(), spec.name);
-    if (value == nullptr) throw TypeError(concat(call.op->name, ": ", spec.name, " is missing"));
-    call.attributes.push_back(attribute_of(*call.op, spec, value));
-  }
 }
 
 // Every operand of the op in order as (dtype, shape), None where it is absent.
@@ -195,7 +81,7 @@ Call inferred_call(const std::string& name, const py::sequence& inputs, const py
   call.op = &op_called(name);
   call.wanted = wanted;
   set_operands(*call.op, call.op->inputs, inputs, call.inputs);
-  set_attributes(call, attributes);
+  call.attributes = AttributeReader::of(*call.op).read(attributes);
   call.slab = slab;
   check_slab(call);
   call.op->infer(call);
@@ -234,12 +120,7 @@ void launch_called(const std::string& name, const py::sequence& inputs,
   Context context;
   context.device = cuda_device;
   context.stream = reinterpret_cast<void*>(stream);
-  const bool cuda = cuda_device >= 0;
-  if (cuda && call.op->launch_cuda == nullptr) {
-    throw std::runtime_error(concat(name, ": this build has no CUDA kernels"));
-  }
-  py::gil_scoped_release release;
-  launch(context, call, cuda);
+  launch_released(context, call, cuda_device >= 0);
 }
 
 const char* kind_name(AttrKind kind) {
@@ -371,6 +252,17 @@ PYBIND11_MODULE(_core, module) {
   module.def("launch", &launch_called, py::arg("op"), py::arg("inputs"), py::arg("input_addresses"),
              py::arg("attributes"), py::arg("wanted"), py::arg("outputs"),
              py::arg("output_addresses"), py::arg("cuda_device"), py::arg("stream"));
+  py::class_<TensorFramework, std::shared_ptr<TensorFramework>>(module, "TensorFramework")
+      .def(py::init<const py::object&, const py::tuple&, py::object, const py::dict&>(),
+           py::arg("exchange"), py::arg("types"), py::arg("empty"), py::arg("dtypes"));
+  py::class_<TensorOp>(module, "TensorOp")
+      .def(py::init<std::shared_ptr<TensorFramework>, const std::string&,
+                    std::vector<std::optional<uint32_t>>>(),
+           py::arg("framework"), py::arg("op"), py::arg("wanted"))
+      .def("launch", &TensorOp::launch, py::arg("operands"), py::arg("attributes"),
+           py::arg("wanted"))
+      .def("forward", &TensorOp::forward, py::arg("operands"), py::arg("attributes"),
+           py::arg("is_recording"));
   module.def("xla_registrations", &xla_registrations, py::arg("platform"));
   module.def("xla_ffi_api_version", &xla_ffi_api_version);
   module.def("cuda_architectures", &cuda_architectures);

@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchreg
+from torchreg._ops import exchange
 
 Tensor = torch.Tensor
 Function = Callable[..., Tensor]
@@ -39,6 +40,13 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def fresh_compiler() -> None:
     """Without this, a function compiled often in other tests is not compiled any more."""
     torch._dynamo.reset()
+
+
+@pytest.fixture(params=["short", "long"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain calls as this PyTorch has them served, and as one before 2.10 has."""
+    if request.param == "long":
+        monkeypatch.setattr(exchange, "TENSOR_OPS", {})
 
 
 def bound(case: Example) -> Function:
@@ -80,6 +88,7 @@ def assert_rounds_equal(actual: Sequence[Tensor], expected: Sequence[Tensor]) ->
         assert_close(a.numpy(force=True), e.numpy(force=True), e.numpy(force=True).dtype)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("name", OPS)
 def test_gradients_pass_gradcheck(name: str) -> None:
     case = example(name, shape=(2, 3, 4))
@@ -246,6 +255,7 @@ def strided_copies(tensor: Tensor) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["permuted", "with gaps", "not aligned"])
 @pytest.mark.parametrize("name", ALL_OPS)
@@ -260,6 +270,7 @@ def test_operands_and_cotangents_may_have_any_strides(name: str, layout: str, de
     check(actual, expected)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", OPS)
 def test_operands_and_cotangents_may_be_expanded(name: str, device: str) -> None:
@@ -275,6 +286,7 @@ def test_operands_and_cotangents_may_be_expanded(name: str, device: str) -> None
     check([op.grad for op in expanded], expected)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("name", OPS)
 def test_a_retained_graph_can_be_used_again(name: str) -> None:
     case = example(name)
@@ -286,6 +298,7 @@ def test_a_retained_graph_can_be_used_again(name: str) -> None:
     assert_equal([op.grad for op in operands], [2 * gradient for gradient in once])
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("name", OPS)
 def test_gradients_may_be_written_to(name: str) -> None:
     """Also where the cotangent is one, and a gradient may be what was saved for it."""
@@ -299,6 +312,7 @@ def test_gradients_may_be_written_to(name: str) -> None:
     assert_equal(torch.autograd.grad(value, operands), expected)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("name", OPS)
 def test_several_cotangents_at_once_are_right_or_refused(name: str) -> None:
     case = example(name)
@@ -316,6 +330,7 @@ def test_several_cotangents_at_once_are_right_or_refused(name: str) -> None:
         assert_equal(together, [torch.stack(both) for both in zip(*one_by_one, strict=True)])
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("cotangent_needs_gradient", [False, True])
 @pytest.mark.parametrize("name", FUSED)
 def test_differentiating_twice_is_refused(name: str, cotangent_needs_gradient: bool) -> None:
@@ -337,6 +352,7 @@ def test_differentiating_twice_is_refused(name: str, cotangent_needs_gradient: b
             assert_equal([actual], [2 * operands[second].detach()])
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("name", FUSED)
 def test_dual_numbers_are_refused(name: str) -> None:
     """A tangent that got lost would be a derivative of zero."""
@@ -371,6 +387,7 @@ SUBSETS = [
 ]
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize(("name", "chosen"), SUBSETS)
 def test_gradients_of_any_choice_of_operands_are_those_of_all(
     name: str, chosen: tuple[int, ...]
@@ -405,6 +422,7 @@ class OutputShapes(TorchDispatchMode):
         return result
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("chosen", [chosen for name, chosen in SUBSETS if name == "interpolate"])
 def test_only_the_gradients_asked_for_are_computed(chosen: tuple[int, ...]) -> None:
     """No op of the backward pass returns the gradient of an operand that is held fixed."""
@@ -418,6 +436,7 @@ def test_only_the_gradients_asked_for_are_computed(chosen: tuple[int, ...]) -> N
         assert (tuple(operand.shape) in outputs.shapes) == (k in chosen)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("name", ALL_OPS)
 def test_operands_stay_as_they_are(name: str) -> None:
     case = example(name)
@@ -427,6 +446,7 @@ def test_operands_stay_as_they_are(name: str) -> None:
         np.testing.assert_array_equal(operand.numpy(force=True), before)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_the_result_is_a_tensor_of_its_own() -> None:
     """Even where an op is the identity, writing to its result does not change the operand."""
     field, image = torch.ones(1, 3, 4, 2), torch.ones(1, 1, 3, 4)
@@ -439,6 +459,7 @@ def test_the_result_is_a_tensor_of_its_own() -> None:
         assert operand.min() == 1
 
 
+@pytest.mark.usefixtures("either_way")
 def test_an_operand_overwritten_before_the_backward_pass_is_noticed() -> None:
     image, affine, grid = leaves(example("interpolate"))
     held = image.detach().clone()
@@ -448,6 +469,7 @@ def test_an_operand_overwritten_before_the_backward_pass_is_noticed() -> None:
         value.sum().backward()
 
 
+@pytest.mark.usefixtures("either_way")
 def test_no_gradient_is_recorded_where_none_is_wanted() -> None:
     operands = leaves(example("interpolate"))
     for context in (torch.no_grad, torch.inference_mode):
@@ -630,6 +652,7 @@ def test_operands_on_different_devices_are_refused(name: str) -> None:
         bound(case)(*operands)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ALL_OPS)
 def test_work_is_queued_on_the_current_stream(name: str) -> None:
@@ -651,6 +674,7 @@ def test_work_is_queued_on_the_current_stream(name: str) -> None:
     assert_rounds_equal(actual, expected)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ALL_OPS)
 def test_a_cuda_graph_replays_values_and_gradients(name: str) -> None:
@@ -739,6 +763,7 @@ def test_autocast_leaves_full_precision_as_it_is(name: str, device: str) -> None
     assert_rounds_equal(actual, value_and_gradients(bound(case), leaves(case, device)))
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("name", ALL_OPS)
 def test_threads_do_not_disturb_each_other(name: str) -> None:
     cases = [example(name, shape=(12, 13, 14), dtype=np.float32, seed=seed) for seed in range(4)]
@@ -757,6 +782,7 @@ class Subclass(torch.Tensor):
     """As MONAI's ``MetaTensor`` or torchvision's ``Image``."""
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_tensor_of_a_subclass_stays_one() -> None:
     case = example("interpolate")
     operands = [op.detach().as_subclass(Subclass).requires_grad_() for op in leaves(case)]
@@ -791,6 +817,7 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("name", OPS)
 def test_everything_is_deterministic_on_the_cpu(name: str, deterministic: None) -> None:
     case = example(name)
@@ -800,6 +827,7 @@ def test_everything_is_deterministic_on_the_cpu(name: str, deterministic: None) 
     assert_equal(results, value_and_gradients(bound(case), leaves(case)))
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ALL_OPS)
 def test_work_goes_to_the_device_of_the_tensors(name: str) -> None:
@@ -815,6 +843,7 @@ def test_work_goes_to_the_device_of_the_tensors(name: str) -> None:
     assert_rounds_equal(actual, expected)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_lazily_negated_and_zero_tensors_are_what_they_stand_for() -> None:
     image, grid = torch.rand(1, 1, 6, 7), 0.2 * torch.rand(1, 6, 7, 2)
     negated = torchreg.interpolate(torch._neg_view(image), grid=grid)
@@ -827,6 +856,24 @@ def test_lazily_negated_and_zero_tensors_are_what_they_stand_for() -> None:
     (plain,) = torch.autograd.grad(value, leaf, -cotangent, retain_graph=True)
     (lazy,) = torch.autograd.grad(value, leaf, torch._neg_view(cotangent), retain_graph=True)
     assert torch.equal(plain, lazy)
+
+
+@pytest.mark.usefixtures("either_way")
+def test_a_tensor_that_has_left_its_transform_is_a_plain_one() -> None:
+    image, grid = torch.rand(1, 1, 6, 7, requires_grad=True), 0.2 * torch.rand(1, 6, 7, 2)
+    left: list[Tensor] = []
+
+    def loss(grid: Tensor) -> Tensor:
+        left.append(grid)
+        return torchreg.interpolate(image, grid=grid).sum()
+
+    torch.func.grad(loss)(grid)
+    actual = torchreg.interpolate(image, grid=left[0])
+    expected = torchreg.interpolate(image, grid=grid)
+    assert torch.equal(actual, expected)
+    assert_equal(
+        torch.autograd.grad(actual.sum(), image), torch.autograd.grad(expected.sum(), image)
+    )
 
 
 def test_a_traced_call_computes_anew() -> None:

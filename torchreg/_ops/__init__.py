@@ -5,8 +5,8 @@ which makes it differentiable and mappable. Inside the table every array has one
 the group axis, which is where ``vmap`` puts its mapped axis; nothing is ever summed across groups.
 A call with ``grouped=False`` leaves that axis out.
 
-From the ground up: `torch_internals`, `open_sizes`, `launch`, `calls`, `autograd`, `registration`,
-and on top of them what is here.
+From the ground up: `torch_internals`, `open_sizes`, `launch`, `exchange`, `calls`, `autograd`,
+`registration`, and on top of them what is here.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ import torch
 from regkernels.namesake import refuse_mixture
 from regkernels.options import plain_number
 from regkernels.table import OPS, Input, Op
-from torchreg._ops import registration  # noqa: F401 - which registers the ops
+from torchreg._ops import (
+    exchange,
+    registration,  # noqa: F401 - which registers the ops
+)
 from torchreg._ops.autograd import (
     Differentiable,
     EagerDifferentiable,
     needed_gradients,
     no_forward_mode,
+    record,
     refuse_dual_numbers,
 )
 from torchreg._ops.calls import call, is_eager, plain_memory
@@ -38,7 +42,7 @@ refuse_mixture(Path(__file__).parents[1])
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-def apply(name: str, operands: Sequence[Any], attributes: dict[str, Any]) -> torch.Tensor:
+def apply(name: str, operands: tuple[Any, ...], attributes: dict[str, Any]) -> torch.Tensor:
     """Call an op of the table.
 
     Parameters
@@ -59,8 +63,15 @@ def apply(name: str, operands: Sequence[Any], attributes: dict[str, Any]) -> tor
     ValueError, TypeError
         What the op's checks find, naming the argument.
     """
-    operands, result_dtype = _prepare(name, operands)
-    value = _dispatch(name, operands, attributes)
+    op = OPS[name]
+    launched = exchange.forward(op, operands, attributes)
+    if launched is not None:
+        needs, outputs = launched
+        if True not in needs:
+            return result(op, outputs)
+        return record(op, attributes, needs, outputs, *operands)
+    prepared, result_dtype = _prepare(name, operands)
+    value = _dispatch(name, prepared, attributes)
     return value if result_dtype is None else value.to(result_dtype)
 
 
@@ -191,7 +202,7 @@ def _dispatch(
     if eager:
         # The checks come with the launch.
         if True in needs:
-            value: torch.Tensor = EagerDifferentiable.apply(op, attributes, needs, *arguments)
+            value: torch.Tensor = EagerDifferentiable.apply(op, attributes, needs, None, *arguments)
             return value
         return result(op, run(op, arguments, attributes, op.wanted(needs), False))
     if not torch.compiler.is_compiling():

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
 from regkernels.table import OPS, Op
+from torchreg._ops import exchange
 from torchreg._ops.calls import call, fold, is_eager, plain_memory, unfold
 from torchreg._ops.launch import Outputs, result, run
 from torchreg._ops.torch_internals import (
     is_forward_mode_active,
     is_graph_kept,
+    plain_apply,
     requires_gradient,
     transforms,
 )
@@ -72,7 +74,7 @@ def _scaled(unit: torch.Tensor, cotangent: torch.Tensor, dtype: torch.dtype) -> 
         and unit.dtype == dtype
         and is_eager((unit, cotangent))
         and not is_graph_kept()
-        and (cotangent == 1).all()
+        and (cotangent.item() == 1 if cotangent.ndim == 0 else (cotangent == 1).all())
     ):
         # This is what a plain `loss.backward()` asks for. Nobody else will ask for the unit
         # gradient, and a product would cost a volume and, worse, wake PyTorch's threads, which then
@@ -80,6 +82,19 @@ def _scaled(unit: torch.Tensor, cotangent: torch.Tensor, dtype: torch.dtype) -> 
         return unit
     trailing = (1,) * (unit.ndim - cotangent.ndim)
     return (unit * cotangent.reshape(*cotangent.shape, *trailing)).to(dtype)
+
+
+def _launch_gradient(
+    ctx: Any, op: Op, gradient: Op, values: tuple[torch.Tensor | None, ...], wanted: int
+) -> Outputs:
+    operands = tuple([values[place] for place in op.gradient_inputs])
+    if not ctx.grouped:
+        results = exchange.launch(gradient, operands, ctx.attributes, wanted)
+        if results is not None:
+            return results
+    cotangent = values[-1]
+    plain = [plain_memory(x) if x is not None and x is cotangent else x for x in operands]
+    return call(gradient.name, plain, ctx.attributes, wanted, ctx.grouped)
 
 
 def _first_derivatives(
@@ -95,14 +110,12 @@ def _first_derivatives(
         unit, operand = saved[count + place], saved[i]
         if needs[i] and unit is not None and operand is not None:
             gradients[i] = _scaled(unit, grad_output, operand.dtype)
-    remaining = [(i, place) for i, place in op.gradients if needs[i] and gradients[i] is None]
-    if remaining and op.gradient is not None:
-        values = (*saved, plain_memory(grad_output))
-        operands = [values[place] for place in op.gradient_inputs]
-        wanted = sum([1 << place for _, place in remaining])
-        results = call(op.gradient.name, operands, ctx.attributes, wanted, ctx.grouped)
-        for i, place in remaining:
-            gradients[i] = results[place]
+    wanted = sum([1 << place for i, place in op.gradients if needs[i] and gradients[i] is None])
+    if wanted and op.gradient is not None:
+        results = _launch_gradient(ctx, op, op.gradient, (*saved, grad_output), wanted)
+        for i, place in op.gradients:
+            if wanted >> place & 1:
+                gradients[i] = results[place]
     return gradients
 
 
@@ -130,7 +143,8 @@ def _gradients(ctx: Any, grad_output: torch.Tensor | None) -> Outputs:
     if grad_output is None or True not in needs:
         return [None] * count
     saved = ctx.saved_tensors
-    refuse_dual_numbers(ctx.op, (*saved, grad_output))
+    if is_forward_mode_active():
+        refuse_dual_numbers(ctx.op, (*saved, grad_output))
     if not torch.is_grad_enabled():
         return _first_derivatives(ctx, op, needs, saved, grad_output)
     with torch.no_grad():
@@ -195,7 +209,10 @@ class Differentiable(torch.autograd.Function):
 
 
 class EagerDifferentiable(torch.autograd.Function):
-    """`Differentiable` in the older style: half the time, and blind to functional transforms."""
+    """`Differentiable` in the older style: half the time, and blind to functional transforms.
+
+    An op that has been launched comes with its outputs.
+    """
 
     @staticmethod
     def forward(
@@ -203,15 +220,21 @@ class EagerDifferentiable(torch.autograd.Function):
         op: Op,
         attributes: dict[str, Any],
         needs: tuple[bool, ...],
+        outputs: Outputs | None,
         *operands: torch.Tensor | None,
     ) -> torch.Tensor:
-        outputs = run(op, operands, attributes, op.wanted(needs), False)
+        if outputs is None:
+            outputs = run(op, operands, attributes, op.wanted(needs), False)
         _keep(ctx, op, attributes, needs, False, operands, outputs)
         return result(op, outputs)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple[Any, ...]:
-        return (None, None, None, *_gradients(ctx, grad_output))
+        return (None, None, None, None, *_gradients(ctx, grad_output))
+
+
+# For plain tensors.
+record: Callable[..., torch.Tensor] = plain_apply(EagerDifferentiable)
 
 
 def check_constants(op: Op, needs: Sequence[bool]) -> None:

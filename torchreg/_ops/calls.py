@@ -13,9 +13,12 @@ import torch
 
 from regkernels.table import OPS
 from torchreg._ops.launch import Outputs, run
-from torchreg._ops.torch_internals import is_anyone_listening, is_lazy_zero, is_legacy_batched
-
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+from torchreg._ops.torch_internals import (
+    PLAIN_TYPES,
+    is_anyone_listening,
+    is_lazy_zero,
+    is_legacy_batched,
+)
 
 # A registered op returns no None: an output that is absent is an empty tensor of a dtype that no
 # output has.
@@ -27,7 +30,7 @@ def is_eager(operands: Sequence[Any]) -> bool:
     if torch.compiler.is_compiling():
         return False
     for x in operands:
-        if x is not None and (type(x) not in _PLAIN_TYPES or is_legacy_batched(x)):
+        if x is not None and (type(x) not in PLAIN_TYPES or is_legacy_batched(x)):
             return False
     return not is_anyone_listening()
 

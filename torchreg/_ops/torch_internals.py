@@ -16,6 +16,15 @@ from torch.autograd import forward_ad
 # PyTorch without CUDA has no such function, and never asks for a stream.
 current_cuda_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # type: ignore[assignment]
 
+# DLPack's functions that look into a tensor from C, in a capsule. Another package may have put its
+# own there for a PyTorch before 2.10, which has none.
+dlpack_exchange: object | None = (
+    torch.Tensor.__dlpack_c_exchange_api__ if hasattr(torch._C, "_dlpack_exchange_api") else None
+)
+
+# The types of tensors that are nothing but that.
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
 # Whether a tensor belongs to the older `vmap` behind `is_grads_batched` and `vectorize`, which no
 # rule of a registered op can serve.
 is_legacy_batched: Callable[[torch.Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
@@ -30,6 +39,12 @@ _are_transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _tracing_state = torch._C._get_tracing_state
+
+
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """What `apply` of an autograd function comes to for plain tensors, outside of transforms."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
 
 
 def is_anyone_listening() -> bool:
