@@ -61,7 +61,8 @@ struct Cpu {
 };
 
 // On the CPU an element may also have `row(z, y, size)`, which computes a whole row of voxels and
-// is compiled to vector code. It says so by `kComputesRows`.
+// is compiled to vector code. It says so by `kComputesRows`. (One that sums over voxels is handed
+// the sums behind these, as behind a voxel.)
 template <class Element, class = void>
 struct ComputesRows : std::false_type {};
 template <class Element>
@@ -70,9 +71,10 @@ struct ComputesRows<Element, std::void_t<decltype(Element::kComputesRows)>>
 
 // `row` calls this for voxels that it computes one by one. It is a function of its own, so that the
 // versions of `row` for different instruction sets share it.
-template <class Element>
-__attribute__((noinline)) void compute_voxel(const Element& element, const Voxel& voxel) {
-  element(voxel);
+template <class Element, class... Sums>
+__attribute__((noinline)) void compute_voxel(const Element& element, const Voxel& voxel,
+                                             Sums&... sums) {
+  element(voxel, sums...);
 }
 
 template <class Body>

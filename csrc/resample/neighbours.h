@@ -37,9 +37,12 @@ struct Neighbours {
   static constexpr int D = R::D;
   static constexpr int kCount = 32;
 
+  int repeated;        // so many of the first have been there in the step before
   int offset[kCount];  // to corner 0, in elements
   T fraction[D][kCount];
   int within[kCount];
+  const T* field;       // their vectors, if there are any
+  T unpacked[kCount * D];
   bool all_within;
   bool all_between;  // no sample lies on a voxel's plane, where some corners must not be touched
 
@@ -58,8 +61,6 @@ struct Neighbours {
   void place(const typename R::Element& source, const Voxel& first) {
     const Boundary<T, D> boundary = source.self->boundary;
     const typename R::Map::Item item = source.item;
-    const T* field = nullptr;
-    T unpacked[kCount * D];
     if constexpr (R::kField) {
       field = source.template out_pointer<D>(source.field, first);
       if (!source.self->field_is_packed()) {
@@ -71,6 +72,7 @@ struct Neighbours {
         field = unpacked;
       }
     }
+    const T* const vectors = field;
     int number = 0, between = 0;
     with_known_placement(*source.self, [&](const auto& map) {
 #pragma GCC ivdep
@@ -78,7 +80,7 @@ struct Neighbours {
         Vec<int, D> voxel = voxel_index<D>(first);
         voxel[0] += i;
         Vec<T, D> u{};
-        if constexpr (R::kField) u = load_vec<T, D>(field + i * D);
+        if constexpr (R::kField) u = load_vec<T, D>(vectors + i * D);
         Cell<T, D> cell;
         const Vec<T, D> p = map.template position<R::kField>(item, voxel, u);
         within[i] = boundary.template find_cell_within<kLast>(p, cell);
@@ -105,7 +107,27 @@ struct Neighbours {
   }
 };
 
-// Computes a row of voxels. It calls sample_together(neighbours, first voxel, checked) for kCount
+// Computes in vector code, for one channel or for those that lie last, what
+// Resampling::Element::position_gradient does, and calls store(i, gradient) for each neighbour.
+template <bool kChecked, class R, class Store>
+void neighbour_gradients(const Neighbours<R, false>& near, const typename R::Element& source,
+                         const typename R::S* grad, const Store& store) {
+  constexpr int D = R::D, kPixel = R::Layout::kPixel;
+  const auto corner = source.self->template corner_elements<kPixel>();
+  const typename R::S* const input = source.input;
+#pragma GCC ivdep
+  for (int i = 0; i < near.kCount; ++i) {
+    typename R::T dot[1 << D] = {};
+    for (int c = 0; c < kPixel; ++c) {
+      for (int k = 0; k < (1 << D); ++k) {
+        dot[k] += grad[i * kPixel + c] * input[near.offset[i] + corner[k] + c];
+      }
+    }
+    store(i, sample_gradient<kChecked>(near.cell(i), dot));
+  }
+}
+
+// Visits a row of voxels. It calls sample_together(neighbours, first voxel, checked) for kCount
 // voxels at a time, where `checked` is what lerp has to be told, and then sample_alone(x) for each
 // whose sample is not within the volume. Rows that do not suit get sample_alone(x) for every voxel.
 template <class R, bool kLast, class Together, class Alone>
@@ -118,8 +140,8 @@ void sample_row(const typename R::Element& source, int z, int y, int size,
   }
   Near near;
   for (int begin = 0; begin < size; begin += Near::kCount) {
-    // The last step may repeat some voxels of the one before, which get the same values again.
     const int x = std::min(begin, size - Near::kCount);
+    near.repeated = begin - x;
     const Voxel first{z, y, x, true, x, size};
     near.place(source, first);
     if (near.all_between) {
@@ -128,7 +150,7 @@ void sample_row(const typename R::Element& source, int z, int y, int size,
       sample_together(near, first, IntTag<1>{});
     }
     if (near.all_within) continue;
-    for (int i = 0; i < Near::kCount; ++i) {
+    for (int i = near.repeated; i < Near::kCount; ++i) {
       if (!near.within[i]) sample_alone(x + i);
     }
   }
