@@ -6,12 +6,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "core/check.h"
 #include "core/dispatch.h"
 #include "core/for_each.h"
-#include "core/vector_code.h"
 
 namespace regkernels {
 
@@ -66,22 +64,13 @@ void reduce_voxels(const Cpu&, const VoxelSpace& space, const Body& body, const 
       const int64_t b = i / parts, part = i % parts;
       const auto element = body.element(b / space.items, b % space.items);
       double total[kSums] = {};
-      const auto for_each_row = [&](const auto& add_row) {
+      compute_rows(element, space.x, [&](const auto& add_row) {
         for (int64_t row = part * rows / parts; row < (part + 1) * rows / parts; ++row) {
           T sums[kSums] = {};
           add_row(static_cast<int>(row / space.y), static_cast<int>(row % space.y), sums);
           for (int k = 0; k < kSums; ++k) total[k] += sums[k];
         }
-      };
-      if constexpr (ComputesRows<std::decay_t<decltype(element)>>::value) {
-        with_vector_code([&] {
-          for_each_row([&](int z, int y, auto& sums) { element.row(z, y, space.x, sums); });
-        });
-      } else {
-        for_each_row([&](int z, int y, auto& sums) {
-          for (int x = 0; x < space.x; ++x) element(Voxel{z, y, x, true, x, space.x}, sums);
-        });
-      }
+      });
       for (int k = 0; k < kSums; ++k) partial[i * kSums + k] = static_cast<T>(total[k]);
     }
   });

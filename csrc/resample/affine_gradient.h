@@ -66,7 +66,7 @@ struct AffineMoments {
                                        auto checked) {
         add_neighbours<decltype(checked)::value>(near, first, lanes);
       };
-      sample_row<R, false>(source, z, y, size, sample_together, sample_alone);
+      sample_row<R, false, true>(source, z, y, size, sample_together, sample_alone);
       for (int k = 0; k < kSums; ++k) {
         for (int lane = 0; lane < kLanes; ++lane) sums[k] += lanes[k][lane];
       }
@@ -77,12 +77,13 @@ struct AffineMoments {
     void add_neighbours(const Neighbours<R, false>& near, const Voxel& first, Lanes& lanes) const {
       const R& r = self->resampling;
       T grad_p[D][near.kCount];
-      neighbour_gradients<kChecked>(
-          near, source, source.template out_pointer<R::Layout::kPixel>(grad, first),
-          [&](int i, const Vec<T, D>& gradient) {
-            const bool counts = near.within[i] & (i >= near.repeated);
-            for (int j = 0; j < D; ++j) grad_p[j][i] = counts ? gradient[j] : T(0);
-          });
+      neighbour_gradients<kChecked>(near, source,
+                                    source.template out_pointer<R::Layout::kPixel>(grad, first),
+                                    [&](int i, const Vec<T, D>& gradient) {
+                                      const bool counts = i >= near.repeated;
+                                      for (int j = 0; j < D; ++j)
+                                        grad_p[j][i] = counts ? gradient[j] : T(0);
+                                    });
       const T* const field = R::kField ? near.field : nullptr;
       with_known_placement(r, [&](const auto& map) {
         for (int begin = 0; begin < near.kCount; begin += kLanes) {

@@ -76,7 +76,7 @@ struct FieldGradient {
                                          auto checked) {
           store_neighbours<decltype(checked)::value>(near, voxel);
         };
-        sample_row<R, false>(first, z, y, size, sample_together, sample_alone);
+        sample_row<R, false, false>(first, z, y, size, sample_together, sample_alone);
       } else {
         for (int x = 0; x < size; ++x) sample_alone(x);
       }
