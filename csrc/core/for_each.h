@@ -61,7 +61,8 @@ struct Cpu {
 };
 
 // On the CPU an element may also have `row(z, y, size)`, which computes a whole row of voxels and
-// is compiled to vector code. It says so by `kComputesRows`.
+// is compiled to vector code. It says so by `kComputesRows`. One that sums over voxels gets the
+// sums behind these, as it gets them behind a voxel.
 template <class Element, class = void>
 struct ComputesRows : std::false_type {};
 template <class Element>
@@ -70,9 +71,25 @@ struct ComputesRows<Element, std::void_t<decltype(Element::kComputesRows)>>
 
 // `row` calls this for voxels that it computes one by one. It is a function of its own, so that the
 // versions of `row` for different instruction sets share it.
-template <class Element>
-__attribute__((noinline)) void compute_voxel(const Element& element, const Voxel& voxel) {
-  element(voxel);
+template <class Element, class... Sums>
+__attribute__((noinline)) void compute_voxel(const Element& element, const Voxel& voxel,
+                                             Sums&... sums) {
+  element(voxel, sums...);
+}
+
+// Has for_each_row(compute_row) call compute_row(z, y) for rows of an element's voxels. Sums that
+// it hands over are handed on.
+template <class Element, class ForEachRow>
+void compute_rows(const Element& element, int size, const ForEachRow& for_each_row) {
+  if constexpr (ComputesRows<Element>::value) {
+    with_vector_code([&] {
+      for_each_row([&](int z, int y, auto&... sums) { element.row(z, y, size, sums...); });
+    });
+  } else {
+    for_each_row([&](int z, int y, auto&... sums) {
+      for (int x = 0; x < size; ++x) element(Voxel{z, y, x, true, x, size}, sums...);
+    });
+  }
 }
 
 template <class Body>
@@ -86,19 +103,12 @@ void for_each_voxel(const Cpu&, const VoxelSpace& space, const Body& body) {
       const int64_t b = row / space.rows();
       const int64_t last = std::min(end, (b + 1) * space.rows());
       auto element = body.element(b / space.items, b % space.items);
-      const auto for_each_row = [&](const auto& compute_row) {
+      compute_rows(element, space.x, [&](const auto& compute_row) {
         for (; row < last; ++row) {
           const int in_batch = static_cast<int>(row - b * space.rows());
           compute_row(in_batch / space.y, in_batch % space.y);
         }
-      };
-      if constexpr (ComputesRows<decltype(element)>::value) {
-        with_vector_code([&] { for_each_row([&](int z, int y) { element.row(z, y, space.x); }); });
-      } else {
-        for_each_row([&](int z, int y) {
-          for (int x = 0; x < space.x; ++x) element(Voxel{z, y, x, true, x, space.x});
-        });
-      }
+      });
     }
   });
 }

@@ -64,12 +64,13 @@ void reduce_voxels(const Cpu&, const VoxelSpace& space, const Body& body, const 
       const int64_t b = i / parts, part = i % parts;
       const auto element = body.element(b / space.items, b % space.items);
       double total[kSums] = {};
-      for (int64_t row = part * rows / parts; row < (part + 1) * rows / parts; ++row) {
-        const int z = static_cast<int>(row / space.y), y = static_cast<int>(row % space.y);
-        T sums[kSums] = {};
-        for (int x = 0; x < space.x; ++x) element(Voxel{z, y, x, true, x, space.x}, sums);
-        for (int k = 0; k < kSums; ++k) total[k] += sums[k];
-      }
+      compute_rows(element, space.x, [&](const auto& add_row) {
+        for (int64_t row = part * rows / parts; row < (part + 1) * rows / parts; ++row) {
+          T sums[kSums] = {};
+          add_row(static_cast<int>(row / space.y), static_cast<int>(row % space.y), sums);
+          for (int k = 0; k < kSums; ++k) total[k] += sums[k];
+        }
+      });
       for (int k = 0; k < kSums; ++k) partial[i * kSums + k] = static_cast<T>(total[k]);
     }
   });

@@ -207,22 +207,32 @@ struct Boundary {
   // Finds the cell of a sample within the volume, to whose value no boundary rule applies. There is
   // no branch, so that this becomes vector code. The sample may touch only some of the corners;
   // lerp is then told so by kChecked. For any other sample this returns false, with a cell that may
-  // be read if the volume has inner cells. With `kLast`, samples that touch the last voxels alone
-  // count as within: they lie at the upper end of their cells, where derivatives look at what is
-  // outside.
-  template <bool kLast>
+  // be read if the volume has inner cells. With `kValues`, samples that touch the last voxels alone
+  // count as within, and so do all that are clamped to the border: they have values like others,
+  // but derivatives look at what is outside.
+  template <bool kValues>
   bool find_cell_within(const Vec<T, D>& p, Cell<T, D>& cell) const {
+    const bool clamps = kValues && sampling.padding == Padding::kBorder;
     bool within = true;
     for (int k = 0; k < D; ++k) {
       const T last = static_cast<T>(inner_limit[k]);
-      const bool between = (p[k] >= 0) & (kLast ? p[k] <= last : p[k] < last);
-      const T q = between ? p[k] : T(0);
+      T q = p[k] > 0 ? p[k] : T(0);  // 0 also where p is not a number
+      q = q < last ? q : last;
       const int index = static_cast<int>(q);
-      cell.index[k] = kLast && index == inner_limit[k] ? index - 1 : index;
+      const bool is_last = index == inner_limit[k];
+      cell.index[k] = is_last ? index - 1 : index;
       cell.fraction[k] = q - static_cast<T>(cell.index[k]);
-      within = within & between;
+      within = within & (kValues ? (p[k] == q) | clamps : (p[k] == q) & !is_last);
     }
     return within;
+  }
+
+  // Tells, without a branch, whether a sample lies so far outside that no voxel counts, not
+  // even for a derivative, which looks up from where the sample is.
+  bool counts_nothing(const Vec<T, D>& p) const {
+    bool near = true;
+    for (int k = 0; k < D; ++k) near = near & (p[k] >= -1) & (p[k] < static_cast<T>(size[k]));
+    return !near & (sampling.padding == Padding::kZeros);
   }
 
   // Applies the boundary rules: the cell of any sample, in any mode and padding. For `slope` see

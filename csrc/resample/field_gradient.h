@@ -76,7 +76,7 @@ struct FieldGradient {
                                          auto checked) {
           store_neighbours<decltype(checked)::value>(near, voxel);
         };
-        sample_row<R, false>(first, z, y, size, sample_together, sample_alone);
+        sample_row<R, false, false>(first, z, y, size, sample_together, sample_alone);
       } else {
         for (int x = 0; x < size; ++x) sample_alone(x);
       }
@@ -87,7 +87,6 @@ struct FieldGradient {
     void store_neighbours(const Neighbours<R, false>& near, const Voxel& voxel) const {
       const R& r = self->resampling;
       constexpr int kPixel = R::Layout::kPixel;
-      const auto corner = r.template corner_elements<kPixel>();
       const S* const grad =
           first.template out_pointer<kPixel>(self->grad_output.at(group, item), voxel);
       T* const field = self->grad_field.at(group, item);
@@ -95,25 +94,16 @@ struct FieldGradient {
       T* const target =
           r.field_is_packed() ? first.template out_pointer<D>(field, voxel) : unpacked;
       const typename R::Map::Item map_item = first.item;
-      const S* const input = first.input;
       [[maybe_unused]] const bool add = R::Layout::kLast && self->add_field;
       with_known_placement(r, [&](const auto& map) {
-#pragma GCC ivdep
-        for (int i = 0; i < near.kCount; ++i) {
-          T dot[1 << D] = {};
-          for (int c = 0; c < kPixel; ++c) {
-            for (int k = 0; k < (1 << D); ++k) {
-              dot[k] += grad[i * kPixel + c] * input[near.offset[i] + corner[k] + c];
-            }
-          }
-          const Vec<T, D> grad_u =
-              map.pull_back(map_item, sample_gradient<kChecked>(near.cell(i), dot));
+        neighbour_gradients<kChecked>(near, first, grad, [&](int i, const Vec<T, D>& grad_p) {
+          const Vec<T, D> grad_u = map.pull_back(map_item, grad_p);
           for (int k = 0; k < D; ++k) {
             T total = T(0) + grad_u[k];  // the sum over items begins like this, too
             if constexpr (R::Layout::kLast) total += add ? grad[i * kPixel + k] : T(0);
             target[i * D + k] = total;
           }
-        }
+        });
       });
       if (r.field_is_packed()) return;
       for (int i = 0; i < near.kCount; ++i) {

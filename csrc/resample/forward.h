@@ -66,7 +66,7 @@ struct ResampleForward {
                                        auto checked) {
         sample_neighbours<decltype(checked)::value>(near, first);
       };
-      sample_row<R, true>(source, z, y, size, sample_together, sample_alone);
+      sample_row<R, true, false>(source, z, y, size, sample_together, sample_alone);
     }
 
     template <bool kChecked>
@@ -74,8 +74,6 @@ struct ResampleForward {
       const R& r = self->resampling;
       constexpr int kPixel = R::Layout::kPixel;
       const auto corner = r.template corner_elements<kPixel>();
-      const T* field = nullptr;
-      if constexpr (R::kField) field = source.template out_pointer<D>(source.field, first);
       S* const pixel = source.template out_pointer<kPixel>(output, first);
       [[maybe_unused]] const bool add = R::Layout::kLast && self->add_field;
       for_each_channel(r.in_layout, [&](auto channel) {
@@ -85,9 +83,11 @@ struct ResampleForward {
         for (int i = 0; i < near.kCount; ++i) {
           T value[1 << D];
           for (int k = 0; k < (1 << D); ++k) value[k] = input[near.offset[i] + corner[k]];
-          const T sampled = sample_value<kChecked>(near.cell(i), value);
+          const T inside = sample_value<kChecked>(near.cell(i), value);
+          const T sampled = near.within[i] ? inside : T(0);
           if constexpr (R::Layout::kLast) {
-            target[i * kPixel] = sampled + (add ? field[i * D + static_cast<int>(channel)] : T(0));
+            target[i * kPixel] =
+                sampled + (add ? near.field[i * D + static_cast<int>(channel)] : T(0));
           } else {
             target[i] = sampled;
           }

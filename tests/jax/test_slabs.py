@@ -132,9 +132,11 @@ def assert_nothing_is_gathered(text: str) -> None:
     assert largest_message(text, "all-to-all") == 0
 
 
-def displacement(planes: int, size: float, seed: int = 3) -> Array:
+def displacement(
+    planes: int, size: float, seed: int = 3, in_plane: tuple[int, int] = IN_PLANE
+) -> Array:
     """Of up to ``size`` voxels along each axis."""
-    shape = (planes, *IN_PLANE)
+    shape = (planes, *in_plane)
     voxels = np.array([(n - 1) / 2 for n in reversed(shape)])
     return size * random_array(seed, 1, *shape, 3) / voxels
 
@@ -190,6 +192,39 @@ def test_gradients_of_interpolate_are_those_of_one_device(
     assert_close(of_affine, expected[1])
     assert_close(of_grid, expected[2])
     assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize("size", [0.8, 30.0])
+def test_long_rows_give_the_values_and_gradients_of_one_device(
+    mesh: Mesh, planes: int, size: float, padding_mode: str
+) -> None:
+    """They go through vector code; some samples lie on voxels, also on those of the last plane."""
+    in_plane = (3, 41)
+    image = random_array(1, 1, 2, planes, *in_plane)
+    affine = np.eye(3, 4)[None]
+    u, grid = (displacement(planes, size, seed, in_plane) for seed in (2, 3))
+    grid[:, :, 0] = 0
+
+    def values(image: Any, affine: Any, u: Any, grid: Any) -> Any:
+        moved = jaxreg.interpolate(image, affine, grid, padding_mode=padding_mode)
+        return moved, jaxreg.compose(u, grid)
+
+    def gradients(*operands: Any) -> Any:
+        def total(*operands: Any) -> Any:
+            moved, composed = values(*operands)
+            return (jnp.sin(moved) ** 2).sum() + (composed**3).sum()
+
+        return jax.grad(total, (0, 1, 2, 3))(*operands)
+
+    operands = (image, affine, u, grid)
+    axes = [IMAGE, None, FIELD, FIELD]
+    found = on_slabs(values, mesh, axes, [IMAGE, FIELD])(*operands)
+    for one, other in zip(found, jax.jit(values)(*operands), strict=True):
+        assert_same(one, np.asarray(other))
+    found = on_slabs(gradients, mesh, axes, axes)(*operands)
+    for one, other in zip(found, jax.jit(gradients)(*operands), strict=True):
+        assert_close(one, other)
 
 
 @pytest.mark.parametrize("out_planes", [None, 9])

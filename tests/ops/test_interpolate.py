@@ -93,16 +93,31 @@ LONG = {2: (6, 77), 3: (3, 4, 77)}
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("dim", "dtype"), [(2, np.float64), (3, np.float32), (3, np.float64)])
+@pytest.mark.parametrize("padding_mode", PADDINGS)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_long_rows_have_the_reference_values_and_gradients(
-    backend: Backend, transform: str, dim: int, dtype: object, channels: int
+    backend: Backend, transform: str, padding_mode: str, dim: int, dtype: object, channels: int
 ) -> None:
-    options = dict(TRANSFORMS[transform])
+    options = dict(TRANSFORMS[transform], padding_mode=padding_mode)
     shape = LONG[dim]
     image = random_array(0, 1, channels, *shape, dtype=dtype)
     affine = random_affine(1, 1, dim, dtype) if options.pop("affine") else None
     grid = off_grid_displacement(2, 1, shape, dtype=dtype) if options.pop("grid") else None
     check_values_and_gradients(backend, (image, affine, grid), options, dtype)
+
+
+def test_a_cotangent_that_is_not_finite_reaches_only_the_voxels_that_count(
+    backend: Backend,
+) -> None:
+    """In a row that is long enough for vector code, of samples on voxels and between them."""
+    image = random_array(0, 1, 1, 3, 3, 77, dtype=np.float32)
+    u = np.zeros((1, 3, 3, 77, 3), np.float32)
+    u[0, :, :, 60:, 0] = 0.5 / 38  # half a voxel along x
+    cotangent = random_array(1, *image.shape, dtype=np.float32)
+    cotangent[0, 0, 1, 1, [5, 33, 70]] = np.nan, np.inf, np.nan
+    (gradient,) = backend.vjp("interpolate", (image, None, u), cotangent, [0])
+    touched = np.argwhere(~np.isfinite(gradient[0, 0]))
+    assert touched.tolist() == [[1, 1, x] for x in (5, 33, 70, 71)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
