@@ -25,7 +25,7 @@ if has_isal:
         EOFError,
         gzip.BadGzipFile,
         zlib.error,
-        cast(type[Exception], isal_zlib.error),
+        cast(type[Exception], isal_zlib.error),  # its stub has an instance
     )
 else:
     DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error)
