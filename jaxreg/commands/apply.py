@@ -113,7 +113,7 @@ def apply(
         check_image_grid(grid, output, volume.channels)
     keep_compiled(None, no_cache)
     with jax.default_device(devices.find(device)):
-        parts = read_chain("--transform", texts, volume.ndim)
+        parts = read_chain("--transform", texts, grid, volume.grid)
         kind: resampling.Interpolation = "labels" if labels else interpolation.value
         beyond = outside_values(volume, around, kind)
         with naming("IMAGE"):

@@ -65,7 +65,7 @@ def apply_points(
     with jax.default_device(devices.find(device)):
         chains, ndim = [], None
         for text in transform:
-            chain = read_chain("--transform", [text], ndim)
+            chain = read_chain("--transform", [text], ndim=ndim)
             ndim = ndim or chain[0].ndim
             chains.append((text, chain))
     with naming("POINTS"):

@@ -111,7 +111,7 @@ def compare(
             with naming("--output"):
                 folder = stack.enter_context(atomic_folder(output, owned=_FILES))
         stack.enter_context(jax.default_device(devices.find(device)))
-        parts = read_chain("--transform", texts, one.ndim)
+        parts = read_chain("--transform", texts, one.grid, other.grid)
         compared = _compare_labels if labels else _compare_images
         record, table = compared(one, other, parts, folder, inputs)
         if folder is not None:

@@ -16,7 +16,7 @@ from jaxreg.registration import invert_part
 from jaxreg.registration.intensities import Clip, check_clip
 from jaxreg.registration.transforms.resampling import Outside
 from jaxreg.warp import INVERSE_TOLERANCE
-from regkernels import read_transform
+from regkernels import Grid, read_transform
 from regkernels.maps import Part
 
 __all__ = [
@@ -42,7 +42,14 @@ def naming(argument: str) -> Iterator[None]:
         raise ValueError(f"{argument}: {error}") from error
 
 
-def read_chain(option: str, texts: Sequence[str], ndim: int | None = None) -> tuple[Part, ...]:
+def read_chain(
+    option: str,
+    texts: Sequence[str],
+    fixed: Grid | None = None,
+    moving: Grid | None = None,
+    *,
+    ndim: int | None = None,
+) -> tuple[Part, ...]:
     """Read transforms given on the command line.
 
     Parameters
@@ -51,8 +58,10 @@ def read_chain(option: str, texts: Sequence[str], ndim: int | None = None) -> tu
         Its name.
     texts
         Files, in the order in which a point goes through them; ``:inverse`` after a name inverts.
+    fixed, moving
+        Grids of the images that affines of FSL are between.
     ndim
-        What they have to be; by default what the first one is.
+        What they have to be; by default what `fixed` is, or else the first one.
 
     Returns
     -------
@@ -65,9 +74,10 @@ def read_chain(option: str, texts: Sequence[str], ndim: int | None = None) -> tu
         If one cannot be read, or has another dimension.
     """
     chain: list[Part] = []
+    ndim = fixed.ndim if fixed is not None else ndim
     for text in texts:
         with naming(option):
-            parts = read_transform(Path(text.removesuffix(_INVERSE)))
+            parts = read_transform(Path(text.removesuffix(_INVERSE)), fixed=fixed, moving=moving)
         for part in parts:
             ndim = ndim or part.ndim
             if part.ndim != ndim:

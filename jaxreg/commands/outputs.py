@@ -12,7 +12,7 @@ import typer
 from jaxreg.commands.timing import Stopwatch
 from jaxreg.commands.transform_files import AFFINE, INVERSE_WARP, WARP
 from jaxreg.registration import Registration
-from regkernels import write_affine, write_displacement, write_volume
+from regkernels import write_affine, write_composite, write_displacement, write_volume
 
 __all__ = [
     "FILES",
@@ -20,6 +20,7 @@ __all__ = [
     "MOVED",
     "RECORD",
     "REPORT",
+    "Composite",
     "Outputs",
     "choose_outputs",
     "write_images",
@@ -30,6 +31,10 @@ FIXED_MOVED = "fixed_moved.nii.gz"
 RECORD = "registration.json"
 REPORT = "report.html"
 
+_COMPOSITE = "composite.h5"
+_INVERSE_COMPOSITE = "inverse_composite.h5"
+_TOTAL_WARP = "total_warp.nii.gz"
+
 _OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "transform": (AFFINE, WARP),
     "inverse": (AFFINE, INVERSE_WARP),
@@ -37,6 +42,7 @@ _OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "fixed_moved": (FIXED_MOVED,),
     "record": (RECORD,),
     "report": (REPORT,),
+    "composite": (_COMPOSITE, _INVERSE_COMPOSITE, _TOTAL_WARP),
 }
 FILES = tuple(dict.fromkeys(name for files in _OUTPUTS.values() for name in files))
 """All that a registration may write."""
@@ -47,12 +53,21 @@ Outputs = Annotated[
         "--outputs",
         metavar="NAME,...",
         help=f"What to write, with commas between: {', '.join(_OUTPUTS)}. By default all but the "
-        "report.",
+        "last two.",
+    ),
+]
+Composite = Annotated[
+    bool,
+    typer.Option(
+        "--composite",
+        help=f"Also write {_COMPOSITE} and {_INVERSE_COMPOSITE}, which hold all of the transform "
+        f"and of its inverse for ITK, ANTs and 3D Slicer, and {_TOTAL_WARP}, one displacement "
+        "field with the affine in it.",
     ),
 ]
 
 
-def choose_outputs(text: str | None, report: bool) -> frozenset[str]:
+def choose_outputs(text: str | None, *, report: bool, composite: bool) -> frozenset[str]:
     """Return the names of the files that are wanted.
 
     Parameters
@@ -61,13 +76,16 @@ def choose_outputs(text: str | None, report: bool) -> frozenset[str]:
         What ``--outputs`` says.
     report
         Whether ``--report`` was said, which adds the report.
+    composite
+        Whether ``--composite`` was said, likewise.
 
     Raises
     ------
     ValueError
         For an output that there is not, or for none.
     """
-    wanted = [name for name in _OUTPUTS if name != "report"]
+    more = {"report": report, "composite": composite}
+    wanted = [name for name in _OUTPUTS if name not in more]
     if text is not None:
         wanted = [name.strip() for name in text.split(",")]
         unknown = [name for name in wanted if name not in _OUTPUTS]
@@ -75,8 +93,7 @@ def choose_outputs(text: str | None, report: bool) -> frozenset[str]:
             raise ValueError(
                 f"--outputs: expected some of {', '.join(_OUTPUTS)}, got {unknown[0]!r}"
             )
-    if report:
-        wanted.append("report")
+    wanted += [name for name, is_wanted in more.items() if is_wanted]
     return frozenset(file for name in wanted for file in _OUTPUTS[name])
 
 
@@ -115,6 +132,12 @@ def _files(
         if INVERSE_WARP in wanted:
             back = transform.inverse_displacement_field()
             yield INVERSE_WARP, lambda path: write_displacement(back, transform.grid, path)
+    if _COMPOSITE in wanted:
+        there_parts, back_parts = transform.parts, transform.inverse_parts
+        yield _COMPOSITE, lambda path: write_composite(there_parts, path)
+        yield _INVERSE_COMPOSITE, lambda path: write_composite(back_parts, path)
+        total = transform.displacement_field(with_affine=True)
+        yield _TOTAL_WARP, lambda path: write_displacement(total, transform.grid, path)
     if MOVED in wanted:
         moved = result.moved
         yield MOVED, lambda path: write_volume(moved, path)

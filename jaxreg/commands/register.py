@@ -34,6 +34,7 @@ from jaxreg.commands.outputs import (
     MOVED,
     RECORD,
     REPORT,
+    Composite,
     Outputs,
     choose_outputs,
     write_images,
@@ -167,6 +168,7 @@ def register(
         bool,
         typer.Option("--report", help=f"Also write {REPORT}: pictures to judge the result by."),
     ] = False,
+    composite: Composite = False,
     outputs: Outputs = None,
     cache: Cache = None,
     no_cache: NoCache = False,
@@ -187,7 +189,7 @@ def register(
     """
     stopwatch = Stopwatch()
     clipping, around = parse_clip(clip), parse_outside(outside)
-    wanted = choose_outputs(outputs, report)
+    wanted = choose_outputs(outputs, report=report, composite=composite)
     given = [("--initial", text) for text in initial or []]
     files = (
         ("FIXED", fixed),
@@ -221,7 +223,8 @@ def register(
             folder = stack.enter_context(atomic_folder(output, owned=FILES))
         stack.enter_context(jax.default_device(target))
         image = volumes["FIXED"]
-        parts = read_chain("--initial", initial or [], image.ndim)
+        grids = image.grid, volumes["MOVING"].grid
+        parts = read_chain("--initial", initial or [], *grids)
         with stopwatch.phase("stages"):
             result = register_watched(
                 image,
@@ -236,7 +239,7 @@ def register(
                 devices=spread,
             )
         write_images(result, wanted, folder, stopwatch)
-        with stopwatch.phase("judging"):
+        with stopwatch.phase("results"):
             judgement = judging.judge(Transform.from_parts(image.grid, parts), result.transform)
         facts = {**describe(["jax"]), "device": _told(target, spread)}
         inputs = {name: str(path) for name, path in [*read, *beside]} | {"--initial": initial or []}
