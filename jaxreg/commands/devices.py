@@ -6,7 +6,7 @@ import enum
 
 import jax
 
-__all__ = ["Device", "describe", "find", "find_several"]
+__all__ = ["Device", "describe", "find", "find_several", "is_leader", "join"]
 
 
 class Device(enum.StrEnum):
@@ -17,8 +17,30 @@ class Device(enum.StrEnum):
     GPU = "gpu"
 
 
+def join() -> None:
+    """Join the processes that srun, mpirun or the like has started together with this one.
+
+    Raises
+    ------
+    ValueError
+        If JAX does not find them.
+    """
+    try:
+        jax.distributed.initialize()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            "--distributed: expected to be started by srun, mpirun or another that JAX knows: "
+            f"{error}"
+        ) from error
+
+
+def is_leader() -> bool:
+    """Tell whether this is the process, of all that run together, that writes and speaks."""
+    return jax.process_index() == 0
+
+
 def find(device: Device) -> jax.Device:
-    """Return the JAX device to run on.
+    """Return the JAX device of this process to run on.
 
     Raises
     ------
@@ -26,7 +48,7 @@ def find(device: Device) -> jax.Device:
         If it asks for a GPU and JAX sees none, or if JAX cannot start at all.
     """
     try:
-        return jax.devices(None if device is Device.AUTO else device.value)[0]
+        return jax.local_devices(backend=None if device is Device.AUTO else device.value)[0]
     except RuntimeError as error:
         reason = error if device is Device.AUTO else f"JAX sees no {device.value.upper()}"
         raise ValueError(f"--device {device.value}: {reason}") from error

@@ -98,13 +98,18 @@ def choose_outputs(text: str | None, *, report: bool, composite: bool) -> frozen
 
 
 def write_images(
-    result: Registration, wanted: frozenset[str], folder: Path, stopwatch: Stopwatch
+    result: Registration, wanted: frozenset[str], folder: Path | None, stopwatch: Stopwatch
 ) -> None:
-    """Write the transform and the images of a registration into a folder.
+    """Write the transform and the images of a registration into a folder, if there is one.
 
     They are compressed and written while the next of them, and what else the record tells of the
-    result, is computed.
+    result, is computed. Where several processes run together all compute, and one has a folder.
     """
+    if folder is None:
+        for _ in _files(result, wanted):
+            pass
+        _ = result.folds, result.inverse_residual, result.doubts
+        return
     with ThreadPoolExecutor() as pool:
         with stopwatch.phase("results"):
             writing = [pool.submit(write, folder / name) for name, write in _files(result, wanted)]
@@ -138,6 +143,8 @@ def _files(
         yield _INVERSE_COMPOSITE, lambda path: write_composite(back_parts, path)
         total = transform.displacement_field(with_affine=True)
         yield _TOTAL_WARP, lambda path: write_displacement(total, transform.grid, path)
+    if REPORT in wanted:  # which shows it
+        _ = result.moved
     if MOVED in wanted:
         moved = result.moved
         yield MOVED, lambda path: write_volume(moved, path)

@@ -164,6 +164,14 @@ def register(
             "there are.",
         ),
     ] = "1",
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            help="This is one of several processes, started by srun or mpirun, which share the "
+            "devices of all of them. The first one writes.",
+        ),
+    ] = False,
     report: Annotated[
         bool,
         typer.Option("--report", help=f"Also write {REPORT}: pictures to judge the result by."),
@@ -187,6 +195,9 @@ def register(
     --fixed-labels fixed_labels.nii.gz --moving-labels moving_labels.nii.gz
     --fixed-points fixed.mrk.json --moving-points moving.mrk.json
     """
+    if distributed:
+        devices.join()
+        several = "all" if several == "1" else several
     stopwatch = Stopwatch()
     clipping, around = parse_clip(clip), parse_outside(outside)
     wanted = choose_outputs(outputs, report=report, composite=composite)
@@ -217,10 +228,12 @@ def register(
     target = starting.result()
     spread = devices.find_several(several, target, volumes["FIXED"].ndim)
     keep_compiled(cache, no_cache)
-    console = Console()
+    console = Console(quiet=not devices.is_leader())
     with contextlib.ExitStack() as stack:
-        with naming("--output"):
-            folder = stack.enter_context(atomic_folder(output, owned=FILES))
+        folder = None
+        if devices.is_leader():
+            with naming("--output"):
+                folder = stack.enter_context(atomic_folder(output, owned=FILES))
         stack.enter_context(jax.default_device(target))
         image = volumes["FIXED"]
         grids = image.grid, volumes["MOVING"].grid
@@ -241,6 +254,8 @@ def register(
         write_images(result, wanted, folder, stopwatch)
         with stopwatch.phase("results"):
             judgement = judging.judge(Transform.from_parts(image.grid, parts), result.transform)
+        if folder is None:
+            return
         facts = {**describe(["jax"]), "device": _told(target, spread)}
         inputs = {name: str(path) for name, path in [*read, *beside]} | {"--initial": initial or []}
         beyond = {

@@ -155,7 +155,7 @@ def _(part: DisplacementField, chain: _Chain, grid: Grid) -> _Chain:
         # Sampling would give the same and take memory.
         found = jnp.asarray(part.vectors, jnp.float32)
     else:
-        field = jnp.asarray(np.asarray(part.vectors, np.float32))
+        field = jnp.asarray(part.vectors, jnp.float32)
         found = _sample_vectors(field, np.float32(affine), before, grid.shape)
     step = rotate(inverse_matrix(matrix), found)
     return matrix, step if vectors is None else vectors + step
