@@ -40,6 +40,7 @@ from jaxreg.commands.outputs import (
     write_images,
 )
 from jaxreg.commands.progress_bars import register_watched
+from jaxreg.commands.schedules import Like, Recipe, StageTexts, read_schedule
 from jaxreg.commands.stage_options import Preset, choose_stages
 from jaxreg.commands.timing import Stopwatch, fact_table
 from jaxreg.commands.transform_files import chains
@@ -92,6 +93,9 @@ def register(
             "end), deforming ones lncc.",
         ),
     ] = None,
+    texts: StageTexts = None,
+    recipe: Recipe = None,
+    like: Like = None,
     effort: Annotated[
         Preset,
         typer.Option(
@@ -199,6 +203,9 @@ def register(
         devices.join()
         several = "all" if several == "1" else several
     stopwatch = Stopwatch()
+    schedule = read_schedule(texts, recipe, like, stages=stages, metric=metric)
+    if schedule is not None and clip == "outliers":
+        clip = schedule.clip or clip
     clipping, around = parse_clip(clip), parse_outside(outside)
     wanted = choose_outputs(outputs, report=report, composite=composite)
     given = [("--initial", text) for text in initial or []]
@@ -242,7 +249,9 @@ def register(
             result = register_watched(
                 image,
                 volumes["MOVING"],
-                choose_stages(stages, metric, effort, image.ndim, target, console),
+                schedule.stages
+                if schedule is not None
+                else choose_stages(stages, metric, effort, image.ndim, target, console),
                 console,
                 fixed_mask=volumes.get("--fixed-mask"),
                 moving_mask=volumes.get("--moving-mask"),
