@@ -9,6 +9,7 @@ from jaxreg.commands.compare import compare
 from jaxreg.commands.demo import demo
 from jaxreg.commands.info import info
 from jaxreg.commands.invert import invert
+from jaxreg.commands.output_options import with_output_options
 from jaxreg.commands.register import register
 from jaxreg.commands.template import TemplateCommand, template
 from jaxreg_cli.outline import empty_app
@@ -16,11 +17,12 @@ from jaxreg_cli.outline import empty_app
 __all__ = ["app"]
 
 app = empty_app()
-app.command(cls=Command, no_args_is_help=True)(register)
-app.command(cls=TemplateCommand, no_args_is_help=True)(template)
-app.command(cls=Command, no_args_is_help=True)(apply)
-app.command(cls=Command, no_args_is_help=True)(apply_points)
-app.command(cls=Command, no_args_is_help=True)(invert)
-app.command(cls=Command, no_args_is_help=True)(compare)
-app.command(cls=Command)(info)
-app.command(cls=Command)(demo)
+_add = app.command
+_add(cls=Command, no_args_is_help=True)(with_output_options(register))
+_add(cls=TemplateCommand, no_args_is_help=True)(with_output_options(template))
+_add(cls=Command, no_args_is_help=True)(with_output_options(apply))
+_add(cls=Command, no_args_is_help=True)(with_output_options(apply_points))
+_add(cls=Command, no_args_is_help=True)(with_output_options(invert))
+_add(cls=Command, no_args_is_help=True)(with_output_options(compare))
+_add(cls=Command)(with_output_options(info))
+_add(cls=Command)(with_output_options(demo))

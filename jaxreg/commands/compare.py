@@ -73,7 +73,7 @@ def compare(
         ),
     ] = False,
     device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,
-) -> None:
+) -> dict[str, Any]:
     """Compare two images, or two label maps, whose grids may differ.
 
     For example: jaxreg compare fixed.nii.gz out/moved.nii.gz -o compared
@@ -114,14 +114,15 @@ def compare(
         parts = read_chain("--transform", texts, one.grid, other.grid)
         compared = _compare_labels if labels else _compare_images
         record, table = compared(one, other, parts, folder, inputs)
+        facts = {"inputs": inputs, **record, "versions": describe()}
         if folder is not None:
-            facts = {"inputs": inputs, **record, "versions": describe()}
             (folder / _RECORD).write_text(f"{json.dumps(facts, indent=2)}\n")
     console = Console()
     console.print(table)
     if output is not None:
         for name in sorted(_FILES):
             console.print(output / name, highlight=False, soft_wrap=True, markup=False)
+    return facts
 
 
 def _compare_images(

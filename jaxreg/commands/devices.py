@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
+import resource
 
 import jax
 
-__all__ = ["Device", "describe", "find", "find_several", "is_leader", "join"]
+__all__ = ["Device", "describe", "find", "find_several", "is_leader", "join", "peak_memory"]
 
 
 class Device(enum.StrEnum):
@@ -88,6 +89,19 @@ def find_several(count: str, first: jax.Device, ndim: int) -> list[jax.Device] |
             return None
         raise ValueError(f"--devices: expected 1 for images in {ndim}-D, got {number}")
     return there[:number] if number > 1 else None
+
+
+def peak_memory() -> dict[str, float]:
+    """Return the most that this process has used, in megabytes: of the host, and of a device.
+
+    Where a device has no memory of its own, or JAX does not count it, nothing is said of it.
+    """
+    found = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
+    used = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [stats["peak_bytes_in_use"] for stats in used if stats]
+    if peaks:
+        found["device"] = max(peaks) / 1e6
+    return {name: round(value, 1) for name, value in found.items()}
 
 
 def describe(device: jax.Device) -> str:

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from jaxreg.commands.compilation import describe_kept
 from jaxreg.commands.inputs import naming
 from regkernels import AffineMap, DisplacementField, Grid, Volume, read_transform, read_volume
-from regkernels.files.transforms import TRANSFORM_SUFFIXES
+from regkernels.files.transforms import READ_SUFFIXES
 from regkernels.info import describe
 from regkernels.maps import Part
 
@@ -22,10 +22,12 @@ __all__ = ["info"]
 
 def info(
     file: Annotated[Path | None, typer.Argument(metavar="FILE", help="Image or transform.")] = None,
-) -> None:
+) -> list[dict[str, str]]:
     """Describe an image or a transform; without FILE, the installation."""
-    for facts in [_of_installation()] if file is None else _of_file(file):
+    found = [_of_installation()] if file is None else _of_file(file)
+    for facts in found:
         _print(facts)
+    return found
 
 
 def _of_installation() -> dict[str, str]:
@@ -34,7 +36,7 @@ def _of_installation() -> dict[str, str]:
 
 def _of_file(file: Path) -> list[dict[str, str]]:
     with naming("FILE"):
-        if file.suffix.lower() not in TRANSFORM_SUFFIXES:
+        if file.suffix.lower() not in READ_SUFFIXES:
             return [_of_volume(read_volume(file))]
         return [
             {"transform": f"{number}, as a point goes through them", **_of_part(part)}

@@ -184,7 +184,7 @@ def register(
     outputs: Outputs = None,
     cache: Cache = None,
     no_cache: NoCache = False,
-) -> None:
+) -> dict[str, Any]:
     """Register MOVING to FIXED.
 
     For example: jaxreg register fixed.nii.gz moving.nii.gz -o out --report
@@ -264,7 +264,7 @@ def register(
         with stopwatch.phase("results"):
             judgement = judging.judge(Transform.from_parts(image.grid, parts), result.transform)
         if folder is None:
-            return
+            return {}
         facts = {**describe(["jax"]), "device": _told(target, spread)}
         inputs = {name: str(path) for name, path in [*read, *beside]} | {"--initial": initial or []}
         beyond = {
@@ -281,10 +281,11 @@ def register(
             scores = judgement.tables()
             with stopwatch.phase("report"):
                 write_report(result, folder / REPORT, title=title, tables=tables, scores=scores)
+        settings = {"clip": clipping, "outside": {n: v.tolist() for n, v in beyond.items()}}
+        record = _record(result, inputs, facts, wanted) | settings | judgement.record()
+        record["seconds"] = stopwatch.seconds()
+        record["peak memory (MB)"] = devices.peak_memory()
         if RECORD in wanted:
-            settings = {"clip": clipping, "outside": {n: v.tolist() for n, v in beyond.items()}}
-            record = _record(result, inputs, facts, wanted) | settings | judgement.record()
-            record["seconds"] = stopwatch.seconds()
             (folder / RECORD).write_text(f"{json.dumps(record, indent=2)}\n")
         written = sorted(path.name for path in folder.iterdir())
     console.print(_summary(result, judgement, stopwatch, facts["device"]))
@@ -296,6 +297,7 @@ def register(
     judgement.tell()
     for name in written:
         console.print(output / name, highlight=False, soft_wrap=True, markup=False)
+    return record
 
 
 def _read(paths: list[tuple[str, Path]]) -> Iterator[tuple[str, Volume]]:

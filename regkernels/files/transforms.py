@@ -40,6 +40,7 @@ from regkernels.maps import AffineMap, DisplacementField, Part, as_part
 from regkernels.volume import Volume
 
 __all__ = [
+    "READ_SUFFIXES",
     "TRANSFORM_SUFFIXES",
     "check_transform_name",
     "read_transform",
@@ -52,8 +53,8 @@ __all__ = [
 TRANSFORM_SUFFIXES = (".tfm", ".txt", ".mat", ".h5", ".hdf5", ".xfm")
 """Endings of ITK transform files; what ends otherwise is an image of displacements."""
 
-_READ_SUFFIXES = (".lta", ".fsl")
-"""Endings of affines that are read and not written."""
+READ_SUFFIXES = (*TRANSFORM_SUFFIXES, ".lta", ".fsl")
+"""With those of affines that are read and not written."""
 
 
 def read_transform(
@@ -101,7 +102,7 @@ def read_transform(
             f"{path}: expected displacements in NIfTI, NRRD or MetaImage, got MINC, of which ITK "
             "and MINC disagree which way they point"
         )
-    if Path(path).suffix.lower() not in (*TRANSFORM_SUFFIXES, *_READ_SUFFIXES):
+    if Path(path).suffix.lower() not in READ_SUFFIXES:
         return (_field_of_image(read_image(path, vectors=True), path),)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
