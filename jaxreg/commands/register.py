@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -40,16 +41,15 @@ from jaxreg.commands.outputs import (
     write_images,
 )
 from jaxreg.commands.progress_bars import register_watched
-from jaxreg.commands.schedules import Like, Recipe, StageTexts, read_schedule
+from jaxreg.commands.schedules import Like, Recipe, Schedule, StageTexts, read_schedule
 from jaxreg.commands.stage_options import Preset, choose_stages
+from jaxreg.commands.study import Jobs, Pair, Pairs, read_pairs, register_pairs
 from jaxreg.commands.timing import Stopwatch, fact_table
 from jaxreg.commands.transform_files import chains
-from jaxreg.registration import (
-    Registration,
-    Transform,
-    outside_values,
-)
+from jaxreg.registration import Registration, Stage, Transform, outside_values
+from jaxreg.registration.intensities import Clip
 from jaxreg.registration.report.page import write_report
+from jaxreg.registration.transforms.resampling import Outside
 from jaxreg.warp import INVERSE_TOLERANCE
 from regkernels import Volume, read_volume
 from regkernels.files.atomic import atomic_folder
@@ -60,19 +60,23 @@ __all__ = ["register"]
 
 
 def register(
-    fixed: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FIXED", help="Image that stays, 2-D or 3-D; the result has its grid."
-        ),
-    ],
-    moving: Annotated[Path, typer.Argument(metavar="MOVING", help="Image to be aligned to it.")],
     output: Annotated[
         Path,
         typer.Option(
             "--output", "-o", metavar="OUT_DIR", help="Folder for the results, made if missing."
         ),
     ],
+    fixed: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FIXED", help="Image that stays, 2-D or 3-D; the result has its grid."
+        ),
+    ] = None,
+    moving: Annotated[
+        Path | None, typer.Argument(metavar="MOVING", help="Image to be aligned to it.")
+    ] = None,
+    pairs: Pairs = None,
+    jobs: Jobs = 2,
     stages: Annotated[
         str | None,
         typer.Option(
@@ -184,8 +188,8 @@ def register(
     outputs: Outputs = None,
     cache: Cache = None,
     no_cache: NoCache = False,
-) -> dict[str, Any]:
-    """Register MOVING to FIXED.
+) -> dict[str, Any] | list[dict[str, Any]]:
+    """Register MOVING to FIXED, or many pairs.
 
     For example: jaxreg register fixed.nii.gz moving.nii.gz -o out --report
 
@@ -198,6 +202,9 @@ def register(
     jaxreg register fixed.nii.gz moving.nii.gz -o out --report
     --fixed-labels fixed_labels.nii.gz --moving-labels moving_labels.nii.gz
     --fixed-points fixed.mrk.json --moving-points moving.mrk.json
+
+    A study, each pair into a folder of its own, with a table of how they went:
+    jaxreg register --pairs pairs.csv -o study
     """
     if distributed:
         devices.join()
@@ -206,98 +213,206 @@ def register(
     schedule = read_schedule(texts, recipe, like, stages=stages, metric=metric)
     if schedule is not None and clip == "outliers":
         clip = schedule.clip or clip
-    clipping, around = parse_clip(clip), parse_outside(outside)
-    wanted = choose_outputs(outputs, report=report, composite=composite)
-    given = [("--initial", text) for text in initial or []]
-    files = (
-        ("FIXED", fixed),
-        ("MOVING", moving),
-        ("--fixed-mask", fixed_mask),
-        ("--moving-mask", moving_mask),
+    asked = _Asked(
+        schedule,
+        stages,
+        metric,
+        effort,
+        clip,
+        parse_clip(clip),
+        parse_outside(outside),
+        choose_outputs(outputs, report=report, composite=composite),
+        device,
+        several,
     )
-    judged_by = {
+    keep_compiled(cache, no_cache)
+    files = {
+        "FIXED": fixed,
+        "MOVING": moving,
+        "--fixed-mask": fixed_mask,
+        "--moving-mask": moving_mask,
         "--fixed-labels": fixed_labels,
         "--moving-labels": moving_labels,
         "--fixed-points": fixed_points,
         "--moving-points": moving_points,
     }
-    read = [(name, path) for name, path in files if path is not None]
-    beside = [(name, path) for name, path in judged_by.items() if path is not None]
-    refuse_overwriting([output / name for name in FILES], [*read, *beside, *given])
+    given = {name: path for name, path in files.items() if path is not None}
+    if pairs is not None:
+        others = [*given, *(["--initial"] if initial else []), *["--distributed"] * distributed]
+        if others:
+            raise ValueError(f"--pairs: expected no {others[0]} beside it")
+        return _register_study(pairs, output, asked, jobs)
+    for name in ("FIXED", "MOVING"):
+        if name not in given:
+            raise ValueError(f"missing argument {name}")
+    console = Console(quiet=not devices.is_leader())
+    done = _register_pair(_Inputs(given, initial or []), output, asked, console, stopwatch)
+    if not devices.is_leader():
+        return {}
+    console.print(
+        _summary(done.result, done.judgement, stopwatch, done.record["versions"]["device"])
+    )
+    for name, values in done.beyond.items():
+        if values.any():
+            text = f"Outside of the image in {name} is {format_values(values)}."
+            console.print(text, highlight=False, soft_wrap=True, markup=False)
+    tell_doubts(done.result.doubts)
+    done.judgement.tell()
+    for name in done.written:
+        console.print(output / name, highlight=False, soft_wrap=True, markup=False)
+    return done.record
+
+
+class _Asked(NamedTuple):
+    """What is asked for of every pair."""
+
+    schedule: Schedule | None
+    stages: str | None
+    metric: str | None
+    effort: Preset
+    clip_text: str
+    clip: Clip
+    outside: Outside
+    wanted: frozenset[str]
+    device: Device
+    several: str
+
+    def chosen(self, ndim: int, target: jax.Device, console: Console) -> tuple[Stage, ...]:
+        """Return the stages."""
+        if self.schedule is not None:
+            return self.schedule.stages
+        return choose_stages(self.stages, self.metric, self.effort, ndim, target, console)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what results depend on, for JSON."""
+        stages = () if self.schedule is None else self.schedule.stages
+        return {
+            "stages": self.stages,
+            "metric": self.metric,
+            "preset": self.effort,
+            "schedule": [{"name": stage.name, **stage.record()} for stage in stages],
+            "clip": self.clip,
+            "outside": self.outside,
+            "outputs": sorted(self.wanted),
+        }
+
+
+class _Inputs(NamedTuple):
+    """The files of a pair, by the arguments that name them."""
+
+    files: Mapping[str, Path]
+    initial: Sequence[str]
+
+
+class _Done(NamedTuple):
+    """A registration that is written; without ``written`` and a record where others write."""
+
+    result: Registration
+    judgement: Judgement
+    beyond: dict[str, NDArray[Any]]
+    record: dict[str, Any]
+    written: list[str]
+
+
+_JUDGING = ("--fixed-labels", "--moving-labels", "--fixed-points", "--moving-points")
+
+
+def _register_study(table: Path, output: Path, asked: _Asked, jobs: int) -> list[dict[str, Any]]:
+    with naming("--pairs"):
+        pairs = read_pairs(table)
+    arguments = {"fixed": "FIXED", "moving": "MOVING"}
+
+    def register(pair: Pair, folder: Path) -> dict[str, Any]:
+        files = {
+            arguments.get(column) or f"--{column.replace('_', '-')}": path
+            for column, path in pair.files.items()
+            if column != "initial"
+        }
+        initial = [str(path) for column, path in pair.files.items() if column == "initial"]
+        inputs, console = _Inputs(files, initial), Console(quiet=True)
+        return _register_pair(inputs, folder, asked, console, Stopwatch()).record
+
+    asked = asked._replace(wanted=asked.wanted | {RECORD})
+    return register_pairs(pairs, output, register, asked.settings(), jobs)
+
+
+def _register_pair(
+    inputs: _Inputs, output: Path, asked: _Asked, console: Console, stopwatch: Stopwatch
+) -> _Done:
+    """Register two images, and write what is wanted into a folder."""
+    images = [(name, path) for name, path in inputs.files.items() if name not in _JUDGING]
+    judged_by = {name: inputs.files.get(name) for name in _JUDGING}
+    given = [("--initial", text) for text in inputs.initial]
+    refuse_overwriting([output / name for name in FILES], [*inputs.files.items(), *given])
     with stopwatch.phase("reading"), ThreadPoolExecutor() as pool:
-        starting = pool.submit(devices.find, device)  # a GPU takes longer to start than a file
-        volumes = dict(_read(read))
-        judging = Judging.read(judged_by, volumes["FIXED"], volumes["MOVING"])
+        starting = pool.submit(devices.find, asked.device)  # takes longer than reading on a GPU
+        volumes = dict(_read(images))
+        fixed, moving = volumes["FIXED"], volumes["MOVING"]
+        judging = Judging.read(judged_by, fixed, moving)
     for name in ("FIXED", "MOVING"):
         _check_contrast(name, volumes[name])
         with naming(name):
             check_image_grid(volumes[name].grid, output / MOVED, volumes[name].channels)
     target = starting.result()
-    spread = devices.find_several(several, target, volumes["FIXED"].ndim)
-    keep_compiled(cache, no_cache)
-    console = Console(quiet=not devices.is_leader())
+    spread = devices.find_several(asked.several, target, fixed.ndim)
     with contextlib.ExitStack() as stack:
         folder = None
         if devices.is_leader():
             with naming("--output"):
                 folder = stack.enter_context(atomic_folder(output, owned=FILES))
         stack.enter_context(jax.default_device(target))
-        image = volumes["FIXED"]
-        grids = image.grid, volumes["MOVING"].grid
-        parts = read_chain("--initial", initial or [], *grids)
+        parts = read_chain("--initial", inputs.initial, fixed.grid, moving.grid)
+        start = Transform.from_parts(fixed.grid, parts)
         with stopwatch.phase("stages"):
             result = register_watched(
-                image,
-                volumes["MOVING"],
-                schedule.stages
-                if schedule is not None
-                else choose_stages(stages, metric, effort, image.ndim, target, console),
+                fixed,
+                moving,
+                asked.chosen(fixed.ndim, target, console),
                 console,
                 fixed_mask=volumes.get("--fixed-mask"),
                 moving_mask=volumes.get("--moving-mask"),
-                initial=Transform.from_parts(image.grid, parts).with_inverse() if parts else None,
-                clip=clipping,
-                outside=around,
+                initial=start.with_inverse() if parts else None,
+                clip=asked.clip,
+                outside=asked.outside,
                 devices=spread,
             )
-        write_images(result, wanted, folder, stopwatch)
+        write_images(result, asked.wanted, folder, stopwatch)
         with stopwatch.phase("results"):
-            judgement = judging.judge(Transform.from_parts(image.grid, parts), result.transform)
-        if folder is None:
-            return {}
-        facts = {**describe(["jax"]), "device": _told(target, spread)}
-        inputs = {name: str(path) for name, path in [*read, *beside]} | {"--initial": initial or []}
+            judgement = judging.judge(start, result.transform)
         beyond = {
             name: outside_values(volume, result.outside)
             for name, volume in ((MOVED, result.moving), (FIXED_MOVED, result.fixed))
         }
-        if REPORT in wanted:
-            title = f"{moving.name} registered to {fixed.name}"
-            told = {name: str(path) for name, path in [*read, *beside]}
-            told |= {"--initial": " ".join(initial)} if initial else {}
-            told |= {"--clip": clip}
+        if folder is None:
+            return _Done(result, judgement, beyond, {}, [])
+        facts = {**describe(["jax"]), "device": _told(target, spread)}
+        files = {name: str(path) for name, path in inputs.files.items()}
+        if REPORT in asked.wanted:
+            names = [inputs.files[name].name for name in ("MOVING", "FIXED")]
+            told = dict(files)
+            told |= {"--initial": " ".join(inputs.initial)} if inputs.initial else {}
+            told |= {"--clip": asked.clip_text}
             told |= {f"Outside of the image in {n}": format_values(v) for n, v in beyond.items()}
-            tables = {"Inputs": told, "Versions": facts}
-            scores = judgement.tables()
             with stopwatch.phase("report"):
-                write_report(result, folder / REPORT, title=title, tables=tables, scores=scores)
-        settings = {"clip": clipping, "outside": {n: v.tolist() for n, v in beyond.items()}}
-        record = _record(result, inputs, facts, wanted) | settings | judgement.record()
-        record["seconds"] = stopwatch.seconds()
-        record["peak memory (MB)"] = devices.peak_memory()
-        if RECORD in wanted:
+                write_report(
+                    result,
+                    folder / REPORT,
+                    title=" registered to ".join(names),
+                    tables={"Inputs": told, "Versions": facts},
+                    scores=judgement.tables(),
+                )
+        record = {
+            **_record(result, files | {"--initial": list(inputs.initial)}, facts, asked.wanted),
+            "clip": asked.clip,
+            "outside": {name: values.tolist() for name, values in beyond.items()},
+            **judgement.record(),
+            "seconds": stopwatch.seconds(),
+            "peak memory (MB)": devices.peak_memory(),
+        }
+        if RECORD in asked.wanted:
             (folder / RECORD).write_text(f"{json.dumps(record, indent=2)}\n")
         written = sorted(path.name for path in folder.iterdir())
-    console.print(_summary(result, judgement, stopwatch, facts["device"]))
-    for name, values in beyond.items():
-        if values.any():
-            text = f"Outside of the image in {name} is {format_values(values)}."
-            console.print(text, highlight=False, soft_wrap=True, markup=False)
-    tell_doubts(result.doubts)
-    judgement.tell()
-    for name in written:
-        console.print(output / name, highlight=False, soft_wrap=True, markup=False)
-    return record
+    return _Done(result, judgement, beyond, record, written)
 
 
 def _read(paths: list[tuple[str, Path]]) -> Iterator[tuple[str, Volume]]:

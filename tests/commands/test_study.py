@@ -1,0 +1,145 @@
+"""``jaxreg register --pairs``: many pairs, a table of them, and going on after a stop."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import run
+from scenes import header, physical_grid, scene
+
+from regkernels import write_volume
+
+Captured = pytest.CaptureFixture[str]
+
+OPTIONS = ("--stages", "translation,greedy", "--preset", "fast", "--device", "cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three images, and a table of two pairs."""
+    grid = header((24, 26), (2.5, 2.5))
+    for name, shift in (("atlas", 0.0), ("one", 3.0), ("two", -2.0)):
+        image = scene(physical_grid(grid) + shift).astype(np.float32)
+        write_volume(grid.with_array(image), tmp_path / f"{name}.nii.gz")
+        labels = (image > image.mean()).astype(np.uint8) + 1
+        write_volume(grid.with_array(labels), tmp_path / f"{name}_labels.nii.gz")
+    write_pairs(tmp_path, "fixed,moving\natlas.nii.gz,one.nii.gz\natlas.nii.gz,two.nii.gz\n")
+    return tmp_path
+
+
+def write_pairs(folder: Path, text: str) -> None:
+    (folder / "pairs.csv").write_text(text)
+
+
+def study(folder: Path, *options: object) -> int:
+    return run(
+        "register", "--pairs", folder / "pairs.csv", "-o", folder / "out", *OPTIONS, *options
+    )
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "out" / "pairs.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_each_pair_is_registered_as_it_would_be_alone(folder: Path, capsys: Captured) -> None:
+    assert study(folder) == 0
+    assert "2 of 2" in capsys.readouterr().out
+    for name in ("one", "two"):
+        alone = folder / f"{name}_alone"
+        paths = folder / "atlas.nii.gz", folder / f"{name}.nii.gz"
+        assert run("register", *paths, "-o", alone, *OPTIONS) == 0
+        for file in ("affine.tfm", "warp.nii.gz", "moved.nii.gz"):
+            assert (folder / "out" / name / file).read_bytes() == (alone / file).read_bytes()
+    rows = table(folder)
+    assert [(row["name"], row["status"]) for row in rows] == [("one", "done"), ("two", "done")]
+    assert all(float(row["seconds"]) > 0 and float(row["greedy loss"]) < 0 for row in rows)
+
+
+def test_the_same_command_goes_on_where_it_was_stopped(folder: Path) -> None:
+    assert study(folder) == 0
+    before = (folder / "out" / "one" / "warp.nii.gz").stat().st_mtime_ns
+    (folder / "out" / "two" / "registration.json").unlink()
+    assert study(folder) == 0
+    assert [row["status"] for row in table(folder)] == ["kept", "done"]
+    assert (folder / "out" / "one" / "warp.nii.gz").stat().st_mtime_ns == before
+
+
+def test_a_pair_of_other_images_is_registered_anew(folder: Path) -> None:
+    assert study(folder) == 0
+    write_pairs(folder, "name,fixed,moving\none,atlas.nii.gz,two.nii.gz\n")
+    assert study(folder) == 0
+    assert [(row["name"], row["status"]) for row in table(folder)] == [("one", "done")]
+
+
+def test_one_that_fails_does_not_stop_the_others(folder: Path, capsys: Captured) -> None:
+    (folder / "two.nii.gz").write_bytes(b"no image")
+    write_pairs(
+        folder,
+        "name,fixed,moving\nbad,atlas.nii.gz,two.nii.gz\ngood,atlas.nii.gz,one.nii.gz\n",
+    )
+    assert study(folder) == 2
+    assert "1 of 2 pairs failed: bad; " in capsys.readouterr().err
+    bad, good = table(folder)
+    assert bad["status"] == "failed" and "two.nii.gz: not an image" in bad["error"]
+    assert good["status"] == "done"
+    assert not (folder / "out" / "bad").exists()
+
+
+def test_the_table_tells_how_labels_fit(folder: Path, capsys: Captured) -> None:
+    columns = "fixed,moving,fixed_labels,moving_labels"
+    write_pairs(
+        folder, f"{columns}\natlas.nii.gz,one.nii.gz,atlas_labels.nii.gz,one_labels.nii.gz\n"
+    )
+    assert study(folder, "--json") == 0
+    (row,) = table(folder)
+    assert float(row["dice after"]) > float(row["dice before"])
+    (printed,) = json.loads(capsys.readouterr().out)
+    assert printed["dice after"] == float(row["dice after"])
+
+
+def test_results_of_other_settings_are_not_taken_for_these(folder: Path, capsys: Captured) -> None:
+    assert study(folder) == 0
+    assert study(folder, "--metric", "mse") == 2
+    assert "expected a folder without results of other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fixed\na\n", "expected the columns fixed and moving, and maybe name"),
+        ("fixed,moving,age\n", "expected the columns fixed and moving"),
+        ("fixed,moving\n", "expected pairs, got none"),
+        ("fixed,moving\natlas.nii.gz\n", "line 2: expected as many cells as columns"),
+        ("fixed,moving\natlas.nii.gz,\n", "line 2: expected a file in the column moving"),
+        ("fixed,moving\natlas.nii.gz,no.nii.gz\n", r"line 2: moving: .*no\.nii\.gz: no such file"),
+        (
+            "name,fixed,moving\na/b,atlas.nii.gz,one.nii.gz\n",
+            "expected a name that can be a folder",
+        ),
+        (
+            "fixed,moving\natlas.nii.gz,one.nii.gz\ntwo.nii.gz,one.nii.gz\n",
+            "expected a name for each pair, got one twice",
+        ),
+    ],
+)
+def test_what_is_no_table_of_pairs_is_refused(
+    folder: Path, text: str, message: str, capsys: Captured
+) -> None:
+    write_pairs(folder, text)
+    assert study(folder) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "--pairs: " in error
+    assert re.search(message, error)
+
+
+def test_a_study_takes_its_images_from_the_table(folder: Path, capsys: Captured) -> None:
+    assert study(folder, folder / "atlas.nii.gz", folder / "one.nii.gz") == 2
+    assert "--pairs: expected no FIXED beside it" in capsys.readouterr().err
+    assert run("register", folder / "atlas.nii.gz", "-o", folder / "out") == 2
+    assert "missing argument MOVING" in capsys.readouterr().err
