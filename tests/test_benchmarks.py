@@ -192,7 +192,9 @@ def test_a_training_is_measured_and_makes_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = "--size 32 32 32 --steps 4 --networks VoxelMorph --device cpu --only torch jaxreg"
-    where = ["--precisions", "bfloat16", "--output", str(tmp_path)]
+    # In bfloat16 PyTorch's convolutions on the CPU read memory that nobody has written: the
+    # gradient of a weight is another one each time, and may be NaN.
+    where = ["--precisions", "float32", "--output", str(tmp_path)]
     script("training", monkeypatch, *words.split(), *where).main()
     (file,) = tmp_path.glob("cpu-*/training.json")
     rows = {row["who"]: row for row in json.loads(file.read_text())["rows"]}
@@ -202,18 +204,14 @@ def test_a_training_is_measured_and_makes_a_table(
         "torchreg checkpointed",
         "jaxreg",
     }
-    # Not to the bit: PyTorch's convolutions in bfloat16 are not the same twice on the CPU.
-    same = pytest.approx(rows["torchreg"]["loss"], abs=1e-2)
-    assert rows["torchreg checkpointed"]["loss"] == same
-    assert all(row["ms"] > 0 for row in rows.values())
+    same = pytest.approx(rows["torchreg"]["loss"], abs=1e-3)
+    assert all(row["loss"] == same and row["ms"] > 0 for row in rows.values())
     for who in ("torchreg", "jaxreg"):
         # What is told is what an image in float32 says, and the penalty, which is small at first.
         assert rows[who]["loss"] == pytest.approx(rows[who]["lncc"], abs=1e-3)
-    told = rows["torch convolutions"]["loss"]
-    assert told is None or told < -1  # no correlation is; None is what is not a number
     tables = script("tables", monkeypatch)
     made, _ = tables.rewrite("<!-- table: training-cpu -->\n<!-- /table -->", tmp_path)
-    assert "| VoxelMorph, bfloat16 | torchreg | **" in made
+    assert "| VoxelMorph, float32 | torchreg | **" in made
 
 
 def test_a_network_has_the_parameters_of_the_one_that_it_is_named_after(

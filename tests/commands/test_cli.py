@@ -598,7 +598,7 @@ APPLY = "apply moving.mha -r fixed.nii.gz -o out.nrrd"
             "FIXED: expected different intensities, got 0",
         ),
         ("register fixed.nii.gz bright.nrrd -o out", "error: MOVING: expected intensities within"),
-        ("register . moving.mha -o out", "FIXED: .: expected a file, got a folder"),
+        ("register . moving.mha -o out", "FIXED: .: expected a file, or a folder with"),
         (f"{REGISTER} -o taken", "--output: taken/moved.nii.gz: expected a file or nothing, got"),
         ("register holes.nrrd moving.mha -o out", "FIXED: holes.nrrd: array: expected finite"),
         ("register fixed.nii.gz holes.nii.gz -o out", "MOVING: holes.nii.gz: expected finite"),

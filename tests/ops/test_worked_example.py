@@ -97,9 +97,7 @@ def write_sources(folder: Path) -> None:
     csrc = folder / "csrc"
     for layer in ("core", "maths"):
         shutil.copytree(ROOT / "csrc" / layer, csrc / layer)
-    (csrc / "frontends").mkdir()
-    for name in ("python.cpp", "xla.h"):
-        shutil.copy(ROOT / "csrc" / "frontends" / name, csrc / "frontends" / name)
+    shutil.copytree(ROOT / "csrc" / "frontends", csrc / "frontends")
     (csrc / "frontends" / "xla.cpp").write_text(NO_XLA)
 
     (csrc / "ops" / "magnitude").mkdir(parents=True)

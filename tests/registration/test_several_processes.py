@@ -103,4 +103,4 @@ def test_all_end_with_a_clear_error_where_one_is_lost(tmp_path: Path) -> None:
     # JAX ends a process by itself where it misses another one before this one needs it.
     words = ("RuntimeError: devices: the program of 2 processes failed", "another task died")
     assert any(text in there.stderr for text in words), there.stderr
-    assert not there.stdout
+    assert "field" not in there.stdout
