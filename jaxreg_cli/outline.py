@@ -10,7 +10,7 @@ import typer
 __all__ = ["SUBCOMMANDS", "describing_app", "empty_app"]
 
 SUBCOMMANDS: Mapping[str, str] = {
-    "register": "Register MOVING to FIXED.",
+    "register": "Register MOVING to FIXED, or many pairs.",
     "template": "Build the template of several images: their mean shape and their mean intensity.",
     "apply": "Resample IMAGE onto the grid of a reference, through any number of transforms.",
     "apply-points": "Send points through any number of transforms.",
