@@ -8,24 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import run
-from scenes import header, physical_grid, scene
+from scenes import write_shifted_pair
 
 from jaxreg.commands import app
-from regkernels import write_affine, write_volume
+from regkernels import write_affine
 
 Captured = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("images")
-    grid = header((24, 26), (2.5, 2.5))
-    paths = []
-    for name, shift in (("fixed", 0.0), ("moving", 3.0)):
-        image = scene(physical_grid(grid) + shift).astype(np.float32)
-        paths.append(folder / f"{name}.nii.gz")
-        write_volume(grid.with_array(image), paths[-1])
-    return paths
+    return write_shifted_pair(tmp_path_factory.mktemp("images"))
 
 
 REGISTER = ("register", "--stages", "translation", "--device", "cpu")

@@ -10,7 +10,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from command import run
 from numpy.typing import NDArray
-from scenes import header, physical_grid, scene
+from scenes import header, write_shifted_pair
 
 from regkernels import (
     Volume,
@@ -24,14 +24,7 @@ from regkernels import (
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("images")
-    grid = header((24, 26), (2.5, 2.5))
-    paths = []
-    for name, shift in (("fixed", 0.0), ("moving", 3.0)):
-        image = scene(physical_grid(grid) + shift).astype(np.float32)
-        paths.append(folder / f"{name}.nii.gz")
-        write_volume(grid.with_array(image), paths[-1])
-    return paths
+    return write_shifted_pair(tmp_path_factory.mktemp("images"))
 
 
 def written(images: list[Path], out: Path, *options: object) -> dict[str, bytes]:

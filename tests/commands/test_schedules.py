@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from command import run
-from scenes import header, physical_grid, scene
+from scenes import write_shifted_pair
 
 from jaxreg.commands.schedules import Schedule, read_schedule
 from jaxreg.registration import (
@@ -24,7 +23,6 @@ from jaxreg.registration import (
     SyN,
     preset,
 )
-from regkernels import write_volume
 
 STAGES: dict[str, Stage] = {
     "affine metric=MI(num_bins=64) scales=4,2,1 iterations=200,100,50": Affine(
@@ -135,12 +133,7 @@ def test_one_way_to_say_it_is_enough(tmp_path: Path) -> None:
 
 
 def test_a_registration_is_repeated_from_its_record(tmp_path: Path) -> None:
-    grid = header((24, 26), (2.5, 2.5))
-    paths = []
-    for name, shift in (("fixed", 0.0), ("moving", 3.0)):
-        image = scene(physical_grid(grid) + shift).astype(np.float32)
-        paths.append(tmp_path / f"{name}.nii.gz")
-        write_volume(grid.with_array(image), paths[-1])
+    paths = write_shifted_pair(tmp_path)
     stages = [
         "--stage",
         "translation scales=4,2 iterations=9,5",

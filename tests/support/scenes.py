@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 
 from jaxreg import convert_displacement
 from jaxreg.registration import ncc, resize_field
-from regkernels import Volume, rigid_motion
+from regkernels import Volume, rigid_motion, write_volume
 
 if TYPE_CHECKING:
     import SimpleITK as sitk  # noqa: N813
@@ -50,6 +51,16 @@ def header(shape: tuple[int, ...], spacing: tuple[float, ...], turn: float = 0.0
         direction = np.array([[cos, -sin], [sin, cos]])
     volume = Volume.create(np.zeros(shape), spacing, np.zeros(dim), direction)
     return placed(volume, origin=-volume.grid.centre())
+
+
+def write_shifted_pair(folder: Path, shift: float = 3.0) -> list[Path]:
+    """Write two small images in 2-D, ``fixed.nii.gz`` and ``moving.nii.gz``, of a shifted scene."""
+    grid = header((24, 26), (2.5, 2.5))
+    paths = [folder / "fixed.nii.gz", folder / "moving.nii.gz"]
+    for path, offset in zip(paths, (0.0, shift), strict=True):
+        image = scene(physical_grid(grid) + offset).astype(np.float32)
+        write_volume(grid.with_array(image), path)
+    return paths
 
 
 def random_header(rng: np.random.Generator) -> Volume:
