@@ -5,7 +5,8 @@
 // all that could meet in one place allows in 64 bits. Let m be the largest finite magnitude among
 // the cotangents of a target array and 2^k at least the number of voxels that contribute to it. The
 // quantum is below m 2^(k-61), and a sum of n contributions is off by at most n/2 of it: far less
-// than float32 rounds, but more than float64 does.
+// than float32 rounds, but more than float64 does. In float32 most contributions have been added up
+// before, as other integers: see scatter_cuda.h.
 //
 // What is not finite stays out of this and is added as it is, since the sum of infinities and NaN
 // does not depend on the order either.
@@ -13,6 +14,7 @@
 
 #ifdef __CUDACC__
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/for_each.h"
@@ -42,35 +44,55 @@ __device__ __forceinline__ double power_of_two(int exponent) {
   return __longlong_as_double(static_cast<long long>(exponent + 1023) << 52);
 }
 
-// A loop over voxels takes the elements of one batch element as rows of this length.
-inline constexpr int kFlatRow = 1024;
-inline VoxelSpace flat_space(int64_t groups, int64_t items, int64_t count) {
-  return {groups, items, 1, static_cast<int>((count + kFlatRow - 1) / kFlatRow), kFlatRow};
+// Elements of one batch element that a block takes, several for each thread: their loads are under
+// way together.
+inline constexpr int kFlatThreads = 256, kFlatElements = 8;
+inline constexpr int kFlatBlock = kFlatThreads * kFlatElements;
+
+inline dim3 flat_grid(int64_t count, int64_t batch) {
+  return {static_cast<unsigned>((count + kFlatBlock - 1) / kFlatBlock),
+          static_cast<unsigned>(std::min<int64_t>(batch, 65535))};
 }
 
+// Finds the largest finite magnitude of the values of each batch element. Several may share one.
 template <class S>
-struct LargestMagnitude {
-  Operand<const S> values;
-  Operand<Fixed> largest;
-  int64_t count;  // elements of one batch element
-
-  struct Element {
-    const S* values;
-    Fixed* largest;
-    int64_t count;
-    __device__ __forceinline__ void operator()(const Voxel& voxel) const {
-      const int64_t i = static_cast<int64_t>(voxel.y) * kFlatRow + voxel.x;
-      Fixed bits = i < count ? magnitude_bits(to_arithmetic(values[i])) : 0;
-      REGKERNELS_UNROLL
-      for (int step = kWarp / 2; step > 0; step /= 2) {
-        bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, step));
-      }
-      // Hardly any warp finds a larger number than those before, so hardly any has to write.
-      if (threadIdx.x == 0 && bits > __ldcg(largest)) atomicMax(largest, bits);
+__global__ void __launch_bounds__(kFlatThreads)
+    largest_magnitude_kernel(const __grid_constant__ Operand<const S> values,
+                             const __grid_constant__ Operand<Fixed> largest, int64_t count,
+                             int64_t items, int64_t batch) {
+  for (int64_t b = blockIdx.y; b < batch; b += gridDim.y) {
+    const S* const mine = values.at(b / items, b % items);
+    const int64_t begin = static_cast<int64_t>(blockIdx.x) * kFlatBlock + threadIdx.x;
+    S value[kFlatElements];
+    REGKERNELS_UNROLL
+    for (int k = 0; k < kFlatElements; ++k) {
+      const int64_t i = begin + k * kFlatThreads;
+      value[k] = i < count ? mine[i] : S{};
     }
-  };
-  REGKERNELS_HD Element element(int64_t group, int64_t item) const {
-    return {values.at(group, item), largest.at(group, item), count};
+    Fixed bits = 0;
+    REGKERNELS_UNROLL
+    for (int k = 0; k < kFlatElements; ++k) {
+      bits = max(bits, magnitude_bits(to_arithmetic(value[k])));
+    }
+    REGKERNELS_UNROLL
+    for (int step = kWarp / 2; step > 0; step /= 2) {
+      bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, step));
+    }
+    // Hardly any warp finds a larger number than those before, so hardly any has to write.
+    Fixed* const result = largest.at(b / items, b % items);
+    if (threadIdx.x % kWarp == 0 && bits > __ldcg(result)) atomicMax(result, bits);
+  }
+}
+
+// The sums of a call.
+struct FixedSums {
+  Operand<const Fixed> largest;
+  Operand<Fixed> sums;
+  int contributor_bits;
+
+  // The number of quanta per unit.
+  __device__ __forceinline__ double quanta(int64_t group, int64_t item) const {
+    return power_of_two(fixed_point_bits(*largest.at(group, item), contributor_bits));
   }
 };
 
@@ -82,16 +104,14 @@ struct FixedPointScatter {
 
   R resampling;
   Operand<const S> grad_output;
-  Operand<const Fixed> largest;
-  Operand<Fixed> sums;
+  FixedSums fixed;
   Operand<T> not_finite;
-  int contributor_bits;
 
   struct Element {
     typename R::Element source;
     const FixedPointScatter* self;
     const S* grad;
-    const Fixed* largest;
+    double quanta;
     Fixed* sums;
     T* not_finite;
 
@@ -101,7 +121,6 @@ struct FixedPointScatter {
       T weight[1 << D];
       const Vec<int, D> cell =
           source.corner_weights(source.position(voxel, source.vector(voxel)), weight);
-      const double quanta = power_of_two(fixed_point_bits(*largest, self->contributor_bits));
       const int64_t here = source.voxel_offset(voxel);
       const int64_t corner0 = r.voxel_offset(cell);
       for (int channel = 0; channel < r.in_layout.count(); ++channel) {
@@ -121,42 +140,44 @@ struct FixedPointScatter {
       }
     }
   };
-  REGKERNELS_HD Element element(int64_t group, int64_t item) const {
+  __device__ __forceinline__ Element element(int64_t group, int64_t item) const {
     const auto source = resampling.element(group, item);
     return {source,
             this,
             grad_output.at(group, item),
-            largest.at(group, item),
-            source.plane_zero(sums.at(group, item)),
+            fixed.quanta(group, item),
+            source.plane_zero(fixed.sums.at(group, item)),
             source.plane_zero(not_finite.at(group, item))};
   }
 };
 
 // Adds the sums of finite contributions to `result`, where those of all others are already.
 template <class T>
-struct FromFixedPoint {
-  Operand<const Fixed> largest;
-  Operand<const Fixed> sums;
-  Operand<T> result;
-  int64_t count;
-  int contributor_bits;
-
-  struct Element {
-    const FromFixedPoint* self;
-    const Fixed* largest;
-    const Fixed* sums;
-    T* result;
-    __device__ __forceinline__ void operator()(const Voxel& voxel) const {
-      const int64_t i = static_cast<int64_t>(voxel.y) * kFlatRow + voxel.x;
-      if (i >= self->count) return;
-      const double quantum = power_of_two(-fixed_point_bits(*largest, self->contributor_bits));
-      result[i] += static_cast<T>(static_cast<double>(static_cast<long long>(sums[i])) * quantum);
+__global__ void __launch_bounds__(kFlatThreads)
+    from_fixed_point_kernel(const __grid_constant__ FixedSums fixed,
+                            const __grid_constant__ Operand<T> result, int64_t count, int64_t items,
+                            int64_t batch) {
+  for (int64_t b = blockIdx.y; b < batch; b += gridDim.y) {
+    const Fixed* const sums = fixed.sums.at(b / items, b % items);
+    T* const to = result.at(b / items, b % items);
+    const double quantum = 1 / fixed.quanta(b / items, b % items);
+    const int64_t begin = static_cast<int64_t>(blockIdx.x) * kFlatBlock + threadIdx.x;
+    Fixed sum[kFlatElements];
+    T other[kFlatElements];
+    REGKERNELS_UNROLL
+    for (int k = 0; k < kFlatElements; ++k) {
+      const int64_t i = begin + k * kFlatThreads;
+      sum[k] = i < count ? sums[i] : 0;
+      other[k] = i < count ? to[i] : T(0);
     }
-  };
-  REGKERNELS_HD Element element(int64_t group, int64_t item) const {
-    return {this, largest.at(group, item), sums.at(group, item), result.at(group, item)};
+    REGKERNELS_UNROLL
+    for (int k = 0; k < kFlatElements; ++k) {
+      const int64_t i = begin + k * kFlatThreads;
+      const double finite = static_cast<double>(static_cast<long long>(sum[k])) * quantum;
+      if (i < count) to[i] = other[k] + static_cast<T>(finite);
+    }
   }
-};
+}
 
 inline int bits_to_count(int64_t count) {
   int bits = 0;
@@ -164,29 +185,28 @@ inline int bits_to_count(int64_t count) {
   return bits;
 }
 
-// `sums` has the shape of `grad_input`, `largest` one entry for each of its batch elements.
-template <class R>
-void scatter_in_fixed_point(const Cuda& device, const VoxelSpace& space, const R& resampling,
-                            const Tensor& grad_output, const Tensor& grad_input, const Tensor& sums,
-                            const Tensor& largest) {
-  using S = typename R::S;
-  using T = typename R::T;
-  for (const Tensor* tensor : {&grad_input, &sums, &largest}) clear(device, *tensor);
+// Calls add(fixed) to add up what is finite in `sums`, of the shape of `grad_input`, and what is
+// not in `grad_input`, and brings both together there. `largest` has one entry for each batch
+// element.
+template <class S, class T, class Add>
+void in_fixed_point(const Cuda& device, const VoxelSpace& space, const Tensor& grad_output,
+                    const Tensor& grad_input, const Tensor& sums, const Tensor& largest,
+                    const Add& add) {
+  for (const Tensor* tensor : {&sums, &largest}) clear(device, *tensor);
   const bool shared = grad_input.shape[1] != space.items;
   const int contributor_bits =
       bits_to_count(space.rows() * space.x * (shared ? space.items : int64_t{1}));
-  const int64_t cotangents = grad_output.shape.count(2);
-  for_each_voxel(
-      device, flat_space(space.groups, space.items, cotangents),
-      LargestMagnitude<S>{Operand<const S>(grad_output), Operand<Fixed>(largest), cotangents});
-  for_each_voxel(
-      device, space,
-      FixedPointScatter<R>{resampling, Operand<const S>(grad_output), Operand<const Fixed>(largest),
-                           Operand<Fixed>(sums), Operand<T>(grad_input), contributor_bits});
-  const int64_t targets = grad_input.shape.count(2);
-  for_each_voxel(device, flat_space(grad_input.shape[0], grad_input.shape[1], targets),
-                 FromFixedPoint<T>{Operand<const Fixed>(largest), Operand<const Fixed>(sums),
-                                   Operand<T>(grad_input), targets, contributor_bits});
+  const int64_t cotangents = grad_output.shape.count(2), batch = space.batch();
+  largest_magnitude_kernel<<<flat_grid(cotangents, batch), kFlatThreads, 0, device.stream>>>(
+      Operand<const S>(grad_output), Operand<Fixed>(largest), cotangents, space.items, batch);
+  check_launch();
+  const FixedSums fixed{Operand<const Fixed>(largest), Operand<Fixed>(sums), contributor_bits};
+  add(fixed);
+  const int64_t targets = grad_input.shape.count(2), items = grad_input.shape[1];
+  from_fixed_point_kernel<<<flat_grid(targets, grad_input.shape[0] * items), kFlatThreads, 0,
+                            device.stream>>>(fixed, Operand<T>(grad_input), targets, items,
+                                             grad_input.shape[0] * items);
+  check_launch();
 }
 
 }  // namespace regkernels

@@ -120,6 +120,71 @@ def test_a_cotangent_that_is_not_finite_reaches_only_the_voxels_that_count(
     assert touched.tolist() == [[1, 1, x] for x in (5, 33, 70, 71)]
 
 
+CROWDS = {
+    "where many samples lie between the same voxels": (0.05, 0.0),
+    "where all samples are of one place": (0.0, 0.3),
+    "where all samples lie beyond a corner": (0.0, 3.0),
+}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize("crowd", CROWDS)
+def test_the_gradient_of_the_image_is_exact(
+    backend: Backend, crowd: str, dim: int, deterministic: bool
+) -> None:
+    """On a GPU a block of voxels first adds up integers, of which a target has room for so many."""
+    scale, offset = CROWDS[crowd]
+    affine = np.concatenate([scale * np.eye(dim), np.full((dim, 1), offset)], 1)[None]
+    shape = (11, 19, 37)[-dim:]
+    cotangent = random_array(1, 1, 1, *shape, dtype=np.float32)
+    image = random_array(0, 1, 1, *(7 for _ in shape), dtype=np.float32)
+
+    def gradient(dtype: object) -> np.ndarray:
+        (gradient,) = backend.vjp(
+            "interpolate",
+            (image.astype(dtype), affine.astype(dtype)),
+            cotangent.astype(dtype),
+            [0],
+            out_shape=shape,
+            padding_mode="border",
+            deterministic=deterministic,
+        )
+        return gradient
+
+    assert_close(gradient(np.float32), gradient(np.float64), np.float32)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("large", [1e2, 1e5, 1e30])
+def test_a_large_cotangent_takes_no_digits_from_its_neighbours(
+    backend: Backend, large: float, deterministic: bool
+) -> None:
+    shape = (5, 6, 40)
+    image = random_array(0, 1, 1, *shape, dtype=np.float32)
+    cotangent = random_array(1, 1, 1, *shape, dtype=np.float32)
+    u = 0.3 / 20 * random_array(2, 1, *shape, 3, dtype=np.float32)
+
+    def gradient(dtype: object) -> np.ndarray:
+        (gradient,) = backend.vjp(
+            "interpolate",
+            (image.astype(dtype), None, u.astype(dtype)),
+            cotangent.astype(dtype),
+            [0],
+            deterministic=deterministic and large < 1e20,
+        )
+        return gradient
+
+    cotangent[0, 0, 2, 3, 20] = large
+    actual, expected = gradient(np.float32), gradient(np.float64)
+    far = np.ones(shape, bool)
+    far[1:4, 2:5, 19:22] = False
+    assert_close(actual[0, 0][far], expected[0, 0][far], np.float32)
+    np.testing.assert_allclose(
+        actual[0, 0][~far], expected[0, 0][~far], rtol=1e-5, atol=large * 1e-6
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [2, 3])
 @pytest.mark.parametrize("align_corners", [True, False])

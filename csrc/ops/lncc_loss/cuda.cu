@@ -4,16 +4,17 @@
 // shared memory until the window is complete and the gradient of a plane can leave. Each image is
 // read from memory once (and then from cache), and nothing but the gradients is written.
 //
-// Larger windows have no room for that. There, and in float64, the same kernel writes the adjoint
-// fields to memory, and a second one sums them up.
+// Larger windows have no room for that. They, and float64, go by way of sums in memory:
+// passes_cuda.h.
 #include <algorithm>
-#include <type_traits>
+#include <limits>
 
 #include "core/for_each.h"
 #include "core/reduce.h"
 #include "maths/vec.h"
 #include "ops/lncc_loss/call.h"
 #include "ops/lncc_loss/lncc_loss.h"
+#include "ops/lncc_loss/passes_cuda.h"
 #include "ops/lncc_loss/tiles.h"
 #include "ops/losses/finish.h"
 
@@ -39,7 +40,7 @@ __device__ __forceinline__ T* opaque_global_pointer(T* pointer) {
 template <class T>
 struct LnccArguments {
   Window<T> window;
-  LnccTile tile;  // used where the size of the window is known at run time only
+  LnccTile tile;
   Channels<const T> image_i, image_j, mask, cotangent;
   Channels<T> grad_i, grad_j, map;
   bool sum_i, sum_j;
@@ -51,9 +52,6 @@ struct LnccArguments {
   T scale;            // multiplies the gradient
   const T* mask_sum;  // (G) divides the scale; or null
   T* partial_sums;    // (G, kLnccMaxParts) sums of the correlations; or null
-  const T* pivots;    // (G, N, C, 2) which the adjoint fields are relative to; null: the tile's own
-  T* adjoint;         // (fields, G, N, C, Z, Y, X); null: the adjoint fields stay in the block
-  int64_t adjoint_stride;  // from one adjoint field to the next
 };
 
 template <class T>
@@ -104,34 +102,21 @@ __device__ __forceinline__ void sum_windows(const Window<T>& window,
 template <int kWindow, bool kBox, class T>
 __device__ __forceinline__ void sum_rows(const Window<T>& window, int planes, int rows, const T* in,
                                          int in_stride, T* out, int out_stride, int width) {
-  if constexpr (kWindow > 0) {
-    constexpr int kValues = kStrip + kWindow - 1;
-    const int strips = (width + kStrip - 1) / kStrip;
-    for (int i = thread_number<kThreads>(); i < rows * strips; i += kThreads) {
-      const int strip = i / rows, row = i - strip * rows, first = strip * kStrip;
-      for (int plane = 0; plane < planes; ++plane) {
-        const T* from = in + (plane * rows + row) * in_stride + first;
-        alignas(16) T loaded[(kValues + kStrip - 1) / kStrip * kStrip];
-        REGKERNELS_UNROLL
-        for (int k = 0; k < kValues; k += kStrip) load_strip(from + k, loaded + k);
-        T value[kValues];
-        REGKERNELS_UNROLL
-        for (int k = 0; k < kValues; ++k) value[k] = loaded[k];
-        alignas(16) T sum[kStrip];
-        sum_windows<kRow, kWindow, kBox>(window, value, sum);
-        load_strip(sum, out + (plane * rows + row) * out_stride + first);
-      }
-    }
-  } else {
-    for (int i = thread_number<kThreads>(); i < rows * width; i += kThreads) {
-      const int row = i / width, x = i - row * width;
-      for (int plane = 0; plane < planes; ++plane) {
-        const T* centre = in + (plane * rows + row) * in_stride + x + window.radius;
-        const auto& weight = window.weight[kRow];
-        T sum = weight[0] * centre[0];
-        for (int d = 1; d <= window.radius; ++d) sum += weight[d] * (centre[-d] + centre[d]);
-        out[(plane * rows + row) * out_stride + x] = sum;
-      }
+  constexpr int kValues = kStrip + kWindow - 1;
+  const int strips = (width + kStrip - 1) / kStrip;
+  for (int i = thread_number<kThreads>(); i < rows * strips; i += kThreads) {
+    const int strip = i / rows, row = i - strip * rows, first = strip * kStrip;
+    for (int plane = 0; plane < planes; ++plane) {
+      const T* from = in + (plane * rows + row) * in_stride + first;
+      alignas(16) T loaded[(kValues + kStrip - 1) / kStrip * kStrip];
+      REGKERNELS_UNROLL
+      for (int k = 0; k < kValues; k += kStrip) load_strip(from + k, loaded + k);
+      T value[kValues];
+      REGKERNELS_UNROLL
+      for (int k = 0; k < kValues; ++k) value[k] = loaded[k];
+      alignas(16) T sum[kStrip];
+      sum_windows<kRow, kWindow, kBox>(window, value, sum);
+      load_strip(sum, out + (plane * rows + row) * out_stride + first);
     }
   }
 }
@@ -140,22 +125,10 @@ __device__ __forceinline__ void sum_rows(const Window<T>& window, int planes, in
 template <int kWindow, bool kBox, int kCount, class T>
 __device__ __forceinline__ void sum_column(const Window<T>& window, const T* in, int stride,
                                            T (&sum)[kCount]) {
-  if constexpr (kWindow > 0) {
-    T value[kCount + kWindow - 1];
-    REGKERNELS_UNROLL
-    for (int k = 0; k < kCount + kWindow - 1; ++k) value[k] = in[k * stride];
-    sum_windows<kColumn, kWindow, kBox>(window, value, sum);
-  } else {
-    const auto& weight = window.weight[kColumn];
-    REGKERNELS_UNROLL
-    for (int s = 0; s < kCount; ++s) {
-      const T* centre = in + (s + window.radius) * stride;
-      sum[s] = weight[0] * centre[0];
-      for (int d = 1; d <= window.radius; ++d) {
-        sum[s] += weight[d] * (centre[-d * stride] + centre[d * stride]);
-      }
-    }
-  }
+  T value[kCount + kWindow - 1];
+  REGKERNELS_UNROLL
+  for (int k = 0; k < kCount + kWindow - 1; ++k) value[k] = in[k * stride];
+  sum_windows<kColumn, kWindow, kBox>(window, value, sum);
 }
 
 // A value that is typical of an image about a tile, the same for all threads.
@@ -195,19 +168,6 @@ struct DepthRing {
   }
 };
 
-// Stores the gradients at a voxel, from the complete sums of the adjoint fields there.
-template <int kFields, class T>
-__device__ __forceinline__ void store_gradients(const LnccArguments<T>& arguments, int64_t item,
-                                                T scale, T value_i, T value_j,
-                                                const T (&sums)[kFields], T* to_i, T* to_j) {
-  const T gradient = scale * assemble(value_i, value_j, sums[0], sums[1], sums[2]);
-  *to_i = arguments.sum_i && item > 0 ? *to_i + gradient : gradient;
-  if constexpr (kFields == 5) {
-    const T other = scale * assemble(value_j, value_i, sums[0], sums[3], sums[4]);
-    *to_j = arguments.sum_j && item > 0 ? *to_j + other : other;
-  }
-}
-
 // One block's part of the work. Its phases, between barriers, for one plane after the other:
 //   sums along z of values and products                 (images -> by_depth)
 //   sums along rows                                     (by_depth -> by_row)
@@ -216,24 +176,19 @@ __device__ __forceinline__ void store_gradients(const LnccArguments<T>& argument
 //   sums along columns, and along z; gradients          (adjoint_by_row -> ring -> memory)
 // The first two run ahead by a plane and share their barriers with the last two.
 //
-// kWindow is the size of the window, or 0 where it is known at run time only; kDepth is its size
-// along z, which is 1 in 2-D.
+// kWindow is the size of the window; kDepth is its size along z, which is 1 in 2-D.
 template <class T, int kWindow, int kDepth, bool kBox, int kRows, int kFields>
 __global__ void __launch_bounds__(kThreads, 1)
     lncc_kernel(const __grid_constant__ LnccArguments<T> arguments) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ T scratch[kThreads / kWarp];
-  constexpr bool kFused = kWindow > 0 && kFields > 0;
+  constexpr bool kFused = kFields > 0;
   constexpr int kTile = kRows * kLnccTileX;
   constexpr int kHalf = kDepth / 2;
-  // An offset in a plane. Small windows are for planes of less than 2^31 voxels.
-  using Place = std::conditional_t<kWindow == 0, int64_t, unsigned>;
+  using Place = unsigned;  // an offset in a plane, of less than 2^31 voxels
   const Window<T>& window = arguments.window;
-  const int radius = kWindow == 0 ? window.radius : kWindow / 2;
-  const int radius_z = kWindow == 0 ? window.radius_z : kHalf;
-  const LnccTile layout =
-      kWindow == 0 ? arguments.tile
-                   : LnccTile{kLnccTileX, kRows, radius, radius_z, kFields, true, kFused};
+  constexpr int radius = kWindow / 2, radius_z = kHalf;
+  constexpr LnccTile layout{kLnccTileX, kRows, radius, radius_z, kFields, true, kFused};
   const int halo = layout.halo(), reach = kFused ? radius_z : 0;
   const int width = layout.width(), height = layout.height(), stride = layout.stride();
   const int in_width = layout.in_width(), in_height = layout.in_height();
@@ -245,12 +200,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   T* const adjoint_by_row = by_depth + layout.adjoint_by_row();
   T* const ring = by_depth + layout.ring();
 
-  // Each thread keeps so many columns along z, of windows that the compiler knows.
+  // Each thread keeps so many columns along z.
   constexpr int kReach = (kFused ? 2 : 1) * (kWindow - 1);
-  constexpr int kInArea = kWindow == 0 ? 0 : (kLnccTileX + kReach) * (kRows + kReach);
-  constexpr int kColumns = kWindow == 0 ? 1 : (kInArea + kThreads - 1) / kThreads;
-  constexpr int kAhead = kWindow > 0 && kDepth > 1 ? 2 : 1;  // as in the tile
-  DepthRing<T, kWindow == 0 ? 1 : kDepth, kAhead> depth[kColumns];
+  constexpr int kInArea = (kLnccTileX + kReach) * (kRows + kReach);
+  constexpr int kColumns = (kInArea + kThreads - 1) / kThreads;
+  constexpr int kAhead = kDepth > 1 ? 2 : 1;  // as in the tile
+  DepthRing<T, kDepth, kAhead> depth[kColumns];
 
   const int64_t group = blockIdx.x;
   const int64_t plane_size = static_cast<int64_t>(arguments.nx) * arguments.ny;
@@ -293,17 +248,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 #pragma unroll 1
     for (int64_t item = first_item; item < first_item + items_here; ++item) {
-      const int64_t element = (group * arguments.items + item) * arguments.channels + channel;
       const T* const image_i = arguments.image_i.at(group, item, channel);
       const T* const image_j = arguments.image_j.at(group, item, channel);
       const int middle = (z_begin + z_end) / 2;
       const T pivot_i = typical(arguments, image_i, x0, y0, middle, layout, scratch);
       const T pivot_j = typical(arguments, image_j, x0, y0, middle, layout, scratch);
-      T offset_i = 0, offset_j = 0;
-      if (arguments.pivots != nullptr) {
-        offset_i = pivot_i - arguments.pivots[2 * element];
-        offset_j = pivot_j - arguments.pivots[2 * element + 1];
-      }
       const T* const mask =
           arguments.mask.present() ? arguments.mask.at(group, item, channel) : nullptr;
       const T* const cotangent =
@@ -345,50 +294,35 @@ __global__ void __launch_bounds__(kThreads, 1)
       };
       // Sums along z, for kAhead planes from z on.
       auto sum_depth = [&](int z) {
-        if constexpr (kWindow > 0) {
-          const int thread = thread_number<kThreads>();
-          REGKERNELS_UNROLL
-          for (int c = 0; c < kColumns; ++c) {
-            const int index = thread + c * kThreads;
-            T common[kWindowSums] = {};
-            if constexpr (kBox) {
-              REGKERNELS_UNROLL
-              for (int d = kAhead - 1; d < kDepth; ++d) {
-                add_products(depth[c].i[d], depth[c].j[d], common);
-              }
-            }
+        const int thread = thread_number<kThreads>();
+        REGKERNELS_UNROLL
+        for (int c = 0; c < kColumns; ++c) {
+          const int index = thread + c * kThreads;
+          T common[kWindowSums] = {};
+          if constexpr (kBox) {
             REGKERNELS_UNROLL
-            for (int p = 0; p < kAhead; ++p) {
-              T sums[kWindowSums];
-              REGKERNELS_UNROLL
-              for (int s = 0; s < kWindowSums; ++s) sums[s] = common[s];
-              REGKERNELS_UNROLL
-              for (int d = p; d < p + kDepth; ++d) {
-                if constexpr (kBox) {
-                  if (d >= kAhead - 1 && d < kDepth) continue;
-                  add_products(depth[c].i[d], depth[c].j[d], sums);
-                } else {
-                  const int distance = d - p < kHalf ? kHalf - d + p : d - p - kHalf;
-                  add_products(window.weight[kDepthAxis][distance], depth[c].i[d], depth[c].j[d],
-                               sums);
-                }
-              }
-              const bool covered = (c + 1) * kThreads <= kInArea || index < in_area;
-              if (covered) store_sums(p, index, sums);
+            for (int d = kAhead - 1; d < kDepth; ++d) {
+              add_products(depth[c].i[d], depth[c].j[d], common);
             }
           }
-        } else if (exists(z)) {
-          for (int index = thread_number<kThreads>(); index < in_area; index += kThreads) {
-            const int64_t place = place_of(index);
-            T sums[kWindowSums] = {};
-            for (int d = -radius_z; d <= radius_z; ++d) {
-              const bool inside = place >= 0 && exists(z + d);
-              const int64_t at = (z + d) * plane_size + place;
-              const T value_i = (inside ? image_i[at] : T(0)) - pivot_i;
-              const T value_j = (inside ? image_j[at] : T(0)) - pivot_j;
-              add_products(window.weight[kDepthAxis][d < 0 ? -d : d], value_i, value_j, sums);
+          REGKERNELS_UNROLL
+          for (int p = 0; p < kAhead; ++p) {
+            T sums[kWindowSums];
+            REGKERNELS_UNROLL
+            for (int s = 0; s < kWindowSums; ++s) sums[s] = common[s];
+            REGKERNELS_UNROLL
+            for (int d = p; d < p + kDepth; ++d) {
+              if constexpr (kBox) {
+                if (d >= kAhead - 1 && d < kDepth) continue;
+                add_products(depth[c].i[d], depth[c].j[d], sums);
+              } else {
+                const int distance = d - p < kHalf ? kHalf - d + p : d - p - kHalf;
+                add_products(window.weight[kDepthAxis][distance], depth[c].i[d], depth[c].j[d],
+                             sums);
+              }
             }
-            store_sums(0, index, sums);
+            const bool covered = (c + 1) * kThreads <= kInArea || index < in_area;
+            if (covered) store_sums(p, index, sums);
           }
         }
       };
@@ -445,7 +379,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             for (int s = 0; s < kWindowSums; ++s) window_sums[s] = sums[s][k];
             at[k] = correlate(window_sums, window);
             if constexpr (kFields > 0) {
-              adjoint_fields(at[k], at[k].mean_i + offset_i, at[k].mean_j + offset_j, fields[k]);
+              adjoint_fields(at[k], at[k].mean_i, at[k].mean_j, fields[k]);
             }
           }
           if (is_special) {
@@ -472,11 +406,6 @@ __global__ void __launch_bounds__(kThreads, 1)
               for (int f = 0; f < kFields; ++f) {
                 adjoint[(f * height + row) * stride + column] = fields[k][f];
               }
-            } else if constexpr (kFields > 0) {
-              T* const to = arguments.adjoint + (element * arguments.nz + z) * plane_size +
-                            static_cast<Place>(first + k * arguments.nx);
-              REGKERNELS_UNROLL
-              for (int f = 0; f < kFields; ++f) to[f * arguments.adjoint_stride] = fields[k][f];
             }
           }
         }
@@ -551,8 +480,9 @@ __global__ void __launch_bounds__(kThreads, 1)
             for (int k = 0; k < kCount; ++k) {
               if (!stored[k]) continue;
               const Place here = place + k * arguments.nx;
-              store_gradients(arguments, item, scale, value_i[k], value_j[k], complete[k],
-                              to_i + here, kFields == 5 ? to_j + here : nullptr);
+              store_gradients(scale, value_i[k], value_j[k], complete[k],
+                              arguments.sum_i && item > 0, to_i + here, arguments.sum_j && item > 0,
+                              kFields == 5 ? to_j + here : nullptr);
             }
           }
         }
@@ -563,15 +493,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = threadIdx.x; i < layout.adjoint_size(); i += kThreads) adjoint[i] = 0;
       }
       T fresh_i[kColumns][kAhead], fresh_j[kColumns][kAhead];
-      if constexpr (kWindow > 0) {
-        REGKERNELS_UNROLL
-        for (int d = -kHalf; d < kHalf; d += kAhead) {
-          load_columns(z_first + d, fresh_i, fresh_j);
-          push_columns(fresh_i, fresh_j);
-        }
-        load_columns(z_first + kHalf, fresh_i, fresh_j);
+      REGKERNELS_UNROLL
+      for (int d = -kHalf; d < kHalf; d += kAhead) {
+        load_columns(z_first + d, fresh_i, fresh_j);
         push_columns(fresh_i, fresh_j);
       }
+      load_columns(z_first + kHalf, fresh_i, fresh_j);
+      push_columns(fresh_i, fresh_j);
       sum_depth(z_first);
 #pragma unroll 1
       for (int step = z_first - 1; step < z_stop; step += kAhead) {
@@ -601,10 +529,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           }
         }
         if (step + kAhead + 1 < z_stop) {
-          if constexpr (kWindow > 0) {
-            load_columns(step + kAhead + 1 + kHalf, fresh_i, fresh_j);
-            push_columns(fresh_i, fresh_j);
-          }
+          load_columns(step + kAhead + 1 + kHalf, fresh_i, fresh_j);
+          push_columns(fresh_i, fresh_j);
           sum_depth(step + kAhead + 1);
         }
       }
@@ -613,92 +539,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (arguments.partial_sums != nullptr) {
     const T sum = block_sum<kThreads>(total, scratch);
     if (threadIdx.x == 0) arguments.partial_sums[group * kLnccMaxParts + blockIdx.y] = sum;
-  }
-}
-
-// Computes the gradients from adjoint fields in memory.
-template <class T, int kFields>
-__global__ void __launch_bounds__(kThreads, 1)
-    assemble_kernel(const __grid_constant__ LnccArguments<T> arguments) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  const Window<T>& window = arguments.window;
-  const LnccTile& layout = arguments.tile;
-  const int radius = layout.radius;
-  const int in_width = layout.in_width(), in_height = layout.in_height();
-  const int in_stride = layout.in_stride(), stride = layout.stride();
-  T* const by_depth = reinterpret_cast<T*>(memory);
-  T* const by_row = by_depth + layout.by_row();
-
-  const int tile_y = blockIdx.x / arguments.tiles_x;
-  const int x0 = (blockIdx.x - tile_y * arguments.tiles_x) * layout.columns;
-  const int y0 = tile_y * layout.rows;
-  const int64_t plane_size = static_cast<int64_t>(arguments.nx) * arguments.ny;
-  const int items_here = arguments.items_together ? arguments.items : 1;
-  const int64_t blocks =
-      static_cast<int64_t>(arguments.groups) * (arguments.items / items_here) * arguments.channels;
-
-  for (int64_t index = blockIdx.z; index < blocks; index += gridDim.z) {
-    const int channel = static_cast<int>(index % arguments.channels);
-    const int64_t outer = index / arguments.channels;
-    const int64_t group = arguments.items_together ? outer : outer / arguments.items;
-    const int64_t first_item = arguments.items_together ? 0 : outer - group * arguments.items;
-    T scale = arguments.scale;
-    if (arguments.mask_sum != nullptr) {
-      const T sum = arguments.mask_sum[group];
-      scale = sum > 0 ? scale / sum : T(0);
-    }
-    for (int z = blockIdx.y; z < arguments.nz; z += gridDim.y) {
-      for (int64_t item = first_item; item < first_item + items_here; ++item) {
-        const int64_t element = (group * arguments.items + item) * arguments.channels + channel;
-        const T* const fields = arguments.adjoint + element * plane_size * arguments.nz;
-        for (int i = threadIdx.x; i < in_width * in_height; i += kThreads) {
-          const int row = i / in_width, column = i - row * in_width;
-          const int x = x0 + column - radius, y = y0 + row - radius;
-          const bool inside = x >= 0 && x < arguments.nx && y >= 0 && y < arguments.ny;
-          T sums[kFields] = {};
-          const int low = max(-window.radius_z, -z);
-          const int high = inside ? min(window.radius_z, arguments.nz - 1 - z) : low - 1;
-          for (int d = low; d <= high; ++d) {
-            const T* const from =
-                fields + (z + d) * plane_size + static_cast<int64_t>(y) * arguments.nx + x;
-            REGKERNELS_UNROLL
-            for (int f = 0; f < kFields; ++f) {
-              sums[f] +=
-                  window.weight[kDepthAxis][d < 0 ? -d : d] * from[f * arguments.adjoint_stride];
-            }
-          }
-          REGKERNELS_UNROLL
-          for (int f = 0; f < kFields; ++f) {
-            by_depth[(f * in_height + row) * in_stride + column] = sums[f];
-          }
-        }
-        __syncthreads();
-        sum_rows<0, false>(window, kFields, in_height, by_depth, in_stride, by_row, stride,
-                           layout.columns);
-        __syncthreads();
-        for (int i = threadIdx.x; i < layout.rows * layout.columns; i += kThreads) {
-          const int row = i / layout.columns, column = i - row * layout.columns;
-          const int x = x0 + column, y = y0 + row;
-          if (x >= arguments.nx || y >= arguments.ny) continue;
-          T complete[kFields];
-          REGKERNELS_UNROLL
-          for (int f = 0; f < kFields; ++f) {
-            T sum[1];
-            const T* const from = by_row + (f * in_height + row) * stride + column;
-            sum_column<0, false>(window, from, stride, sum);
-            complete[f] = sum[0];
-          }
-          const int64_t place = z * plane_size + static_cast<int64_t>(y) * arguments.nx + x;
-          const T* const pivots = arguments.pivots + 2 * element;
-          store_gradients(
-              arguments, item, scale, arguments.image_i.at(group, item, channel)[place] - pivots[0],
-              arguments.image_j.at(group, item, channel)[place] - pivots[1], complete,
-              arguments.grad_i.at(group, item, channel) + place,
-              kFields == 5 ? arguments.grad_j.at(group, item, channel) + place : nullptr);
-        }
-        __syncthreads();
-      }
-    }
   }
 }
 
@@ -752,13 +592,8 @@ constexpr LnccTile small_tile(int radius, int radius_z, int fields, int limit) {
                    (kLnccSharedBytes[limit] - kLnccFixedBytes) / 4);
 }
 
-template <class T>
-LnccTile tile_of(const LnccCall& checked, const Window<T>& window, int fields) {
+LnccTile tile_of(const Window<float>& window, int fields) {
   const int64_t bytes = shared_memory_limit();
-  if (!checked.fused) {
-    return lncc_tile(window.radius, window.radius_z, fields, false, false,
-                     (bytes - kLnccFixedBytes) / static_cast<int64_t>(sizeof(T)));
-  }
   int limit = 0;
   while (limit + 1 < kLnccSharedLimits && kLnccSharedBytes[limit] > bytes) ++limit;
   return small_tile(window.radius, window.radius_z, fields, limit);
@@ -771,20 +606,6 @@ void launch(const Cuda& device, Function* function, const dim3& grid, const Lncc
   allow_shared_memory(function, bytes);
   function<<<grid, kThreads, bytes, device.stream>>>(arguments);
   check_launch();
-}
-
-// Launches the kernels for windows of any size, whose gradients go by way of adjoint fields in
-// memory.
-template <int kFields, class T>
-void launch_any(const Cuda& device, const LnccArguments<T>& arguments, const dim3& grid) {
-  launch(device, &lncc_kernel<T, 0, 0, false, 0, kFields>, grid, arguments.tile, arguments);
-  if constexpr (kFields > 0) {
-    const int64_t outer = static_cast<int64_t>(arguments.groups) * arguments.channels *
-                          (arguments.items_together ? 1 : arguments.items);
-    const dim3 planes(arguments.tiles, std::min(arguments.nz, 65535),
-                      static_cast<unsigned>(std::min<int64_t>(outer, 65535)));
-    launch(device, &assemble_kernel<T, kFields>, planes, arguments.tile, arguments);
-  }
 }
 
 // Launches the kernel for small windows. Boxes have one of their own for the largest tiles alone:
@@ -810,6 +631,83 @@ void launch_small(const Cuda& device, const LnccArguments<float>& arguments, con
   launch_limit(IntTag<0>{}) || launch_limit(IntTag<1>{}) || launch_limit(IntTag<2>{});
 }
 
+// Both of these return the number of parts that the sum over a group has.
+template <int kFields>
+int64_t launch_fused(const Cuda& device, LnccArguments<float> arguments, const LnccCall& checked) {
+  arguments.tile = tile_of(arguments.window, kFields);
+  const LnccTiling tiling = lncc_tiling(checked, arguments.tile, arguments.items_together);
+  arguments.tiles_x = tiling.tiles_x;
+  arguments.tiles = tiling.tiles_x * tiling.tiles_y;
+  arguments.planes = tiling.columns * checked.sizes.z;
+  const dim3 grid(static_cast<unsigned>(arguments.groups), static_cast<unsigned>(tiling.parts));
+  dispatch_bool(checked.dimensions == 3, [&](auto is_volume) {
+    const auto launch_window = [&](auto window) {
+      constexpr int kWindow = decltype(window)::value;
+      constexpr int kDepth = decltype(is_volume)::value ? kWindow : 1;
+      if (checked.kernel_size == kWindow) {
+        launch_small<kWindow, kDepth, kFields>(device, arguments, grid);
+      }
+    };
+    launch_window(IntTag<3>{});
+    launch_window(IntTag<5>{});
+    launch_window(IntTag<7>{});
+    launch_window(IntTag<9>{});
+  });
+  return tiling.parts;
+}
+
+template <int kFields, class T>
+int64_t launch_passes(const Cuda& device, const LnccArguments<T>& lncc, const LnccCall& checked,
+                      const Call& call) {
+  T* const pivots = call.output("pivots").as<T>();
+  const int64_t elements = checked.batch.groups * checked.batch.items * checked.channels;
+  pivot_kernel<<<static_cast<unsigned>(std::min<int64_t>(elements, 65535)), kThreads, 0,
+                 device.stream>>>(lncc, pivots);
+  check_launch();
+  LnccPassArguments<T> arguments{};
+  arguments.window = lncc.window;
+  double mass = 1;
+  for (int axis = 0; axis < 3; ++axis) {
+    arguments.radius[axis] = axis < checked.dimensions ? checked.kernel[axis] / 2 : 0;
+    double sum = 0;
+    for (int d = 0; d <= arguments.radius[axis]; ++d) {
+      arguments.weight[axis][d] = lncc.window.weight[axis][d];
+      sum += (d == 0 ? 1 : 2) * arguments.weight[axis][d];
+    }
+    arguments.depth_mass = sum;
+    mass *= sum;
+  }
+  arguments.inverse_mass = 1 / mass;
+  arguments.rounding = 1.5 * checked.kernel_size * std::numeric_limits<double>::epsilon();
+  arguments.image_i = lncc.image_i;
+  arguments.image_j = lncc.image_j;
+  arguments.mask = lncc.mask;
+  arguments.cotangent = lncc.cotangent;
+  arguments.grad_i = lncc.grad_i;
+  arguments.grad_j = lncc.grad_j;
+  arguments.map = lncc.map;
+  arguments.add_i = lncc.sum_i;
+  arguments.add_j = lncc.sum_j;
+  arguments.groups = lncc.groups;
+  arguments.items = lncc.items;
+  arguments.channels = lncc.channels;
+  arguments.nx = lncc.nx;
+  arguments.ny = lncc.ny;
+  arguments.nz = lncc.nz;
+  arguments.passes = lncc_passes(checked);
+  arguments.scale = lncc.scale;
+  arguments.mask_sum = lncc.mask_sum;
+  arguments.partial_sums = lncc.partial_sums;
+  arguments.pivots = pivots;
+  arguments.sums = call.output("window_sums").as<double>();
+  if (kFields > 0) {
+    arguments.adjoint = call.output("adjoint").as<T>();
+    arguments.adjoint_stride = checked.map.count();
+  }
+  run_passes<kFields>(device, arguments, checked, lncc.items_together);
+  return arguments.passes.parts;
+}
+
 template <class T>
 void run_lncc(const Cuda& device, const LnccOperands<T>& lncc, const Call& call) {
   const LnccCall& checked = lncc.checked;
@@ -818,8 +716,6 @@ void run_lncc(const Cuda& device, const LnccOperands<T>& lncc, const Call& call)
   const int fields = lncc.gradients == 0 ? 0 : 2 * lncc.gradients + 1;
   LnccArguments<T> arguments{};
   arguments.window = lncc.window;
-  arguments.tile = tile_of(checked, lncc.window, fields);
-  const LnccTiling tiling = lncc_tiling(checked, arguments.tile, lncc.items_together());
   arguments.image_i = lncc.image_i;
   arguments.image_j = lncc.image_j;
   arguments.mask = lncc.mask;
@@ -836,9 +732,6 @@ void run_lncc(const Cuda& device, const LnccOperands<T>& lncc, const Call& call)
   arguments.nx = static_cast<int>(sizes.x);
   arguments.ny = static_cast<int>(sizes.y);
   arguments.nz = static_cast<int>(sizes.z);
-  arguments.tiles_x = tiling.tiles_x;
-  arguments.tiles = tiling.tiles_x * tiling.tiles_y;
-  arguments.planes = tiling.columns * sizes.z;
   const bool is_mean = checked.reduction == Reduction::kMean;
   const bool divide_by_mask = is_mean && lncc.mask.present();
   const double scale = is_mean && !divide_by_mask && lncc.count() > 0
@@ -853,9 +746,7 @@ void run_lncc(const Cuda& device, const LnccOperands<T>& lncc, const Call& call)
     }
     return;
   }
-  const int64_t elements = checked.batch.groups * checked.batch.items * checked.channels;
   const unsigned groups = static_cast<unsigned>(arguments.groups);
-  const dim3 grid(groups, static_cast<unsigned>(tiling.parts));
   if (!is_map) arguments.partial_sums = call.output("partial_sums").as<T>();
   if (divide_by_mask) {
     mask_kernel<<<dim3(groups, kLnccMaxParts), kThreads, 0, device.stream>>>(arguments);
@@ -866,41 +757,26 @@ void run_lncc(const Cuda& device, const LnccOperands<T>& lncc, const Call& call)
     arguments.mask_sum = mask_sum;
   }
 
-  if (lncc.gradients > 0 && !checked.fused) {
-    T* pivots = call.output("pivots").as<T>();
-    pivot_kernel<<<static_cast<unsigned>(std::min<int64_t>(elements, 65535)), kThreads, 0,
-                   device.stream>>>(arguments, pivots);
-    check_launch();
-    arguments.pivots = pivots;
-    arguments.adjoint = call.output("adjoint").as<T>();
-    arguments.adjoint_stride = checked.map.count();
-  }
-  auto launch_fields = [&](auto tag) {
+  int64_t parts = 0, stride = 0;
+  const auto launch_fields = [&](auto tag) {
     constexpr int kFields = decltype(tag)::value;
     if (fields != kFields) return;
     if constexpr (sizeof(T) == 4) {
-      dispatch_bool(checked.dimensions == 3, [&](auto is_volume) {
-        auto launch_window = [&](auto window) {
-          constexpr int kWindow = decltype(window)::value;
-          constexpr int kDepth = decltype(is_volume)::value ? kWindow : 1;
-          if (checked.fused && checked.kernel_size == kWindow) {
-            launch_small<kWindow, kDepth, kFields>(device, arguments, grid);
-          }
-        };
-        launch_window(IntTag<3>{});
-        launch_window(IntTag<5>{});
-        launch_window(IntTag<7>{});
-        launch_window(IntTag<9>{});
-      });
+      if (checked.fused) {
+        parts = launch_fused<kFields>(device, arguments, checked);
+        stride = kLnccMaxParts;
+        return;
+      }
     }
-    if (!checked.fused) launch_any<kFields>(device, arguments, grid);
+    parts = launch_passes<kFields>(device, arguments, checked, call);
+    stride = kLnccPassParts;
   };
   launch_fields(IntTag<0>{});
   launch_fields(IntTag<3>{});
   launch_fields(IntTag<5>{});
   if (is_map) return;
-  sum_groups(device, groups, arguments.partial_sums, tiling.parts, kLnccMaxParts, scale,
-             arguments.mask_sum, call.output("output").as<T>());
+  sum_groups(device, groups, arguments.partial_sums, parts, stride, scale, arguments.mask_sum,
+             call.output("output").as<T>());
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "core/host_device.h"
 #include "maths/fast_math.h"
@@ -83,26 +84,53 @@ REGKERNELS_HD T pivot_near(T typical, const Window<T>& window) {
 
 // Whether a window's variance is no more than rounding. A window whose squares are beyond the range
 // of T counts as flat, too; one with a value that is not a number does not, so that it stays so.
-template <class T>
-REGKERNELS_HD bool is_flat(T variance, T squares, const Window<T>& window) {
-  return !(variance > window.rounding * squares) & (squares == squares);
+template <class T, class S>
+REGKERNELS_HD bool is_flat(S variance, S squares, S rounding) {
+  bool varies = variance > rounding * squares;
+  // Sums in T would be infinite here.
+  if constexpr (sizeof(S) > sizeof(T)) varies &= squares <= S(std::numeric_limits<T>::max());
+  return !varies & (squares == squares);
 }
 
-// The correlation from a window's sums. Every case is computed for every voxel and one of them
+// What the sums of a window say before the constants of the formula come in: the means, m times
+// the variances and the covariance, and whether images are constant as far as the sums can tell.
+template <class T>
+struct WindowMoments {
+  T mean_i, mean_j;
+  T variance_i, variance_j, covariance;
+  bool flat_i, flat_j;
+};
+
+// The sums may have more precision than what is made of them.
+template <class T, class S>
+REGKERNELS_HD WindowMoments<T> window_moments(const S (&sums)[kWindowSums], S inverse_mass,
+                                              S rounding) {
+  const S mean_i = sums[0] * inverse_mass, mean_j = sums[1] * inverse_mass;
+  const S variance_i = sums[2] - sums[0] * mean_i, variance_j = sums[3] - sums[1] * mean_j;
+  const S covariance = sums[4] - sums[0] * mean_j;
+  return {static_cast<T>(mean_i),
+          static_cast<T>(mean_j),
+          static_cast<T>(variance_i),
+          static_cast<T>(variance_j),
+          static_cast<T>(covariance),
+          is_flat<T>(variance_i, sums[2], rounding),
+          is_flat<T>(variance_j, sums[3], rounding)};
+}
+
+// The correlation from a window's moments. Every case is computed for every voxel and one of them
 // chosen at the end, which makes vector code on the CPU.
 template <class T>
-REGKERNELS_HD Correlation<T> correlate(const T (&sums)[kWindowSums], const Window<T>& window) {
+REGKERNELS_HD Correlation<T> correlate(const WindowMoments<T>& moments, const Window<T>& window) {
   Correlation<T> result;
-  const T mean_i = sums[0] * window.inverse_mass, mean_j = sums[1] * window.inverse_mass;
-  const T raw_i = sums[2] - sums[0] * mean_i, raw_j = sums[3] - sums[1] * mean_j;
-  const bool flat_i = is_flat(raw_i, sums[2], window), flat_j = is_flat(raw_j, sums[3], window);
+  const T mean_i = moments.mean_i, mean_j = moments.mean_j;
+  const T raw_i = moments.variance_i, raw_j = moments.variance_j, raw_c = moments.covariance;
+  const bool flat_i = moments.flat_i, flat_j = moments.flat_j;
   const bool clamped_i = flat_i | (raw_i < window.smooth_dr);
   const bool clamped_j = flat_j | (raw_j < window.smooth_dr);
   const T variance_i = (clamped_i ? window.smooth_dr : raw_i) + window.common;
   const T variance_j = (clamped_j ? window.smooth_dr : raw_j) + window.common;
   const T inverse_j = reciprocal(variance_j);
   const T inverse_i = reciprocal(variance_i + window.smooth_product * inverse_j);
-  const T raw_c = sums[4] - sums[0] * mean_j;
   const T c = (flat_i | flat_j ? T(0) : raw_c) + window.common;
   // Without a covariance no derivative of a flat window involves its mean, which need not be
   // finite.
@@ -120,6 +148,12 @@ REGKERNELS_HD Correlation<T> correlate(const T (&sums)[kWindowSums], const Windo
   result.variance_i = clamped_i ? T(0) : slope_i;
   result.variance_j = clamped_j ? T(0) : slope_j;
   return result;
+}
+
+// The correlation from a window's sums.
+template <class T>
+REGKERNELS_HD Correlation<T> correlate(const T (&sums)[kWindowSums], const Window<T>& window) {
+  return correlate(window_moments<T>(sums, window.inverse_mass, window.rounding), window);
 }
 
 // The gradient with respect to I(y) sums, over the windows x that hold y and with their weights,

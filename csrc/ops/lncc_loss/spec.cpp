@@ -5,6 +5,7 @@
 
 #include "ops/lncc_loss/call.h"
 #include "ops/lncc_loss/lncc_loss.h"
+#include "ops/lncc_loss/tiles.h"
 #include "ops/table.h"
 
 namespace regkernels {
@@ -166,12 +167,17 @@ int infer_gradients(Call& call, const LnccCall& checked) {
   return gradients;
 }
 
-// Asks for the adjoint fields, where they do not stay inside the kernel, and for the values that
-// they are relative to.
-void infer_adjoint(Call& call, const LnccCall& checked, int gradients) {
-  if (gradients == 0 || checked.fused) return;
+// Asks for what the passes of large windows leave in memory: the values that all sums are relative
+// to, sums of some planes, and the adjoint fields.
+void infer_passes(Call& call, const LnccCall& checked, int gradients) {
+  if (checked.fused) return;
   const Batch& batch = checked.batch;
+  const LnccPasses passes = lncc_passes(checked);
   call.set("pivots", tensor_spec(checked.dtype, {batch.groups, batch.items, checked.channels, 2}));
+  call.set("window_sums",
+           tensor_spec(DType::kFloat64, {batch.groups, passes.together, passes.planes, kWindowSums,
+                                         checked.sizes.y, checked.sizes.x}));
+  if (gradients == 0) return;
   Shape fields = {2 * gradients + 1};
   for (const int64_t size : checked.map) fields.append(size);
   call.set("adjoint", tensor_spec(checked.dtype, fields));
@@ -182,14 +188,16 @@ void infer(Call& call) {
   const int64_t groups = checked.batch.groups;
   if (checked.reduction == Reduction::kNone) {
     call.set("output", tensor_spec(checked.dtype, checked.map));
+    infer_passes(call, checked, 0);
     return;
   }
   call.set("output", tensor_spec(checked.dtype, {groups}));
-  call.set("partial_sums", tensor_spec(checked.dtype, {groups, kLnccMaxParts}));
+  call.set("partial_sums",
+           tensor_spec(checked.dtype, {groups, checked.fused ? kLnccMaxParts : kLnccPassParts}));
   if (checked.reduction == Reduction::kMean && call.input("mask").present) {
     call.set("mask_sum", tensor_spec(checked.dtype, {groups}));
   }
-  infer_adjoint(call, checked, infer_gradients(call, checked));
+  infer_passes(call, checked, infer_gradients(call, checked));
 }
 
 void infer_grad(Call& call) {
@@ -198,7 +206,7 @@ void infer_grad(Call& call) {
     fail_value(call, "reduction", "'none': a single number's gradient comes with it", "another");
   }
   check_cotangent(call, "grad_output", checked.dtype, checked.map);
-  infer_adjoint(call, checked, infer_gradients(call, checked));
+  infer_passes(call, checked, infer_gradients(call, checked));
 }
 
 }  // namespace
@@ -230,6 +238,7 @@ std::vector<Op> lncc_loss_ops() {
         {"partial_sums", OutputRole::kWorkspace},
         {"mask_sum", OutputRole::kWeight},
         {"pivots", OutputRole::kWorkspace},
+        {"window_sums", OutputRole::kWorkspace},
         {"adjoint", OutputRole::kWorkspace}},
        attributes,
        infer,
@@ -241,6 +250,7 @@ std::vector<Op> lncc_loss_ops() {
        {{"grad_pred"},
         {"grad_target"},
         {"pivots", OutputRole::kWorkspace},
+        {"window_sums", OutputRole::kWorkspace},
         {"adjoint", OutputRole::kWorkspace}},
        attributes,
        infer_grad,

@@ -107,4 +107,31 @@ inline LnccTiling lncc_tiling(const LnccCall& checked, const LnccTile& tile, boo
   return tiling;
 }
 
+// How the passes of windows that do not fit one kernel are cut.
+struct LnccPasses {
+  int planes;        // that a thread sums up together
+  int64_t depth;     // units of so many planes in the depth of a volume
+  int64_t together;  // units whose sums are in memory at a time, of each group
+  int64_t parts;     // of the sum over a group
+};
+
+inline constexpr int kLnccPassPlanes = 8;
+inline constexpr int64_t kLnccPassParts = 3 * kLnccMaxParts;  // three blocks fit a multiprocessor
+// The sums of the planes at hand take no more than this, unless a single unit does. The cache of a
+// large GPU holds them.
+inline constexpr int64_t kLnccPassBytes = int64_t{128} << 20;
+
+inline LnccPasses lncc_passes(const LnccCall& checked) {
+  LnccPasses passes;
+  const int64_t groups = std::max<int64_t>(1, checked.batch.groups);
+  passes.planes = checked.sizes.z == 1 ? 1 : kLnccPassPlanes;
+  passes.depth = (checked.sizes.z + passes.planes - 1) / passes.planes;
+  const int64_t units = std::max<int64_t>(1, checked.batch.items * checked.channels * passes.depth);
+  const int64_t bytes = std::max<int64_t>(
+      1, groups * passes.planes * checked.sizes.x * checked.sizes.y * kWindowSums * 8);
+  passes.together = std::max<int64_t>(1, std::min(units, kLnccPassBytes / bytes));
+  passes.parts = (kLnccPassParts + groups - 1) / groups;
+  return passes;
+}
+
 }  // namespace regkernels
