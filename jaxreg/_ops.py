@@ -87,11 +87,19 @@ def _emit(
         for dtype, shape in types.values()
     ]
     aliases = _in_place([name for name in op.input_names if name in arrays], operands, types)
+    # XLA keeps what is in place where it is only if nothing, not even another shape, comes between.
+    grouped = not aliases or any(x.shape[0] != 1 for x in (*operands, *results))
+    ffi_attributes["grouped"] = np.int64(grouped)
+    if not grouped:
+        operands = [jax.lax.squeeze(x, (0,)) for x in operands]
+        results = [x.update(shape=x.shape[1:]) for x in results]
     if first is not None:
         operands.append(first)
     values = jax.ffi.ffi_call(
         _target(op.name), results, vmap_method=None, input_output_aliases=aliases
     )(*operands, **ffi_attributes)
+    if not grouped:
+        values = [jax.lax.expand_dims(x, (0,)) for x in values]
     by_name = dict(zip(types, values, strict=True))
     return {x: value for x, value in by_name.items() if x not in _workspaces(op)}
 
