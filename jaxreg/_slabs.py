@@ -493,12 +493,12 @@ def _adam_step(run: Run, arrays: Arrays, _: Mapping[str, Any], cut: Cut) -> Arra
     slabs = cut.planes
     first = slabs.first()
     place: Any = {"slab": (slabs.planes, slabs.planes, 0), "first": _first_planes(first, first)}
-    moments = ("output", "next_mu", "next_nu")
-    longest, mu, nu = map(run(arrays, step="adam_moments", results=moments, **place).get, moments)
-    longest = jax.lax.pmax(longest, slabs.axes)  # type: ignore[no-untyped-call]
-    found = {"mu": mu, "nu": nu, "longest": longest}
+    names = ("output", "next_mu", "next_nu")
+    moments = run(arrays, step="adam_moments", results=names, **place)
+    longest = jax.lax.pmax(moments.pop("output"), slabs.axes)  # type: ignore[no-untyped-call]
+    found = {"mu": moments["next_mu"], "nu": moments["next_nu"], "longest": longest}
     step = run(arrays | found, step="adam_step_of_longest", **place)["output"]
-    return {"output": step, "next_mu": mu, "next_nu": nu}
+    return {"output": step, **moments}
 
 
 # --- Stencils -------------------------------------------------------------------------------------

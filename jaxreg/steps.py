@@ -99,15 +99,17 @@ def riemannian_adam_step(
     op = "riemannian_adam_step"
     check_positive(op, "epsilon", epsilon)
     if isinstance(count, int) and not isinstance(count, bool):
-        count = np.full((1,), count, np.int32)
-    if isinstance(count, jax.Array | np.ndarray) and count.ndim == 0:
-        count = count[None]
+        steps: Any = np.full((1,), count, np.int32)
+    else:
+        steps = count
+    if isinstance(steps, jax.Array | np.ndarray) and steps.ndim == 0:
+        steps = steps[None]
     components = gradient.shape[-1] if getattr(gradient, "ndim", 0) else 1
     operands = (
         gradient,
         mu,
         nu,
-        count,
+        steps,
         _of_items(epsilon, gradient, components),
         _of_items(scale, gradient),
     )

@@ -100,15 +100,17 @@ def riemannian_adam_step(
         and not isinstance(count, bool)
         and isinstance(gradient, torch.Tensor)
     ):
-        count = torch.full((1,), count, dtype=torch.int32, device=gradient.device)
-    if isinstance(count, torch.Tensor) and count.ndim == 0:
-        count = count[None]
+        steps: Any = torch.full((1,), count, dtype=torch.int32, device=gradient.device)
+    else:
+        steps = count
+    if isinstance(steps, torch.Tensor) and steps.ndim == 0:
+        steps = steps[None]
     components = gradient.shape[-1] if getattr(gradient, "ndim", 0) else 1
     operands = (
         gradient,
         mu,
         nu,
-        count,
+        steps,
         _of_items(epsilon, gradient, components),
         _of_items(scale, gradient),
     )
