@@ -13,6 +13,7 @@ from jaxreg.regularisation import (
     jacobian_loss,
 )
 from jaxreg.smooth import gaussian_smooth
+from jaxreg.steps import riemannian_adam_step, step_gradient
 from jaxreg.warp import (
     affine_warp,
     compose,
@@ -47,5 +48,7 @@ __all__ = [
     "mind_ssc",
     "mutual_information_loss",
     "planes_over",
+    "riemannian_adam_step",
     "scaling_and_squaring",
+    "step_gradient",
 ]

@@ -86,11 +86,20 @@ def _emit(
         like.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False)
         for dtype, shape in types.values()
     ]
+    aliases = _in_place([name for name in op.input_names if name in arrays], operands, types)
+    # XLA keeps what is in place where it is only if nothing, not even another shape, comes between.
+    grouped = not aliases or any(x.shape[0] != 1 for x in (*operands, *results))
+    ffi_attributes["grouped"] = np.int64(grouped)
+    if not grouped:
+        operands = [jax.lax.squeeze(x, (0,)) for x in operands]
+        results = [x.update(shape=x.shape[1:]) for x in results]
     if first is not None:
         operands.append(first)
-    values = jax.ffi.ffi_call(_target(op.name), results, vmap_method=None)(
-        *operands, **ffi_attributes
-    )
+    values = jax.ffi.ffi_call(
+        _target(op.name), results, vmap_method=None, input_output_aliases=aliases
+    )(*operands, **ffi_attributes)
+    if not grouped:
+        values = [jax.lax.expand_dims(x, (0,)) for x in values]
     by_name = dict(zip(types, values, strict=True))
     return {x: value for x, value in by_name.items() if x not in _workspaces(op)}
 
@@ -106,6 +115,23 @@ def _infer(
     inputs = [_spec(arrays.get(name)) for name in op.input_names]
     outputs = table.infer(op.name, inputs, attributes, wanted, slab)
     return {x: spec for x, spec in zip(op.output_names, outputs, strict=True) if spec}
+
+
+def _in_place(
+    names: Sequence[str],
+    operands: Sequence[jax.Array],
+    results: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> dict[int, int]:
+    """Which results may take the memory of which operands, by their places.
+
+    What an op calls ``next_x`` it may write in the place of ``x``. In a loop whose state it is,
+    neither is then copied.
+    """
+    return {
+        names.index(name.removeprefix("next_")): place
+        for place, (name, spec) in enumerate(results.items())
+        if name.startswith("next_") and spec == _spec(operands[names.index(name[5:])])
+    }
 
 
 def _workspaces(op: Op) -> set[str]:
@@ -138,7 +164,7 @@ class _Run:
         changed = {**self.attributes, **(attributes or {})}
         if step is None:
             return _emit(self.op, changed, self.wanted, arrays, slab, first)
-        return _emit(OPS[step], changed, OPS[step].mask(results), arrays)
+        return _emit(OPS[step], changed, OPS[step].mask(results), arrays, slab, first)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -488,6 +488,19 @@ def _voxel_by_voxel(run: Run, arrays: Arrays, _: Mapping[str, Any], cut: Cut) ->
     return run(arrays)
 
 
+def _adam_step(run: Run, arrays: Arrays, _: Mapping[str, Any], cut: Cut) -> Arrays:
+    """The rule of `riemannian_adam_step`: the longest vector is that of all devices."""
+    slabs = cut.planes
+    first = slabs.first()
+    place: Any = {"slab": (slabs.planes, slabs.planes, 0), "first": _first_planes(first, first)}
+    names = ("output", "next_mu", "next_nu")
+    moments = run(arrays, step="adam_moments", results=names, **place)
+    longest = jax.lax.pmax(moments.pop("output"), slabs.axes)  # type: ignore[no-untyped-call]
+    found = {"mu": moments["next_mu"], "nu": moments["next_nu"], "longest": longest}
+    step = run(arrays | found, step="adam_step_of_longest", **place)["output"]
+    return {"output": step, **moments}
+
+
 # --- Stencils -------------------------------------------------------------------------------------
 
 
@@ -502,6 +515,23 @@ def _gaussian_smooth(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cu
     return {
         name: jax.lax.slice_in_dim(x, reach, reach + cut.planes.own, axis=axis)
         for name, x in run(halos).items()
+    }
+
+
+def _step_gradient(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) -> Arrays:
+    slabs = cut.planes
+    # The Gaussian reaches so many planes, and the differences in the last of them one more.
+    reach = min(math.ceil(attributes["truncate"] * attributes["sigma"][0]), slabs.planes - 1) + 1
+    halos = {
+        name: slabs.with_halo(x, 2 if name == "pull" else 3, reach, reach)
+        for name, x in arrays.items()
+    }
+    begin = slabs.first() - reach
+    slab = (slabs.planes, slabs.planes, 0)
+    results = run(halos, slab=slab, first=_first_planes(begin, begin))
+    return {
+        name: jax.lax.slice_in_dim(x, reach, reach + slabs.own, axis=2)
+        for name, x in results.items()
     }
 
 
@@ -690,6 +720,18 @@ SLAB_OPS: dict[str, SlabOp] = {
     "jacobian_determinant": SlabOp(_all_planes(2, *_WARPED), _jacobian_determinant),
     "invert_displacement": SlabOp(
         _all_planes(2, "displacement", "initial", "output", "residual"), _inverse
+    ),
+    "riemannian_adam_step": SlabOp(
+        _all_planes(2, "gradient", "mu", "nu", "output", "next_mu", "next_nu"), _adam_step
+    ),
+    "step_gradient": SlabOp(
+        lambda _: {
+            "moved": ("planes", 3),
+            "slope": ("planes", 3),
+            "pull": ("planes", 2),
+            "output": ("planes", 2),
+        },
+        _step_gradient,
     ),
     "mutual_information_loss": _INFORMATION,
     "joint_histogram": _INFORMATION,

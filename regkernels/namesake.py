@@ -22,6 +22,7 @@ _OURS = {
     "monai.py",
     "regularisation.py",
     "smooth.py",
+    "steps.py",
     "voxelmorph.py",
     "warp.py",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy as np
 
 __all__ = [
     "broadcast_mask_shape",
+    "check_positive",
     "intensity_bounds",
     "is_joint",
+    "is_number",
     "optional_tuple",
     "plain_number",
     "static_tuple",
@@ -44,6 +47,17 @@ def plain_number(value: Any) -> Any:
         return tuple(plain_number(v) for v in value)
     is_scalar = isinstance(value, _NUMPY) and value.ndim == 0
     return value.item() if is_scalar else value
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number as Python or NumPy have it, and no array."""
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def check_positive(op: str, name: str, value: Any) -> None:
+    """Raise ValueError for a number that is not positive and finite."""
+    if is_number(value) and not 0 < value < math.inf:
+        raise ValueError(f"{op}: {name}: expected a positive finite number, got {value}")
 
 
 def broadcast_mask_shape(mask: Sequence[int], image: Sequence[int]) -> tuple[int, ...] | None:

@@ -18,6 +18,7 @@ from torchreg.regularisation import (
     jacobian_loss,
 )
 from torchreg.smooth import gaussian_smooth
+from torchreg.steps import riemannian_adam_step, step_gradient
 from torchreg.warp import (
     affine_warp,
     compose,
@@ -51,5 +52,7 @@ __all__ = [
     "lncc_loss",
     "mind_ssc",
     "mutual_information_loss",
+    "riemannian_adam_step",
     "scaling_and_squaring",
+    "step_gradient",
 ]

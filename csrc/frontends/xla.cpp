@@ -53,12 +53,13 @@ DType dtype_of(ffi::DataType type) {
   }
 }
 
-Tensor tensor_of(const ffi::AnyBuffer& buffer) {
+Tensor tensor_of(const ffi::AnyBuffer& buffer, bool grouped) {
   const auto dims = buffer.dimensions();
-  if (dims.size() > kMaxRank) throw ValueError("an array has too many axes");
+  if (dims.size() + (grouped ? 0 : 1) > kMaxRank) throw ValueError("an array has too many axes");
   Tensor tensor;
   tensor.present = true;
   tensor.dtype = dtype_of(buffer.element_type());
+  if (!grouped) tensor.shape.append(1);
   for (int64_t dim : dims) tensor.shape.append(dim);
   tensor.data = buffer.untyped_data();
   return tensor;
@@ -101,19 +102,21 @@ Slab slab_of(const ffi::Dictionary& attributes) {
 }
 
 // Which inputs are there and which outputs are asked for travel as the attributes `present` and
-// `wanted`, bit masks in the order of declaration; arguments and results hold only those.
+// `wanted`, bit masks in the order of declaration; arguments and results hold only those. Where
+// `grouped` is 0 they come without the group axis, as of one group.
 ffi::Error run(const Op& op, bool cuda, void* stream, const ffi::RemainingArgs& args,
                const ffi::RemainingRets& rets, const ffi::Dictionary& attributes) try {
   Call call;
   call.op = &op;
   call.wanted = static_cast<uint32_t>(attribute<int64_t>(attributes, "wanted"));
   const auto present = static_cast<uint32_t>(attribute<int64_t>(attributes, "present"));
+  const bool grouped = attribute<int64_t>(attributes, "grouped") != 0;
   size_t next = 0;
   for (size_t i = 0; i < op.inputs.size(); ++i) {
     if (!(present >> i & 1u)) continue;
     auto buffer = args.get<ffi::AnyBuffer>(next++);
     if (buffer.has_error()) return buffer.error();
-    call.inputs[i] = tensor_of(*buffer);
+    call.inputs[i] = tensor_of(*buffer, grouped);
   }
   for (const AttrSpec& spec : op.attributes) {
     call.attributes.push_back(attribute_value(attributes, spec));
@@ -132,7 +135,7 @@ ffi::Error run(const Op& op, bool cuda, void* stream, const ffi::RemainingArgs& 
     if (!call.outputs[i].present) continue;
     auto buffer = rets.get<ffi::AnyBuffer>(next++);
     if (buffer.has_error()) return buffer.error();
-    outputs[i] = tensor_of(**buffer);
+    outputs[i] = tensor_of(**buffer, grouped);
   }
   set_outputs(call, outputs);
   Context context;

@@ -25,6 +25,8 @@ const std::vector<Op>& op_table() {
     add(mind_ssc_ops());
     add(interpolate_labels_ops());
     add(invert_displacement_ops());
+    add(riemannian_adam_step_ops());
+    add(step_gradient_ops());
     return all;
   }();
   return table;

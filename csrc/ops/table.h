@@ -20,5 +20,7 @@ std::vector<Op> mutual_information_ops();
 std::vector<Op> mind_ssc_ops();
 std::vector<Op> interpolate_labels_ops();
 std::vector<Op> invert_displacement_ops();
+std::vector<Op> riemannian_adam_step_ops();
+std::vector<Op> step_gradient_ops();
 
 }  // namespace regkernels

@@ -38,7 +38,7 @@ from jaxreg.registration.register import (
 from jaxreg.registration.register_images import ArrayRegistration, register_images
 from jaxreg.registration.stages.adam import AdamMoments, riemannian_adam_step
 from jaxreg.registration.stages.base import Stage, Trace
-from jaxreg.registration.stages.deformable import Deformable, step_gradient
+from jaxreg.registration.stages.deformable import Deformable
 from jaxreg.registration.stages.greedy import Greedy
 from jaxreg.registration.stages.iterative import Iterative
 from jaxreg.registration.stages.linear import Affine, Linear, Rigid, Similarity, Translation
@@ -149,6 +149,5 @@ __all__ = [
     "resize_image",
     "riemannian_adam_step",
     "stage_from_name",
-    "step_gradient",
     "target_registration_error",
 ]

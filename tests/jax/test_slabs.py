@@ -643,6 +643,36 @@ def test_invert_displacement_gives_the_bits_of_one_device(
     assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("sigma", [0.0, 0.7, 1.6])
+def test_step_gradient_gives_the_bits_of_one_device(mesh: Mesh, planes: int, sigma: float) -> None:
+    moved, slope = (random_array(k, 2, 2, planes, *IN_PLANE) for k in (1, 2))
+    pull = random_array(3, 2, planes, *IN_PLANE, 3)
+    for operands in ((moved, slope), (moved, slope, pull)):
+        function = functools.partial(jaxreg.step_gradient, sigma=sigma)
+        spread = on_slabs(function, mesh, [IMAGE, IMAGE, FIELD][: len(operands)], [FIELD])
+        assert_same(spread(*operands), np.asarray(jax.jit(function)(*operands)))
+        assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("plane", [0, 7, -1])
+def test_riemannian_adam_step_gives_the_bits_of_one_device(
+    mesh: Mesh, planes: int, plane: int
+) -> None:
+    """Whichever device has the longest vector."""
+    gradient, mu, root = (random_array(k, 2, planes, *IN_PLANE, 3) for k in (1, 2, 3))
+    gradient[:, plane] *= 10
+
+    def function(gradient: Any, mu: Any, nu: Any) -> Any:
+        options = {"learning_rate": 0.4, "epsilon": jnp.asarray([1.0, 2.0, 0.1]), "confined": True}
+        return jaxreg.riemannian_adam_step(gradient, mu, nu, 3, **options)
+
+    operands = gradient, mu, root**2
+    spread = on_slabs(function, mesh, [FIELD] * 3, [FIELD] * 3)
+    for found, expected in zip(spread(*operands), jax.jit(function)(*operands), strict=True):
+        assert_same(found, np.asarray(expected))
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("kernel", ["gaussian", "delta"])
 def test_joint_histogram_is_that_of_one_device(mesh: Mesh, planes: int, kernel: str) -> None:
     pred = random_array(1, 1, 2, planes, *IN_PLANE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -167,7 +168,8 @@ def test_vmap_is_a_loop_for_ops_without_a_gradient(name: str, mapped: tuple[int,
         "interpolate_labels": {"return_weights": True},
         "invert_displacement": {"return_residual": True},
     }
-    function = bound(example(name, **more.get(name, {})))
+    options = example(name, **more.get(name, {})).options
+    function = functools.partial(getattr(jaxreg, name), **options)
     operands = mapped_operands(name, mapped)
     actual = jax.jit(jax.vmap(function, in_axes(len(operands), mapped)))(*operands)
     expected = one_by_one(jax.jit(function), operands, mapped)

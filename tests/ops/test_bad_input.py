@@ -50,7 +50,8 @@ MAY_BE_EMPTY = {
 # The axes of each operand: a small letter is a spatial axis, D has as many entries as those, S as
 # many as in the other operands.
 LAYOUTS = {
-    **dict.fromkeys(["pred", "target"], "NSSSS"),
+    **dict.fromkeys(["pred", "target", "moved", "slope"], "NSSSS"),
+    **dict.fromkeys(["pull", "gradient", "mu", "nu"], "NSSSD"),
     **dict.fromkeys(["image", "x", "labels"], "NCzyx"),
     **dict.fromkeys(["grid", "u", "v", "displacement", "velocity"], "NzyxD"),
     "affine": "NDE",
@@ -274,6 +275,23 @@ ONE_BY_ONE = [
     *[bad_value(op, "spacing", (1.0, x, 2.0), came) for op in IN_MM for x, came in SPACINGS],
     *[bad_value("invert_displacement", "tolerance", t, f"{t:g}") for t in (-1.0, NAN, INFINITY)],
     *[bad_value("invert_displacement", "max_iterations", n, str(n)) for n in (-1, 0, 10001)],
+    *[bad_value("riemannian_adam_step", "learning_rate", r, f"{r:g}") for r in (-1.0, 0.0)],
+    *[
+        bad_value("riemannian_adam_step", name, x, f"{x:g}")
+        for name in ("beta1", "beta2")
+        for x in (-0.1, 1.0)
+    ],
+    *[bad_value("riemannian_adam_step", "epsilon", x, f"{x:g}") for x in (-1.0, 0.0, NAN)],
+    bad_value("riemannian_adam_step", "epsilon", zeros(2, 2, 2), numbers(2, 2, 2)),
+    bad_type("riemannian_adam_step", "epsilon", "small", "str"),
+    bad_value("riemannian_adam_step", "scale", zeros(2, 3, 3), numbers(2, 3, 3)),
+    bad_type("riemannian_adam_step", "scale", "large", "str"),
+    bad_value("riemannian_adam_step", "count", zeros(2, 1, 1, dtype=np.int32), numbers(2, 1, 1)),
+    bad_type("riemannian_adam_step", "count", zeros(2, 1, 1, dtype=np.uint8), "uint8"),
+    bad_type("riemannian_adam_step", "count", 2.0, "float"),
+    bad_value("step_gradient", "sigma", -0.5, "-0.5"),
+    bad_value("step_gradient", "sigma", (1.0, 2.0), "2"),
+    bad_value("step_gradient", "truncate", 0, "0"),
     *[
         Bad("interpolate_labels", "background", ValueError, f"{label}", {"background": label} | x)
         for dtype, label in [("bool", 2), ("uint8", 256), ("uint16", -1), ("int8", -129)]

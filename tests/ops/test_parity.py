@@ -35,6 +35,23 @@ _DETERMINISTIC = [  # PyTorch has a switch for it
         "float32, coarser than float64. ``torch.use_deterministic_algorithms`` asks for the same.",
     )
 ]
+
+
+def _no_gradient(operand: str) -> list[tuple[str, str]]:
+    return [
+        (
+            f"Differentiating it is refused: ``jax.lax.stop_gradient({operand})`` makes a "
+            "constant of it.",
+            f"Operands that require a gradient are refused: pass ``{operand}.detach()``.",
+        ),
+        (
+            "does not fit; the message names the argument.",
+            f"does not fit; the message names the argument. {_REFUSES}.",
+        ),
+        (f"{_TYPE} Also an operand that is differentiated.", _TYPE),
+    ]
+
+
 IN_OTHER_WORDS: dict[str, list[tuple[str, str]]] = {
     "interpolate": _DETERMINISTIC,
     "compose": _DETERMINISTIC,
@@ -52,18 +69,9 @@ IN_OTHER_WORDS: dict[str, list[tuple[str, str]]] = {
         ),
         (f"{_TYPE} Also an operand that is differentiated, with ``return_weights``.", _TYPE),
     ],
-    "invert_displacement": [
-        (
-            "Differentiating it is refused: ``jax.lax.stop_gradient(displacement)`` makes a "
-            "constant of it.",
-            "Operands that require a gradient are refused: pass ``displacement.detach()``.",
-        ),
-        (
-            "does not fit; the message names the argument.",
-            f"does not fit; the message names the argument. {_REFUSES}.",
-        ),
-        (f"{_TYPE} Also an operand that is differentiated.", _TYPE),
-    ],
+    "invert_displacement": _no_gradient("displacement"),
+    "step_gradient": _no_gradient("moved"),
+    "riemannian_adam_step": _no_gradient("gradient"),
 }
 
 Digests = dict[str, dict[str, dict[str, str]]]

@@ -23,6 +23,7 @@ from jaxreg import (
     lncc_loss,
     mind_ssc,
     mutual_information_loss,
+    step_gradient,
 )
 from jaxreg.registration import (
     LNCC,
@@ -47,7 +48,6 @@ from jaxreg.registration import (
     register,
     register_images,
     riemannian_adam_step,
-    step_gradient,
 )
 from jaxreg.registration.register_images import make_problem
 from jaxreg.registration.stages.adam import no_moments

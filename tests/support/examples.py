@@ -13,6 +13,11 @@ from inputs import random_affine, random_array, small_displacement
 Array = np.ndarray
 
 
+def first_result(results: Any) -> Any:
+    """What an op without further results returns, or the first of them."""
+    return results[0] if isinstance(results, tuple) else results
+
+
 @dataclass(frozen=True)
 class Example:
     """A call of the public function ``name`` with array operands and keyword options."""
@@ -31,8 +36,8 @@ class Example:
         return () if self.name in WITHOUT_GRADIENT else tuple(range(self.count))
 
     def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function of the operands alone."""
-        return lambda *operands: function(*operands, **self.options)
+        """The function of the operands alone; of several results it returns the first."""
+        return lambda *operands: first_result(function(*operands, **self.options))
 
     def reference(self) -> Array:
         return self.bind(getattr(reference, self.name))(*self.operands)
@@ -64,7 +69,13 @@ OPS = [
     "mind_ssc",
 ]
 
-WITHOUT_GRADIENT = ["joint_histogram", "interpolate_labels", "invert_displacement"]
+WITHOUT_GRADIENT = [
+    "joint_histogram",
+    "interpolate_labels",
+    "invert_displacement",
+    "step_gradient",
+    "riemannian_adam_step",
+]
 
 ALL_OPS = [*OPS, *WITHOUT_GRADIENT]
 
@@ -81,6 +92,8 @@ OPERANDS = {
     "mind_ssc": ("image",),
     "interpolate_labels": ("labels", "affine", "grid"),
     "invert_displacement": ("displacement",),
+    "step_gradient": ("moved", "slope", "pull"),
+    "riemannian_adam_step": ("gradient", "mu", "nu"),
 }
 
 
@@ -132,5 +145,11 @@ def example(
         "joint_histogram": Example("joint_histogram", (image, other), binning),
         "interpolate_labels": Example("interpolate_labels", (labels, affine, first)),
         "invert_displacement": Example("invert_displacement", (gentle,), {"tolerance": 0.0}),
+        "step_gradient": Example("step_gradient", (image, other, first), {"sigma": 0.8}),
+        "riemannian_adam_step": Example(
+            "riemannian_adam_step",
+            (first, 0.1 * second, 0.1 * first**2),
+            {"count": 3, "learning_rate": 0.4, "epsilon": 1e-3, "confined": True},
+        ),
     }[name]
     return replace(case, options={**case.options, **options})

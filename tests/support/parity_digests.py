@@ -84,15 +84,20 @@ def main() -> None:
         digests[title] = {}
         for framework in ("jax", "torch"):
             backend = BACKENDS[framework, "cpu"]
-            value = backend.call(case.name, *case.operands, **case.options)
-            assert np.isfinite(value).all()
+            results = backend.call(case.name, *case.operands, **case.options)
+            value, *others = results if isinstance(results, tuple) else (results,)
+            assert all(np.isfinite(x).all() for x in (value, *others))
             cotangent = random_array(7, *value.shape, dtype=value.dtype)
             wrt = case.differentiable
             gradients = backend.vjp(case.name, case.operands, cotangent, wrt, **case.options)
-            digests[title][framework] = {"value": digest(value)} | {
-                f"gradient of {OPERANDS[case.name][k]}": digest(gradient)
-                for k, gradient in zip(wrt, gradients, strict=True)
-            }
+            digests[title][framework] = (
+                {"value": digest(value)}
+                | {f"result {k}": digest(other) for k, other in enumerate(others, 2)}
+                | {
+                    f"gradient of {OPERANDS[case.name][k]}": digest(gradient)
+                    for k, gradient in zip(wrt, gradients, strict=True)
+                }
+            )
     print(json.dumps(digests))
 
 

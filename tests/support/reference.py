@@ -483,6 +483,63 @@ def gaussian_smooth(
     return x
 
 
+def step_gradient(
+    moved: Array,
+    slope: Array,
+    pull: Array | None = None,
+    *,
+    sigma: float | Sequence[float] = 0.0,
+    truncate: float = 4.0,
+) -> Array:
+    """The slope of a loss times that of the moved image, and what is added to it, smoothed."""
+    shape, dim = moved.shape[2:], moved.ndim - 2
+    components = []
+    for half, axis in zip(half_extent(shape, True), reversed(range(2, 2 + dim)), strict=True):
+        flat = moved.shape[axis] == 1
+        along = np.zeros_like(moved) if flat else np.gradient(moved, axis=axis)
+        components.append((slope * along * half).sum(axis=1))
+    gradient = np.stack(components, axis=-1)
+    gradient = gradient if pull is None else gradient + pull
+    return gaussian_smooth(gradient, sigma, truncate=truncate, channel_last=True)
+
+
+def riemannian_adam_step(
+    gradient: Array,
+    mu: Array,
+    nu: Array,
+    count: int | Array,
+    *,
+    learning_rate: float,
+    beta1: float = 0.9,
+    beta2: float = 0.99,
+    epsilon: float | Array = 1e-8,
+    scale: float | Array | None = None,
+    confined: bool = False,
+) -> tuple[Array, Array, Array]:
+    """The step, and the moments for the next one."""
+    shape, dim = gradient.shape[1:-1], gradient.shape[-1]
+
+    def of_items(value: float | Array, *sizes: int) -> Array:
+        given = np.asarray(value, np.float64)
+        first = given.shape[0] if given.ndim > len(sizes) else 1
+        return np.broadcast_to(given, (first, *sizes)).reshape(first, *[1] * dim, -1)
+
+    scaled = gradient * (1 if scale is None else of_items(scale))
+    mu = (1 - beta1) * scaled + beta1 * mu
+    nu = (1 - beta2) * scaled**2 + beta2 * nu
+    steps = of_items(count) + 1
+    unbiased = mu / (1 - beta1**steps), nu / (1 - beta2**steps)
+    direction = unbiased[0] / (np.sqrt(unbiased[1]) + of_items(epsilon, dim))
+    length = np.sqrt((direction**2).sum(-1, keepdims=True))
+    longest = length.max(axis=tuple(range(1, length.ndim)), keepdims=True)
+    voxel = np.array([2 / (n - 1) if n > 1 else 0 for n in reversed(shape)])
+    step = -learning_rate * 0.5 / np.maximum(0.5, longest) * voxel * direction
+    for component in range(dim if confined else 0):
+        across = np.moveaxis(step[..., component], dim - component, 0)
+        across[[0, -1]] = 0
+    return step, mu, nu
+
+
 def jacobian_determinant(displacement: Array, *, align_corners: bool = True) -> Array:
     """Determinant of the Jacobian of ``x + u(x)`` in voxels: ``(N, [Z,] Y, X)``.
 

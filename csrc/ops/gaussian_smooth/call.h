@@ -40,6 +40,11 @@ struct GaussianSmoothCall {
 inline constexpr int kFusedRadius = 12, kFusedRadiusDouble = 8;
 inline constexpr int kFusedChannels = 3;
 
+// Checks `sigma` and `truncate` of a call that smooths an array of a shape, that of a field or an
+// image. Where the shape does not fit, `input` is named.
+GaussianSmoothCall check_smoothing(const Call& call, const char* input, const Shape& shape,
+                                   bool channel_last);
+
 template <class T>
 REGKERNELS_HD T gaussian_weight(const SmoothingPass& pass, int64_t distance) {
   const double ratio = static_cast<double>(distance) / pass.sigma;

@@ -6,6 +6,7 @@
 #include "core/thread_pool.h"
 #include "ops/gaussian_smooth/call.h"
 #include "ops/gaussian_smooth/gaussian_smooth.h"
+#include "ops/gaussian_smooth/smooth.h"
 
 namespace regkernels {
 
@@ -89,6 +90,16 @@ void smooth(const GaussianSmoothCall& call, const S* in, S* out, T* weights, T* 
 }
 
 }  // namespace
+
+template <class T>
+void smooth_array(const Cpu&, const GaussianSmoothCall& call, const T* in, T* out, T* weights,
+                  T* scratch) {
+  smooth(call, in, out, weights, scratch);
+}
+template void smooth_array(const Cpu&, const GaussianSmoothCall&, const float*, float*, float*,
+                           float*);
+template void smooth_array(const Cpu&, const GaussianSmoothCall&, const double*, double*, double*,
+                           double*);
 
 void gaussian_smooth_cpu(const Context&, const Call& call) {
   with_gaussian_smooth(call, [](const auto&... arguments) { smooth(arguments...); });

@@ -8,14 +8,10 @@
 
 namespace regkernels {
 
-namespace {
-
-GaussianSmoothCall check(const Call& call, const char* input) {
+GaussianSmoothCall check_smoothing(const Call& call, const char* input, const Shape& shape,
+                                   bool channel_last) {
   GaussianSmoothCall checked;
-  checked.arithmetic = check_dtypes(call);
-  checked.storage = call.input(input).dtype;
-  const Shape& shape = call.input(input).shape;
-  const bool channel_last = call.flag("channel_last");
+  checked.arithmetic = checked.storage = check_dtypes(call);
   const int dimensions = shape.rank() - 3;
   if (dimensions != 2 && dimensions != 3) {
     fail_shape(
@@ -76,6 +72,15 @@ GaussianSmoothCall check(const Call& call, const char* input) {
     checked.fused = checked.fused && pass.radius <= fused_radius;
     checked.passes.push_back(pass);
   }
+  return checked;
+}
+
+namespace {
+
+GaussianSmoothCall check(const Call& call, const char* input) {
+  const Tensor& array = call.input(input);
+  GaussianSmoothCall checked = check_smoothing(call, input, array.shape, call.flag("channel_last"));
+  checked.storage = array.dtype;
   return checked;
 }
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import optax
 
+import jaxreg
 from jaxreg.registration.stages.pyramid import resize_field
 
 __all__ = [
@@ -82,15 +82,10 @@ def riemannian_adam_step(
     beta1: float = 0.9,
     beta2: float = 0.99,
     epsilon: float | jax.Array = 1e-8,
+    scale: float | jax.Array | None = None,
+    confined: bool = False,
 ) -> tuple[jax.Array, AdamMoments]:
-    r"""Turn a gradient into the displacement to compose with.
-
-    .. math:: \delta = -\lambda\, \min\left(1, \frac{1/2}{\max_x \|a(x)\|}\right)\, a, \qquad
-              a = \frac{\hat m}{\sqrt{\hat v} + \epsilon}
-
-    with Adam's bias-corrected moments :math:`\hat m, \hat v` of every component. The direction
-    :math:`a` has no unit; it is read in voxels. Per batch item, the longest step is at most half a
-    voxel times the learning rate :math:`\lambda`.
+    """Turn a gradient into the displacement to compose with: `jaxreg.riemannian_adam_step`.
 
     Parameters
     ----------
@@ -99,8 +94,8 @@ def riemannian_adam_step(
         X, D)``, in normalised coordinates.
     moments
         From the previous step; ``optax.scale_by_adam().init(gradient)`` before the first.
-    learning_rate, beta1, beta2, epsilon
-        See `Greedy`.
+    learning_rate, beta1, beta2, epsilon, scale, confined
+        As for `jaxreg.riemannian_adam_step`.
 
     Returns
     -------
@@ -108,20 +103,17 @@ def riemannian_adam_step(
         ``(N, [Z,] Y, X, D)``, normalised coordinates.
     moments
         For the next step.
-
-    Notes
-    -----
-    Jena, Chaudhari and Gee, "FireANTs: Adaptive Riemannian Optimization for Multi-Scale
-    Diffeomorphic Matching", arXiv:2404.01249.
     """
-    direction, moments = adam_direction(
-        gradient, moments, beta1=beta1, beta2=beta2, epsilon=epsilon
+    step, mu, nu = jaxreg.riemannian_adam_step(
+        gradient,
+        moments.mu,
+        moments.nu,
+        moments.count,
+        learning_rate=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        epsilon=epsilon,
+        scale=scale,
+        confined=confined,
     )
-    # This is written out, without `convert_displacement`, because XLA fuses all that is done to a
-    # voxel, but not into an op.
-    squares = jnp.sum(direction**2, axis=-1)
-    longest = jnp.sqrt(jnp.max(squares, axis=tuple(range(1, gradient.ndim - 1))))
-    length = -learning_rate * 0.5 / jnp.maximum(0.5, longest)
-    voxel = [2 / (n - 1) if n > 1 else 0 for n in reversed(gradient.shape[1:-1])]
-    length = length.reshape(-1, *(1,) * (gradient.ndim - 1))
-    return length * jnp.asarray(voxel, gradient.dtype) * direction, moments
+    return step, AdamMoments(moments.count + 1, mu, nu)

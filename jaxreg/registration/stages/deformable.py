@@ -6,20 +6,20 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxreg import compose, invert_displacement
+from jaxreg import compose, invert_displacement, step_gradient
 from jaxreg.registration.stages.adam import (
     AdamMoments,
     no_moments,
     resize_moments,
     riemannian_adam_step,
 )
-from jaxreg.registration.stages.fields import confined, mended, smoothed
+from jaxreg.registration.stages.fields import confined, mended, smoothed, smoothing
 from jaxreg.registration.stages.iterative import Iterative, State, mean_over_channels
 from jaxreg.registration.stages.metrics import Metric, as_metric
 from jaxreg.registration.stages.neighbours import differences
@@ -28,7 +28,7 @@ from jaxreg.registration.stages.pyramid import resize_field
 from jaxreg.registration.stages.regularisers import Regulariser
 from jaxreg.registration.stages.spread import spread
 
-__all__ = ["Deformable", "Regularisation", "step_gradient", "through_warp"]
+__all__ = ["Deformable", "Regularisation", "through_warp"]
 
 Regularisation = Callable[[jax.Array], jax.Array]
 """``penalty(field)``: a scalar that is added to the loss."""
@@ -111,21 +111,21 @@ class Deformable(Iterative):
     def descend(
         self, level: Level, gradient: jax.Array, moments: AdamMoments
     ) -> tuple[jax.Array, AdamMoments]:
-        """Return the step for the gradient of a mean loss, and Adam's moments after it."""
+        """Return the step for the smooth gradient of a mean loss, and Adam's moments after it."""
         # The loss is a mean: its sum has a gradient whose size does not depend on the grid.
-        gradient = gradient * math.prod(gradient.shape[1:-1])
-        gradient = smoothed(gradient, self.gradient_sigma)
+        voxels = jnp.asarray(math.prod(gradient.shape[1:-1]), gradient.dtype)
         per_voxel = jnp.asarray([max(n - 1, 1) / 2 for n in level.shape[::-1]], gradient.dtype)
-        gradient, epsilon = self.in_scale(level, gradient, self.epsilon * per_voxel)
-        step, moments = riemannian_adam_step(
+        scale, epsilon = self.in_scale(level, voxels, self.epsilon * per_voxel)
+        return riemannian_adam_step(
             gradient,
             moments,
             learning_rate=self.learning_rate,
             beta1=self.beta1,
             beta2=self.beta2,
             epsilon=epsilon,
+            scale=scale,
+            confined=True,
         )
-        return confined(step), moments
 
     def prepared(self, level: Level) -> Level:
         """Return a level with the unit of the regularisation.
@@ -139,10 +139,13 @@ class Deformable(Iterative):
             return level._replace(loss_unit=level.metric_scale)
         return level._replace(loss_unit=_first_loss(self, level))
 
-    def penalty(self, level: Level, field: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the regularisation of a field, and its gradient with respect to the field."""
+    def penalty(self, level: Level, field: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Return the regularisation of a field, and its gradient with respect to the field.
+
+        Without a regularisation there is none.
+        """
         if self.regularisation is None:
-            return jnp.zeros((), field.dtype), jnp.zeros_like(field)
+            return jnp.zeros((), field.dtype), None
         penalty, pull = jax.value_and_grad(self.regularisation)(field)
         if level.loss_unit is None:
             return penalty, pull
@@ -150,13 +153,13 @@ class Deformable(Iterative):
 
     def penalty_of_composing(
         self, level: Level, displacement: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | None]:
         """Return the regularisation of a displacement, and its gradient with respect to a step.
 
         As for the metric, the step is composed from the right, at the zero step.
         """
         penalty, pull = self.penalty(level, displacement)
-        return penalty, pull if self.regularisation is None else through_warp(displacement, pull)
+        return penalty, None if pull is None else through_warp(displacement, pull)
 
     def objective(
         self, level: Level, moved: Weighted, target: Weighted
@@ -172,13 +175,14 @@ class Deformable(Iterative):
 
         return of_images
 
-    def loss_and_gradients(
+    def loss_and_gradient(
         self,
         level: Level,
         pair: Callable[[Level], tuple[Weighted, Weighted]],
         wrt: tuple[int, ...],
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Return the loss of two images, and its gradients with respect to steps that warp them.
+        pull: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the loss of two images, and its gradient with respect to steps that warp them.
 
         Parameters
         ----------
@@ -187,26 +191,27 @@ class Deformable(Iterative):
         pair
             ``pair(level)``: the moved image and its target, of all channels of a level.
         wrt
-            Which gradients: 0 with respect to a step of the moved image, 1 of its target.
+            With respect to which steps: 0 of the moved image, 1 of its target.
+        pull
+            What is added to the gradient, of its shape, or `None`.
 
         Returns
         -------
         loss
             A scalar.
-        gradients
-            As of `step_gradient`, one for each of ``wrt``.
+        gradient
+            ``(steps, [Z,] Y, X, D)``, smooth, in the order of ``wrt``.
         """
         if not self.takes_channels_singly(level):
             images = pair(level)
             objective = self.objective(level, *images)
             loss, slopes = jax.value_and_grad(objective, wrt)(*(image.image for image in images))
-            gradients = zip(wrt, slopes, strict=True)
-            return loss, tuple(step_gradient(images[k].image, slope) for k, slope in gradients)
+            return loss, self._step_gradient([images[k].image for k in wrt], slopes, pull)
         metric = as_metric(self.metric)
         moved, target = pair(level.channel(0))
         weight = moved.weight * target.weight
 
-        def of_channel(channel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        def of_channel(channel: jax.Array) -> tuple[jax.Array, jax.Array]:
             one = level.channel(channel)
             images = tuple(image.image for image in pair(one))
 
@@ -214,12 +219,20 @@ class Deformable(Iterative):
                 return metric.loss_of_level(pred, image, weight, fixed=one.fixed, moving=one.moving)
 
             loss, slopes = jax.value_and_grad(of_images, wrt)(*images)
-            gradients = zip(wrt, slopes, strict=True)
-            return loss, tuple(step_gradient(images[k], slope) for k, slope in gradients)
+            chosen = [images[k] for k in wrt]
+            return loss, step_gradient(jnp.concatenate(chosen), jnp.concatenate(slopes))
 
-        loss, sums = mean_over_channels(of_channel, level.fixed.shape[1])
+        loss, total = mean_over_channels(of_channel, level.fixed.shape[1])
         loss, rate = jax.value_and_grad(charged)(loss, weight.sum(), level.overlap)
-        return loss, tuple(rate * gradient for gradient in sums)
+        gradient = rate * total
+        return loss, smoothed(gradient if pull is None else gradient + pull, self.gradient_sigma)
+
+    def _step_gradient(
+        self, moved: Sequence[jax.Array], slopes: Sequence[jax.Array], pull: jax.Array | None
+    ) -> jax.Array:
+        sigma = smoothing(moved[0].shape[2:], self.gradient_sigma)
+        # To put images side by side takes less than to do so with fields.
+        return step_gradient(jnp.concatenate(moved), jnp.concatenate(slopes), pull, sigma=sigma)
 
     @abc.abstractmethod
     def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -275,29 +288,6 @@ def through_warp(displacement: jax.Array, slope: jax.Array) -> jax.Array:
         turned = (slope * _along(displacement, axis)).sum(axis=-1)
         components.append(slope[..., component] + turned)
     return jnp.stack(components, axis=-1)
-
-
-def step_gradient(moved: jax.Array, slope: jax.Array) -> jax.Array:
-    r"""Gradient of a loss with respect to a step composed from the right, at the zero step.
-
-    The formula is at the head of `jaxreg.registration.stages.greedy`:
-    :math:`\partial L/\partial I \cdot \nabla I`, summed over the channels.
-
-    Parameters
-    ----------
-    moved
-        The moved image :math:`I`, ``(N, C, [Z,] Y, X)``.
-    slope
-        The loss's gradient with respect to it, :math:`\partial L/\partial I`.
-
-    Returns
-    -------
-    Array
-        ``(N, [Z,] Y, X, D)`` per unit of normalised coordinates. Central differences, one-sided
-        at the borders; 0 along an axis of length 1.
-    """
-    axes = reversed(range(2, moved.ndim))
-    return jnp.stack([(slope * _along(moved, axis)).sum(axis=1) for axis in axes], axis=-1)
 
 
 def _along(array: jax.Array, axis: int) -> jax.Array:

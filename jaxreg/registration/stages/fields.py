@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxreg import gaussian_smooth
 
-__all__ = ["cell_determinants", "confined", "mended", "smoothed"]
+__all__ = ["cell_determinants", "confined", "mended", "smoothed", "smoothing"]
 
 _Carry = tuple[jax.Array, jax.Array, jax.Array]
 """The field, its bad cells, and the number of rounds."""
@@ -24,14 +24,18 @@ _SIGMA = 1.5
 
 
 def smoothed(field: jax.Array, sigma: float) -> jax.Array:
-    """Return `gaussian_smooth` of a field.
+    """Return `gaussian_smooth` of a field."""
+    if sigma == 0:
+        return field
+    return gaussian_smooth(field, smoothing(field.shape[1:-1], sigma), channel_last=True)
+
+
+def smoothing(shape: tuple[int, ...], sigma: float) -> list[float]:
+    """Return the Gaussian for each axis of a grid.
 
     Across a single slice there is nothing to mix with but the zeros outside, so that axis is left.
     """
-    if sigma == 0:
-        return field
-    sigmas = [sigma if size > 1 else 0 for size in field.shape[1:-1]]
-    return gaussian_smooth(field, sigmas, channel_last=True)
+    return [sigma if size > 1 else 0.0 for size in shape]
 
 
 def confined(field: jax.Array) -> jax.Array:

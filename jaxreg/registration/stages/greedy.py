@@ -61,9 +61,9 @@ class Greedy(Deformable):
         def pair(level: Level) -> tuple[Weighted, Weighted]:
             return level.moved(level.matrix, through), level.target()
 
-        loss, (gradient,) = self.loss_and_gradients(level, pair, (0,))
         penalty, pull = self.penalty_of_composing(level, displacement)
-        step, moments = self.descend(level, gradient + pull, state.moments)
+        loss, gradient = self.loss_and_gradient(level, pair, (0,), pull)
+        step, moments = self.descend(level, gradient, state.moments)
         displacement = self.smooth(compose(displacement, step))
         return State(displacement, moments), loss + penalty
 

@@ -62,9 +62,9 @@ class SVF(Deformable):
         def pair(level: Level) -> tuple[Weighted, Weighted]:
             return level.moved(level.matrix, through), level.target()
 
-        loss, (gradient,) = self.loss_and_gradients(level, pair, (0,))
         penalty, pull = self.penalty(level, velocity)
-        step, moments = self.descend(level, gradient + pull, state.moments)
+        loss, gradient = self.loss_and_gradient(level, pair, (0,), pull)
+        step, moments = self.descend(level, gradient, state.moments)
         return State(self.smooth(velocity + step), moments), loss + penalty
 
     def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -20,7 +20,6 @@ import dataclasses
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from jaxreg import compose, invert_displacement
 from jaxreg.registration.stages.deformable import Deformable, Regularisation
@@ -54,10 +53,9 @@ class SyN(Deformable):
         def pair(level: Level) -> tuple[Weighted, Weighted]:
             return level.moved(level.matrix, through), level.fixed_moved(halves[:1])
 
-        loss, (of_moved, of_fixed) = self.loss_and_gradients(level, pair, (0, 1))
-        gradient = jnp.concatenate([of_fixed, of_moved])
         penalty, pull = self.penalty_of_composing(level, halves)
-        step, moments = self.descend(level, gradient + pull, state.moments)
+        loss, gradient = self.loss_and_gradient(level, pair, (1, 0), pull)
+        step, moments = self.descend(level, gradient, state.moments)
         return State(self.smooth(compose(halves, step)), moments), loss + penalty
 
     def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,345 @@
+// One kernel smooths along all axes, as far as its shared memory and registers reach: a block owns
+// a tile in x and y and walks along z. It smooths each plane along x and y on the way through
+// shared memory, and adds the result, with its weights, to the planes that are still to leave,
+// which wait in registers. The volume is read once (its tiles' halos from the cache), and nothing
+// but the result is written.
+//
+// What is smoothed comes from a Source, which may compute it: `source.column(volume, z, y, x)` is
+// an object that has `fetch(to, row, inside)` send the element so many rows further down, or a
+// zero, to shared memory.
+#pragma once
+
+#include <cuda_pipeline.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "core/cuda_runtime.h"
+#include "core/for_each.h"
+#include "ops/gaussian_smooth/call.h"
+
+namespace regkernels {
+
+// A block's tile, and its arrays in shared memory. Counts are of elements: a row is packed, so that
+// each of a voxel's channels is a column, and a voxel's neighbours are as many columns away as
+// there are channels.
+struct SmoothingTile {
+  int columns, rows;
+  int halo_x, halo_y;  // on either side, of what is read
+
+  REGKERNELS_HD constexpr int in_columns() const { return columns + 2 * halo_x; }
+  REGKERNELS_HD constexpr int in_rows() const { return rows + 2 * halo_y; }
+  // Strides are odd: threads that take neighbouring rows then read from different banks of shared
+  // memory.
+  REGKERNELS_HD constexpr int in_stride() const { return in_columns() | 1; }
+  REGKERNELS_HD constexpr int stride() const { return columns | 1; }
+  REGKERNELS_HD constexpr int in_size() const { return in_rows() * in_stride(); }
+  REGKERNELS_HD constexpr int by_row_size() const { return in_rows() * stride(); }
+  REGKERNELS_HD constexpr int size(int planes) const {
+    return planes * in_size() + 2 * by_row_size();
+  }
+};
+
+// How an instance of the kernel cuts its work.
+//   kColumns, kRows: the size of the largest tile
+//   kAlong, kDown: how many neighbours along x and along y one thread sums at a time
+//   kPlanes: how many planes are in shared memory, of which all but one are on their way
+//   kBlocks: how many blocks a multiprocessor has room for
+template <int kColumns_, int kRows_, int kAlong_, int kDown_, int kPlanes_, int kBlocks_>
+struct SmoothingShape {
+  static constexpr int kColumns = kColumns_, kRows = kRows_, kAlong = kAlong_, kDown = kDown_;
+  static constexpr int kPlanes = kPlanes_, kBlocks = kBlocks_;
+  static constexpr int kThreads = kColumns * (kRows / kDown);
+  static_assert(kColumns % kWarp == 0 && kRows % kDown == 0 && kPlanes >= 2);
+  static_assert(kColumns % (kAlong * 2) == 0 && kColumns % (kAlong * 3) == 0,
+                "strips of no channel may reach beyond a tile");
+};
+
+// The shape where the compiler knows the radius and the number of channels.
+using ExactShape = SmoothingShape<96, 32, 8, 8, 3, 1>;
+// The shape for any radius and number of channels. Tiles of fewer rows have room on any GPU.
+template <class T>
+using GeneralShape =
+    std::conditional_t<std::is_same_v<T, double>, SmoothingShape<96, 8, 4, 2, 2, 1>,
+                       SmoothingShape<96, 16, 4, 4, 2, 1>>;
+template <class T>
+inline constexpr int kLargestRadius = std::is_same_v<T, double> ? kFusedRadiusDouble : kFusedRadius;
+
+template <class S>
+struct Smoothing {
+  using T = Arithmetic<S>;
+  S* out;
+  int columns, rows, depth;  // the size of a volume
+  int channels;
+  int radius[3];  // along x, y, z
+  T weight[3][kLargestRadius<T> + 1];
+  int tiles_x, tiles;
+  int64_t planes;  // in all tiles of all volumes
+};
+
+// An array as a source.
+template <class S>
+struct PackedSource {
+  using T = Arithmetic<S>;
+  const S* in;
+  int columns;
+  int64_t plane_size, volume_size;
+
+  struct Column {
+    const S* from;
+    int columns;
+    // Where nothing has to be converted it does not pass through registers, and arrives by the end
+    // of a wait for the pipeline.
+    __device__ __forceinline__ void fetch(T* to, int row, bool inside) const {
+      const S* const element = from + row * columns;
+      if constexpr (std::is_same_v<S, T>) {
+        __pipeline_memcpy_async(to, element, sizeof(T), inside ? 0 : sizeof(T));
+      } else {
+        *to = inside ? to_arithmetic(*element) : T(0);
+      }
+    }
+  };
+  __device__ __forceinline__ Column column(int64_t volume, int z, int y, int x) const {
+    return {in + (volume * volume_size + z * plane_size) + (y * columns + x), columns};
+  }
+};
+
+// Computes kCount neighbouring sums, each from the middle outwards. value(k) is the value in the
+// middle of the k-th; the neighbours before the first have negative numbers.
+template <int kUnroll, int kCount, class T, class Value>
+__device__ __forceinline__ void weigh(const T* weight, int radius, const Value& value,
+                                      T (&sum)[kCount]) {
+  T below[kCount], above[kCount];
+  REGKERNELS_UNROLL
+  for (int k = 0; k < kCount; ++k) {
+    below[k] = above[k] = value(k);
+    sum[k] = weight[0] * below[k];
+  }
+#pragma unroll(kUnroll)
+  for (int d = 1; d <= radius; ++d) {
+    REGKERNELS_UNROLL
+    for (int k = 1; k < kCount; ++k) {
+      below[kCount - k] = below[kCount - k - 1];
+      above[k - 1] = above[k];
+    }
+    below[0] = value(-d);
+    above[kCount - 1] = value(kCount - 1 + d);
+    REGKERNELS_UNROLL
+    for (int k = 0; k < kCount; ++k) {
+      // They are added one by one, as the sum of two large values may be beyond the range of T.
+      sum[k] += weight[d] * below[k];
+      sum[k] += weight[d] * above[k];
+    }
+  }
+}
+
+// Either kChannels and kRadius, which is the same along all axes, tell the compiler what to expect;
+// or kChannels is 0, and kRadius is the largest radius there may be.
+template <class S, class Source, int kRadius, int kChannels, class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
+    smooth_kernel(const __grid_constant__ Smoothing<S> smoothing,
+                  const __grid_constant__ Source source) {
+  using T = Arithmetic<S>;
+  extern __shared__ __align__(16) unsigned char memory[];
+  constexpr bool kExact = kChannels > 0;
+  constexpr int kColumns = Shape::kColumns, kAlong = Shape::kAlong, kDown = Shape::kDown;
+  constexpr int kUnroll = kExact ? kRadius : 4;
+  const int channels = kExact ? kChannels : smoothing.channels;
+  const int radius_x = kExact ? kRadius : smoothing.radius[0];
+  const int radius_y = kExact ? kRadius : smoothing.radius[1];
+  const int radius_z = kExact ? kRadius : smoothing.radius[2];
+  const int threads = kExact ? Shape::kThreads : static_cast<int>(blockDim.x);
+  const SmoothingTile tile{kColumns, threads / kColumns * kDown, radius_x * channels, radius_y};
+  T* const planes = reinterpret_cast<T*>(memory);
+  T* const by_row = planes + Shape::kPlanes * tile.in_size();
+
+  // The thread owns this column and kDown rows of the tile, through all planes.
+  const auto own_column = [] { return thread_number<Shape::kThreads>() % kColumns; };
+  const auto own_row = [] { return thread_number<Shape::kThreads>() / kColumns * kDown; };
+
+  const int64_t plane_size = static_cast<int64_t>(smoothing.rows) * smoothing.columns;
+  // The planes of all tiles, one tile after the other, are cut into parts of equal length, one for
+  // each block.
+  int64_t next = blockIdx.x * smoothing.planes / gridDim.x;
+  const int64_t last = (blockIdx.x + 1) * smoothing.planes / gridDim.x;
+#pragma unroll 1
+  while (next < last) {
+    const int64_t tile_number = next / smoothing.depth;
+    const int z_begin = static_cast<int>(next - tile_number * smoothing.depth);
+    const int z_end = static_cast<int>(min(int64_t{smoothing.depth}, z_begin + last - next));
+    next += z_end - z_begin;
+    const int64_t volume = tile_number / smoothing.tiles;
+    const int in_volume = static_cast<int>(tile_number - volume * smoothing.tiles);
+    const int tile_y = in_volume / smoothing.tiles_x;
+    const int x0 = (in_volume - tile_y * smoothing.tiles_x) * kColumns, y0 = tile_y * tile.rows;
+    const int64_t volume_start = volume * smoothing.depth * plane_size;
+
+    // Each thread takes every so many rows of a column.
+    const auto fetch_plane = [&](int z, T* plane) {
+      const int width = min(threads, (tile.in_columns() + kWarp - 1) / kWarp * kWarp);
+      const int thread = thread_number<Shape::kThreads>(), apart = threads / width;
+      const int first_row = thread / width;
+      if (first_row >= apart) return;
+      for (int column = thread - first_row * width; column < tile.in_columns(); column += width) {
+        const int x = x0 - tile.halo_x + column, y = y0 - tile.halo_y + first_row;
+        // As an unsigned number, a negative y is a large one.
+        const unsigned rows = x >= 0 && x < smoothing.columns ? smoothing.rows : 0;
+        const auto from = source.column(volume, z, y, x);
+        T* const to = plane + (first_row * tile.in_stride() + column);
+        REGKERNELS_UNROLL
+        for (int row = 0; row < tile.in_rows(); row += apart) {
+          if (first_row + row >= tile.in_rows()) break;
+          from.fetch(to + row * tile.in_stride(), row, static_cast<unsigned>(y + row) < rows);
+        }
+      }
+    };
+
+    const auto smooth_rows = [&](const T* plane, T* smoothed) {
+      for (int i = thread_number<Shape::kThreads>(); i < tile.in_rows() * (kColumns / kAlong);
+           i += threads) {
+        const int strip = i / tile.in_rows(), row = i - strip * tile.in_rows();
+        const int along = strip / channels, channel = strip - along * channels;
+        const int first = along * (kAlong * channels) + channel;
+        const T* from = plane + row * tile.in_stride() + tile.halo_x + first;
+        T sum[kAlong];
+        weigh<kUnroll>(
+            smoothing.weight[0], radius_x, [&](int k) { return from[k * channels]; }, sum);
+        T* to = smoothed + row * tile.stride() + first;
+        REGKERNELS_UNROLL
+        for (int k = 0; k < kAlong; ++k) to[k * channels] = sum[k];
+      }
+    };
+
+    // What the planes so far contribute to those that leave next.
+    T pending[2 * kRadius][kDown] = {};
+    const auto leave = [&](int z, const T(&sum)[kDown]) {
+      const int x = x0 + own_column(), y = y0 + own_row();
+      if (z < z_begin || x >= smoothing.columns) return;
+      const int rows_left = smoothing.rows - y;
+      S* to = smoothing.out + (volume_start + z * plane_size + (y * smoothing.columns + x));
+      REGKERNELS_UNROLL
+      for (int k = 0; k < kDown; ++k) {
+        if (k < rows_left) *to = to_storage<S>(sum[k]);
+        to += smoothing.columns;
+      }
+    };
+    const auto add_plane = [&](int z, const T(&value)[kDown]) {
+      REGKERNELS_UNROLL
+      for (int step = 0; step <= 2 * kRadius; ++step) {
+        const int distance = step < kRadius ? kRadius - step : step - kRadius;
+        T sum[kDown];
+        REGKERNELS_UNROLL
+        for (int k = 0; k < kDown; ++k) {
+          sum[k] = step < 2 * kRadius ? pending[step % (2 * kRadius)][k] : T(0);
+          // A plane out of reach is left out: a weight of 0 would spread infinities.
+          if (distance <= radius_z) sum[k] += smoothing.weight[2][distance] * value[k];
+          if (step > 0) pending[step - 1][k] = sum[k];
+        }
+        if (step == 0) leave(z - kRadius, sum);
+      }
+    };
+
+    // The planes that count are numbered from the first. Those beyond are zero.
+    const int z_first = max(0, z_begin - radius_z), z_last = min(smoothing.depth, z_end + radius_z);
+    const auto place_of = [&](int plane) {
+      return planes + static_cast<unsigned>(plane) % Shape::kPlanes * tile.in_size();
+    };
+    const auto by_row_of = [&](int plane) { return by_row + (plane & 1) * tile.by_row_size(); };
+    const int count = z_last - z_first;
+    const auto fetch_ahead = [&](int plane) {
+      if (plane < count) fetch_plane(z_first + plane, place_of(plane));
+      __pipeline_commit();
+    };
+    for (int plane = 0; plane < Shape::kPlanes - 1; ++plane) fetch_ahead(plane);
+    __pipeline_wait_prior(Shape::kPlanes - 2);
+    __syncthreads();
+    // Between barriers a plane is smoothed along its rows, and the one before along its columns.
+#pragma unroll 1
+    for (int plane = -1; plane < z_end - z_first + kRadius; ++plane) {
+      fetch_ahead(plane + Shape::kPlanes);
+      if (plane + 1 < count) smooth_rows(place_of(plane + 1), by_row_of(plane + 1));
+      if (plane >= 0) {
+        T sum[kDown] = {};
+        if (plane < count) {
+          const T* from =
+              by_row_of(plane) + (own_row() + tile.halo_y) * tile.stride() + own_column();
+          weigh<kUnroll>(
+              smoothing.weight[1], radius_y, [&](int k) { return from[k * tile.stride()]; }, sum);
+        }
+        add_plane(z_first + plane, sum);
+      }
+      __pipeline_wait_prior(Shape::kPlanes - 2);
+      __syncthreads();
+    }
+  }
+}
+
+template <class Source, int kRadius, int kChannels, class Shape, class S>
+void launch_smooth(const Cuda& device, const Source& source, Smoothing<S>& smoothing,
+                   const SmoothingTile& tile, int64_t volumes, int64_t bytes) {
+  smoothing.tiles_x = (smoothing.columns + tile.columns - 1) / tile.columns;
+  smoothing.tiles = smoothing.tiles_x * ((smoothing.rows + tile.rows - 1) / tile.rows);
+  smoothing.planes = volumes * smoothing.tiles * smoothing.depth;
+  const auto kernel = &smooth_kernel<S, Source, kRadius, kChannels, Shape>;
+  allow_shared_memory(kernel, bytes);
+  // The result does not depend on how many blocks there are, so the device may be asked.
+  const int64_t blocks = std::min<int64_t>(smoothing.planes, multiprocessors() * Shape::kBlocks);
+  const int threads = tile.columns * (tile.rows / Shape::kDown);
+  kernel<<<static_cast<unsigned>(blocks), threads, bytes, device.stream>>>(smoothing, source);
+  check_launch();
+}
+
+// Launches the kernel for this radius and number of channels if they are those of the call, along
+// all axes, and the tile fits. Returns whether it did.
+template <int kRadius, int kChannels, class Shape, class Source, class S>
+bool launch_exact(const Cuda& device, const Source& source, Smoothing<S>& smoothing,
+                  int64_t volumes, int64_t limit) {
+  const int* radius = smoothing.radius;
+  constexpr SmoothingTile kTile{Shape::kColumns, Shape::kRows, kRadius * kChannels, kRadius};
+  constexpr int64_t kBytes = kTile.size(Shape::kPlanes) * sizeof(Arithmetic<S>);
+  if (smoothing.channels != kChannels || radius[0] != kRadius || radius[1] != kRadius ||
+      radius[2] != kRadius || kBytes > limit) {
+    return false;
+  }
+  launch_smooth<Source, kRadius, kChannels, Shape>(device, source, smoothing, kTile, volumes,
+                                                   kBytes);
+  return true;
+}
+
+template <class Source, class S>
+void launch_general(const Cuda& device, const Source& source, Smoothing<S>& smoothing,
+                    int64_t volumes, int64_t limit) {
+  using T = Arithmetic<S>;
+  using Shape = GeneralShape<T>;
+  constexpr int kRadius = kLargestRadius<T>;
+  constexpr SmoothingTile kWorst{Shape::kColumns, Shape::kDown, kRadius * kFusedChannels, kRadius};
+  static_assert(kWorst.size(Shape::kPlanes) * sizeof(T) <= 99 * 1024,
+                "no GPU since 2020 gives a block less");
+  SmoothingTile tile{Shape::kColumns, Shape::kRows, smoothing.radius[0] * smoothing.channels,
+                     smoothing.radius[1]};
+  const auto bytes = [&] { return tile.size(Shape::kPlanes) * static_cast<int64_t>(sizeof(T)); };
+  while (tile.rows > Shape::kDown && bytes() > limit) tile.rows -= Shape::kDown;
+  launch_smooth<Source, kRadius, 0, Shape>(device, source, smoothing, tile, volumes, bytes());
+}
+
+// What all instances of the kernel are told.
+template <class S>
+Smoothing<S> make_smoothing(const GaussianSmoothCall& call, S* out) {
+  using T = Arithmetic<S>;
+  Smoothing<S> smoothing{};
+  smoothing.out = out;
+  smoothing.columns = static_cast<int>(call.sizes.x * call.channels);
+  smoothing.rows = static_cast<int>(call.sizes.y);
+  smoothing.depth = static_cast<int>(call.sizes.z);
+  smoothing.channels = static_cast<int>(call.channels);
+  for (T(&weight)[kLargestRadius<T> + 1] : smoothing.weight) weight[0] = 1;
+  for (const SmoothingPass& pass : call.passes) {
+    smoothing.radius[pass.axis] = static_cast<int>(pass.radius);
+    for (int d = 0; d <= pass.radius; ++d) {
+      smoothing.weight[pass.axis][d] = gaussian_weight<T>(pass, d);
+    }
+  }
+  return smoothing;
+}
+
+}  // namespace regkernels

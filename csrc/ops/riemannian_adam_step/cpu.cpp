@@ -1,0 +1,188 @@
+#include <algorithm>
+#include <mutex>
+
+#include "core/scratch.h"
+#include "core/thread_pool.h"
+#include "core/vector_code.h"
+#include "ops/riemannian_adam_step/maths.h"
+#include "ops/riemannian_adam_step/riemannian_adam_step.h"
+
+namespace regkernels {
+
+namespace {
+
+// Calls body(scratch, group, item, first, last) for runs of rows of each item, in tasks.
+template <class Body>
+void for_each_run_of_rows(const AdamCall& checked, const Body& body) {
+  const int64_t rows = checked.sizes.rows(), items = checked.batch.items;
+  const int64_t all = checked.batch.groups * items * rows;
+  const int64_t grain = std::max<int64_t>(1, 4096 / checked.sizes.x);
+  parallel_for(all, grain, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t b = begin / rows, last = std::min(end, (b + 1) * rows);
+      Scratch scratch;
+      body(scratch, b / items, b % items, begin - b * rows, last - b * rows);
+      begin = last;
+    }
+  });
+}
+
+// A row of numbers in which those of a vector recur.
+template <class T>
+T* repeated(Scratch& scratch, const T* vector, int count, int64_t size) {
+  T* const result = scratch.take<T>(size);
+  for (int64_t e = 0; e < size; ++e) result[e] = vector[e % count];
+  return result;
+}
+
+template <class T, int D>
+class Moments {
+ public:
+  using Bits = typename BitsOf<T>::type;
+
+  Moments(const Call& call, const AdamCall& checked, const Tensor& longest)
+      : checked_(checked),
+        rules_(call, checked, call.input("scale")),
+        gradient_(call.input("gradient")),
+        mu_(call.input("mu")),
+        nu_(call.input("nu")),
+        next_mu_(call.output("next_mu")),
+        next_nu_(call.output("next_nu")),
+        longest_(longest.as<T>()),
+        first_plane_(call.slab) {}
+
+  void run() {
+    std::fill_n(longest_, checked_.batch.groups * checked_.batch.items, T(0));
+    for_each_run_of_rows(
+        checked_, [&](Scratch& scratch, int64_t group, int64_t item, int64_t first, int64_t last) {
+          const AdamRule<T> rule = rules_.of(group, item);
+          const int64_t size = checked_.sizes.x * D;
+          const T* const epsilon = repeated(scratch, rules_.epsilon.at(group, item), D, size);
+          const Bits of_first[3] = {~Bits(0), 0, 0};
+          const Bits* const counts = repeated(scratch, of_first, D, size);
+          T* const squares = scratch.take<T>(size + D);
+          std::fill_n(squares + size, D, T(0));
+          Bits greatest = 0;
+          with_vector_code([&] {
+            for (int64_t row = first; row < last; ++row) {
+              const int64_t at = row * size;
+              update(rule, size, epsilon, gradient_.at(group, item) + at, mu_.at(group, item) + at,
+                     nu_.at(group, item) + at, next_mu_.at(group, item) + at,
+                     next_nu_.at(group, item) + at, squares);
+              // The planes beyond the end of a volume do not count.
+              if (row / checked_.sizes.y + first_plane_() >= checked_.planes) continue;
+              greatest = std::max(greatest, greatest_of(squares, counts, size));
+            }
+          });
+          const T length = std::sqrt(value_of_bits<T>(greatest));
+          T& longest = longest_[group * checked_.batch.items + item];
+          const std::lock_guard<std::mutex> lock(mutex_);
+          longest = value_of_bits<T>(std::max(magnitude_bits(longest), magnitude_bits(length)));
+        });
+  }
+
+ private:
+  static inline __attribute__((always_inline)) void update(const AdamRule<T> rule, int64_t size,
+                                                           const T* epsilon, const T* gradient,
+                                                           const T* mu, const T* nu, T* next_mu,
+                                                           T* next_nu, T* squares) {
+    // What is written in place is read first.
+#pragma GCC ivdep
+    for (int64_t e = 0; e < size; ++e) {
+      const T first = rule.mean(gradient[e], mu[e]);
+      const T second = rule.mean_square(gradient[e], nu[e]);
+      next_mu[e] = first;
+      next_nu[e] = second;
+      const T direction = rule.direction(first, second, epsilon[e]);
+      squares[e] = direction * direction;
+    }
+  }
+
+  // The squared length of the longest vector of a row. For vector code, the sums of all D numbers
+  // that follow each other are taken, of which those count that begin with an x.
+  static inline __attribute__((always_inline)) Bits greatest_of(const T* squares,
+                                                                const Bits* counts, int64_t size) {
+    Bits greatest = 0;
+    for (int64_t e = 0; e < size; ++e) {
+      T sum = squares[e] + squares[e + 1];
+      if (D == 3) sum += squares[e + 2];
+      greatest = std::max(greatest, magnitude_bits(sum) & counts[e]);
+    }
+    return greatest;
+  }
+
+  const AdamCall& checked_;
+  const AdamRules<T> rules_;
+  const Operand<const T> gradient_, mu_, nu_;
+  const Operand<T> next_mu_, next_nu_;
+  T* const longest_;
+  const FirstPlane first_plane_;
+  std::mutex mutex_;
+};
+
+template <class T, int D>
+void write_step(const Call& call, const AdamCall& checked, const Tensor& mu, const Tensor& nu,
+                const Tensor& longest) {
+  const AdamRules<T> rules(call, checked, Tensor());
+  const StepScale<T, D> scale(checked);
+  const Operand<const T> of_mu(mu), of_nu(nu), of_longest(longest);
+  const Operand<T> output(call.output("output"));
+  const FirstPlane first_plane(call.slab);
+  const int64_t voxels = checked.sizes.x, size = voxels * D;
+  for_each_run_of_rows(
+      checked, [&](Scratch& scratch, int64_t group, int64_t item, int64_t first, int64_t last) {
+        const AdamRule<T> rule = rules.of(group, item);
+        const T* const epsilon = repeated(scratch, rules.epsilon.at(group, item), D, size);
+        const T length = scale.length(*of_longest.at(group, item));
+        const T* const voxel = repeated(scratch, scale.voxel, D, size);
+        with_vector_code([&] {
+          for (int64_t row = first; row < last; ++row) {
+            const T* const from_mu = of_mu.at(group, item) + row * size;
+            const T* const from_nu = of_nu.at(group, item) + row * size;
+            T* const to = output.at(group, item) + row * size;
+            const AdamRule<T> local = rule;  // nobody changes what is local
+#pragma GCC ivdep
+            for (int64_t e = 0; e < size; ++e) {
+              to[e] = length * voxel[e] * local.direction(from_mu[e], from_nu[e], epsilon[e]);
+            }
+            if (!checked.confined) continue;
+            to[0] = to[size - D] = 0;
+            const int64_t y = row % checked.sizes.y, z = row / checked.sizes.y + first_plane();
+            const bool on_face[3] = {false, y == 0 || y == checked.sizes.y - 1,
+                                     z == 0 || z == checked.planes - 1};
+            for (int k = 1; k < D; ++k) {
+              for (int64_t x = 0; on_face[k] && x < voxels; ++x) to[x * D + k] = 0;
+            }
+          }
+        });
+      });
+}
+
+void find_moments(const Call& call, const Tensor& longest) {
+  with_adam(call, [&](const AdamCall& checked, auto type, auto dimensions) {
+    Moments<typename decltype(type)::type, decltype(dimensions)::value>(call, checked, longest)
+        .run();
+  });
+}
+
+void find_step(const Call& call, const Tensor& mu, const Tensor& nu, const Tensor& longest) {
+  with_adam(call, [&](const AdamCall& checked, auto type, auto dimensions) {
+    write_step<typename decltype(type)::type, decltype(dimensions)::value>(call, checked, mu, nu,
+                                                                           longest);
+  });
+}
+
+}  // namespace
+
+void riemannian_adam_step_cpu(const Context&, const Call& call) {
+  find_moments(call, call.output("longest"));
+  find_step(call, call.output("next_mu"), call.output("next_nu"), call.output("longest"));
+}
+void adam_moments_cpu(const Context&, const Call& call) {
+  find_moments(call, call.output("output"));
+}
+void adam_step_of_longest_cpu(const Context&, const Call& call) {
+  find_step(call, call.input("mu"), call.input("nu"), call.input("longest"));
+}
+
+}  // namespace regkernels

@@ -1,0 +1,121 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "core/dispatch.h"
+#include "core/host_device.h"
+#include "core/operand.h"
+#include "ops/riemannian_adam_step/call.h"
+
+namespace regkernels {
+
+// The unsigned integer with the bits of a T. Numbers that are not negative are in the order of
+// their bits, and what is not a number comes after infinity: so that the largest of many can be
+// found in any order, and is one that is not a number if any is.
+template <class T>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  using type = uint32_t;
+};
+template <>
+struct BitsOf<double> {
+  using type = unsigned long long;
+};
+
+template <class T>
+REGKERNELS_HD typename BitsOf<T>::type magnitude_bits(T value) {
+  using Bits = typename BitsOf<T>::type;
+  Bits bits;
+  memcpy(&bits, &value, sizeof(T));
+  return bits & ~(Bits(1) << (8 * sizeof(T) - 1));
+}
+
+template <class T>
+REGKERNELS_HD T value_of_bits(typename BitsOf<T>::type bits) {
+  T value;
+  memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+// The operands of one batch item that are the same for all of its voxels.
+template <class T>
+struct AdamRule {
+  T beta1, beta2;
+  T first, second;  // what the moments are multiplied by so that they are without bias
+  T scale;          // of the gradient
+
+  REGKERNELS_HD T mean(T gradient, T mu) const {
+    return (1 - beta1) * (scale * gradient) + beta1 * mu;
+  }
+  REGKERNELS_HD T mean_square(T gradient, T nu) const {
+    const T scaled = scale * gradient;
+    return (1 - beta2) * (scaled * scaled) + beta2 * nu;
+  }
+  REGKERNELS_HD T direction(T mu, T nu, T epsilon_here) const {
+    return first * mu / (sqrt(second * nu) + epsilon_here);
+  }
+};
+
+// Makes the rule of an item.
+template <class T>
+struct AdamRules {
+  T beta1, beta2;
+  double log_beta1, log_beta2;
+  Operand<const int32_t> count;
+  Operand<const T> epsilon, scale;
+
+  AdamRules(const Call& call, const AdamCall& checked, const Tensor& scale)
+      : beta1(static_cast<T>(checked.beta1)),
+        beta2(static_cast<T>(checked.beta2)),
+        log_beta1(std::log(checked.beta1)),
+        log_beta2(std::log(checked.beta2)),
+        count(call.input("count")),
+        epsilon(call.input("epsilon")),
+        scale(scale) {}
+
+  REGKERNELS_HD AdamRule<T> of(int64_t group, int64_t item) const {
+    AdamRule<T> rule;
+    rule.beta1 = beta1;
+    rule.beta2 = beta2;
+    // 1 - beta^step; a beta of 0 has a logarithm of minus infinity, and leaves 1.
+    const T step = static_cast<T>(*count.at(group, item)) + 1;
+    rule.first = -1 / expm1(step * static_cast<T>(log_beta1));
+    rule.second = -1 / expm1(step * static_cast<T>(log_beta2));
+    rule.scale = scale.data == nullptr ? T(1) : *scale.at(group, item);
+    return rule;
+  }
+};
+
+// What a direction is multiplied by, so that it is a displacement in normalised coordinates.
+template <class T, int D>
+struct StepScale {
+  T learning_rate;
+  T voxel[D];  // the distance of two voxels, x first; 0 along an axis of one voxel
+
+  StepScale(const AdamCall& checked) : learning_rate(static_cast<T>(checked.learning_rate)) {
+    const int64_t sizes[3] = {checked.sizes.x, checked.sizes.y, checked.planes};
+    for (int k = 0; k < D; ++k) {
+      voxel[k] = static_cast<T>(sizes[k] > 1 ? 2.0 / static_cast<double>(sizes[k] - 1) : 0.0);
+    }
+  }
+
+  // The common factor of an item's displacements. What is not a number stays so.
+  REGKERNELS_HD T length(T longest) const {
+    return -learning_rate * (longest <= T(0.5) ? T(1) : T(0.5) / longest);
+  }
+};
+
+// Calls body(checked, TypeTag<T>, IntTag<D>) with the types for this call.
+template <class Body>
+void with_adam(const Call& call, const Body& body) {
+  const auto& checked = call.checked<AdamCall>();
+  dispatch_dtype(checked.dtype, [&](auto type) {
+    dispatch_dimensions(checked.dimensions,
+                        [&](auto dimensions) { body(checked, type, dimensions); });
+  });
+}
+
+}  // namespace regkernels

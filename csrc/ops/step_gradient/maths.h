@@ -1,0 +1,93 @@
+#pragma once
+
+#include "core/dispatch.h"
+#include "core/host_device.h"
+#include "core/operand.h"
+#include "maths/coordinates.h"
+#include "ops/step_gradient/call.h"
+
+namespace regkernels {
+
+// The gradient before it is smoothed: at each voxel the slope of the loss times that of the moved
+// image, summed over the channels, and what is added to it.
+template <class Scalar, int Dimensions>
+struct GradientProduct {
+  using T = Scalar;
+  static constexpr int D = Dimensions;
+  Operand<const T> moved, slope, pull;
+  int64_t channels, volume;  // of an image; voxels of a channel
+  Frame<T, D> frame;         // of the whole volume
+  int planes;                // at hand
+  FirstPlane first_plane;
+
+  explicit GradientProduct(const Call& call)
+      : moved(call.input("moved")),
+        slope(call.input("slope")),
+        pull(call.input("pull")),
+        first_plane(call.slab) {
+    const auto& checked = call.checked<StepGradientCall>();
+    const int64_t sizes[3] = {checked.sizes.x, checked.sizes.y, checked.planes};
+    frame = make_frame<T, D>(sizes, true);
+    channels = checked.channels;
+    volume = checked.sizes.voxels();
+    planes = static_cast<int>(checked.sizes.z);
+  }
+
+  // The two voxels whose difference is taken along an axis, and what it is multiplied by. They are
+  // the neighbours of a voxel, or itself where it has none.
+  struct Difference {
+    int64_t low, high;  // steps from the voxel
+    T factor;
+  };
+  REGKERNELS_HD Difference difference(int axis, int x, int y, int z) const {
+    const int first = axis == 2 ? first_plane() : 0;
+    const int at = axis == 0 ? x : axis == 1 ? y : z;
+    const int in_hand = axis == 2 ? planes : frame.size[axis];
+    const int64_t row = frame.size[0];
+    const int64_t stride = axis == 0 ? 1 : axis == 1 ? row : row * frame.size[1];
+    const bool below = at > 0 && at + first > 0;
+    const bool above = at + 1 < in_hand && at + first + 1 < frame.size[axis];
+    return {below ? -stride : 0, above ? stride : 0,
+            frame.half[axis] * (below && above ? T(0.5) : T(1))};
+  }
+
+  // The images and the field of a batch item.
+  struct Item {
+    const T* moved;
+    const T* slope;
+    const T* pull;
+  };
+  REGKERNELS_HD Item item(int64_t group, int64_t item) const {
+    return {moved.at(group, item), slope.at(group, item),
+            pull.data == nullptr ? nullptr : pull.at(group, item)};
+  }
+
+  // One component at a voxel, whose number is `voxel`.
+  REGKERNELS_HD T component(const Item& item, int64_t voxel, int k, const Difference& along) const {
+    T sum = 0;
+    // A product with 0 would let through what is not finite.
+    if (along.low != along.high) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const T* const image = item.moved + (c * volume + voxel);
+        sum += item.slope[c * volume + voxel] *
+               ((image[along.high] - image[along.low]) * along.factor);
+      }
+    }
+    return item.pull == nullptr ? sum : sum + item.pull[voxel * D + k];
+  }
+};
+
+// Calls body(GradientProduct<T, D>) with the types for this call, unless there is nothing to do.
+template <class Body>
+void with_gradient_product(const Call& call, const Body& body) {
+  const auto& checked = call.checked<StepGradientCall>();
+  if (call.output("output").shape.count() == 0) return;
+  dispatch_dtype(checked.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    dispatch_dimensions(checked.dimensions, [&](auto dimensions) {
+      body(GradientProduct<T, decltype(dimensions)::value>(call));
+    });
+  });
+}
+
+}  // namespace regkernels

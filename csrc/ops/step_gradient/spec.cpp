@@ -1,0 +1,59 @@
+#include "ops/step_gradient/call.h"
+#include "ops/step_gradient/step_gradient.h"
+#include "ops/table.h"
+
+namespace regkernels {
+
+namespace {
+
+void infer(Call& call) {
+  StepGradientCall checked;
+  checked.dtype = check_dtypes(call);
+  const int D = checked.dimensions = check_image(call, "moved");
+  const Tensor& moved = call.input("moved");
+  checked.sizes = image_sizes(moved);
+  checked.planes = call.slab.present() ? call.slab.planes : checked.sizes.z;
+  checked.channels = moved.shape[2];
+  if (check_image(call, "slope") != D || !(image_sizes(call.input("slope")) == checked.sizes) ||
+      call.input("slope").shape[2] != checked.channels) {
+    fail_shape(call, "slope", "with the channels and spatial axes of moved");
+  }
+  if (call.input("pull").present &&
+      (check_field(call, "pull") != D || !(field_sizes(call.input("pull")) == checked.sizes))) {
+    fail_shape(call, "pull", "with the spatial axes of moved");
+  }
+  checked.batch = check_batch(call);
+  Shape shape = {checked.batch.groups, checked.batch.items};
+  append_sizes(shape, checked.sizes, D);
+  shape.append(D);
+  checked.smoothing = check_smoothing(call, "moved", shape, true);
+  call.set("output", tensor_spec(checked.dtype, shape));
+  if (!checked.smoothing.passes.empty()) {
+    call.set("weights", tensor_spec(checked.dtype, {1, checked.smoothing.weights}));
+    // On CUDA the passes of a wide Gaussian go back and forth between this memory and the output.
+    if (!checked.smoothing.fused) {
+      call.set("scratch", tensor_spec(checked.dtype, {1, shape.count()}));
+    }
+  }
+  call.keep(checked);
+}
+
+}  // namespace
+
+std::vector<Op> step_gradient_ops() {
+  return {
+      {"step_gradient",
+       nullptr,
+       {{"moved", false, InputKind::kCompared},
+        {"slope", false, InputKind::kCompared},
+        {"pull", true, InputKind::kCompared}},
+       {{"output"}, {"weights", OutputRole::kWorkspace}, {"scratch", OutputRole::kWorkspace}},
+       {{"sigma", AttrKind::kFloats}, {"truncate", AttrKind::kFloat}},
+       infer,
+       step_gradient_cpu,
+       REGKERNELS_CUDA_LAUNCH(step_gradient_cuda),
+       true},
+  };
+}
+
+}  // namespace regkernels

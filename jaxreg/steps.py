@@ -1,0 +1,176 @@
+"""Steps of a registration: from the gradient of a loss to a small displacement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxreg._ops import apply, apply_for
+from regkernels.options import check_positive, is_number, static_tuple
+
+
+def _of_items(value: Any, like: Any, *sizes: int) -> Any:
+    """Numbers for each item, ``(N, *sizes)``; what is neither a number nor an array stays as it is.
+
+    A number and an array without the first axes are for all of them.
+    """
+    if is_number(value):
+        is_double = getattr(like, "dtype", None) == np.float64
+        return np.full((1, *sizes), value, np.float64 if is_double else np.float32)
+    if not isinstance(value, jax.Array | np.ndarray) or value.ndim > len(sizes):
+        return value
+    return jnp.broadcast_to(value, (1, *sizes)) if value.ndim == 0 else jnp.asarray(value)[None]
+
+
+def riemannian_adam_step(
+    gradient: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    count: int | jax.Array,
+    *,
+    learning_rate: float,
+    beta1: float = 0.9,
+    beta2: float = 0.99,
+    epsilon: float | jax.Array = 1e-8,
+    scale: float | jax.Array | None = None,
+    confined: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    r"""Turn a gradient into a small displacement to compose with, by Adam.
+
+    .. math:: \delta = -\lambda\, \min\left(1, \frac{1/2}{\max_x \|a(x)\|}\right)\, a, \qquad
+              a = \frac{\hat m}{\sqrt{\hat v} + \epsilon}
+
+    with Adam's bias-corrected moments :math:`\hat m, \hat v` of every component. The direction
+    :math:`a` has no unit; it is read in voxels. For each item, the longest step is at most half a
+    voxel times the learning rate :math:`\lambda`.
+
+    Parameters
+    ----------
+    gradient : float[N, *S, D]
+        Gradient of the loss summed over voxels with respect to the step, in normalised coordinates.
+    mu, nu : float[N, *S, D]
+        Adam's running means of the gradient and of its square; zeros before the first step.
+    count : int or int32[] or int32[N]
+        How many steps there have been.
+    learning_rate
+        A number of :math:`\lambda > 0`. Steps of a rate that varies are those of a rate of 1,
+        multiplied.
+    beta1, beta2
+        Decay of the two moments, from 0 to below 1.
+    epsilon : float or float[D] or float[N, D]
+        What keeps the quotient finite, positive, for all components or one after the other in x, y,
+        z order.
+    scale : float or float[] or float[N], optional
+        What the gradient is multiplied by first.
+    confined
+        Whether the component across each face of the volume is 0 there: along it points may slide,
+        but none leaves the volume.
+
+    Returns
+    -------
+    float[N, *S, D]
+        The step :math:`\delta`, in normalised coordinates; 0 along an axis of length 1. It has no
+        gradient.
+        Differentiating it is refused: ``jax.lax.stop_gradient(gradient)`` makes a
+        constant of it.
+    float[N, *S, D]
+        ``mu`` for the next step.
+    float[N, *S, D]
+        ``nu`` for the next step. All are float64 where an operand is, else float32.
+
+    Raises
+    ------
+    ValueError
+        A shape or a number that does not fit; the message names the argument.
+    TypeError
+        A dtype or an argument's type that is not supported. Also an operand that is
+        differentiated.
+
+    Notes
+    -----
+    Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015; Jena, Chaudhari and Gee,
+    "FireANTs: Adaptive Riemannian Optimization for Multi-Scale Diffeomorphic Matching",
+    arXiv:2404.01249.
+    """
+    op = "riemannian_adam_step"
+    check_positive(op, "epsilon", epsilon)
+    if isinstance(count, int) and not isinstance(count, bool):
+        steps: Any = np.full((1,), count, np.int32)
+    else:
+        steps = count
+    if isinstance(steps, jax.Array | np.ndarray) and steps.ndim == 0:
+        steps = steps[None]
+    components = gradient.shape[-1] if getattr(gradient, "ndim", 0) else 1
+    operands = (
+        gradient,
+        mu,
+        nu,
+        steps,
+        _of_items(epsilon, gradient, components),
+        _of_items(scale, gradient),
+    )
+    attributes = {
+        "learning_rate": learning_rate,
+        "beta1": beta1,
+        "beta2": beta2,
+        "confined": confined,
+    }
+    step, mu, nu = apply_for(("output", "next_mu", "next_nu"), op, operands, attributes)
+    return step, mu, nu
+
+
+def step_gradient(
+    moved: jax.Array,
+    slope: jax.Array,
+    pull: jax.Array | None = None,
+    *,
+    sigma: float | Sequence[float] = 0.0,
+    truncate: float = 4.0,
+) -> jax.Array:
+    r"""Gradient of a loss with respect to a step that a warp is composed with, at the zero step.
+
+    An image :math:`M` moved by a warp :math:`\psi` is :math:`I = M \circ \psi`. Composed from the
+    right with a small displacement :math:`\delta`, :math:`\psi \circ (\mathrm{id} + \delta)`
+    moves it to :math:`I \circ (\mathrm{id} + \delta)`, and the gradient of a loss :math:`L(I)` is
+
+    .. math:: \frac{\partial L}{\partial \delta(x)} = \frac{\partial L}{\partial I(x)} \nabla I(x),
+
+    summed over the channels. Differences are central, and one-sided at the borders. What comes out
+    is smoothed as by `gaussian_smooth`.
+
+    Parameters
+    ----------
+    moved : float[N, C, *S]
+        The moved image :math:`I`.
+    slope : float[N, C, *S]
+        The loss's gradient with respect to it, :math:`\partial L/\partial I`.
+    pull : float[N, *S, D], optional
+        What is added before smoothing: the gradient of a penalty with respect to the step.
+    sigma
+        Standard deviation of the Gaussian in voxels: one number, or one per axis in (z, y, x)
+        order. 0 leaves an axis as it is.
+    truncate
+        The window reaches ``ceil(truncate * sigma)`` voxels to either side.
+
+    Returns
+    -------
+    float[N, *S, D]
+        Per unit of normalised coordinates. 0 along an axis of length 1, but for ``pull``. float64
+        where an operand is, else float32. It has no gradient.
+        Differentiating it is refused: ``jax.lax.stop_gradient(moved)`` makes a
+        constant of it.
+
+    Raises
+    ------
+    ValueError
+        A shape, ``sigma`` or ``truncate`` that does not fit; the message names the argument.
+    TypeError
+        A dtype or an argument's type that is not supported. Also an operand that is
+        differentiated.
+    """
+    attributes = {"sigma": static_tuple(sigma), "truncate": truncate}
+    return apply("step_gradient", (moved, slope, pull), attributes)

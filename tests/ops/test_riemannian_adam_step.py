@@ -1,0 +1,255 @@
+"""``riemannian_adam_step``: from a gradient to a small displacement to compose with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import torch
+from backends import Backend
+from inputs import SHAPES, assert_close, assert_same, random_array
+
+import jaxreg
+import torchreg
+
+Array = np.ndarray
+OP = "riemannian_adam_step"
+
+
+def operands(
+    shape: tuple[int, ...], batch: int = 2, dtype: object = np.float32
+) -> tuple[Array, Array, Array]:
+    """Gradients, of which the last item's are small, and moments as there may be."""
+    gradient, mu, root = (random_array(k, batch, *shape, len(shape)) for k in (1, 2, 3))
+    for x in (gradient[-1:], mu[-1:], root[-1:]):
+        x *= 1e-3
+    return tuple(x.astype(dtype) for x in (gradient, mu, root**2))
+
+
+def assert_all_close(found: tuple[Array, ...], expected: tuple[Array, ...], dtype: object) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == (np.float64 if dtype == np.float64 else np.float32)
+        assert_close(a, b, a.dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("confined", [False, True])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_steps_and_moments_have_the_reference_values(
+    backend: Backend, dim: int, confined: bool, dtype: type
+) -> None:
+    given = operands(SHAPES[dim], dtype=dtype)
+    wide = [x.astype(np.float64) for x in given]
+    each = [
+        {"count": 0, "learning_rate": 0.3},
+        {"count": 7, "learning_rate": 1.0, "epsilon": 0.3, "scale": 20.0},
+        {"count": 2, "learning_rate": 1.0, "epsilon": 30.0, "beta1": 0.0, "beta2": 0.0},
+        {"count": 10**6, "learning_rate": 2.0, "beta1": 0.5, "beta2": 0.999},
+    ]
+    cases = [(given, {"confined": confined, **options}) for options in each]
+    for (_, options), found in zip(cases, backend.calls(OP, *cases), strict=True):
+        assert_all_close(found, reference.riemannian_adam_step(*wide, **options), dtype)
+
+
+@pytest.mark.parametrize("shape", [(37, 70, 45), (1, 2, 1000), (300, 257)])
+def test_large_fields_have_the_reference_values(backend: Backend, shape: tuple[int, ...]) -> None:
+    given = operands(shape)
+    options: dict[str, Any] = {"learning_rate": 0.5, "epsilon": 1e-2, "confined": True}
+    found = backend.call(OP, *given, 3, **options)
+    wide = [x.astype(np.float64) for x in given]
+    assert_all_close(found, reference.riemannian_adam_step(*wide, 3, **options), np.float32)
+
+
+def test_numbers_may_differ_between_items_and_components(backend: Backend) -> None:
+    given = operands((5, 6, 7), batch=3, dtype=np.float32)
+    wide = [x.astype(np.float64) for x in given]
+    count = np.array([0, 3, 50], np.int32)
+    scale = np.array([1.0, 0.5, 300.0], np.float32)
+    for epsilon in (random_array(4, 3), random_array(5, 1, 3), random_array(6, 3, 3)):
+        positive = abs(epsilon).astype(np.float32)
+        found = backend.call(
+            OP,
+            *given,
+            backend.array(count),
+            epsilon=backend.array(positive),
+            scale=backend.array(scale),
+            learning_rate=0.4,
+        )
+        expected = reference.riemannian_adam_step(
+            *wide, count, epsilon=positive, scale=scale, learning_rate=0.4
+        )
+        assert_all_close(found, expected, np.float32)
+
+
+def test_a_number_may_be_an_array_of_no_axes(backend: Backend) -> None:
+    given = operands((5, 6))
+    options = {"count": 3, "epsilon": 0.25, "scale": 0.5}
+    expected = backend.call(OP, *given, **options, learning_rate=0.4)
+    arrays = {
+        name: backend.array(np.array(x, np.int32 if name == "count" else np.float32))
+        for name, x in options.items()
+    }
+    for a, b in zip(backend.call(OP, *given, **arrays, learning_rate=0.4), expected, strict=True):
+        assert_same(a, b)
+
+
+def test_no_step_is_longer_than_half_a_voxel_times_the_learning_rate(backend: Backend) -> None:
+    shape = (9, 10, 11)
+    step, *_ = backend.call(OP, *operands(shape), 2, learning_rate=0.4)
+    lengths = np.linalg.norm(step * reference.half_extent(shape, True), axis=-1)
+    np.testing.assert_allclose(lengths.max(axis=(1, 2, 3)), 0.2, rtol=1e-5)  # each item
+
+
+def test_small_directions_are_not_made_longer(backend: Backend) -> None:
+    given = operands((5, 6, 7))
+    large = {"epsilon": 1e3, "learning_rate": 0.4}
+    step, *_ = backend.call(OP, *given, 2, **large)
+    lengths = np.linalg.norm(step * reference.half_extent((5, 6, 7), True), axis=-1)
+    assert lengths.max() < 0.1
+
+
+def test_confined_steps_do_not_cross_the_faces_of_the_volume(backend: Backend) -> None:
+    given = operands((4, 5, 6))
+    free, *_ = backend.call(OP, *given, 2, learning_rate=0.4)
+    step, *_ = backend.call(OP, *given, 2, learning_rate=0.4, confined=True)
+    for component in range(3):
+        axis = 3 - component
+        across = np.moveaxis(step[..., component], axis, 0)
+        assert not across[[0, -1]].any()
+        assert_same(across[1:-1], np.moveaxis(free[..., component], axis, 0)[1:-1])
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (6, 1), (1, 6, 2), (2, 2, 1), (1, 1, 1)])
+def test_there_is_no_step_along_an_axis_of_one_voxel(
+    backend: Backend, shape: tuple[int, ...]
+) -> None:
+    given = operands(shape, dtype=np.float64)
+    for confined in (False, True):
+        options = {"learning_rate": 0.4, "confined": confined}
+        found = backend.call(OP, *given, 2, **options)
+        assert_all_close(found, reference.riemannian_adam_step(*given, 2, **options), np.float64)
+        for component, size in enumerate(reversed(shape)):
+            assert size > 1 or not found[0][..., component].any()
+
+
+def test_without_a_gradient_there_is_no_step(backend: Backend) -> None:
+    zero = np.zeros((1, 5, 6, 2), np.float32)
+    for result in backend.call(OP, zero, zero, zero, 0, learning_rate=1.0):
+        assert_same(result, zero)
+
+
+@pytest.mark.parametrize("place", [0, 100])
+def test_what_is_not_a_number_is_not_passed_over(backend: Backend, place: int) -> None:
+    """One item's largest vector is not known then; the other item is none the worse."""
+    gradient, mu, nu = operands((5, 6, 7))
+    expected = backend.call(OP, gradient, mu, nu, 1, learning_rate=1.0)
+    gradient[0].flat[place] = np.nan
+    step, *_ = backend.call(OP, gradient, mu, nu, 1, learning_rate=1.0)
+    assert np.isnan(step[0]).all()
+    assert_same(step[1], expected[0][1])
+
+
+def test_operands_of_batch_one_serve_all_items(backend: Backend) -> None:
+    given = operands((5, 6, 7), batch=3)
+    one = [x[:1] for x in given]
+    whole = [np.repeat(x, 3, axis=0) for x in one]
+    for k in range(3):
+        mixed = [*one[:k], given[k], *one[k + 1 :]]
+        expected = [*whole[:k], given[k], *whole[k + 1 :]]
+        found, right = (backend.call(OP, *some, 2, learning_rate=0.4) for some in (mixed, expected))
+        for a, b in zip(found, right, strict=True):
+            assert_same(a, b)
+
+
+def test_an_empty_batch_gives_empty_results(backend: Backend) -> None:
+    given = [np.zeros((0, 5, 6, 7, 3), np.float32)] * 3
+    for result in backend.call(OP, *given, 2, learning_rate=0.4):
+        assert result.shape == (0, 5, 6, 7, 3)
+
+
+def test_the_same_bits_come_out_every_time(backend: Backend) -> None:
+    given = operands((20, 30, 41))
+    first = backend.call(OP, *given, 2, learning_rate=0.4)
+    for _ in range(3):
+        for a, b in zip(backend.call(OP, *given, 2, learning_rate=0.4), first, strict=True):
+            assert_same(a, b)
+
+
+def test_operands_stay_as_they_are_although_moments_may_be_written_in_place() -> None:
+    gradient, mu, nu = map(jnp.asarray, operands((5, 6, 7)))
+    before = [np.array(x) for x in (gradient, mu, nu)]
+
+    @jax.jit
+    def twice(mu: Any, nu: Any) -> Any:
+        first = jaxreg.riemannian_adam_step(gradient, mu, nu, 0, learning_rate=0.4)
+        # The same moments once more, and one array in both places.
+        again = jaxreg.riemannian_adam_step(gradient, mu, nu, 0, learning_rate=0.4)
+        alike = jaxreg.riemannian_adam_step(gradient, nu, nu, 0, learning_rate=0.4)
+        return first, again, alike
+
+    first, again, alike = twice(mu, nu)
+    for a, b in zip(first, again, strict=True):
+        assert_same(np.asarray(a), np.asarray(b))
+    separate = jaxreg.riemannian_adam_step(gradient, nu, nu + 0, 0, learning_rate=0.4)
+    for a, b in zip(alike, separate, strict=True):
+        assert_same(np.asarray(a), np.asarray(b))
+    for after, x in zip((gradient, mu, nu), before, strict=True):
+        assert_same(np.asarray(after), x)
+
+
+def test_a_loop_carries_the_moments_without_copies() -> None:
+    """They stay where they are: nothing of their size is there for a time."""
+    state = tuple(map(jnp.asarray, operands((20, 30, 40), batch=1)))
+
+    def loop(state: Any) -> Any:
+        def step(count: Any, state: Any) -> Any:
+            # Any other use of the last step will do for a gradient.
+            return jaxreg.riemannian_adam_step(*state, count, learning_rate=0.4, confined=True)
+
+        return jax.lax.fori_loop(0, 5, step, state)
+
+    compiled = jax.jit(loop, donate_argnums=0).lower(state).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary < 1.2 * state[0].nbytes  # the step, beside the gradient
+
+
+def test_a_map_takes_numbers_of_each_example() -> None:
+    given = [np.stack([x, 2 * x]) for x in operands((5, 6))]
+    count, scale = jnp.asarray([0, 5], jnp.int32), jnp.asarray([1.0, 3.0])
+
+    def call(gradient: Any, mu: Any, nu: Any, count: Any, scale: Any) -> Any:
+        return jaxreg.riemannian_adam_step(gradient, mu, nu, count, scale=scale, learning_rate=0.4)
+
+    found = jax.vmap(call)(*given, count, scale)
+    for k in range(2):
+        expected = call(*(x[k] for x in given), count[k], scale[k])
+        for a, b in zip(found, expected, strict=True):
+            assert_same(np.asarray(a[k]), np.asarray(b))
+    tensors = [torch.tensor(np.asarray(x)) for x in (*given, count, scale)]
+
+    def of_torch(gradient: Any, mu: Any, nu: Any, count: Any, scale: Any) -> Any:
+        return torchreg.riemannian_adam_step(
+            gradient, mu, nu, count, scale=scale, learning_rate=0.4
+        )
+
+    for a, b in zip(torch.func.vmap(of_torch)(*tensors), found, strict=True):
+        assert_same(a.numpy(), np.asarray(b))
+
+
+def test_it_says_that_it_cannot_be_differentiated() -> None:
+    gradient, mu, nu = operands((5, 6))
+
+    def total(gradient: Any) -> Any:
+        return jaxreg.riemannian_adam_step(gradient, mu, nu, 0, learning_rate=0.4)[0].sum()
+
+    with pytest.raises(TypeError, match=rf"{OP}: gradient: expected .*differentiated"):
+        jax.grad(total)(gradient)
+    tensor = torch.tensor(mu, requires_grad=True)
+    with pytest.raises(ValueError, match=rf"{OP}: mu: expected"):
+        torchreg.riemannian_adam_step(
+            torch.tensor(gradient), tensor, torch.tensor(nu), 0, learning_rate=0.4
+        )
