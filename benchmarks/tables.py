@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -57,6 +58,7 @@ def find_result(name: str, results: Path) -> Result | None:
         If several cards have that word in their names.
     """
     benchmark, _, word = name.partition("-")
+    benchmark = MADE_FROM.get(benchmark, benchmark)
     found = [
         path
         for path in sorted(results.glob(f"*/{benchmark}.json"))
@@ -244,6 +246,64 @@ def command_table(result: Result) -> str:
     return table(["seconds", "cache", "whole", "of all cores", *parts], lines)
 
 
+def scaling_table(result: Result) -> str:
+    """Milliseconds of an iteration and peak memory, by how many devices share a volume."""
+    rows, lines = result["rows"], []
+    for work in dict.fromkeys(row["work"] for row in rows):
+        some = sorted((row for row in rows if row["work"] == work), key=lambda row: row["devices"])
+        base = some[0]
+        for row in some:
+            more = row["devices"] / base["devices"] if work.startswith("strong") else 1
+            lines.append(
+                [
+                    work,
+                    str(row["devices"]),
+                    "\N{MULTIPLICATION SIGN}".join(map(str, row["shape"])),
+                    f"{row['ms']:.1f}",
+                    f"{100 * base['ms'] / row['ms'] / more:.0f} %",
+                    NOTHING if row["peak_gigabytes"] is None else f"{row['peak_gigabytes']:.1f}",
+                ]
+            )
+    heads = ["scaling, stage", "devices", "voxels", "milliseconds an iteration", "efficiency"]
+    return table([*heads, "peak of a device (GB)"], lines)
+
+
+# What a device sends to a neighbour in an iteration by LNCC with a window of 7, in bytes for each
+# voxel of a plane: 6 planes of two images, 5, 3 and 1 of fields with three components.
+HALO_BYTES = 6 * 2 * 4 + (5 + 3 + 1) * 3 * 4
+# Bytes per second that a device sends to its neighbour: NVLink of one host, and InfiniBand (NDR)
+# between hosts.
+WITHIN_HOST, BETWEEN_HOSTS, HOST = 450e9, 50e9, 8
+SIMULATED = [("2048\N{SUPERSCRIPT THREE}", 2048), ("1578\N{SUPERSCRIPT THREE}", 1578)]
+
+
+def simulation_table(result: Result) -> str:
+    """What two devices need for each of their voxels, and what links need for planes, added up."""
+    lines = []
+    for stage in dict.fromkeys(row["work"] for row in result["rows"]):
+        if not stage.startswith("weak"):
+            continue
+        most = max(
+            (row for row in result["rows"] if row["work"] == stage), key=lambda row: row["devices"]
+        )
+        depth, height, width = most["shape"]
+        voxels = depth * height * width / most["devices"]
+        for title, cube in SIMULATED:
+            for devices in (4, 8, 64):
+                share = math.ceil(cube / devices) * cube**2 / voxels
+                rate = WITHIN_HOST if devices <= HOST else BETWEEN_HOSTS
+                ms = share * most["ms"] + 1e3 * HALO_BYTES * cube**2 / rate
+                memory = most["peak_gigabytes"]
+                memory = NOTHING if memory is None else f"{share * memory:.0f}"
+                name = stage.removeprefix("weak, ")
+                lines.append([name, title, str(devices), f"{ms:.0f}", memory])
+    heads = ["stage", "volume", "devices", "milliseconds an iteration, simulated"]
+    return table([*heads, "GB of a device, simulated"], lines)
+
+
+# Tables that are made from the results of another benchmark.
+MADE_FROM = {"simulation": "scaling"}
+
 TABLES: Mapping[str, Callable[[Result], str]] = {
     "warp": peers_table(WARP),
     "similarity": peers_table(SIMILARITY),
@@ -252,6 +312,8 @@ TABLES: Mapping[str, Callable[[Result], str]] = {
     "quality": quality_table,
     "training": training_table,
     "command": command_table,
+    "scaling": scaling_table,
+    "simulation": simulation_table,
 }
 
 

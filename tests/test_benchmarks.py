@@ -346,6 +346,32 @@ def test_scaling_is_measured_on_several_devices(
     assert "strong, greedy, 2 devices:" in capsys.readouterr().out
 
 
+def test_scaling_makes_a_table_and_a_simulation_of_more_devices(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tables = script("tables", monkeypatch)
+    rows = [
+        {"work": work, "who": "", "devices": n, "shape": shape, "ms": ms, "peak_gigabytes": 20.0}
+        for work, n, shape, ms in [
+            ("weak, greedy", 2, [1024, 512, 512], 25.0),
+            ("weak, greedy", 1, [512, 512, 512], 20.0),
+            ("strong, greedy", 1, [512, 512, 512], 20.0),
+            ("strong, greedy", 2, [512, 512, 512], 12.5),
+        ]
+    ]
+    write(tmp_path, "nvidia-x", "scaling", rows)
+    page = (
+        "<!-- table: scaling-x -->\n<!-- /table -->\n<!-- table: simulation-x -->\n<!-- /table -->"
+    )
+    made, without = tables.rewrite(page, tmp_path)
+    assert not without
+    made = made.replace("\N{MULTIPLICATION SIGN}", "x")
+    assert "| weak, greedy | 2 | 1024x512x512 | 25.0 | 80 % | 20.0 |" in made
+    assert "| strong, greedy | 2 | 512x512x512 | 12.5 | 80 % | 20.0 |" in made
+    # 64 times the voxels on 4 devices are 16 times 25 ms, and planes of 2048² voxels take 1 ms.
+    assert "| greedy | 2048³ | 4 | 401 | 320 |" in made
+
+
 def test_the_command_is_measured_as_processes_and_makes_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,11 +87,10 @@ struct ScatterTile {
     return result;
   }
 
-  // Calls body(voxel) for the voxels of the block that are this thread's, of which the loads of
-  // kTogether are under way together.
-  template <int kTogether, class Body>
+  // Calls body(voxel) for the voxels of the block that are this thread's.
+  template <class Body>
   __device__ __forceinline__ void for_each(const VoxelSpace& space, const Body& body) const {
-#pragma unroll kTogether
+#pragma unroll 1
     for (int i = threadIdx.x; i < kBlockVoxels; i += kScatterThreads) {
       const int x = first[0] + i % Shape::kBlockX;
       const int y = first[1] + i / Shape::kBlockX % Shape::kBlockY;
@@ -252,14 +251,11 @@ struct QuantisedTile {
   Vec<int, R::D> origin;
 };
 
-// Voxels of a thread whose loads are under way together.
-inline constexpr int kScatterTogether = 2;
-
 // The cotangents may be so many times as large as they are on average.
 inline constexpr float kScatterRange = 64;
 
 template <class R, bool kFixed>
-__global__ void __launch_bounds__(kScatterThreads, 4)
+__global__ void __launch_bounds__(kScatterThreads, ScatterTile<R>::kChannels == 1 ? 5 : 4)
     quantised_scatter_kernel(const __grid_constant__ R resampling,
                              const __grid_constant__ Operand<const typename R::S> grad_output,
                              const __grid_constant__ Operand<typename R::T> grad_input,
@@ -305,20 +301,18 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
           }
         };
         BlockOfCotangents cotangents{0, 0};
-        tile.template for_each<Tile::kBlockVoxels / kScatterThreads>(
-            space, [&](const Voxel& voxel) {
-              T g[kChannels];
-              load(voxel, g);
-              REGKERNELS_UNROLL
-              for (int c = 0; c < kChannels; ++c) {
-                const float magnitude = fabsf(g[c]);
-                // NaN has to come through this.
-                cotangents.largest = cotangents.largest < magnitude || isnan(magnitude)
-                                         ? magnitude
-                                         : cotangents.largest;
-                cotangents.sum += magnitude;
-              }
-            });
+        tile.for_each(space, [&](const Voxel& voxel) {
+          T g[kChannels];
+          load(voxel, g);
+          REGKERNELS_UNROLL
+          for (int c = 0; c < kChannels; ++c) {
+            const float magnitude = fabsf(g[c]);
+            // NaN has to come through this.
+            cotangents.largest =
+                cotangents.largest < magnitude || isnan(magnitude) ? magnitude : cotangents.largest;
+            cotangents.sum += magnitude;
+          }
+        });
         cotangents = over_block(cotangents, shared.cotangents);
         tile.origin = shared.origin;
         if (cotangents.largest == 0) {
@@ -340,7 +334,7 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
           const int scale_bits = 31 - 3 - bits - exponent;
           const T scale = __int_as_float((scale_bits + 127) << 23);
           quantum = __int_as_float((127 - scale_bits) << 23);
-          tile.template for_each<kScatterTogether>(space, [&](const Voxel& voxel) {
+          tile.for_each(space, [&](const Voxel& voxel) {
             T g[kChannels], weight[1 << D];
             load(voxel, g);
             const Vec<int, D> cell =
@@ -378,7 +372,7 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
         }
         if (!fits) {
           // What lies outside of the tile may be there already.
-          tile.template for_each<1>(space, [&](const Voxel& voxel) {
+          tile.for_each(space, [&](const Voxel& voxel) {
             T g[kChannels], weight[1 << D];
             load(voxel, g);
             const Vec<int, D> cell =
@@ -436,7 +430,7 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
         Tile::clear(sums, Tile::kElements);
         __syncthreads();
         tile.origin = shared_origin;
-        tile.template for_each<1>(space, [&](const Voxel& voxel) {
+        tile.for_each(space, [&](const Voxel& voxel) {
           const int64_t here = source.voxel_offset(voxel);
           T g[kChannels], weight[1 << D];
           REGKERNELS_UNROLL

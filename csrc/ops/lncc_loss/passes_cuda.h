@@ -5,9 +5,9 @@
 //   sums along y and x, correlations             (sums -> adjoint fields, total)
 //   sums along z of the adjoint fields           (adjoint fields -> sums)
 //   sums along y and x, gradients                (sums -> gradients)
-// So many planes are taken at a time that their sums mostly stay in the cache. A thread computes
-// some neighbouring sums, which share most of what they add up: per sum, a box takes three
-// additions and what is left of the common part, whatever its size.
+// A few planes at a time bound the memory that this takes. A thread computes some neighbouring
+// sums, which share most of what they add up: per sum, a box takes three additions and what is left
+// of the common part, whatever its size.
 //
 // The sums of products are in double precision, in which products of float32 are exact and their
 // sums nearly so: one pivot then does for a whole image, so that all kernels can agree on it, and
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kDepthThreads)
     // Where there are no voxels, images are 0.
     const auto load = [&](int i) {
       const int z = unit.z - radius + i;
-      const bool inside = z >= 0 && z < arguments.nz;
+      const bool inside = unsigned(z) < unsigned(arguments.nz);
       return pivots.products(inside ? image_i[z * plane] : T(0),
                              inside ? image_j[z * plane] : T(0));
     };
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kDepthThreads)
     const auto load = [&](int i) {
       const int z = unit.z - radius + i;
       Sums<T, kFields> fields{};
-      if (z >= 0 && z < arguments.nz) {
+      if (unsigned(z) < unsigned(arguments.nz)) {
         REGKERNELS_UNROLL
         for (int f = 0; f < kFields; ++f) {
           fields.v[f] = adjoint[f * arguments.adjoint_stride + z * plane];
@@ -245,27 +245,27 @@ struct PlaneTile {
   }
 
   // Leaves the sums of the tile's own columns at the beginning of its rows, which belong to the
-  // warp that then reads them. `load(array, x, y)` is called for what lies inside, `outside(array)`
-  // for the rest.
-  template <class T, class Load, class Outside>
+  // warp that then reads them. `planes` holds kCount planes; outside of them is outside(array).
+  template <class T, class Outside>
   __device__ __forceinline__ void sum(const LnccPassArguments<T>& arguments,
                                       const S (&weight)[3][kMaxRadius + 1], int x0, int y0,
-                                      const Load& load, const Outside& outside) const {
+                                      const S* planes, const Outside& outside) const {
     const bool is_box = arguments.window.rectangular;
     const int radius_x = arguments.radius[0], radius_y = arguments.radius[1];
+    const int nx = arguments.nx, first = y0 - radius_y;
     __syncthreads();
     for (int i = threadIdx.x; i < kCount * stride; i += kPassThreads) {
       const int array = i / stride, column = i - array * stride;
       const int x = x0 - radius_x + column;
-      const bool column_inside = x >= 0 && x < arguments.nx;
+      const bool column_inside = x >= 0 && x < nx;
+      const S* const from = planes + (static_cast<int64_t>(array) * arguments.ny + first) * nx + x;
       const S rest = outside(array);
       Sums<S, 1> out[kPassRows];
       sum_spans(
           is_box, radius_y, weight[1],
           [&](int k) {
-            const int y = y0 - radius_y + k;
-            const bool inside = column_inside && y >= 0 && y < arguments.ny;
-            return Sums<S, 1>{{inside ? load(array, x, y) : rest}};
+            const bool inside = column_inside && unsigned(first + k) < unsigned(arguments.ny);
+            return Sums<S, 1>{{inside ? from[k * static_cast<int64_t>(nx)] : rest}};
           },
           out);
       REGKERNELS_UNROLL
@@ -309,7 +309,7 @@ __device__ __forceinline__ void for_each_tile(const LnccPassArguments<T>& argume
 }
 
 template <class T, int kFields, int kStrip>
-__global__ void __launch_bounds__(kPassThreads, 3)
+__global__ void __launch_bounds__(kPassThreads, 4)
     correlate_planes_kernel(const __grid_constant__ LnccPassArguments<T> arguments) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ T scratch[kPassThreads / kWarp];
@@ -326,16 +326,11 @@ __global__ void __launch_bounds__(kPassThreads, 3)
             arguments.sums + ((group * arguments.units + number) * arguments.passes.planes + p) *
                                  kWindowSums * plane;
         const Pivots<T> pivots(arguments, unit.element);
-        tile.sum(
-            arguments, arguments.weight, x0, y0,
-            [&](int s, int x, int y) {
-              return sums[s * plane + static_cast<int64_t>(y) * arguments.nx + x];
-            },
-            [&](int s) {
-              const double first = s == 1 || s == 3 ? -pivots.j : -pivots.i;
-              const double second = s < 2 ? 1.0 : s == 2 ? -pivots.i : -pivots.j;
-              return arguments.depth_mass * first * second;
-            });
+        tile.sum(arguments, arguments.weight, x0, y0, sums, [&](int s) {
+          const double first = s == 1 || s == 3 ? -pivots.j : -pivots.i;
+          const double second = s < 2 ? 1.0 : s == 2 ? -pivots.i : -pivots.j;
+          return arguments.depth_mass * first * second;
+        });
         const int y = y0 + row, z = unit.z + p;
         if (y >= arguments.ny) return;
         const T* const mask =
@@ -381,7 +376,7 @@ __global__ void __launch_bounds__(kPassThreads, 3)
 }
 
 template <class T, int kFields, int kStrip>
-__global__ void __launch_bounds__(kPassThreads, 3)
+__global__ void __launch_bounds__(kPassThreads, 4)
     assemble_planes_kernel(const __grid_constant__ LnccPassArguments<T> arguments) {
   extern __shared__ __align__(16) unsigned char memory[];
   using Tile = PlaneTile<T, kFields, kStrip>;
@@ -399,12 +394,7 @@ __global__ void __launch_bounds__(kPassThreads, 3)
         const T* const sums =
             reinterpret_cast<const T*>(arguments.sums) +
             ((group * arguments.units + number) * arguments.passes.planes + p) * kFields * plane;
-        tile.sum(
-            arguments, arguments.window.weight, x0, y0,
-            [&](int f, int x, int y) {
-              return sums[f * plane + static_cast<int64_t>(y) * arguments.nx + x];
-            },
-            [](int) { return T(0); });
+        tile.sum(arguments, arguments.window.weight, x0, y0, sums, [](int) { return T(0); });
         const int y = y0 + row;
         if (y >= arguments.ny) return;
         const int64_t first =

@@ -115,10 +115,10 @@ struct LnccPasses {
   int64_t parts;     // of the sum over a group
 };
 
-inline constexpr int kLnccPassPlanes = 8;
-inline constexpr int64_t kLnccPassParts = 3 * kLnccMaxParts;  // three blocks fit a multiprocessor
-// The sums of the planes at hand take no more than this, unless a single unit does. The cache of a
-// large GPU holds them.
+inline constexpr int kLnccPassPlanes = 4;
+inline constexpr int64_t kLnccPassParts = 4 * kLnccMaxParts;  // four blocks fit a multiprocessor
+// The sums of the planes at hand take no more than this, unless a single unit does: enough for
+// launches that keep a large GPU busy.
 inline constexpr int64_t kLnccPassBytes = int64_t{128} << 20;
 
 inline LnccPasses lncc_passes(const LnccCall& checked) {
