@@ -77,32 +77,73 @@ struct Smoothing {
   int64_t planes;  // in all tiles of all volumes
 };
 
+// A column of an array in memory.
+template <class S>
+struct PackedColumn {
+  using T = Arithmetic<S>;
+  const S* from;
+  int columns;  // elements from one row to the next
+  // Where nothing has to be converted it does not pass through registers, and arrives by the end of
+  // a wait for the pipeline.
+  __device__ __forceinline__ void fetch(T* to, int row, bool inside) const {
+    const S* const element = from + row * columns;
+    if constexpr (std::is_same_v<S, T>) {
+      __pipeline_memcpy_async(to, element, sizeof(T), inside ? 0 : sizeof(T));
+    } else {
+      *to = inside ? to_arithmetic(*element) : T(0);
+    }
+  }
+};
+
+// The stage of a source that has none.
+struct NoStage {
+  static constexpr bool kPresent = false;
+  static constexpr REGKERNELS_HD int size(const SmoothingTile&) { return 0; }
+};
+
 // An array as a source.
 template <class S>
 struct PackedSource {
-  using T = Arithmetic<S>;
+  using Stage = NoStage;
   const S* in;
   int columns;
   int64_t plane_size, volume_size;
 
-  struct Column {
-    const S* from;
-    int columns;
-    // Where nothing has to be converted it does not pass through registers, and arrives by the end
-    // of a wait for the pipeline.
-    __device__ __forceinline__ void fetch(T* to, int row, bool inside) const {
-      const S* const element = from + row * columns;
-      if constexpr (std::is_same_v<S, T>) {
-        __pipeline_memcpy_async(to, element, sizeof(T), inside ? 0 : sizeof(T));
-      } else {
-        *to = inside ? to_arithmetic(*element) : T(0);
-      }
-    }
-  };
-  __device__ __forceinline__ Column column(int64_t volume, int z, int y, int x) const {
+  __device__ __forceinline__ PackedColumn<S> column(int64_t volume, int z, int y, int x) const {
     return {in + (volume * volume_size + z * plane_size) + (y * columns + x), columns};
   }
 };
+
+// What part of a plane a tile has to fetch: so many rows and columns from the first ones on, of
+// which those that are not in the plane are zero.
+struct TilePart {
+  int columns, rows, stride;
+  int first_column, first_row;
+  int plane_columns, plane_rows;
+};
+
+// Fetches it. Each thread takes every so many rows of a column, of which column(y, x) is told the
+// first element.
+template <int kThreads, class T, class MakeColumn>
+__device__ __forceinline__ void fetch_part(const TilePart& part, int threads, T* plane,
+                                           const MakeColumn& column) {
+  const int width = min(threads, (part.columns + kWarp - 1) / kWarp * kWarp);
+  const int thread = thread_number<kThreads>(), apart = threads / width;
+  const int first_row = thread / width;
+  if (first_row >= apart) return;
+  for (int k = thread - first_row * width; k < part.columns; k += width) {
+    const int x = part.first_column + k, y = part.first_row + first_row;
+    // As an unsigned number, a negative y is a large one.
+    const unsigned rows = x >= 0 && x < part.plane_columns ? part.plane_rows : 0;
+    const auto from = column(y, x);
+    T* const to = plane + (first_row * part.stride + k);
+    REGKERNELS_UNROLL
+    for (int row = 0; row < part.rows; row += apart) {
+      if (first_row + row >= part.rows) break;
+      from.fetch(to + row * part.stride, row, static_cast<unsigned>(y + row) < rows);
+    }
+  }
+}
 
 // Computes kCount neighbouring sums, each from the middle outwards. value(k) is the value in the
 // middle of the k-th; the neighbours before the first have negative numbers.
@@ -150,8 +191,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const int radius_z = kExact ? kRadius : smoothing.radius[2];
   const int threads = kExact ? Shape::kThreads : static_cast<int>(blockDim.x);
   const SmoothingTile tile{kColumns, threads / kColumns * kDown, radius_x * channels, radius_y};
+  using Stage = typename Source::Stage;
+  // A plane that has to be completed is there for one turn more.
+  constexpr int kLead = Stage::kPresent ? 1 : 0, kSlots = Shape::kPlanes + kLead;
   T* const planes = reinterpret_cast<T*>(memory);
-  T* const by_row = planes + Shape::kPlanes * tile.in_size();
+  T* const by_row = planes + kSlots * tile.in_size();
+  [[maybe_unused]] T* const staged = by_row + 2 * tile.by_row_size();
 
   // The thread owns this column and kDown rows of the tile, through all planes.
   const auto own_column = [] { return thread_number<Shape::kThreads>() % kColumns; };
@@ -174,24 +219,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     const int x0 = (in_volume - tile_y * smoothing.tiles_x) * kColumns, y0 = tile_y * tile.rows;
     const int64_t volume_start = volume * smoothing.depth * plane_size;
 
-    // Each thread takes every so many rows of a column.
     const auto fetch_plane = [&](int z, T* plane) {
-      const int width = min(threads, (tile.in_columns() + kWarp - 1) / kWarp * kWarp);
-      const int thread = thread_number<Shape::kThreads>(), apart = threads / width;
-      const int first_row = thread / width;
-      if (first_row >= apart) return;
-      for (int column = thread - first_row * width; column < tile.in_columns(); column += width) {
-        const int x = x0 - tile.halo_x + column, y = y0 - tile.halo_y + first_row;
-        // As an unsigned number, a negative y is a large one.
-        const unsigned rows = x >= 0 && x < smoothing.columns ? smoothing.rows : 0;
-        const auto from = source.column(volume, z, y, x);
-        T* const to = plane + (first_row * tile.in_stride() + column);
-        REGKERNELS_UNROLL
-        for (int row = 0; row < tile.in_rows(); row += apart) {
-          if (first_row + row >= tile.in_rows()) break;
-          from.fetch(to + row * tile.in_stride(), row, static_cast<unsigned>(y + row) < rows);
-        }
-      }
+      const TilePart part{tile.in_columns(), tile.in_rows(),    tile.in_stride(), x0 - tile.halo_x,
+                          y0 - tile.halo_y,  smoothing.columns, smoothing.rows};
+      fetch_part<Shape::kThreads>(part, threads, plane,
+                                  [&](int y, int x) { return source.column(volume, z, y, x); });
     };
 
     const auto smooth_rows = [&](const T* plane, T* smoothed) {
@@ -242,21 +274,43 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     // The planes that count are numbered from the first. Those beyond are zero.
     const int z_first = max(0, z_begin - radius_z), z_last = min(smoothing.depth, z_end + radius_z);
     const auto place_of = [&](int plane) {
-      return planes + static_cast<unsigned>(plane) % Shape::kPlanes * tile.in_size();
+      return planes + static_cast<unsigned>(plane) % kSlots * tile.in_size();
     };
     const auto by_row_of = [&](int plane) { return by_row + (plane & 1) * tile.by_row_size(); };
     const int count = z_last - z_first;
+    [[maybe_unused]] const auto stage = [&] {
+      if constexpr (Stage::kPresent) {
+        return Stage(source, tile, staged, volume, x0, y0, z_first);
+      }
+    };
     const auto fetch_ahead = [&](int plane) {
-      if (plane < count) fetch_plane(z_first + plane, place_of(plane));
+      if (plane < count) {
+        if constexpr (Stage::kPresent) {
+          stage().fetch(plane);
+          if (source.adds()) fetch_plane(z_first + plane, place_of(plane));
+        } else {
+          fetch_plane(z_first + plane, place_of(plane));
+        }
+      }
       __pipeline_commit();
     };
+    if constexpr (Stage::kPresent) stage().begin();
     for (int plane = 0; plane < Shape::kPlanes - 1; ++plane) fetch_ahead(plane);
     __pipeline_wait_prior(Shape::kPlanes - 2);
     __syncthreads();
-    // Between barriers a plane is smoothed along its rows, and the one before along its columns.
+    // Between barriers a plane is completed, if it has to be, the one before is smoothed along its
+    // rows, and the one before that along its columns.
 #pragma unroll 1
-    for (int plane = -1; plane < z_end - z_first + kRadius; ++plane) {
-      fetch_ahead(plane + Shape::kPlanes);
+    for (int plane = -1 - kLead; plane < z_end - z_first + kRadius; ++plane) {
+      fetch_ahead(plane + kSlots);
+      if constexpr (Stage::kPresent) {
+        if (plane + 2 < count) stage().complete(plane + 2, place_of(plane + 2));
+        if (plane + 1 < 0) {
+          __pipeline_wait_prior(Shape::kPlanes - 2);
+          __syncthreads();
+          continue;
+        }
+      }
       if (plane + 1 < count) smooth_rows(place_of(plane + 1), by_row_of(plane + 1));
       if (plane >= 0) {
         T sum[kDown] = {};
@@ -295,8 +349,11 @@ template <int kRadius, int kChannels, class Shape, class Source, class S>
 bool launch_exact(const Cuda& device, const Source& source, Smoothing<S>& smoothing,
                   int64_t volumes, int64_t limit) {
   const int* radius = smoothing.radius;
+  using Stage = typename Source::Stage;
   constexpr SmoothingTile kTile{Shape::kColumns, Shape::kRows, kRadius * kChannels, kRadius};
-  constexpr int64_t kBytes = kTile.size(Shape::kPlanes) * sizeof(Arithmetic<S>);
+  constexpr int64_t kBytes =
+      (kTile.size(Shape::kPlanes + (Stage::kPresent ? 1 : 0)) + Stage::size(kTile)) *
+      sizeof(Arithmetic<S>);
   if (smoothing.channels != kChannels || radius[0] != kRadius || radius[1] != kRadius ||
       radius[2] != kRadius || kBytes > limit) {
     return false;

@@ -47,6 +47,7 @@ struct WriteProduct {
 template <class Product>
 struct ProductSource {
   using T = typename Product::T;
+  using Stage = NoStage;
   static constexpr int D = Product::D;
   Product product;
   int64_t items;
@@ -76,23 +77,162 @@ struct ProductSource {
   }
 };
 
+// The same for images of one channel, where what is multiplied can wait in shared memory: loads
+// then arrive while other planes are smoothed. The stage holds tiles of five planes of the moved
+// image, which have one voxel more on each side, and of three of the slope; the pull arrives where
+// it is added to.
+template <class Product>
+struct StagedProductSource {
+  using T = typename Product::T;
+  static constexpr int D = Product::D;
+  Product product;
+  int64_t items;
+
+  __device__ __forceinline__ bool adds() const { return product.pull.data != nullptr; }
+  __device__ __forceinline__ typename Product::Item item(int64_t volume) const {
+    const int64_t group = items == 1 ? volume : volume / items;
+    return product.item(group, volume - group * items);
+  }
+  __device__ __forceinline__ int64_t plane_size() const {
+    return static_cast<int64_t>(product.frame.size[0]) * product.frame.size[1];
+  }
+  __device__ __forceinline__ PackedColumn<T> column(int64_t volume, int z, int y, int x) const {
+    const int row = product.frame.size[0] * D;
+    return {item(volume).pull + z * plane_size() * D + (y * row + x), row};
+  }
+
+  class Stage {
+   public:
+    static constexpr bool kPresent = true;
+    static constexpr int kMoved = 5, kSlopes = 3;
+    static constexpr REGKERNELS_HD int size(const SmoothingTile& tile) {
+      return kMoved * moved_size(tile) + kSlopes * slope_size(tile);
+    }
+
+    // The tile begins at the column x0, counted in numbers, and the row y0. Planes are counted from
+    // the first that is smoothed.
+    __device__ __forceinline__ Stage(const StagedProductSource& source, const SmoothingTile& tile,
+                                     T* memory, int64_t volume, int x0, int y0, int first_plane)
+        : source_(source),
+          item_(source.item(volume)),
+          tile_(tile),
+          memory_(memory),
+          x_(x0 / D - tile.halo_x / D),
+          y_(y0 - tile.halo_y),
+          first_(first_plane) {}
+
+    // Fetches what the first of all planes needs besides.
+    __device__ __forceinline__ void begin() const {
+      fetch_moved(-1);
+      fetch_moved(0);
+    }
+    // Fetches what a plane needs that those before it did not.
+    __device__ __forceinline__ void fetch(int plane) const {
+      fetch_part<kThreads>(part(0), kThreads, slope(plane),
+                           [&](int y, int x) { return column(item_.slope, first_ + plane, y, x); });
+      fetch_moved(plane + 1);
+    }
+    // Computes a plane, or adds it to the pull.
+    __device__ __forceinline__ void complete(int plane, T* to) const {
+      const Product& product = source_.product;
+      const int width = voxels(tile_), stride = width + 2 | 1;
+      const T *const here = moved(plane) + stride + 1,
+                     *const before = moved(plane - 1) + stride + 1,
+                     *const after = moved(plane + 1) + stride + 1, *const slopes = slope(plane);
+      const bool adds = source_.adds();
+      const int z = first_ + plane;
+      const auto along_z = product.neighbours(2, 0, 0, z);
+      for (int i = thread_number<kThreads>(); i < width * tile_.in_rows(); i += kThreads) {
+        const int row = i / width, k = i - row * width, at = row * stride + k;
+        const int x = x_ + k, y = y_ + row;
+        T* const value = to + row * tile_.in_stride() + k * D;
+        const bool inside =
+            x >= 0 && x < product.frame.size[0] && y >= 0 && y < product.frame.size[1];
+        const auto along_x = product.neighbours(0, x, y, z),
+                   along_y = product.neighbours(1, x, y, z);
+        const T weight = slopes[row * (width | 1) + k];
+        const T own = here[at];
+        const auto component = [&](const auto& along, T low, T high) {
+          // A product with 0 would let through what is not finite.
+          if (!inside || (!along.below && !along.above)) return T(0);
+          return weight * (((along.above ? high : own) - (along.below ? low : own)) * along.factor);
+        };
+        const T gradient[D] = {component(along_x, here[at - 1], here[at + 1]),
+                               component(along_y, here[at - stride], here[at + stride]),
+                               component(along_z, before[at], after[at])};
+        REGKERNELS_UNROLL
+        for (int c = 0; c < D; ++c) value[c] = adds ? gradient[c] + value[c] : gradient[c];
+      }
+    }
+
+   private:
+    static constexpr int kThreads = ExactShape::kThreads;
+    static constexpr REGKERNELS_HD int voxels(const SmoothingTile& tile) {
+      return tile.in_columns() / D;
+    }
+    static constexpr REGKERNELS_HD int moved_size(const SmoothingTile& tile) {
+      return (tile.in_rows() + 2) * (voxels(tile) + 2 | 1);
+    }
+    static constexpr REGKERNELS_HD int slope_size(const SmoothingTile& tile) {
+      return tile.in_rows() * (voxels(tile) | 1);
+    }
+
+    __device__ __forceinline__ T* moved(int plane) const {
+      return memory_ + static_cast<unsigned>(plane + 1) % kMoved * moved_size(tile_);
+    }
+    __device__ __forceinline__ T* slope(int plane) const {
+      return memory_ + kMoved * moved_size(tile_) +
+             static_cast<unsigned>(plane) % kSlopes * slope_size(tile_);
+    }
+    // The tile of an image, with so many voxels more on each side.
+    __device__ __forceinline__ TilePart part(int more) const {
+      const int width = voxels(tile_) + 2 * more;
+      return {width,
+              tile_.in_rows() + 2 * more,
+              width | 1,
+              x_ - more,
+              y_ - more,
+              source_.product.frame.size[0],
+              source_.product.frame.size[1]};
+    }
+    __device__ __forceinline__ PackedColumn<T> column(const T* image, int z, int y, int x) const {
+      const int row = source_.product.frame.size[0];
+      return {image + z * source_.plane_size() + (y * row + x), row};
+    }
+    __device__ __forceinline__ void fetch_moved(int plane) const {
+      const int z = first_ + plane;
+      if (z < 0 || z >= source_.product.planes) return;
+      fetch_part<kThreads>(part(1), kThreads, moved(plane),
+                           [&](int y, int x) { return column(item_.moved, z, y, x); });
+    }
+
+    const StagedProductSource& source_;
+    const typename Product::Item item_;
+    const SmoothingTile& tile_;
+    T* const memory_;
+    const int x_, y_;  // the first voxel of the tile, with its halo
+    const int first_;
+  };
+};
+
 template <class Product>
 void smooth_product(const Cuda& device, const Product& product, const StepGradientCall& call,
                     typename Product::T* output) {
   using T = typename Product::T;
-  const ProductSource<Product> source{product, call.batch.items};
   Smoothing<T> smoothing = make_smoothing(call.smoothing, output);
   const int64_t volumes = call.smoothing.volumes, limit = shared_memory_limit();
   if constexpr (std::is_same_v<T, float> && Product::D == 3) {
+    const StagedProductSource<Product> staged{product, call.batch.items};
     const auto launch_radius = [&](auto radius) {
-      return launch_exact<decltype(radius)::value, 3, ExactShape>(device, source, smoothing,
-                                                                  volumes, limit);
+      return call.channels == 1 && launch_exact<decltype(radius)::value, 3, ExactShape>(
+                                       device, staged, smoothing, volumes, limit);
     };
     if (launch_radius(IntTag<4>{}) || launch_radius(IntTag<5>{}) || launch_radius(IntTag<6>{}) ||
         launch_radius(IntTag<8>{})) {
       return;
     }
   }
+  const ProductSource<Product> source{product, call.batch.items};
   launch_general(device, source, smoothing, volumes, limit);
 }
 

@@ -33,22 +33,31 @@ struct GradientProduct {
     planes = static_cast<int>(checked.sizes.z);
   }
 
-  // The two voxels whose difference is taken along an axis, and what it is multiplied by. They are
-  // the neighbours of a voxel, or itself where it has none.
-  struct Difference {
-    int64_t low, high;  // steps from the voxel
+  // Of which neighbours along an axis the difference is taken at a voxel, which itself stands for
+  // one that it has not, and what the difference is multiplied by.
+  struct Neighbours {
+    bool below, above;
     T factor;
   };
-  REGKERNELS_HD Difference difference(int axis, int x, int y, int z) const {
+  REGKERNELS_HD Neighbours neighbours(int axis, int x, int y, int z) const {
     const int first = axis == 2 ? first_plane() : 0;
     const int at = axis == 0 ? x : axis == 1 ? y : z;
     const int in_hand = axis == 2 ? planes : frame.size[axis];
-    const int64_t row = frame.size[0];
-    const int64_t stride = axis == 0 ? 1 : axis == 1 ? row : row * frame.size[1];
     const bool below = at > 0 && at + first > 0;
     const bool above = at + 1 < in_hand && at + first + 1 < frame.size[axis];
-    return {below ? -stride : 0, above ? stride : 0,
-            frame.half[axis] * (below && above ? T(0.5) : T(1))};
+    return {below, above, frame.half[axis] * (below && above ? T(0.5) : T(1))};
+  }
+
+  // The same as steps from the voxel in memory.
+  struct Difference {
+    int64_t low, high;
+    T factor;
+  };
+  REGKERNELS_HD Difference difference(int axis, int x, int y, int z) const {
+    const Neighbours has = neighbours(axis, x, y, z);
+    const int64_t row = frame.size[0];
+    const int64_t stride = axis == 0 ? 1 : axis == 1 ? row : row * frame.size[1];
+    return {has.below ? -stride : 0, has.above ? stride : 0, has.factor};
   }
 
   // The images and the field of a batch item.
