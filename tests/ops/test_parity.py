@@ -124,6 +124,11 @@ def test_nothing_depends_on_the_number_of_threads(title: str, digests: dict[int,
         assert digests[threads][title] == digests[1][title], f"{threads} threads"
 
 
+def in_tuple(values: Any) -> tuple[np.ndarray, ...]:
+    """What a function returns, of which some return several arrays."""
+    return values if isinstance(values, tuple) else (values,)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("title", cases())
 def test_jax_and_torch_agree_on_the_gpu(title: str) -> None:
@@ -132,13 +137,16 @@ def test_jax_and_torch_agree_on_the_gpu(title: str) -> None:
     results = []
     for framework in ("jax", "torch"):
         backend = BACKENDS[framework, "cuda"]
-        value = backend.call(case.name, *case.operands, **case.options)
-        cotangent = random_array(7, *value.shape, dtype=value.dtype)
+        values = in_tuple(backend.call(case.name, *case.operands, **case.options))
         wrt = case.differentiable
-        gradients = backend.vjp(case.name, case.operands, cotangent, wrt, **case.options)
-        results.append((value, *gradients))
+        gradients: tuple[np.ndarray, ...] = ()
+        if wrt:
+            cotangent = random_array(7, *values[0].shape, dtype=values[0].dtype)
+            gradients = backend.vjp(case.name, case.operands, cotangent, wrt, **case.options)
+        results.append((*values, *gradients))
     scattered = {("interpolate", "image"), ("compose", "u"), ("scaling_and_squaring", "velocity")}
-    names = ("value", *(OPERANDS[case.name][k] for k in case.differentiable))
+    differentiated = [OPERANDS[case.name][k] for k in case.differentiable]
+    names = ["value"] * (len(results[0]) - len(differentiated)) + differentiated
     for name, of_jax, of_torch in zip(names, *results, strict=True):
         if (case.name, name) in scattered:
             assert_close(of_jax, of_torch, of_torch.dtype)
@@ -151,14 +159,15 @@ def test_jax_and_torch_agree_on_the_gpu(title: str) -> None:
 @pytest.mark.parametrize("name", ALL_OPS)
 def test_the_gpu_agrees_with_the_cpu(name: str, framework: str) -> None:
     case = example(name, shape=(29, 37, 43), dtype=np.float32)
-    on_cpu, on_gpu = (
-        BACKENDS[framework, device].call(name, *case.operands, **case.options)
+    values = [
+        in_tuple(BACKENDS[framework, device].call(name, *case.operands, **case.options))
         for device in ("cpu", "cuda")
-    )
-    if on_cpu.dtype == np.int32:  # rounding decides between labels that weigh the same
-        assert (on_gpu != on_cpu).mean() < 1e-4
-    else:
-        assert_close(on_gpu, on_cpu, np.float32)
+    ]
+    for on_cpu, on_gpu in zip(*values, strict=True):
+        if on_cpu.dtype == np.int32:  # rounding decides between labels that weigh the same
+            assert (on_gpu != on_cpu).mean() < 1e-4
+        else:
+            assert_close(on_gpu, on_cpu, np.float32)
 
 
 def test_both_packages_offer_the_same_functions() -> None:
