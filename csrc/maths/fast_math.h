@@ -23,6 +23,19 @@ REGKERNELS_HD float reciprocal(float x) {
 }
 REGKERNELS_HD double reciprocal(double x) { return 1 / x; }
 
+// The square root, to within two units in the last place; that of a number below the normal ones
+// is 0 on CUDA.
+REGKERNELS_HD float root(float x) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return std::sqrt(x);
+#endif
+}
+REGKERNELS_HD double root(double x) { return sqrt(x); }
+
 // An integer, as a number of type T and as an int.
 template <class T>
 struct Rounded {

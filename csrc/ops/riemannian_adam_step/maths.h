@@ -7,6 +7,7 @@
 #include "core/dispatch.h"
 #include "core/host_device.h"
 #include "core/operand.h"
+#include "maths/fast_math.h"
 #include "ops/riemannian_adam_step/call.h"
 
 namespace regkernels {
@@ -55,7 +56,7 @@ struct AdamRule {
     return (1 - beta2) * (scaled * scaled) + beta2 * nu;
   }
   REGKERNELS_HD T direction(T mu, T nu, T epsilon_here) const {
-    return first * mu / (sqrt(second * nu) + epsilon_here);
+    return first * mu * reciprocal(root(second * nu) + epsilon_here);
   }
 };
 
