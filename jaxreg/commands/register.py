@@ -26,6 +26,7 @@ from jaxreg.commands.inputs import (
     parse_clip,
     parse_outside,
     read_chain,
+    read_image,
     refuse_overwriting,
 )
 from jaxreg.commands.judging import Judgement, Judging
@@ -51,7 +52,8 @@ from jaxreg.registration.intensities import Clip
 from jaxreg.registration.report.page import write_report
 from jaxreg.registration.transforms.resampling import Outside
 from jaxreg.warp import INVERSE_TOLERANCE
-from regkernels import Volume, read_volume
+from jaxreg_cli.telling import detail
+from regkernels import Volume
 from regkernels.files.atomic import atomic_folder
 from regkernels.files.images import check_image_grid
 from regkernels.info import describe
@@ -189,19 +191,30 @@ def register(
     cache: Cache = None,
     no_cache: NoCache = False,
 ) -> dict[str, Any] | list[dict[str, Any]]:
-    """Register MOVING to FIXED, or many pairs.
-
-    For example: jaxreg register fixed.nii.gz moving.nii.gz -o out --report
+    r"""Register MOVING to FIXED, or many pairs.
 
     Writes moved.nii.gz, MOVING on the grid of FIXED; fixed_moved.nii.gz, FIXED on the grid of
     MOVING; affine.tfm and, if there is a deformation, warp.nii.gz and inverse_warp.nii.gz, which
     `jaxreg apply`, ITK, ANTs and 3D Slicer read; registration.json, with settings, versions and
     losses. Where the result may be wrong, a warning says why.
 
-    Judged by labels and landmarks, before and after, on the console, in record and report:
+    Examples
+    --------
+    Two people, one contrast, with pictures to judge the result by:
     jaxreg register fixed.nii.gz moving.nii.gz -o out --report
-    --fixed-labels fixed_labels.nii.gz --moving-labels moving_labels.nii.gz
-    --fixed-points fixed.mrk.json --moving-points moving.mrk.json
+
+    One person, two contrasts:
+    jaxreg register mr.nii.gz ct.nii.gz -o out --stages moments,rigid --metric mi
+
+    Stages with settings of their own:
+    jaxreg register fixed.nii.gz moving.nii.gz -o out \
+      --stage "rigid metric=MI(num_bins=64) scales=4,2 iterations=80,40" \
+      --stage "syn scales=4,2 iterations=60,30"
+
+    Judged by labels and landmarks, before and after:
+    jaxreg register fixed.nii.gz moving.nii.gz -o out --report \
+      --fixed-labels fixed_labels.nii.gz --moving-labels moving_labels.nii.gz \
+      --fixed-points fixed.mrk.json --moving-points moving.mrk.json
 
     A study, each pair into a folder of its own, with a table of how they went:
     jaxreg register --pairs pairs.csv -o study
@@ -376,6 +389,7 @@ def _register_pair(
                 outside=asked.outside,
                 devices=spread,
             )
+        _tell_levels(result)
         write_images(result, asked.wanted, folder, stopwatch)
         with stopwatch.phase("results"):
             judgement = judging.judge(start, result.transform)
@@ -415,9 +429,23 @@ def _register_pair(
     return _Done(result, judgement, beyond, record, written)
 
 
+def _tell_levels(result: Registration) -> None:
+    """Say how each level went, to those who ask for details."""
+    for stage in result.stages:
+        for level in stage.levels:
+            shape = " x ".join(map(str, level.shape[::-1]))
+            losses = [f"{loss:.6g}" for loss in (*level.losses[:1], *level.losses[-1:])]
+            detail(
+                f"{stage.name} at 1/{level.scale:g} resolution, {shape} voxels: "
+                f"{len(level.losses)} losses, {' to '.join(losses) or 'none'}, "
+                f"{'converged' if level.converged else 'iterations used up'}"
+            )
+        detail(f"{stage.name}: {stage.seconds:.3f} s, with what it compiled")
+
+
 def _read(paths: list[tuple[str, Path]]) -> Iterator[tuple[str, Volume]]:
     with ThreadPoolExecutor() as pool:
-        reading = [(argument, pool.submit(read_volume, path)) for argument, path in paths]
+        reading = [(argument, pool.submit(read_image, path)) for argument, path in paths]
         for argument, volume in reading:
             with naming(argument):
                 yield argument, volume.result()
