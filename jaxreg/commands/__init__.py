@@ -10,7 +10,7 @@ from jaxreg.commands.demo import demo
 from jaxreg.commands.info import info
 from jaxreg.commands.invert import invert
 from jaxreg.commands.output_options import with_output_options
-from jaxreg.commands.register import register
+from jaxreg.commands.register import RegisterCommand, register
 from jaxreg.commands.template import TemplateCommand, template
 from jaxreg_cli.outline import empty_app
 
@@ -18,7 +18,7 @@ __all__ = ["app"]
 
 app = empty_app()
 _add = app.command
-_add(cls=Command, no_args_is_help=True)(with_output_options(register))
+_add(cls=RegisterCommand, no_args_is_help=True)(with_output_options(register))
 _add(cls=TemplateCommand, no_args_is_help=True)(with_output_options(template))
 _add(cls=Command, no_args_is_help=True)(with_output_options(apply))
 _add(cls=Command, no_args_is_help=True)(with_output_options(apply_points))

@@ -31,7 +31,7 @@ from jaxreg.commands.inputs import (
     refuse_overwriting,
 )
 from jaxreg.commands.progress_bars import for_bars
-from jaxreg.commands.stage_options import Preset, choose_stages
+from jaxreg.commands.stage_options import Preset, choose_stages, for_pairs
 from jaxreg.commands.timing import Stopwatch, fact_table
 from jaxreg.commands.transform_files import (
     AFFINE,
@@ -214,6 +214,7 @@ def template(
     label_maps = None if labels is None else _Files("--labels", labels)
     with jax.default_device(target):
         chosen = choose_stages(stages, metric, effort, ndim, target, console)
+        chosen = for_pairs(chosen, metric, None, [1])
         with naming("--output"):
             output.mkdir(parents=True, exist_ok=True)
         with _telling_how_to_go_on(output / _UNFINISHED), _watched(console) as callback:
