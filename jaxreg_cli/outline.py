@@ -19,6 +19,7 @@ __all__ = ["OPTIONS", "SUBCOMMANDS", "completing_app", "describing_app", "empty_
 SUBCOMMANDS: Mapping[str, str] = {
     "register": "Register MOVING to FIXED, or many pairs.",
     "template": "Build the template of several images: their mean shape and their mean intensity.",
+    "motion": "Align the frames of a series in time, rigidly by default.",
     "apply": "Resample IMAGE onto the grid of a reference, through any number of transforms.",
     "apply-points": "Send points through any number of transforms.",
     "invert": "Invert an affine, or a displacement field on its own grid.",
