@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -412,10 +411,8 @@ def _register_study(table: Path, output: Path, asked: _Asked, jobs: int) -> list
             for column, path in pair.files.items()
             if column != "initial" and not ALSO.fullmatch(column)
         }
-        numbers = sorted(int(x.split("_")[1]) for x in pair.files if re.fullmatch(r"fixed_\d+", x))
-        also = [(pair.files[f"fixed_{n}"], pair.files[f"moving_{n}"]) for n in numbers]
         initial = [str(path) for column, path in pair.files.items() if column == "initial"]
-        inputs, console = _Inputs(files, also, initial), Console(quiet=True)
+        inputs, console = _Inputs(files, pair.also, initial), Console(quiet=True)
         return _register_pair(inputs, folder, asked, console, Stopwatch()).record
 
     asked = asked._replace(wanted=asked.wanted | {RECORD})

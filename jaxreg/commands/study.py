@@ -64,6 +64,13 @@ class Pair(NamedTuple):
     name: str
     files: dict[str, Path]
 
+    @property
+    def also(self) -> list[tuple[Path, Path]]:
+        """Further images of the two, in the order of their numbers."""
+        matches = map(ALSO.fullmatch, self.files)
+        numbers = sorted(int(match[2]) for match in matches if match and match[1] == "fixed")
+        return [(self.files[f"fixed_{n}"], self.files[f"moving_{n}"]) for n in numbers]
+
 
 def read_pairs(path: Path) -> list[Pair]:
     """Read a table of pairs.
@@ -220,8 +227,10 @@ def _record_of(pair: Pair, folder: Path) -> dict[str, Any] | None:
         return None
     record: dict[str, Any] = json.loads(path.read_text())
     images = [str(pair.files[name]) for name in _IMAGES]
-    before = [record["inputs"].get(name) for name in ("FIXED", "MOVING")]
-    return record if images == before else None
+    inputs = record["inputs"]
+    before = [inputs.get(name) for name in ("FIXED", "MOVING")]
+    also = [[str(path) for path in paths] for paths in pair.also]
+    return record if images == before and also == inputs.get("--also", []) else None
 
 
 def _settle(folder: Path, settings: Any) -> None:

@@ -144,6 +144,11 @@ def test_a_study_may_have_further_images(folder: Path, tmp_path: Path, capsys: C
     assert run(*REGISTER, "--pairs", table, "-o", tmp_path / "out") == 0
     np.testing.assert_allclose(shift_of(tmp_path / "out" / "both"), SHIFT, atol=0.2)
     assert abs(shift_of(tmp_path / "out" / "alone")[1]) < 1
+    table.write_text(table.read_text().replace("_y.nii.gz", "_fine.nii.gz"))
+    capsys.readouterr()
+    assert run(*REGISTER, "--pairs", table, "-o", tmp_path / "out") == 0
+    told = capsys.readouterr().out  # of other images than before one is registered again
+    assert "both: done" in told and "alone: kept" in told
     table.write_text("fixed,moving,fixed_2\nfixed_x.nii.gz,moving_x.nii.gz,fixed_y.nii.gz\n")
     assert run(*REGISTER, "--pairs", table, "-o", tmp_path / "out") == 2
     assert "line 2: expected a file in the column moving_2, too" in capsys.readouterr().err
