@@ -7,14 +7,15 @@ many voxels as `--size` says over the same volume. The cache of compiled program
 its own: cold, it is empty; warm, it is what the first process left. The shortest of `--repeats`
 runs counts.
 
-For a registration there are parts: what `registration.json` tells, and as `start` the rest, which
-is the interpreter, imports, and the end of the process. `compilation` is tracing, compiling and
-loading of programs, whichever part they are for.
+For registrations and motion there are parts: what `registration.json` and `motion.json` tell, and
+as `start` the rest, which is the interpreter, imports, and the end of the process. `compilation` is
+tracing, compiling and loading of programs, whichever part they are for.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -30,7 +31,16 @@ import numpy as np
 from harness import Record, add_file_arguments
 
 from jaxreg.registration import resample
-from regkernels import Grid, Volume, read_volume, write_volume
+from regkernels import (
+    AffineMap,
+    Grid,
+    Series,
+    Volume,
+    read_volume,
+    rigid_motion,
+    write_series,
+    write_volume,
+)
 from regkernels.data import load_pair_paths
 
 __all__ = ["finer", "parts_of"]
@@ -60,6 +70,7 @@ def main() -> None:
             "jaxreg apply --labels": [
                 *("apply", "labels.nii.gz", *through, "-o", "moved_labels.nii.gz", "--labels")
             ],
+            "jaxreg motion": ["motion", "series.nii", "-o", "still", *where],
             "jaxreg info IMAGE": ["info", "fixed.nii.gz"],
             "jaxreg info": ["info"],
         }
@@ -68,6 +79,8 @@ def main() -> None:
             for work, words in works.items()
             if any(part in work for part in arguments.work)
         }
+        if any(words[0] == "motion" for words in wanted.values()):
+            write_frames(folder / "series.nii", arguments.frames)
         if any(words[0] == "apply" for words in wanted.values()):
             # What there is to apply need not be found with much effort.
             once = ["--stages", "moments,greedy", "--preset", "fast"]
@@ -79,6 +92,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", nargs=3, type=int, metavar=("Z", "Y", "X"))
+    parser.add_argument("--frames", type=int, default=200, help="of 64 x 64 x 36 voxels, in time")
     parser.add_argument("--preset", default="default")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "gpu"])
     parser.add_argument("--repeats", type=int, default=3, help="with the cache; it is made once")
@@ -108,6 +122,22 @@ def write_images(folder: Path, size: Sequence[int] | None) -> tuple[int, ...]:
     labels = (np.asarray(moving.array) // 20).astype(np.uint8)
     write_volume(moving.with_array(labels), folder / "labels.nii.gz")
     return fixed.shape
+
+
+def write_frames(path: Path, count: int) -> None:
+    """Write a series of a brain that moves, with noise, in voxels of 3.5 x 3.5 x 4 mm."""
+    brain = read_volume(load_pair_paths().fixed)
+    middle = brain.grid.centre()
+    grid = Grid((36, 64, 64), np.array([3.5, 3.5, 4.0]), np.zeros(3), np.eye(3))
+    grid = dataclasses.replace(grid, origin=middle - grid.centre())
+    rng = np.random.default_rng(0)
+    places = np.cumsum(rng.normal(0, 0.1, (count, 3)), axis=0)
+    frames = []
+    for place, angle in zip(places, np.cumsum(rng.normal(0, 0.1, count)), strict=True):
+        motion = AffineMap(rigid_motion(angle, (1, 2, 3), place, middle))
+        frame = np.asarray(resample(brain, grid, [motion]).array)
+        frames.append(frame + rng.normal(0, 2, frame.shape))
+    write_series(Series(np.round(frames).astype(np.int16), grid, 2.0), path)
 
 
 def finer(volume: Volume, shape: tuple[int, ...] | None = None) -> Volume:
@@ -163,9 +193,10 @@ def run(words: Sequence[str], folder: Path, cache: Path) -> dict[str, float]:
     used = after.children_user + after.children_system
     used -= before.children_user + before.children_system
     found = {"ms": 1e3 * seconds, "cpu_ms": 1e3 * used}
-    if words[0] == "register":
+    if words[0] in ("register", "motion"):
         out = folder / words[words.index("-o") + 1]
-        told = json.loads((out / "registration.json").read_text())["seconds"]
+        name = "registration.json" if words[0] == "register" else "motion.json"
+        told = json.loads((out / name).read_text())["seconds"]
         found |= parts_of(told, seconds)
     return found
 

@@ -12,12 +12,19 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from jaxreg_cli.telling import logs
+
 if TYPE_CHECKING:
     import typer
 
 __all__ = ["main"]
 
 _NEEDED = ("jax", "optax", "SimpleITK", "typer", "rich", "matplotlib")
+
+_COMPLETING = "_JAXREG_COMPLETE"
+"""The variable in which the script of a shell's completion says what it wants."""
+
+_OF_THE_COMMAND_ITSELF = ("--help", "--version", "--install-completion", "--show-completion")
 
 _BAD_INPUT, _FAILED, _INTERRUPTED = 2, 1, 130
 
@@ -35,11 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     arguments
         Without the program's name; the process's own by default.
     """
-    try:
-        with _ended_by_signals():
-            _run(arguments)
-    except _Ended as ended:
-        _fail(ended.reason, ended.status)
+    with logs(sys.argv[1:] if arguments is None else arguments):
+        try:
+            with _ended_by_signals():
+                _run(arguments)
+        except _Ended as ended:
+            _fail(ended.reason, ended.status)
 
 
 def _run(arguments: Sequence[str] | None) -> NoReturn:
@@ -78,7 +86,11 @@ def _run(arguments: Sequence[str] | None) -> NoReturn:
 def _app(arguments: Sequence[str] | None) -> typer.Typer:
     """Return the command; only an outline of it where that is all that is asked for."""
     typed = list(sys.argv[1:] if arguments is None else arguments)
-    if typed in ([], ["--help"], ["--version"]):
+    if _COMPLETING in os.environ:  # a shell asks what could be typed next
+        from jaxreg_cli.outline import completing_app
+
+        return completing_app()
+    if typed in ([], *([option] for option in _OF_THE_COMMAND_ITSELF)):
         from jaxreg_cli.outline import describing_app
 
         return describing_app()

@@ -20,10 +20,12 @@ except ModuleNotFoundError as error:
     ) from None
 from regkernels.files import (
     PointSet,
+    Series,
     from_nibabel,
     from_simpleitk,
     read_grid,
     read_points,
+    read_series,
     read_transform,
     read_volume,
     to_nibabel,
@@ -32,6 +34,7 @@ from regkernels.files import (
     write_composite,
     write_displacement,
     write_points,
+    write_series,
     write_transform,
     write_volume,
 )
@@ -44,6 +47,7 @@ __all__ = [
     "DisplacementField",
     "Grid",
     "PointSet",
+    "Series",
     "Volume",
     "__version__",
     "centre_of_mass",
@@ -53,6 +57,7 @@ __all__ = [
     "normalised_affine",
     "read_grid",
     "read_points",
+    "read_series",
     "read_transform",
     "read_volume",
     "rigid_motion",
@@ -62,6 +67,7 @@ __all__ = [
     "write_composite",
     "write_displacement",
     "write_points",
+    "write_series",
     "write_transform",
     "write_volume",
 ]

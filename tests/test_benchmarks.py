@@ -375,7 +375,7 @@ def test_scaling_makes_a_table_and_a_simulation_of_more_devices(
 def test_the_command_is_measured_as_processes_and_makes_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = ["--work", "help", "affine"]
+    work = ["--work", "help", "affine", "motion", "--frames", "3"]
     words = ["--size", "24", "24", "20", "--preset", "affine", "--device", "cpu", "--repeats", "1"]
     command = [sys.executable, str(BENCHMARKS / "command.py"), *words, *work]
     subprocess.run([*command, "--output", str(tmp_path)], cwd=tmp_path, check=True)
@@ -383,7 +383,8 @@ def test_the_command_is_measured_as_processes_and_makes_a_table(
     result = json.loads(file.read_text())
     assert result["about"]["shape"] == [24, 24, 20]
     rows = {(row["work"], row["who"]): row for row in result["rows"]}
-    assert len(rows) == 4
+    assert len(rows) == 6
+    assert rows["jaxreg motion", "filled"]["stages"] > 0
     registered = rows["jaxreg register --preset affine", "filled"]
     parts = ("start", "reading", "stages", "results", "writing", "compilation")
     assert sum(registered[part] for part in parts) == pytest.approx(registered["ms"] / 1e3)

@@ -9,8 +9,9 @@ from jaxreg.commands.compare import compare
 from jaxreg.commands.demo import demo
 from jaxreg.commands.info import info
 from jaxreg.commands.invert import invert
+from jaxreg.commands.motion import motion
 from jaxreg.commands.output_options import with_output_options
-from jaxreg.commands.register import register
+from jaxreg.commands.register import RegisterCommand, register
 from jaxreg.commands.template import TemplateCommand, template
 from jaxreg_cli.outline import empty_app
 
@@ -18,8 +19,9 @@ __all__ = ["app"]
 
 app = empty_app()
 _add = app.command
-_add(cls=Command, no_args_is_help=True)(with_output_options(register))
+_add(cls=RegisterCommand, no_args_is_help=True)(with_output_options(register))
 _add(cls=TemplateCommand, no_args_is_help=True)(with_output_options(template))
+_add(cls=Command, no_args_is_help=True)(with_output_options(motion))
 _add(cls=Command, no_args_is_help=True)(with_output_options(apply))
 _add(cls=Command, no_args_is_help=True)(with_output_options(apply_points))
 _add(cls=Command, no_args_is_help=True)(with_output_options(invert))

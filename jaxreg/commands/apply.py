@@ -18,11 +18,12 @@ from jaxreg.commands.inputs import (
     naming,
     parse_outside,
     read_chain,
+    read_image,
     refuse_overwriting,
 )
 from jaxreg.registration import outside_values, resample
 from jaxreg.registration.transforms import resampling
-from regkernels import read_volume, write_volume
+from regkernels import write_volume
 from regkernels.files.images import check_image_grid, check_image_name, read_grid
 
 __all__ = ["apply"]
@@ -81,13 +82,23 @@ def apply(
     device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,
     no_cache: NoCache = False,
 ) -> None:
-    """Resample IMAGE onto the grid of a reference, through any number of transforms.
-
-    For example, after `jaxreg register fixed.nii.gz moving.nii.gz -o out`:
-    jaxreg apply moving.nii.gz -r fixed.nii.gz -t out/warp.nii.gz -t out/affine.tfm -o moved.nii.gz
+    r"""Resample IMAGE onto the grid of a reference, through any number of transforms.
 
     Labels and nearest neighbours keep the type of the voxels, linear interpolation writes float32.
     What is taken to be outside of IMAGE is printed, unless it is 0.
+
+    Examples
+    --------
+    After jaxreg register fixed.nii.gz moving.nii.gz -o out, another image to the fixed grid:
+    jaxreg apply other.nii.gz -r fixed.nii.gz -t out/warp.nii.gz -t out/affine.tfm -o moved.nii.gz
+
+    Labels drawn on the moving image:
+    jaxreg apply labels.nii.gz -r fixed.nii.gz -t out/warp.nii.gz -t out/affine.tfm \
+      --labels -o moved_labels.nii.gz
+
+    The fixed image to the moving grid:
+    jaxreg apply fixed.nii.gz -r moving.nii.gz -t out/affine.tfm:inverse \
+      -t out/inverse_warp.nii.gz -o back.nii.gz
     """
     around = parse_outside(outside)
     if labels and interpolation is not Interpolation.LINEAR:
@@ -102,7 +113,7 @@ def apply(
     with naming("--reference"):
         grid = read_grid(reference)
     with naming("IMAGE"):
-        volume = read_volume(image)
+        volume = read_image(image)
         values = np.asarray(volume.array)
         if labels and values.dtype.kind == "f" and (values % 1).any():
             raise ValueError(f"{image}: expected integers for --labels, got fractions")

@@ -11,8 +11,9 @@ import typer
 
 from jaxreg.commands import devices
 from jaxreg.commands.devices import Device
-from jaxreg.commands.doubts import listed, tell
+from jaxreg.commands.doubts import listed
 from jaxreg.commands.inputs import naming, read_chain, refuse_overwriting
+from jaxreg_cli.telling import warn
 from regkernels import DisplacementField, move_points, read_points, write_points
 from regkernels.files.points import check_points_name
 
@@ -49,17 +50,24 @@ def apply_points(
         Device, typer.Option(help="Where inverses are computed. auto: a GPU if JAX sees one.")
     ] = Device.AUTO,
 ) -> None:
-    """Send points through any number of transforms.
+    r"""Send points through any number of transforms.
 
     Points go the other way than images: the transforms that bring the moving image to the fixed
-    grid take points of the fixed image to where they are in the moving one. For example, after
-    `jaxreg register fixed.nii.gz moving.nii.gz -o out`:
-    jaxreg apply-points fixed.csv -t out/warp.nii.gz -t out/affine.tfm -o in_moving.csv
-
-    And from the moving image to the fixed one:
-    jaxreg apply-points moving.csv -t out/affine.tfm:inverse -t out/inverse_warp.nii.gz -o fixed.csv
+    grid take points of the fixed image to where they are in the moving one.
 
     Beyond its grid a displacement field moves nothing; a warning names the points that are there.
+
+    Examples
+    --------
+    After jaxreg register fixed.nii.gz moving.nii.gz -o out, from the fixed image to the moving one:
+    jaxreg apply-points fixed.csv -t out/warp.nii.gz -t out/affine.tfm -o in_moving.csv
+
+    From the moving image to the fixed one:
+    jaxreg apply-points moving.csv -t out/affine.tfm:inverse -t out/inverse_warp.nii.gz \
+      -o in_fixed.csv
+
+    Markups of 3D Slicer:
+    jaxreg apply-points fixed.mrk.json -t out/affine.tfm -o in_moving.mrk.json
     """
     refuse_overwriting([output], [("POINTS", points), *(("--transform", t) for t in transform)])
     with jax.default_device(devices.find(device)):
@@ -86,4 +94,4 @@ def apply_points(
     with naming("--output"):
         write_points(given.with_positions(moved), output)
     for line in beyond:
-        tell(line)
+        warn(line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +10,14 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from jaxreg_cli.examples import WithExamples
+from jaxreg_cli.telling import warn
 from regkernels.files.formats.reading import FileWarning
 
 __all__ = ["Command"]
 
 
-class Command(TyperCommand):
+class Command(WithExamples, TyperCommand):
     """A subcommand whose errors name what was typed.
 
     The library's errors begin with the name of an argument. Where the command has a parameter of
@@ -62,7 +63,7 @@ def _telling_warnings() -> Iterator[None]:
                 show(message, category, *where, **more)
             elif str(message) not in told:
                 told.add(str(message))
-                print(f"jaxreg: warning: {message}", file=sys.stderr)
+                warn(str(message))
 
         warnings.showwarning = tell
         yield

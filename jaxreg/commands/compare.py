@@ -16,8 +16,8 @@ from rich.table import Table
 
 from jaxreg.commands import devices
 from jaxreg.commands.devices import Device
-from jaxreg.commands.doubts import listed, tell
-from jaxreg.commands.inputs import naming, read_chain, refuse_overwriting
+from jaxreg.commands.doubts import listed
+from jaxreg.commands.inputs import naming, read_chain, read_image, refuse_overwriting
 from jaxreg.commands.judging import LabelScore, format_score, label_table, read_labels
 from jaxreg.commands.timing import fact_table
 from jaxreg.registration import image_similarity, resample
@@ -28,7 +28,8 @@ from jaxreg.registration.report.pictures import (
     draw_comparison,
     draw_labels,
 )
-from regkernels import Volume, read_volume
+from jaxreg_cli.telling import warn
+from regkernels import Volume
 from regkernels.files.atomic import atomic_folder
 from regkernels.info import describe
 from regkernels.maps import Part
@@ -76,15 +77,21 @@ def compare(
 ) -> dict[str, Any]:
     """Compare two images, or two label maps, whose grids may differ.
 
-    For example: jaxreg compare fixed.nii.gz out/moved.nii.gz -o compared
-
-    And before registration, or with transforms of any program:
-    jaxreg compare fixed.nii.gz moving.nii.gz -t out/warp.nii.gz -t out/affine.tfm
-
     Of images it tells the global and the local normalised cross-correlation, the mutual information
     and the mean squared difference where both have data; of labels the Dice coefficient and the
     Hausdorff distance of each. The page has both images, their difference, a checkerboard, and for
     images sliders that swipe or fade between them.
+
+    Examples
+    --------
+    A result of jaxreg register, in numbers and pictures:
+    jaxreg compare fixed.nii.gz out/moved.nii.gz -o compared
+
+    Numbers alone, with transforms of any program:
+    jaxreg compare fixed.nii.gz moving.nii.gz -t out/warp.nii.gz -t out/affine.tfm
+
+    Label maps, for a script:
+    jaxreg compare labels.nii.gz moved_labels.nii.gz --labels --json
     """
     texts = transform or []
     reads: list[tuple[str, Path | str]] = [
@@ -93,7 +100,7 @@ def compare(
         *(("--transform", text) for text in texts),
     ]
     refuse_overwriting([] if output is None else [output / name for name in _FILES], reads)
-    read = read_labels if labels else read_volume
+    read = read_labels if labels else read_image
     volumes = {}
     for name, path in (("A", a), ("B", b)):
         with naming(name):
@@ -182,7 +189,7 @@ def _compare_labels(
     for name, of in (("A", here), ("B", there)):
         missing = [str(label) for label in scores if label not in of]
         if missing:
-            tell(f"{name}: no voxel of {listed('label', missing)} on the grid of A")
+            warn(f"{name}: no voxel of {listed('label', missing)} on the grid of A")
     both = [score for label, score in scores.items() if label in here & there]
     mean = LabelScore.mean(both)
     rows = {str(label): (score,) for label, score in scores.items()}

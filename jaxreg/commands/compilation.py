@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import tempfile
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -24,6 +25,7 @@ import jax.monitoring
 import typer
 
 from jaxreg.commands.inputs import naming
+from jaxreg_cli.telling import detail
 
 __all__ = ["Cache", "NoCache", "compile_seconds", "describe_kept", "keep_compiled"]
 
@@ -49,11 +51,23 @@ _EVENTS = (
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
     "/jax/core/compile/backend_compile_duration",
 )
+_LOADED = "/jax/compilation_cache/cache_retrieval_time_sec"
+
 _spans: list[tuple[float, float]] = []
 """When something was compiled, from and to, without overlaps."""
 
 
-def _listen(event: str, duration_secs: float, **_: str | int) -> None:
+_loading = threading.local()
+"""Has ``seconds`` where the program that this thread asked for last came from the cache."""
+
+
+def _listen(event: str, duration_secs: float, **about: str | int) -> None:
+    if event == _LOADED:
+        _loading.seconds = duration_secs
+    if event == _EVENTS[-1]:
+        loaded = vars(_loading).pop("seconds", None)
+        how = "compiled" if loaded is None else "found in the cache"
+        detail(f"program {about.get('fun_name', '')}: {how}, {duration_secs:.3f} s")
     if event in _EVENTS:
         end = time.perf_counter()
         start = end - duration_secs
@@ -109,6 +123,7 @@ def keep_compiled(folder: Path | None, no_cache: bool = False) -> None:
             return
     if folder is not None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
+        detail(f"compiled programs are kept in {folder}")
     # By default what compiles within a second is not kept; here that is most of it.
     for name in ("min_compile_time_secs", "min_entry_size_bytes"):
         if f"JAX_PERSISTENT_CACHE_{name.upper()}" not in os.environ:

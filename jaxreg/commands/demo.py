@@ -21,7 +21,7 @@ from jaxreg.commands.devices import Device
 from jaxreg.commands.doubts import tell_doubts
 from jaxreg.commands.inputs import naming
 from jaxreg.commands.multimodal import compare_metrics
-from jaxreg.commands.progress_bars import register_watched
+from jaxreg.commands.progress_bars import for_bars, register_watched
 from jaxreg.commands.timing import Stopwatch, fact_table
 from jaxreg.registration import Affine, Greedy, Moments, Registration, dice, ncc, resample
 from jaxreg.registration.report.page import write_report
@@ -86,6 +86,17 @@ def demo(
 
     Writes moved.nii.gz, displacement.nii.gz (an ITK displacement image, mm) and report.png; with
     --multimodal moved.nii.gz and multimodal.png.
+
+    Examples
+    --------
+    The images come along, so that nothing has to be there:
+    jaxreg demo
+
+    Coarsely, from a start that is further away:
+    jaxreg demo --quick --rotation 30 --shift 40 --output-dir far
+
+    A CT to an MR image:
+    jaxreg demo --multimodal
     """
     stopwatch = Stopwatch()
     for name, value in (("--rotation", rotation), ("--shift", shift)):
@@ -153,7 +164,7 @@ def _register(
         "deformable": _score(fixed, moving, parts),
     }
     written = time.perf_counter()
-    with console.status("Writing the images and the report"):
+    with for_bars(console).status("Writing the images and the report"):
         _write(result, scores, folder, devices.describe(target))
     now = time.perf_counter()
     facts = _fold_table(result)

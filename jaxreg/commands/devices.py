@@ -7,6 +7,8 @@ import resource
 
 import jax
 
+from jaxreg_cli.telling import detail
+
 __all__ = ["Device", "describe", "find", "find_several", "is_leader", "join", "peak_memory"]
 
 
@@ -49,10 +51,12 @@ def find(device: Device) -> jax.Device:
         If it asks for a GPU and JAX sees none, or if JAX cannot start at all.
     """
     try:
-        return jax.local_devices(backend=None if device is Device.AUTO else device.value)[0]
+        found = jax.local_devices(backend=None if device is Device.AUTO else device.value)[0]
     except RuntimeError as error:
         reason = error if device is Device.AUTO else f"JAX sees no {device.value.upper()}"
         raise ValueError(f"--device {device.value}: {reason}") from error
+    detail(f"device: {describe(found)}, with JAX {jax.__version__}")
+    return found
 
 
 def find_several(count: str, first: jax.Device, ndim: int) -> list[jax.Device] | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 
 from jaxreg.registration import Doubt
+from jaxreg_cli.telling import warn
 
-__all__ = ["listed", "tell", "tell_doubts"]
+__all__ = ["listed", "tell_doubts"]
 
 _SHOWN = 12
 """So many names are told in a warning."""
@@ -16,12 +16,7 @@ _SHOWN = 12
 def tell_doubts(doubts: Iterable[Doubt], name: str = "") -> None:
     """Say on stderr why a registration may be wrong, a line for each reason, of an image's name."""
     for doubt in doubts:
-        tell(f"{f'{name}: ' if name else ''}{doubt.text}")
-
-
-def tell(text: str) -> None:
-    """Say on stderr what one should know of a result."""
-    print(f"jaxreg: warning: {text}", file=sys.stderr)
+        warn(f"{f'{name}: ' if name else ''}{doubt.text}")
 
 
 def listed(noun: str, names: Sequence[str]) -> str:

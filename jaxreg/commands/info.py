@@ -23,7 +23,19 @@ __all__ = ["info"]
 def info(
     file: Annotated[Path | None, typer.Argument(metavar="FILE", help="Image or transform.")] = None,
 ) -> list[dict[str, str]]:
-    """Describe an image or a transform; without FILE, the installation."""
+    """Describe an image or a transform; without FILE, the installation.
+
+    Examples
+    --------
+    Size, place and values of an image:
+    jaxreg info fixed.nii.gz
+
+    What a transform does:
+    jaxreg info out/affine.tfm
+
+    Versions and devices, for a bug report:
+    jaxreg info --json
+    """
     found = [_of_installation()] if file is None else _of_file(file)
     for facts in found:
         _print(facts)

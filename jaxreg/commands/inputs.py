@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,8 @@ from jaxreg.registration import invert_part
 from jaxreg.registration.intensities import Clip, check_clip
 from jaxreg.registration.transforms.resampling import Outside
 from jaxreg.warp import INVERSE_TOLERANCE
-from regkernels import Grid, read_transform
+from jaxreg_cli.telling import detail, warn
+from regkernels import AffineMap, Grid, Volume, read_transform, read_volume
 from regkernels.maps import Part
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "parse_outside",
     "parse_spacing",
     "read_chain",
+    "read_image",
     "refuse_overwriting",
 ]
 
@@ -78,6 +80,7 @@ def read_chain(
     for text in texts:
         with naming(option):
             parts = read_transform(Path(text.removesuffix(_INVERSE)), fixed=fixed, moving=moving)
+        detail(f"read {text}: {', then '.join(map(_kind, parts))}")
         for part in parts:
             ndim = ndim or part.ndim
             if part.ndim != ndim:
@@ -88,6 +91,12 @@ def read_chain(
     return tuple(chain)
 
 
+def _kind(part: Part) -> str:
+    if isinstance(part, AffineMap):
+        return "an affine"
+    return f"a displacement field of {' x '.join(map(str, part.grid.shape[::-1]))} voxels"
+
+
 def inverted(parts: Sequence[Part], name: str) -> tuple[Part, ...]:
     """Invert a chain; say on stderr where a displacement field has no inverse."""
     result: list[Part] = []
@@ -95,14 +104,27 @@ def inverted(parts: Sequence[Part], name: str) -> tuple[Part, ...]:
         inverse, residual = invert_part(part, tolerance=INVERSE_TOLERANCE)
         share = float(np.mean(residual > INVERSE_TOLERANCE))
         if share:
-            print(
-                f"jaxreg: warning: {name}: no inverse within {INVERSE_TOLERANCE:g} voxels found "
-                f"for {100 * share:.3g} % of the voxels; the largest residual is "
-                f"{residual.max():.3g} voxels",
-                file=sys.stderr,
+            warn(
+                f"{name}: no inverse within {INVERSE_TOLERANCE:g} voxels found for "
+                f"{100 * share:.3g} % of the voxels; the largest residual is "
+                f"{residual.max():.3g} voxels"
             )
         result.append(inverse)
     return tuple(result)
+
+
+def read_image(path: Path) -> Volume:
+    """Read an image, and tell its size to those who ask for details."""
+    began = time.perf_counter()
+    volume = read_volume(path)
+    size = " x ".join(map(str, volume.shape[::-1]))
+    spacing = " x ".join(f"{s:.4g}" for s in np.asarray(volume.grid.spacing))
+    channels = f", {volume.channels} channels" if volume.channels > 1 else ""
+    detail(
+        f"read {path}: {size} voxels of {spacing} mm{channels}, {volume.array.dtype}, in "
+        f"{time.perf_counter() - began:.3f} s"
+    )
+    return volume
 
 
 def parse_outside(text: str | None) -> Outside:

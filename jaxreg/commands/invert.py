@@ -40,6 +40,14 @@ def invert(
 
     Where a field folds, or sends points beyond its grid, its inverse may be inexact; a warning
     tells for how many voxels.
+
+    Examples
+    --------
+    An affine:
+    jaxreg invert affine.tfm -o inverse.tfm
+
+    A displacement field, on the CPU:
+    jaxreg invert warp.nii.gz -o inverse_warp.nii.gz --device cpu
     """
     refuse_overwriting([output], [("TRANSFORM", transform)])
     with naming("TRANSFORM"):

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxreg.commands.doubts import listed, tell
-from jaxreg.commands.inputs import naming
+from jaxreg.commands.doubts import listed
+from jaxreg.commands.inputs import naming, read_image
 from jaxreg.registration import (
     Transform,
     dice,
@@ -20,7 +20,8 @@ from jaxreg.registration import (
     resample,
     target_registration_error,
 )
-from regkernels import DisplacementField, PointSet, Volume, read_points, read_volume
+from jaxreg_cli.telling import warn
+from regkernels import DisplacementField, PointSet, Volume, read_points
 
 __all__ = ["Judgement", "Judging", "LabelScore", "format_score", "label_table", "read_labels"]
 
@@ -200,7 +201,7 @@ class Judgement:
         ):
             numbers = [str(x.number) for x in self.labels if x.missing == missing]
             if numbers:
-                tell(f"{argument}: no voxel of {listed('label', numbers)}, which {other} has")
+                warn(f"{argument}: no voxel of {listed('label', numbers)}, which {other} has")
         lost = [
             str(x.number)
             for x in self.labels
@@ -208,11 +209,11 @@ class Judgement:
         ]
         if lost:
             labels = listed("label", lost)
-            tell(f"{_MOVING_LABELS}: after registration no voxel of {labels} is on the fixed grid")
+            warn(f"{_MOVING_LABELS}: after registration no voxel of {labels} is on the fixed grid")
         outside = [point.name for point in self.points if not point.covered]
         if outside:
             points = listed("point", outside)
-            tell(f"{_FIXED_POINTS}: outside of the fixed grid nothing is deformed: {points}")
+            warn(f"{_FIXED_POINTS}: outside of the fixed grid nothing is deformed: {points}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +282,7 @@ def read_labels(path: Path) -> Volume:
         If the file cannot be read, has channels, other values than integers of at least 0, or no
         label.
     """
-    labels = read_volume(path)
+    labels = read_image(path)
     array = np.asarray(labels.array)
     if labels.channels != 1:
         raise ValueError(f"{path}: expected labels, got {labels.channels} channels")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from jaxreg.commands.progress_bars import for_bars
 from jaxreg.commands.timing import fact_table
 from jaxreg.registration import Rigid, Transform, register, resample, target_registration_error
 from jaxreg.registration.report.pictures import BACKGROUND, draw_contours
@@ -137,9 +138,9 @@ def compare_metrics(folder: Path, console: Console, quick: bool) -> tuple[Table,
     scene = load()
     outcomes: dict[_Metric, list[_Outcome]] = {}
     for metric in _NAMES:
-        with console.status(f"Registering: {_NAMES[metric].lower()}"):
+        with for_bars(console).status(f"Registering: {_NAMES[metric].lower()}"):
             outcomes[metric] = [_register(scene, s, metric, quick) for s in scene.starts()]
-    with console.status("Writing the image and the picture"):
+    with for_bars(console).status("Writing the image and the picture"):
         _write(scene, outcomes, folder)
     facts = fact_table()
     for metric, each in outcomes.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 from jaxreg.commands.timing import Stopwatch
 from jaxreg.commands.transform_files import AFFINE, INVERSE_WARP, WARP
 from jaxreg.registration import Registration
+from jaxreg_cli.telling import detail
 from regkernels import write_affine, write_composite, write_displacement, write_volume
 
 __all__ = [
@@ -112,12 +114,21 @@ def write_images(
         return
     with ThreadPoolExecutor() as pool:
         with stopwatch.phase("results"):
-            writing = [pool.submit(write, folder / name) for name, write in _files(result, wanted)]
+            writing = [
+                pool.submit(_write, write, folder / name) for name, write in _files(result, wanted)
+            ]
             # What is computed when it is first asked for: the record, or the summary, tells it.
             _ = result.folds, result.inverse_residual, result.doubts
         with stopwatch.phase("writing"):
             for file in writing:
                 file.result()
+
+
+def _write(write: Callable[[Path], None], path: Path) -> None:
+    began = time.perf_counter()
+    write(path)
+    size, seconds = path.stat().st_size / 1e6, time.perf_counter() - began
+    detail(f"wrote {path.name}: {size:.1f} MB in {seconds:.3f} s")
 
 
 def _files(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,12 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 from jaxreg.registration import Progress, Registration, Stage, register
+from jaxreg.registration.progress import Callback
 from jaxreg.registration.stages.deformable import Deformable
+from jaxreg_cli.telling import detail, unlogged
 from regkernels import Volume
 
-__all__ = ["register_watched"]
+__all__ = ["for_bars", "register_watched"]
 
 
 def register_watched(
@@ -46,13 +50,14 @@ def register_watched(
             TextColumn("{task.fields[note]}", style="dim"),
             TimeElapsedColumn(),
         )
-        with Bars(*columns, console=console) as bars:
+        with Bars(*columns, console=for_bars(console)) as bars:
             tasks = {
                 name: bars.add_task(name.capitalize(), total=1, start=False, note="waiting")
                 for name in by_name
             }
 
-            def advance(block: Progress) -> None:
+            def advance(block: Progress, tell: Callback) -> None:
+                tell(block)
                 task = tasks[block.stage]
                 bars.start_task(task)
                 bars.update(
@@ -62,24 +67,41 @@ def register_watched(
                     note=_note(by_name[block.stage], block),
                 )
 
-            return register(fixed, moving, stages, callback=advance, **options)
+            with _lines(by_name, detail) as tell:
+                callback = functools.partial(advance, tell=tell)
+                return register(fixed, moving, stages, callback=callback, **options)
 
+    def show(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    with _lines(by_name, show) as tell:
+        return register(fixed, moving, stages, callback=tell, **options)
+
+
+def for_bars(console: Console) -> Console:
+    """Return a console for what moves; a log hears nothing of that."""
+    stream = unlogged(console.file)
+    return console if stream is console.file else Console(file=stream)
+
+
+@contextmanager
+def _lines(by_name: Mapping[str, Stage], show: Callable[[str], None]) -> Iterator[Callback]:
+    """Give what shows a line for each level, when its last block has ended."""
     last: list[Progress] = []
 
-    def tell(block: Progress | None) -> None:
-        """Print the block before, if it was the last of its level."""
-        if last:
-            previous = last.pop()
-            if block is None or (block.stage, block.scale) != (previous.stage, previous.scale):
-                note = _note(by_name[previous.stage], previous)
-                line = f"{previous.stage}: {note}, iteration {previous.done} of {previous.total}"
-                console.print(line, highlight=False, markup=False, soft_wrap=True)
-        if block is not None:
-            last.append(block)
+    def end_level() -> None:
+        previous = last.pop()
+        note = _note(by_name[previous.stage], previous)
+        show(f"{previous.stage}: {note}, iteration {previous.done} of {previous.total}")
 
-    result = register(fixed, moving, stages, callback=tell, **options)
-    tell(None)
-    return result
+    def tell(block: Progress) -> None:
+        if last and (block.stage, block.scale) != (last[0].stage, last[0].scale):
+            end_level()
+        last[:] = [block]
+
+    yield tell
+    if last:
+        end_level()
 
 
 def _note(stage: Stage, block: Progress) -> str:

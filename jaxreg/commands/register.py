@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxreg.commands import devices
+from jaxreg.commands.command import Command
 from jaxreg.commands.compilation import Cache, NoCache, keep_compiled
 from jaxreg.commands.devices import Device
 from jaxreg.commands.doubts import tell_doubts
@@ -26,6 +28,7 @@ from jaxreg.commands.inputs import (
     parse_clip,
     parse_outside,
     read_chain,
+    read_image,
     refuse_overwriting,
 )
 from jaxreg.commands.judging import Judgement, Judging
@@ -42,21 +45,23 @@ from jaxreg.commands.outputs import (
 )
 from jaxreg.commands.progress_bars import register_watched
 from jaxreg.commands.schedules import Like, Recipe, Schedule, StageTexts, read_schedule
-from jaxreg.commands.stage_options import Preset, choose_stages
-from jaxreg.commands.study import Jobs, Pair, Pairs, read_pairs, register_pairs
+from jaxreg.commands.stage_options import Preset, choose_stages, for_pairs, parse_weights
+from jaxreg.commands.study import ALSO, Jobs, Pair, Pairs, read_pairs, register_pairs
 from jaxreg.commands.timing import Stopwatch, fact_table
 from jaxreg.commands.transform_files import chains
 from jaxreg.registration import Registration, Stage, Transform, outside_values
+from jaxreg.registration.channels import is_resampled
 from jaxreg.registration.intensities import Clip
 from jaxreg.registration.report.page import write_report
 from jaxreg.registration.transforms.resampling import Outside
 from jaxreg.warp import INVERSE_TOLERANCE
-from regkernels import Volume, read_volume
+from jaxreg_cli.telling import detail
+from regkernels import Volume
 from regkernels.files.atomic import atomic_folder
 from regkernels.files.images import check_image_grid
 from regkernels.info import describe
 
-__all__ = ["register"]
+__all__ = ["RegisterCommand", "register"]
 
 
 def register(
@@ -75,6 +80,23 @@ def register(
     moving: Annotated[
         Path | None, typer.Argument(metavar="MOVING", help="Image to be aligned to it.")
     ] = None,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--also",
+            metavar="FIXED MOVING",
+            help="Another image of each of the two, of another contrast, say, in the same place: "
+            "what it shows is compared, too. Give it again for more.",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W,...",
+            help="What FIXED and MOVING count, and then the images of each --also. By default all "
+            "alike.",
+        ),
+    ] = None,
     pairs: Pairs = None,
     jobs: Jobs = 2,
     stages: Annotated[
@@ -89,12 +111,12 @@ def register(
     metric: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME",
-            help="How images are compared, in all stages: lncc or ncc for one contrast, mi or nmi "
-            "for two (CT and MR, say), mse for equal intensities; mind deforms images of two "
-            "contrasts: linear stages use mi then, and by default there are moments, rigid and "
-            "greedy. By default linear stages use ncc (the affine one of most presets lncc at its "
-            "end), deforming ones lncc.",
+            metavar="NAME,...",
+            help="How images are compared, in all stages, or with --also a name for each pair: "
+            "lncc or ncc for one contrast, mi or nmi for two (CT and MR, say), mse for equal "
+            "intensities; mind deforms images of two contrasts: linear stages use mi then, and by "
+            "default there are moments, rigid and greedy. By default linear stages use ncc (the "
+            "affine one of most presets lncc at its end), deforming ones lncc.",
         ),
     ] = None,
     texts: StageTexts = None,
@@ -153,6 +175,13 @@ def register(
             "none: all as they are.",
         ),
     ] = "outliers",
+    match_histogram: Annotated[
+        bool,
+        typer.Option(
+            "--match-histogram",
+            help="The metrics see MOVING with the histogram of FIXED: one contrast, other units.",
+        ),
+    ] = False,
     outside: Annotated[
         str,
         typer.Option(
@@ -189,19 +218,34 @@ def register(
     cache: Cache = None,
     no_cache: NoCache = False,
 ) -> dict[str, Any] | list[dict[str, Any]]:
-    """Register MOVING to FIXED, or many pairs.
-
-    For example: jaxreg register fixed.nii.gz moving.nii.gz -o out --report
+    r"""Register MOVING to FIXED, or many pairs.
 
     Writes moved.nii.gz, MOVING on the grid of FIXED; fixed_moved.nii.gz, FIXED on the grid of
     MOVING; affine.tfm and, if there is a deformation, warp.nii.gz and inverse_warp.nii.gz, which
     `jaxreg apply`, ITK, ANTs and 3D Slicer read; registration.json, with settings, versions and
     losses. Where the result may be wrong, a warning says why.
 
-    Judged by labels and landmarks, before and after, on the console, in record and report:
+    Examples
+    --------
+    Two people, one contrast, with pictures to judge the result by:
     jaxreg register fixed.nii.gz moving.nii.gz -o out --report
-    --fixed-labels fixed_labels.nii.gz --moving-labels moving_labels.nii.gz
-    --fixed-points fixed.mrk.json --moving-points moving.mrk.json
+
+    One person, two contrasts:
+    jaxreg register mr.nii.gz ct.nii.gz -o out --stages moments,rigid --metric mi
+
+    Two contrasts of each, the second of which counts half, by a metric of its own:
+    jaxreg register t1_fixed.nii.gz t1_moving.nii.gz -o out \
+      --also t2_fixed.nii.gz t2_moving.nii.gz --metric lncc,mi --weights 1,0.5
+
+    Stages with settings of their own:
+    jaxreg register fixed.nii.gz moving.nii.gz -o out \
+      --stage "rigid metric=MI(num_bins=64) scales=4,2 iterations=80,40" \
+      --stage "syn scales=4,2 iterations=60,30"
+
+    Judged by labels and landmarks, before and after:
+    jaxreg register fixed.nii.gz moving.nii.gz -o out --report \
+      --fixed-labels fixed_labels.nii.gz --moving-labels moving_labels.nii.gz \
+      --fixed-points fixed.mrk.json --moving-points moving.mrk.json
 
     A study, each pair into a folder of its own, with a table of how they went:
     jaxreg register --pairs pairs.csv -o study
@@ -213,13 +257,16 @@ def register(
     schedule = read_schedule(texts, recipe, like, stages=stages, metric=metric)
     if schedule is not None and clip == "outliers":
         clip = schedule.clip or clip
+    match_histogram |= schedule is not None and schedule.match_histogram
     asked = _Asked(
         schedule,
         stages,
         metric,
         effort,
+        parse_weights(weights),
         clip,
         parse_clip(clip),
+        match_histogram,
         parse_outside(outside),
         choose_outputs(outputs, report=report, composite=composite),
         device,
@@ -238,20 +285,25 @@ def register(
     }
     given = {name: path for name, path in files.items() if path is not None}
     if pairs is not None:
-        others = [*given, *(["--initial"] if initial else []), *["--distributed"] * distributed]
-        if others:
-            raise ValueError(f"--pairs: expected no {others[0]} beside it")
+        beside = {"--initial": initial, "--also": also, "--distributed": distributed}
+        ways = [*given, *(name for name, value in beside.items() if value)]
+        if ways:
+            raise ValueError(f"--pairs: expected no {ways[0]} beside it")
         return _register_study(pairs, output, asked, jobs)
     for name in ("FIXED", "MOVING"):
         if name not in given:
             raise ValueError(f"missing argument {name}")
     console = Console(quiet=not devices.is_leader())
-    done = _register_pair(_Inputs(given, initial or []), output, asked, console, stopwatch)
+    others = also or []
+    inputs = _Inputs(given, list(zip(others[::2], others[1::2], strict=True)), initial or [])
+    done = _register_pair(inputs, output, asked, console, stopwatch)
     if not devices.is_leader():
         return {}
     console.print(
         _summary(done.result, done.judgement, stopwatch, done.record["versions"]["device"])
     )
+    for line in done.resampled:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     for name, values in done.beyond.items():
         if values.any():
             text = f"Outside of the image in {name} is {format_values(values)}."
@@ -263,6 +315,26 @@ def register(
     return done.record
 
 
+class RegisterCommand(Command):
+    """The subcommand, whose option ``--also`` takes two files."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the option before the second file, as the parser wants it."""
+        found: list[str] = []
+        rest = iter(args)
+        for argument in rest:
+            found.append(argument)
+            if argument == "--also":
+                files = list(itertools.islice(rest, 2))
+                if len(files) < 2 or any(file.startswith("-") for file in files):
+                    got = " ".join(files) or "none"
+                    raise ValueError(
+                        f"--also: expected a fixed and a moving image after it, got {got}"
+                    )
+                found += [files[0], "--also", files[1]]
+        return super().parse_args(ctx, found)
+
+
 class _Asked(NamedTuple):
     """What is asked for of every pair."""
 
@@ -270,18 +342,25 @@ class _Asked(NamedTuple):
     stages: str | None
     metric: str | None
     effort: Preset
+    weights: tuple[float, ...] | None
     clip_text: str
     clip: Clip
+    match_histogram: bool
     outside: Outside
     wanted: frozenset[str]
     device: Device
     several: str
 
-    def chosen(self, ndim: int, target: jax.Device, console: Console) -> tuple[Stage, ...]:
-        """Return the stages."""
+    def chosen(
+        self, pairs: Sequence[tuple[Volume, Volume]], target: jax.Device, console: Console
+    ) -> tuple[Stage, ...]:
+        """Return the stages, for pairs of images."""
         if self.schedule is not None:
-            return self.schedule.stages
-        return choose_stages(self.stages, self.metric, self.effort, ndim, target, console)
+            stages = self.schedule.stages
+        else:
+            ndim = pairs[0][0].ndim
+            stages = choose_stages(self.stages, self.metric, self.effort, ndim, target, console)
+        return for_pairs(stages, self.metric, self.weights, [fixed.channels for fixed, _ in pairs])
 
     def settings(self) -> dict[str, Any]:
         """Return what results depend on, for JSON."""
@@ -291,7 +370,9 @@ class _Asked(NamedTuple):
             "metric": self.metric,
             "preset": self.effort,
             "schedule": [{"name": stage.name, **stage.record()} for stage in stages],
+            "weights": self.weights,
             "clip": self.clip,
+            "match_histogram": self.match_histogram,
             "outside": self.outside,
             "outputs": sorted(self.wanted),
         }
@@ -301,6 +382,7 @@ class _Inputs(NamedTuple):
     """The files of a pair, by the arguments that name them."""
 
     files: Mapping[str, Path]
+    also: Sequence[tuple[Path, Path]]
     initial: Sequence[str]
 
 
@@ -310,6 +392,7 @@ class _Done(NamedTuple):
     result: Registration
     judgement: Judgement
     beyond: dict[str, NDArray[Any]]
+    resampled: list[str]
     record: dict[str, Any]
     written: list[str]
 
@@ -326,10 +409,10 @@ def _register_study(table: Path, output: Path, asked: _Asked, jobs: int) -> list
         files = {
             arguments.get(column) or f"--{column.replace('_', '-')}": path
             for column, path in pair.files.items()
-            if column != "initial"
+            if column != "initial" and not ALSO.fullmatch(column)
         }
         initial = [str(path) for column, path in pair.files.items() if column == "initial"]
-        inputs, console = _Inputs(files, initial), Console(quiet=True)
+        inputs, console = _Inputs(files, pair.also, initial), Console(quiet=True)
         return _register_pair(inputs, folder, asked, console, Stopwatch()).record
 
     asked = asked._replace(wanted=asked.wanted | {RECORD})
@@ -342,17 +425,24 @@ def _register_pair(
     """Register two images, and write what is wanted into a folder."""
     images = [(name, path) for name, path in inputs.files.items() if name not in _JUDGING]
     judged_by = {name: inputs.files.get(name) for name in _JUDGING}
-    given = [("--initial", text) for text in inputs.initial]
+    given: list[tuple[str, Path | str]] = [("--initial", text) for text in inputs.initial]
+    further = [("--also", path) for pair in inputs.also for path in pair]
+    given += further
     refuse_overwriting([output / name for name in FILES], [*inputs.files.items(), *given])
     with stopwatch.phase("reading"), ThreadPoolExecutor() as pool:
         starting = pool.submit(devices.find, asked.device)  # takes longer than reading on a GPU
-        volumes = dict(_read(images))
+        read = list(_read([*further, *images]))
+        volumes = dict(read[len(further) :])
         fixed, moving = volumes["FIXED"], volumes["MOVING"]
+        others = [volume for _, volume in read[: len(further)]]
+        also = list(zip(others[::2], others[1::2], strict=True))
         judging = Judging.read(judged_by, fixed, moving)
     for name in ("FIXED", "MOVING"):
         _check_contrast(name, volumes[name])
         with naming(name):
             check_image_grid(volumes[name].grid, output / MOVED, volumes[name].channels)
+    for volume in others:
+        _check_contrast("--also", volume)
     target = starting.result()
     spread = devices.find_several(asked.several, target, fixed.ndim)
     with contextlib.ExitStack() as stack:
@@ -367,15 +457,18 @@ def _register_pair(
             result = register_watched(
                 fixed,
                 moving,
-                asked.chosen(fixed.ndim, target, console),
+                asked.chosen([(fixed, moving), *also], target, console),
                 console,
+                also=also,
                 fixed_mask=volumes.get("--fixed-mask"),
                 moving_mask=volumes.get("--moving-mask"),
                 initial=start.with_inverse() if parts else None,
                 clip=asked.clip,
+                match_histogram=asked.match_histogram,
                 outside=asked.outside,
                 devices=spread,
             )
+        _tell_levels(result)
         write_images(result, asked.wanted, folder, stopwatch)
         with stopwatch.phase("results"):
             judgement = judging.judge(start, result.transform)
@@ -383,15 +476,22 @@ def _register_pair(
             name: outside_values(volume, result.outside)
             for name, volume in ((MOVED, result.moving), (FIXED_MOVED, result.fixed))
         }
+        resampled = _resampled(inputs, result)
         if folder is None:
-            return _Done(result, judgement, beyond, {}, [])
+            return _Done(result, judgement, beyond, resampled, {}, [])
         facts = {**describe(["jax"]), "device": _told(target, spread)}
         files = {name: str(path) for name, path in inputs.files.items()}
         if REPORT in asked.wanted:
             names = [inputs.files[name].name for name in ("MOVING", "FIXED")]
             told = dict(files)
             told |= {"--initial": " ".join(inputs.initial)} if inputs.initial else {}
+            for number, paths in enumerate(inputs.also, 2):
+                told[f"--also, pair {number}"] = " ".join(map(str, paths))
+            told |= {"Resampled": " ".join(resampled)} if resampled else {}
+            if asked.weights is not None:
+                told["--weights"] = ",".join(f"{weight:g}" for weight in asked.weights)
             told |= {"--clip": asked.clip_text}
+            told |= {"--match-histogram": "yes"} if asked.match_histogram else {}
             told |= {f"Outside of the image in {n}": format_values(v) for n, v in beyond.items()}
             with stopwatch.phase("report"):
                 write_report(
@@ -401,9 +501,16 @@ def _register_pair(
                     tables={"Inputs": told, "Versions": facts},
                     scores=judgement.tables(),
                 )
+        listed = {
+            "--initial": list(inputs.initial),
+            "--also": [[str(path) for path in pair] for pair in inputs.also],
+        }
         record = {
-            **_record(result, files | {"--initial": list(inputs.initial)}, facts, asked.wanted),
+            **_record(result, files | listed, facts, asked.wanted),
             "clip": asked.clip,
+            "match_histogram": asked.match_histogram,
+            "weights": asked.weights,
+            "resampled": resampled,
             "outside": {name: values.tolist() for name, values in beyond.items()},
             **judgement.record(),
             "seconds": stopwatch.seconds(),
@@ -412,12 +519,37 @@ def _register_pair(
         if RECORD in asked.wanted:
             (folder / RECORD).write_text(f"{json.dumps(record, indent=2)}\n")
         written = sorted(path.name for path in folder.iterdir())
-    return _Done(result, judgement, beyond, record, written)
+    return _Done(result, judgement, beyond, resampled, record, written)
+
+
+def _resampled(inputs: _Inputs, result: Registration) -> list[str]:
+    """Return what is told of further images on other grids."""
+    firsts = {"FIXED": result.fixed.grid, "MOVING": result.moving.grid}
+    return [
+        f"{path} was resampled onto the grid of {name} to be compared."
+        for paths, pair in zip(inputs.also, result.also, strict=True)
+        for path, volume, (name, grid) in zip(paths, pair, firsts.items(), strict=True)
+        if is_resampled(volume, grid)
+    ]
+
+
+def _tell_levels(result: Registration) -> None:
+    """Say how each level went, to those who ask for details."""
+    for stage in result.stages:
+        for level in stage.levels:
+            shape = " x ".join(map(str, level.shape[::-1]))
+            losses = [f"{loss:.6g}" for loss in (*level.losses[:1], *level.losses[-1:])]
+            detail(
+                f"{stage.name} at 1/{level.scale:g} resolution, {shape} voxels: "
+                f"{len(level.losses)} losses, {' to '.join(losses) or 'none'}, "
+                f"{'converged' if level.converged else 'iterations used up'}"
+            )
+        detail(f"{stage.name}: {stage.seconds:.3f} s, with what it compiled")
 
 
 def _read(paths: list[tuple[str, Path]]) -> Iterator[tuple[str, Volume]]:
     with ThreadPoolExecutor() as pool:
-        reading = [(argument, pool.submit(read_volume, path)) for argument, path in paths]
+        reading = [(argument, pool.submit(read_image, path)) for argument, path in paths]
         for argument, volume in reading:
             with naming(argument):
                 yield argument, volume.result()

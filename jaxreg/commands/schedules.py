@@ -28,13 +28,14 @@ from jaxreg.registration import (
     Divergence,
     Elasticity,
     Jacobian,
+    PerChannel,
     Stage,
     stage_from_name,
 )
 
 __all__ = ["Like", "Recipe", "Schedule", "StageTexts", "read_schedule"]
 
-_METRICS = (LNCC, MI, MIND, MSE, NCC, NMI, CoarseToFine)
+_METRICS = (LNCC, MI, MIND, MSE, NCC, NMI, CoarseToFine, PerChannel)
 _PENALTIES = (Bending, Curvature, Diffusion, Divergence, Elasticity, Jacobian)
 _KINDS: Mapping[str, type] = {kind.__name__.lower(): kind for kind in (*_METRICS, *_PENALTIES)}
 
@@ -53,14 +54,14 @@ Recipe = Annotated[
     typer.Option(
         metavar="FILE.toml",
         help="The same in a file: for each stage a table [[stages]] with its name and settings; "
-        "clip, as the option, before them.",
+        "clip and match_histogram, as the options, before them.",
     ),
 ]
 Like = Annotated[
     Path | None,
     typer.Option(
         metavar="registration.json",
-        help="The stages and the clipping of an earlier run, from its record.",
+        help="The stages of an earlier run, and what metrics saw of intensities, from its record.",
     ),
 ]
 
@@ -74,10 +75,13 @@ class Schedule(NamedTuple):
         In their order.
     clip
         As ``--clip`` takes it; `None`: nothing is said.
+    match_histogram
+        Whether histograms are matched.
     """
 
     stages: tuple[Stage, ...]
     clip: str | None = None
+    match_histogram: bool = False
 
 
 def read_schedule(
@@ -112,8 +116,11 @@ def read_schedule(
         return Schedule(tuple(map(_stage_of_text, texts or ())))
 
 
-_SETTING = re.compile(r"\s+(\w+)=((?:\((?:[^()]|\([^()]*\))*\)|[^\s()])+)")
-"""A value has no spaces but within brackets, in which there may be brackets once more."""
+_BRACKETS = r"\([^()]*\)"
+for _ in range(2):
+    _BRACKETS = rf"\((?:[^()]|{_BRACKETS})*\)"
+_SETTING = re.compile(rf"\s+(\w+)=((?:{_BRACKETS}|[^\s()])+)")
+"""A value has no spaces but within brackets, in which there may be brackets twice more."""
 
 
 def _stage_of_text(text: str) -> Stage:
@@ -136,9 +143,10 @@ def _read_recipe(path: Path) -> Schedule:
         recipe = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a file in TOML: {error}") from error
-    unknown = sorted(set(recipe) - {"stages", "clip"})
+    known = ("stages", "clip", "match_histogram")
+    unknown = sorted(set(recipe) - set(known))
     if unknown:
-        raise ValueError(f"{path}: expected stages and clip, got {', '.join(unknown)}")
+        raise ValueError(f"{path}: expected some of {', '.join(known)}, got {', '.join(unknown)}")
     return _schedule(path, recipe, lambda table: {k: v for k, v in table.items() if k != "name"})
 
 
@@ -164,7 +172,10 @@ def _schedule(
     clip = said.get("clip", ()) or "none"
     if isinstance(clip, list):
         clip = ",".join(map(str, clip))
-    return Schedule(stages, clip if "clip" in said else None)
+    matching = said.get("match_histogram", False)
+    if not isinstance(matching, bool):
+        raise ValueError(f"{path}: match_histogram: expected true or false, got {matching!r}")
+    return Schedule(stages, clip if "clip" in said else None, matching)
 
 
 def _stage(name: str, settings: Mapping[str, Any]) -> Stage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -15,7 +16,7 @@ from jaxreg.commands.inputs import naming
 from jaxreg.commands.outputs import RECORD
 from regkernels.files.atomic import atomic_path
 
-__all__ = ["Jobs", "Pair", "Pairs", "read_pairs", "register_pairs"]
+__all__ = ["ALSO", "Jobs", "Pair", "Pairs", "read_pairs", "register_pairs"]
 
 _TABLE = "pairs.csv"
 _SETTINGS = "pairs.json"
@@ -25,14 +26,17 @@ _BESIDE = (
     *("fixed_points", "moving_points"),
 )
 
+ALSO = re.compile(r"(fixed|moving)_([2-9]|[1-9]\d+)")
+"""The columns of further images of a pair."""
+
 Pairs = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE.csv",
         help="Register many pairs instead of FIXED and MOVING, each into a folder of its own in "
         f"OUT_DIR: a table with the columns {' and '.join(_IMAGES)} and maybe name, initial, "
-        f"{', '.join(_BESIDE)}, of files beside it. OUT_DIR/{_TABLE} tells how each went; the same "
-        "command goes on where it was stopped.",
+        f"{', '.join(_BESIDE)}, and fixed_2, moving_2 and so on for --also, of files beside it. "
+        f"OUT_DIR/{_TABLE} tells how each went; the same command goes on where it was stopped.",
     ),
 ]
 Jobs = Annotated[
@@ -59,6 +63,13 @@ class Pair(NamedTuple):
 
     name: str
     files: dict[str, Path]
+
+    @property
+    def also(self) -> list[tuple[Path, Path]]:
+        """Further images of the two, in the order of their numbers."""
+        matches = map(ALSO.fullmatch, self.files)
+        numbers = sorted(int(match[2]) for match in matches if match and match[1] == "fixed")
+        return [(self.files[f"fixed_{n}"], self.files[f"moving_{n}"]) for n in numbers]
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -91,12 +102,12 @@ def read_pairs(path: Path) -> list[Pair]:
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a table with commas: {error}") from error
     known = (*_IMAGES, "name", "initial", *_BESIDE)
-    unknown = [column for column in columns if column not in known]
+    unknown = [column for column in columns if column not in known and not ALSO.fullmatch(column)]
     missing = [column for column in _IMAGES if column not in columns]
     if unknown or missing or len(set(columns)) < len(columns):
         raise ValueError(
             f"{path}: expected the columns fixed and moving, and maybe {', '.join(known[2:])}, "
-            f"each once, got {', '.join(columns)}"
+            f"fixed_2, moving_2 and so on, each once, got {', '.join(columns)}"
         )
     if not rows:
         raise ValueError(f"{path}: expected pairs, got none")
@@ -123,6 +134,10 @@ def _pair(row: Mapping[str | None, Any], where: str, folder: Path) -> Pair:
     for column, file in files.items():
         if column != "initial" and not file.exists():
             raise ValueError(f"{where}: {column}: {file}: no such file")
+    for side, number in (match.groups() for match in map(ALSO.fullmatch, files) if match):
+        other = f"{'moving' if side == 'fixed' else 'fixed'}_{number}"
+        if other not in files:
+            raise ValueError(f"{where}: expected a file in the column {other}, too, got none")
     if not name:
         name = files["moving"].name.split(".")[0]
     if name in (".", "..") or name != Path(name).name:
@@ -212,8 +227,10 @@ def _record_of(pair: Pair, folder: Path) -> dict[str, Any] | None:
         return None
     record: dict[str, Any] = json.loads(path.read_text())
     images = [str(pair.files[name]) for name in _IMAGES]
-    before = [record["inputs"].get(name) for name in ("FIXED", "MOVING")]
-    return record if images == before else None
+    inputs = record["inputs"]
+    before = [inputs.get(name) for name in ("FIXED", "MOVING")]
+    also = [[str(path) for path in paths] for paths in pair.also]
+    return record if images == before and also == inputs.get("--also", []) else None
 
 
 def _settle(folder: Path, settings: Any) -> None:

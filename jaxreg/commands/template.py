@@ -23,8 +23,15 @@ from jaxreg.commands.command import Command
 from jaxreg.commands.compilation import Cache, NoCache, keep_compiled
 from jaxreg.commands.devices import Device
 from jaxreg.commands.doubts import tell_doubts
-from jaxreg.commands.inputs import naming, parse_clip, parse_spacing, refuse_overwriting
-from jaxreg.commands.stage_options import Preset, choose_stages
+from jaxreg.commands.inputs import (
+    naming,
+    parse_clip,
+    parse_spacing,
+    read_image,
+    refuse_overwriting,
+)
+from jaxreg.commands.progress_bars import for_bars
+from jaxreg.commands.stage_options import Preset, choose_stages, for_pairs
 from jaxreg.commands.timing import Stopwatch, fact_table
 from jaxreg.commands.transform_files import (
     AFFINE,
@@ -159,9 +166,7 @@ def template(
     cache: Cache = None,
     no_cache: NoCache = False,
 ) -> None:
-    """Build the template of several images: their mean shape and their mean intensity.
-
-    For example: jaxreg template a.nii.gz b.nii.gz c.nii.gz -o out
+    r"""Build the template of several images: their mean shape and their mean intensity.
 
     Writes template.nii.gz; coverage.nii.gz, the share of the images that has data at each voxel;
     labels.nii.gz, if there are label maps; template.json, with settings, versions and how far each
@@ -169,6 +174,18 @@ def template(
     inverse_warp.nii.gz, from the template to the image) and the image in the template's space,
     moved.nii.gz. While it runs OUT_DIR/unfinished keeps what is done: after an interruption the
     same command goes on from there.
+
+    Examples
+    --------
+    Of three people:
+    jaxreg template a.nii.gz b.nii.gz c.nii.gz -o out
+
+    With labels of all of them, and voxels of 1.5 mm:
+    jaxreg template a.nii.gz b.nii.gz c.nii.gz -o out --spacing 1.5 \
+      --labels a_labels.nii.gz b_labels.nii.gz c_labels.nii.gz
+
+    A look, without deformations:
+    jaxreg template a.nii.gz b.nii.gz -o out --preset affine --rounds 2
     """
     stopwatch = Stopwatch()
     clipping, sizes = parse_clip(clip), parse_spacing(spacing)
@@ -197,6 +214,7 @@ def template(
     label_maps = None if labels is None else _Files("--labels", labels)
     with jax.default_device(target):
         chosen = choose_stages(stages, metric, effort, ndim, target, console)
+        chosen = for_pairs(chosen, metric, None, [1])
         with naming("--output"):
             output.mkdir(parents=True, exist_ok=True)
         with _telling_how_to_go_on(output / _UNFINISHED), _watched(console) as callback:
@@ -255,7 +273,7 @@ class _Files(Sequence[Volume]):
 
     def __getitem__(self, index: Any) -> Any:
         with naming(self._argument):
-            return read_volume(self._paths[index])
+            return read_image(self._paths[index])
 
 
 def _folder_names(images: Sequence[Path]) -> list[str]:
@@ -318,7 +336,7 @@ def _watched(console: Console) -> Iterator[Callable[[TemplateProgress], None]]:
         TextColumn("{task.fields[note]}", style="dim"),
         TimeElapsedColumn(),
     )
-    with Bars(*columns, console=console) as bars:
+    with Bars(*columns, console=for_bars(console)) as bars:
         whole = bars.add_task("Registrations", total=1, note="")
         one = bars.add_task("Iterations", total=1, note="waiting")
 

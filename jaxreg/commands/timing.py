@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from rich.table import Table
 
 from jaxreg.commands.compilation import compile_seconds
+from jaxreg_cli.telling import detail
 
 __all__ = ["Stopwatch", "fact_table"]
 
@@ -29,6 +30,7 @@ class Stopwatch:
         finally:
             seconds = time.perf_counter() - began - (compile_seconds() - compiled)
             self._phases[name] = self._phases.get(name, 0.0) + seconds
+            detail(f"{name}: {seconds:.3f} s, without what it compiled")
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each phase, of compilation, and of all until now, rounded."""

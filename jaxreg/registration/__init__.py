@@ -25,6 +25,7 @@ from jaxreg.registration.evaluation import (
     image_similarity,
     target_registration_error,
 )
+from jaxreg.registration.motion import Motion, align_frames
 from jaxreg.registration.plausibility import Doubt
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.register import (
@@ -51,6 +52,7 @@ from jaxreg.registration.stages.metrics import (
     NMI,
     CoarseToFine,
     Metric,
+    PerChannel,
     mse_loss,
     ncc,
     ncc_loss,
@@ -115,6 +117,8 @@ __all__ = [
     "MemoryStore",
     "Metric",
     "Moments",
+    "Motion",
+    "PerChannel",
     "Progress",
     "Registration",
     "Regulariser",
@@ -130,6 +134,7 @@ __all__ = [
     "Trace",
     "Transform",
     "Translation",
+    "align_frames",
     "build_template",
     "dice",
     "downsample",

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import compose, jacobian_determinant
 from jaxreg.registration.across import across
+from jaxreg.registration.channels import on_one_grid
 from jaxreg.registration.intensities import Clip, check_clip
 from jaxreg.registration.plausibility import Doubt, find_doubts
 from jaxreg.registration.progress import Callback
@@ -138,6 +139,8 @@ class Registration:
     mended
         Part of the cells between voxels that a deformation turned inside out, or changed by more
         than its stage's `Deformable.volume_change`, before it was smoothed there; from 0 to 1.
+    also
+        Pairs of images that were compared, too.
     """
 
     fixed: Volume
@@ -149,6 +152,7 @@ class Registration:
     fixed_mask: Volume | None = None
     moving_mask: Volume | None = None
     mended: float = 0.0
+    also: tuple[tuple[Volume, Volume], ...] = ()
 
     @functools.cached_property
     def doubts(self) -> tuple[Doubt, ...]:
@@ -209,10 +213,12 @@ def register(
     moving: Volume,
     stages: Sequence[Stage] | None = None,
     *,
+    also: Sequence[tuple[Volume, Volume]] = (),
     fixed_mask: Volume | None = None,
     moving_mask: Volume | None = None,
     initial: ArrayLike | Transform | None = None,
     clip: Clip = "outliers",
+    match_histogram: bool = False,
     outside: Outside = "background",
     callback: Callback | None = None,
     devices: Sequence[jax.Device] | None = None,
@@ -233,6 +239,12 @@ def register(
     stages
         What to run, one after the other; each goes on from where the one before has come to. By
         default the preset ``"default"`` for the device; see `preset`.
+    also
+        Further images of the same two objects in the same places, a fixed and a moving one each, of
+        other contrasts, say. Their channels come after those of `fixed` and `moving`, and are
+        compared as well: alike by default, by metrics and with weights of their own with
+        `PerChannel`. An image on another grid than the first of its side is resampled onto it, and
+        nothing is compared where it has no data.
     fixed_mask, moving_mask
         Weights of at least 0 of the voxels of each volume in the metric, on its grid. That of the
         moving volume is warped with it; where there are both, they are multiplied.
@@ -244,6 +256,12 @@ def register(
         but one in ten thousand at either end, or eight) than twice the range of these are brought
         to that distance, so that a few hot voxels spoil nothing; few images have any. Two numbers
         from 0 to 1: the quantiles, of each channel, that bound them. `None`: all as they are.
+    match_histogram
+        Whether the metrics see each channel of the moving volume with the histogram of the fixed
+        one's: a monotone function, linear between the minimum, the mean, fifteen quantiles of what
+        is above the mean, and the maximum, brings the former to the latter. For one contrast whose
+        intensities do not mean the same, and metrics such as `MSE` that take them to. What follows
+        from the transform has the volume's own intensities.
     outside
         What is outside of the volumes in `Registration.moved` and `Registration.fixed_moved`: a
         number, one for each channel, or ``"background"``, for each volume its own background where
@@ -291,7 +309,10 @@ def register(
         )
     stages = check_stages(stages)
     devices = check_devices(devices, fixed.grid.ndim)
-    _check_intensities(fixed, moving)
+    also = _checked_pairs(also, fixed.ndim)
+    _check_intensities(fixed=fixed, moving=moving)
+    for pair in also:
+        _check_intensities(**{"also (fixed)": pair[0], "also (moving)": pair[1]})
     if not isinstance(outside, str) or outside != "background":
         outside_values(fixed, outside)
     # About the middle of the fixed grid float32 holds coordinates to a fraction of a micrometre.
@@ -306,7 +327,16 @@ def register(
         "moving_to_physical": np.linalg.solve(centre, moving.grid.normalised_to_physical()),
         "moving_ratio": _moving_ratio(fixed.grid, moving.grid),
         "clip": check_clip(clip),
+        "match_histogram": bool(match_histogram),
     }
+    if also:
+        for side, first in enumerate((fixed, moving)):
+            name = ("fixed", "moving")[side]
+            others = [pair[side] for pair in also]
+            operands[name], covered = on_one_grid(f"also ({name})", first, others)
+            if covered is not None:
+                mask = operands[f"{name}_mask"]
+                operands[f"{name}_mask"] = covered if mask is None else mask * covered
     work: OneDevice | SeveralDevices = (
         OneDevice(**operands) if devices is None else SeveralDevices(devices, **operands)
     )
@@ -353,7 +383,16 @@ def register(
     )
     mended = 0.0 if alignment.mended is None else float(alignment.mended)
     return Registration(
-        fixed, moving, transform, tuple(records), outside, matrix, fixed_mask, moving_mask, mended
+        fixed,
+        moving,
+        transform,
+        tuple(records),
+        outside,
+        matrix,
+        fixed_mask,
+        moving_mask,
+        mended,
+        also,
     )
 
 
@@ -366,9 +405,27 @@ def _check_volumes(**volumes: object) -> None:
             )
 
 
-def _check_intensities(fixed: Volume, moving: Volume) -> None:
+def _checked_pairs(also: Any, ndim: int) -> tuple[tuple[Volume, Volume], ...]:
+    """Return pairs of images that are compared, too; refuse what is none."""
+    pairs = tuple(tuple(pair) for pair in also)
+    for pair in pairs:
+        if len(pair) != 2 or not all(isinstance(volume, Volume) for volume in pair):
+            raise TypeError("also: expected pairs of a fixed and a moving Volume")
+        fixed, moving = pair
+        for volume in pair:
+            if volume.ndim != ndim:
+                raise ValueError(f"also: expected {ndim} dimensions as fixed, got {volume.ndim}")
+        if fixed.channels != moving.channels:
+            raise ValueError(
+                f"also: expected as many channels in both of a pair, got {fixed.channels} and "
+                f"{moving.channels}"
+            )
+    return pairs
+
+
+def _check_intensities(**volumes: Volume) -> None:
     """Refuse images to which metrics are flat only for their unit: nothing would move."""
-    arrays = {"fixed": fixed.array, "moving": moving.array}
+    arrays = {name: volume.array for name, volume in volumes.items()}
     # Both images are asked before one is waited for, so that the device is never idle.
     ranges = {name: (np.min(array), np.max(array)) for name, array in arrays.items()}
     for name, extremes in jax.device_get(ranges).items():

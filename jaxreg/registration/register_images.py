@@ -46,6 +46,7 @@ def register_images(
     initial: Alignment | None = None,
     moving_ratio: float = 1.0,
     clip: Clip = "outliers",
+    match_histogram: bool = False,
 ) -> ArrayRegistration:
     """Register one array to another; for ``jax.jit``, and for ``jax.vmap`` over pairs.
 
@@ -69,6 +70,8 @@ def register_images(
         moving image is made coarser by as much more, or less, than the fixed one.
     clip
         Which intensities the metrics see; see `register`.
+    match_histogram
+        Whether they see the moving image with the histogram of the fixed one; see `register`.
 
     Returns
     -------
@@ -98,6 +101,7 @@ def register_images(
         moving_to_physical=moving_to_physical,
         moving_ratio=moving_ratio,
         clip=clip,
+        match_histogram=match_histogram,
     )
     alignment = problem.start()
     if initial is not None:
@@ -128,6 +132,7 @@ def make_problem(
     moving_to_physical: ArrayLike | None,
     moving_ratio: float,
     clip: Clip,
+    match_histogram: bool = False,
 ) -> Problem:
     """Check the operands of `register_images` and put them together."""
     clip = check_clip(clip)
@@ -149,6 +154,7 @@ def make_problem(
         _geometry("moving_to_physical", moving_to_physical, source),
         moving_ratio,
         clip,
+        match_histogram,
     )
 
 

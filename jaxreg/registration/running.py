@@ -50,6 +50,7 @@ class _Settings(NamedTuple):
     moving_planes: int
     moving_ratio: float
     clip: Clip
+    match_histogram: bool
 
 
 def check_devices(devices: Sequence[jax.Device] | None, ndim: int) -> list[jax.Device] | None:
@@ -112,10 +113,11 @@ class SeveralDevices:
         moving_to_physical: ArrayLike,
         moving_ratio: float,
         clip: Clip,
+        match_histogram: bool,
     ) -> None:
         self._mesh = mesh_of(devices)
         self._settings = _Settings(
-            np.shape(fixed)[_IMAGE], np.shape(moving)[_IMAGE], moving_ratio, clip
+            np.shape(fixed)[_IMAGE], np.shape(moving)[_IMAGE], moving_ratio, clip, match_histogram
         )
         self._inputs = _Inputs(
             self._put(fixed, _IMAGE),
@@ -190,6 +192,7 @@ def _problem(inputs: _Inputs, settings: _Settings) -> Problem:
         moving_to_physical=inputs.moving_to_physical,
         moving_ratio=settings.moving_ratio,
         clip=settings.clip,
+        match_histogram=settings.match_histogram,
     )
 
 

@@ -11,6 +11,7 @@ from regkernels.files.conversions import (
 )
 from regkernels.files.images import read_grid, read_volume, write_volume
 from regkernels.files.points import PointSet, read_points, write_points
+from regkernels.files.series import Series, read_series, write_series
 from regkernels.files.transforms import (
     read_transform,
     write_affine,
@@ -21,10 +22,12 @@ from regkernels.files.transforms import (
 
 __all__ = [
     "PointSet",
+    "Series",
     "from_nibabel",
     "from_simpleitk",
     "read_grid",
     "read_points",
+    "read_series",
     "read_transform",
     "read_volume",
     "to_nibabel",
@@ -33,6 +36,7 @@ __all__ = [
     "write_composite",
     "write_displacement",
     "write_points",
+    "write_series",
     "write_transform",
     "write_volume",
 ]

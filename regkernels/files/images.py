@@ -34,10 +34,12 @@ from regkernels.grid import Grid
 from regkernels.volume import Volume
 
 __all__ = [
+    "NIFTI_SUFFIXES",
     "WRITTEN_SUFFIXES",
     "Image",
     "check_image_grid",
     "check_image_name",
+    "image_format_is_nifti",
     "image_grid",
     "image_values",
     "itk_image",
@@ -46,6 +48,7 @@ __all__ = [
     "read_image",
     "read_volume",
     "write_image",
+    "write_itk_image",
     "write_volume",
 ]
 
@@ -287,6 +290,19 @@ def _format(path: str | os.PathLike[str]) -> str:
     return kind
 
 
+def image_format_is_nifti(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a file is NIfTI.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is no image of a format that is read.
+    """
+    return _format(path) == _NIFTI
+
+
 class _Opened(NamedTuple):
     """An image before its voxels are read: what ITK knows, what we see, the place, ITK's words."""
 
@@ -403,7 +419,7 @@ def check_image_grid(grid: Grid, path: str | os.PathLike[str], channels: int = 1
         them, and ITK writes other axes than these. Or if it would have several values per voxel in
         one slice in space: it would come back as 2-D.
     """
-    if not Path(path).name.endswith(_NIFTI_SUFFIXES):
+    if not Path(path).name.endswith(NIFTI_SUFFIXES):
         return
     instead = f"write {' or '.join(_SHEARED_SUFFIXES)}"
     if channels > 1 and grid.ndim == 3 and grid.shape[0] == 1:
@@ -423,7 +439,7 @@ def check_image_grid(grid: Grid, path: str | os.PathLike[str], channels: int = 1
         )
 
 
-_NIFTI_SUFFIXES = WRITTEN_SUFFIXES[:6]
+NIFTI_SUFFIXES = WRITTEN_SUFFIXES[:6]
 _SHEARED_SUFFIXES = (".nrrd", ".mha")
 _NOTABLE = 0.05
 """Voxels by which a voxel may be misplaced; rounding of headers stays far below."""
@@ -453,11 +469,15 @@ def write_image(
         For another ending, if a NIfTI file is to have axes that are not at right angles, or if
         SimpleITK cannot write such an image to such a file.
     """
-    sitk = import_simpleitk()
-
     check_image_name(path)
     check_image_grid(grid, path)
-    image = itk_image(values, grid, vectors=vectors)
+    write_itk_image(itk_image(values, grid, vectors=vectors), path)
+
+
+def write_itk_image(image: Any, path: str | os.PathLike[str]) -> None:
+    """Write an image of SimpleITK as `write_image` does, which has looked at name and grid."""
+    sitk = import_simpleitk()
+
     # ITK compresses a file of any format by itself, but slowly.
     apart = has_isal and Path(path).suffix == ".gz"
     with atomic_path(path) as beside:

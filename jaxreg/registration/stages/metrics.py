@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -29,6 +30,7 @@ __all__ = [
     "MetricField",
     "MetricLike",
     "MetricName",
+    "PerChannel",
     "as_metric",
     "function_name",
     "mse_loss",
@@ -798,3 +800,134 @@ class CoarseToFine(Metric):
     def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Return the loss of the fine metric: no scale is known."""
         return self.fine.loss(pred, target, mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerChannel(Metric):
+    r"""A metric for each channel, and what each counts: for images of several modalities.
+
+    .. math:: \sum_c w_c\,L_c / s_c \Big/ \sum_c w_c
+
+    with the loss :math:`L_c` of channel :math:`c` and its `scale` :math:`s_c` on the level, 1 where
+    none is known, so that a weight means the same whatever the metric and the unit of the
+    intensities.
+
+    Attributes
+    ----------
+    metrics
+        One for each channel; see `as_metric`.
+    weights
+        :math:`w_c`, numbers of at least 0, not all of them 0; by default all channels count alike.
+
+    Raises
+    ------
+    ValueError
+        For no metric, another number of weights or weights out of their range; of images with
+        another number of channels, when they are compared.
+    """
+
+    metrics: tuple[MetricLike, ...]
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.metrics, Metric | str) or not self.metrics:
+            raise ValueError(f"metrics: expected a metric for each channel, got {self.metrics!r}")
+        metrics = tuple(map(as_metric, self.metrics))
+        weights = tuple(float(weight) for weight in self.weights) or (1.0,) * len(metrics)
+        if len(weights) != len(metrics):
+            raise ValueError(
+                f"weights: expected {len(metrics)}, one for each metric, got {len(weights)}"
+            )
+        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+            raise ValueError(f"weights: expected numbers of at least 0, not all 0, got {weights}")
+        object.__setattr__(self, "metrics", metrics)
+        object.__setattr__(self, "weights", weights)
+        of_mask = all(metric.has_gradient_of_mask for metric in metrics)
+        object.__setattr__(self, "has_gradient_of_mask", of_mask)
+
+    @property
+    def _metrics(self) -> tuple[Metric, ...]:
+        return tuple(map(as_metric, self.metrics))
+
+    def _channels(self, *images: jax.Array) -> list[tuple[jax.Array, ...]]:
+        """Return the images of each channel, all with one."""
+        for image in images:
+            if image.shape[1] != len(self.metrics):
+                raise ValueError(
+                    f"metric: expected images of {len(self.metrics)} channels, one for each metric "
+                    f"of PerChannel, got {image.shape[1]}"
+                )
+        return [tuple(image[:, c : c + 1] for image in images) for c in range(len(self.metrics))]
+
+    def _weighted(self, losses: Sequence[jax.Array], scales: Sequence[jax.Array]) -> jax.Array:
+        total = sum(self.weights)
+        parts = [
+            weight / total * loss / jnp.where(scale > 0, scale, 1)
+            for weight, loss, scale in zip(self.weights, losses, scales, strict=True)
+        ]
+        return jnp.stack(parts).sum()
+
+    def loss(self, pred: jax.Array, target: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Return the weighted mean of the losses of the channels."""
+        losses, scales = [], []
+        for metric, (p, t) in zip(self._metrics, self._channels(pred, target), strict=True):
+            losses.append(metric.loss(p, t, mask))
+            scales.append(jax.lax.stop_gradient(metric.scale(t, p)))
+        return self._weighted(losses, scales)
+
+    def loss_of_level(
+        self,
+        pred: jax.Array,
+        target: jax.Array,
+        mask: jax.Array,
+        *,
+        fixed: jax.Array,
+        moving: jax.Array,
+    ) -> jax.Array:
+        """Return the same, with what follows from the images of the level."""
+        losses, scales = [], []
+        each = self._channels(pred, target, fixed, moving)
+        for metric, (p, t, f, m) in zip(self._metrics, each, strict=True):
+            losses.append(metric.loss_of_level(p, t, mask, fixed=f, moving=m))
+            scales.append(metric.scale(f, m))
+        return self._weighted(losses, scales)
+
+    def unit(self, image: jax.Array, mask: jax.Array | None) -> jax.Array | None:
+        """Return the units of the channels, 1 for those of a metric that has none."""
+        one = jnp.ones((1,) * image.ndim, image.dtype)
+        units = [
+            metric.unit(channel, mask)
+            for metric, (channel,) in zip(self._metrics, self._channels(image), strict=True)
+        ]
+        if all(unit is None for unit in units):
+            return None
+        return jnp.concatenate([one if unit is None else unit for unit in units], axis=1)
+
+    @property
+    def reach(self) -> int:
+        """The largest of the metrics that count."""
+        both = zip(self._metrics, self.weights, strict=True)
+        return max(metric.reach for metric, weight in both if weight > 0)
+
+    def content(
+        self, pred: jax.Array, target: jax.Array, *, fixed: jax.Array, moving: jax.Array
+    ) -> jax.Array | None:
+        """Return where any channel has something to compare."""
+        found = []
+        each = self._channels(pred, target, fixed, moving)
+        for metric, (p, t, f, m) in zip(self._metrics, each, strict=True):
+            content = metric.content(p, t, fixed=f, moving=m)
+            if content is None:
+                return None
+            found.append(content)
+        return functools.reduce(jnp.maximum, found)
+
+    def scale(self, fixed: jax.Array, moving: jax.Array) -> jax.Array:
+        """Return 1, or 0 if that of a metric is not known."""
+        known = all(type(metric).scale is not Metric.scale for metric in self._metrics)
+        return jnp.full((), float(known), fixed.dtype)
+
+    def for_scale(self, scale: float) -> Metric:
+        """Return the one with the metrics that the level uses."""
+        metrics = tuple(metric.for_scale(scale) for metric in self._metrics)
+        return PerChannel(metrics, self.weights)

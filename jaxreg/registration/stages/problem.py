@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreg import compose, gaussian_smooth, interpolate
-from jaxreg.registration.intensities import Clip, clipped
+from jaxreg.registration.intensities import Clip, clipped, matched
 from jaxreg.registration.stages.coverage import coverage, margins
 from jaxreg.registration.stages.metrics import Metric, shrunk
 from jaxreg.registration.stages.pyramid import FEW_CHANNELS, downsample, level_shape, resize_field
@@ -358,6 +358,8 @@ class Problem:
         How many times wider the voxels of the fixed grid are than those of the moving one.
     clip
         Which intensities the metrics see; see `clipped`.
+    match_histogram
+        Whether they see the moving image with the histogram of the fixed one; see `matched`.
     """
 
     def __init__(
@@ -370,9 +372,11 @@ class Problem:
         moving_to_physical: jax.Array,
         moving_ratio: float,
         clip: Clip = "outliers",
+        match_histogram: bool = False,
     ) -> None:
         self._fixed = spread(clipped(fixed, clip))
-        self._moving = spread(clipped(moving, clip))
+        moving = clipped(moving, clip)
+        self._moving = spread(matched(moving, self._fixed) if match_histogram else moving)
         self._masks = fixed_mask, moving_mask
         self._to_physical = fixed_to_physical
         self._to_moving = jnp.linalg.inv(moving_to_physical)

@@ -71,6 +71,8 @@ class NiftiHeader(NamedTuple):
         Slope and intercept of the values; None if they are as stored.
     intent
         What they are.
+    time_step
+        Seconds from one 3-D image to the next along the fourth axis; 0 if it does not say.
     """
 
     voxels: Voxels
@@ -82,6 +84,7 @@ class NiftiHeader(NamedTuple):
     unit: float
     scale: tuple[float, float] | None
     intent: Intent
+    time_step: float
 
     @property
     def components(self) -> int:
@@ -155,6 +158,9 @@ _SAMPLES = {128: 3, 2304: 4}
 
 _MILLIMETRES = {1: 1e3, 3: 1e-3}
 """By the code of the unit; all others are taken for millimetres."""
+
+_SECONDS = {0: 1.0, 8: 1.0, 16: 1e-3, 24: 1e-6}
+"""By the code of the unit of time; without one it is taken for seconds."""
 
 _DISPLACEMENT, _VECTOR, _SYMMETRIC = 1006, 1007, 1005
 
@@ -260,6 +266,7 @@ def read_nifti_header(path: Path) -> NiftiHeader:
         unit,
         _scale(path, fields) if samples == 1 else None,
         intent,
+        _time_step(fields),
     )
 
 
@@ -352,6 +359,14 @@ def _unit(path: Path, fields: Any) -> float:
             stacklevel=2,
         )
     return _MILLIMETRES.get(code, 1.0)
+
+
+def _time_step(fields: Any) -> float:
+    """Return the spacing along the fourth axis in seconds, if its unit is one of time, or none."""
+    code, step = int(fields["units"]) & 0o70, float(fields["pixdim"][4])
+    if not math.isfinite(step) or code not in _SECONDS:
+        return 0.0
+    return abs(step) * _SECONDS[code]
 
 
 def _place(
