@@ -1,8 +1,8 @@
 """The only module of this package that runs kernels.
 
-An op of the table is called through :func:`apply`: jitted, differentiable in reverse
-mode, and mappable. Inside the table every array has one more axis in front, the group axis, which
-is where ``vmap`` puts its mapped axis; nothing is ever summed across groups.
+An op of the table is called through :func:`apply`: jitted, differentiable, and mappable. Inside the
+table every array has one more axis in front, the group axis, which is where ``vmap`` puts its
+mapped axis; nothing is ever summed across groups.
 """
 
 from __future__ import annotations
