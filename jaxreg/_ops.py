@@ -1,8 +1,8 @@
 """The only module of this package that runs kernels.
 
-An op of the table is called through :func:`apply`: jitted, differentiable in reverse
-mode, and mappable. Inside the table every array has one more axis in front, the group axis, which
-is where ``vmap`` puts its mapped axis; nothing is ever summed across groups.
+An op of the table is called through :func:`apply`: jitted, differentiable, and mappable. Inside the
+table every array has one more axis in front, the group axis, which is where ``vmap`` puts its
+mapped axis; nothing is ever summed across groups.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from jaxreg._derivatives import of_gradient, of_op
+from jaxreg._primitives import apply_function
 from jaxreg._sharding import Operands, Reduction, align, spread_over_devices
 from jaxreg._shared_planes import SharedPlanes, on_shared_planes, shared_planes
 from jaxreg._slabs import SLAB_OPS, axes_of_slabs
@@ -222,16 +224,38 @@ def _kernel(
         }
         return unfolded, dict.fromkeys(unfolded, True)
 
-    # The custom_vjp below takes every first derivative. What gets here is a second one.
-    once = jax.custom_jvp(mapped_call)
+    return mapped_call
 
-    @once.defjvp
-    def _refuse(*_: Any) -> Any:
-        raise NotImplementedError(
-            f"jaxreg: {name.removesuffix('_grad')} can be differentiated once, not twice"
-        )
 
-    return once
+@dataclasses.dataclass(frozen=True)
+class _Outputs:
+    """The outputs of an op, by name, of the operands that are present, as the user has them.
+
+    Those have no group axis.
+    """
+
+    name: str
+    attributes: Attributes
+    wanted: int
+    shared: SharedPlanes | None
+    present: tuple[bool, ...]
+
+    def __call__(self, *arrays: jax.Array) -> dict[str, jax.Array]:
+        kernel = _kernel(self.name, self.attributes, self.wanted, self.present, self.shared)
+        outputs = kernel(*(array[None] for array in arrays))
+        names = OPS[self.name].output_names
+        asked = {x for i, x in enumerate(names) if self.wanted >> i & 1}
+        return {x: output[0] for x, output in outputs.items() if x in asked}
+
+    def differentiate(self, arrays: Any, tangents: Any) -> tuple[dict[str, jax.Array], Any]:
+        differentiated = self.name.removesuffix("_grad")
+        derivatives = of_op if differentiated == self.name else of_gradient
+        call = _Call(differentiated, self.attributes, self.shared)
+        return derivatives(call, self.wanted, self._operands(arrays), self._operands(tangents))
+
+    def _operands(self, arrays: Sequence[Any]) -> list[Any]:
+        remaining = iter(arrays)
+        return [next(remaining) if there else None for there in self.present]
 
 
 def _run(
@@ -239,110 +263,54 @@ def _run(
     attributes: Attributes,
     wanted: int,
     shared: SharedPlanes | None,
-    operands: Sequence[jax.Array | None],
-) -> dict[str, jax.Array]:
-    """Call an op on arrays as the user has them, without the group axis: its outputs by name."""
-    present = tuple(operand is not None for operand in operands)
-    arrays = [operand[None] for operand in operands if operand is not None]
-    outputs = _kernel(name, attributes, wanted, present, shared)(*arrays)
-    return {x: output[0] for x, output in outputs.items()}
-
-
-def _times(unit_gradient: jax.Array, cotangent: jax.Array, dtype: Any) -> jax.Array:
-    axes = range(cotangent.ndim, unit_gradient.ndim)
-    return (unit_gradient * jnp.expand_dims(cotangent, tuple(axes))).astype(dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _differentiable(
-    name: str,
-    attributes: Attributes,
-    results: Results,
-    shared: SharedPlanes | None,
     operands: Operands,
-) -> tuple[jax.Array, ...]:
-    outputs = _run(name, attributes, OPS[name].mask(results), shared, operands)
-    return tuple(outputs[result] for result in results)
+) -> dict[str, jax.Array]:
+    present = tuple(operand is not None for operand in operands)
+    outputs: dict[str, jax.Array] = apply_function(
+        _Outputs(name, attributes, wanted, shared, present),
+        *(operand for operand in operands if operand is not None),
+    )
+    return outputs
 
 
-def _places_of_residuals(op: Op) -> list[int]:
-    """Those of the values that may be kept for the backward pass."""
-    count = len(op.inputs)
-    return [*range(count), *(count + place for place in op.for_backward)]
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call of an op but for its operands: see `jaxreg._derivatives.Call`."""
 
+    name: str
+    ordered: Attributes
+    shared: SharedPlanes | None
 
-def _forward(
-    name: str, attributes: Attributes, results: Results, shared: SharedPlanes | None, operands: Any
-) -> Any:
-    op = OPS[name]
-    inputs = [None if x is None else x.value for x in operands]
-    needs = [x is not None and x.perturbed for x in operands]
-    for place in op.constants:
-        if needs[place]:
-            raise TypeError(
-                f"{name}: {op.input_names[place]}: expected an array that does not depend on what "
-                f"is differentiated, as {name} has no gradient for it; got one that does. "
-                "jax.lax.stop_gradient makes it a constant"
-            )
-    outputs = _run(name, attributes, op.mask(results) | op.wanted(needs), shared, inputs)
-    values = [*inputs, *map(outputs.get, op.output_names)]
-    kept = [place for place in op.kept(needs, values) if values[place] is not None]
+    @property
+    def op(self) -> Op:
+        return OPS[self.name]
 
-    def residual(place: int) -> jax.Array | None:
-        value = values[place]
-        if place in kept:
-            return value
-        if place >= len(inputs):
-            return jnp.empty((0,), jnp.int8)
-        # The gradient of an input has its dtype.
-        return None if value is None else jnp.empty((0,), value.dtype)
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return dict(zip(self.op.attribute_names, self.ordered, strict=True))
 
-    places = _places_of_residuals(op)
-    # What is asked for and kept is known now and needed at the backward pass's trace. It travels as
-    # the shape of an empty array, and what is not kept as an empty array too: JAX may trace this
-    # rule for one choice, reuse it for another, and keep the residuals' structure (also static
-    # values in it) of only one of them.
-    flags = (bit_mask(needs), bit_mask([place in kept for place in places]))
-    residuals = tuple(map(residual, places))
-    return tuple(map(outputs.__getitem__, results)), (residuals, jnp.empty((*flags, 0), jnp.int8))
+    @property
+    def shares_planes(self) -> bool:
+        return self.shared is not None
 
+    def run(self, operands: Mapping[str, jax.Array], wanted: int) -> dict[str, jax.Array]:
+        inputs = tuple(map(operands.get, self.op.input_names))
+        outputs: dict[str, jax.Array] = _run(self.name, self.ordered, wanted, self.shared, inputs)
+        return outputs
 
-def _backward(
-    name: str,
-    attributes: Attributes,
-    results: Results,
-    shared: SharedPlanes | None,
-    residuals: Any,
-    cotangents: Any,
-) -> Any:
-    op = OPS[name]
-    kept, flags = residuals
-    count = len(op.inputs)
-    needs = [bool(flags.shape[0] >> i & 1) for i in range(count)]
-    gradients: list[jax.Array | None] = [None] * count
-    cotangent = cotangents[0]  # an op with a gradient has one result
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero) or not any(needs):
-        return (tuple(gradients),)
-    values: list[jax.Array | None] = [None] * (count + len(op.outputs))
-    for i, place in enumerate(_places_of_residuals(op)):
-        if flags.shape[1] >> i & 1:
-            values[place] = kept[i]
-    for i, place in op.unit_gradients:
-        unit = values[count + place]
-        if needs[i] and unit is not None:
-            gradients[i] = _times(unit, cotangent, kept[i].dtype)
-    remaining = [(i, place) for i, place in op.gradients if needs[i] and gradients[i] is None]
-    if remaining and op.gradient is not None:
-        values.append(cotangent)
-        operands = [values[place] for place in op.gradient_inputs]
-        wanted = op.gradient.mask([op.gradient.output_names[place] for _, place in remaining])
-        outputs = _run(op.gradient.name, attributes, wanted, shared, operands)
-        for i, place in remaining:
-            gradients[i] = outputs[op.gradient.output_names[place]]
-    return (tuple(gradients),)
+    def gradients(
+        self, values: Mapping[str, jax.Array], cotangent: jax.Array, names: Collection[str]
+    ) -> dict[str, jax.Array]:
+        gradient = self.op.gradient
+        assert gradient is not None
+        operands = {**values, "grad_output": cotangent}
+        inputs = tuple(map(operands.get, gradient.input_names))
+        wanted = gradient.mask([f"grad_{x}" for x in names])
+        outputs = _run(gradient.name, self.ordered, wanted, self.shared, inputs)
+        return {x: outputs[f"grad_{x}"] for x in names}
 
-
-_differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
+    def of(self, op: str, attributes: Mapping[str, Any]) -> _Call:
+        return _Call(op, tuple(attributes[x] for x in OPS[op].attribute_names), self.shared)
 
 
 def _dtype_names(operands: Operands) -> list[str | None]:
@@ -379,7 +347,8 @@ def _jitted(
     planes = _axes_of_planes(OPS[name], attributes, converted)
     apart = () if shared is None else (shared.axis,)
     aligned = align(converted, planes, apart)
-    first, *others = _differentiable(name, attributes, results, shared, aligned)
+    outputs = _run(name, attributes, OPS[name].mask(results), shared, aligned)
+    first, *others = (outputs[result] for result in results)
     return (first if result_dtype is None else first.astype(result_dtype), *others)
 
 
@@ -462,17 +431,7 @@ def apply_for(
         # that returns them, their tangent is float0.
         arrays = jax.lax.stop_gradient(arrays)
     ordered = tuple(attributes[key] for key in op.attribute_names)
-    try:
-        values: tuple[jax.Array, ...] = _jitted(
-            name, ordered, results, arrays, shared=shared_planes()
-        )
-    except TypeError as error:
-        if "forward-mode" not in str(error):
-            raise
-        raise TypeError(
-            f"jaxreg: {name}: forward mode (jax.jvp, jax.linearize, jax.jacfwd) is not supported; "
-            "derivatives come in reverse mode, by jax.grad, jax.vjp or jax.jacrev"
-        ) from error
+    values: tuple[jax.Array, ...] = _jitted(name, ordered, results, arrays, shared=shared_planes())
     return values
 
 

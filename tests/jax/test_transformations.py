@@ -360,21 +360,7 @@ def test_numpy_arrays_are_arrays(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_differentiating_twice_is_refused(name: str) -> None:
-    """By the same or another operand: there is no wrong second derivative, and no silent zero."""
-    case = example(name)
-    loss = weighted_sum(case)
-    for first, second in itertools.product(range(case.count), repeat=2):
-
-        def slope(*operands: Any, first: int = first) -> Any:
-            return jnp.sum(jnp.sin(jax.grad(loss, argnums=first)(*operands)))
-
-        with pytest.raises((TypeError, NotImplementedError), match="twice"):
-            jax.grad(slope, argnums=second)(*case.operands)
-
-
-@pytest.mark.parametrize("name", FUSED)
-def test_differentiating_the_gradient_by_its_cotangent_is_refused_or_right(name: str) -> None:
+def test_differentiating_the_gradient_by_its_cotangent(name: str) -> None:
     case = example(name)
     cotangent = random_array(0, *case.reference().shape)
 
@@ -382,31 +368,15 @@ def test_differentiating_the_gradient_by_its_cotangent_is_refused_or_right(name:
         _, pullback = jax.vjp(bound(case), *case.operands)
         return sum(jnp.sum(gradient) for gradient in pullback(weight))
 
-    try:
-        actual = jax.grad(pulled_back)(cotangent)
-    except (TypeError, NotImplementedError) as error:
-        assert "differentiat" in str(error).lower()
+    if name == "mind_ssc":
+        with pytest.raises(NotImplementedError, match="mind_ssc: forward mode"):
+            jax.grad(pulled_back)(cotangent)
         return
+    actual = jax.grad(pulled_back)(cotangent)
     # The gradient is linear in its cotangent, so this difference is exact.
     direction = random_array(1, *cotangent.shape)
     expected = pulled_back(cotangent + direction) - pulled_back(cotangent)
     assert_close(np.asarray(jnp.sum(actual * direction)), np.asarray(expected), np.float64)
-
-
-FORWARD_MODES: dict[str, Callable[[Function, tuple[Array, ...]], Any]] = {
-    "jvp": lambda function, operands: jax.jvp(function, operands, operands),
-    "linearize": lambda function, operands: jax.linearize(function, *operands)[1](*operands),
-    "jacfwd": lambda function, operands: jax.jacfwd(function)(*operands),
-    "hessian": lambda function, operands: jax.hessian(function)(*operands),
-}
-
-
-@pytest.mark.parametrize("mode", FORWARD_MODES)
-@pytest.mark.parametrize("name", FUSED)
-def test_forward_mode_is_refused(name: str, mode: str) -> None:
-    case = example(name)
-    with pytest.raises((TypeError, NotImplementedError), match=r"forward.mode|twice"):
-        FORWARD_MODES[mode](bound(case), case.operands)
 
 
 def test_an_option_that_is_traced_is_refused_by_name() -> None:
@@ -514,21 +484,6 @@ def test_a_function_can_be_exported_for_a_device_that_is_not_there() -> None:
     only_here = jax.export.deserialize(exported.serialize()).call(*case.operands)
     for a, b in zip(only_here, gradient(*case.operands), strict=True):
         assert_equal(a, b)
-
-
-def test_forward_mode_is_refused_in_our_words() -> None:
-    """But for `jax.linearize` and under an outer jit, where JAX refuses it later, in its own."""
-    field = jnp.zeros((1, 5, 6, 2))
-
-    def twice(u: jax.Array) -> jax.Array:
-        return jaxreg.compose(u, u)
-
-    for refused in (
-        lambda: jax.jvp(twice, (field,), (field,)),
-        lambda: jax.jacfwd(lambda u: twice(u).sum())(field),
-    ):
-        with pytest.raises(TypeError, match=r"jaxreg: compose: forward mode .* jax\.grad"):
-            refused()
 
 
 def test_one_array_may_be_passed_twice() -> None:
