@@ -292,6 +292,7 @@ ONE_BY_ONE = [
     bad_value("step_gradient", "sigma", -0.5, "-0.5"),
     bad_value("step_gradient", "sigma", (1.0, 2.0), "2"),
     bad_value("step_gradient", "truncate", 0, "0"),
+    bad_type("step_gradient", "pull", None, "None"),
     *[
         Bad("interpolate_labels", "background", ValueError, f"{label}", {"background": label} | x)
         for dtype, label in [("bool", 2), ("uint8", 256), ("uint16", -1), ("int8", -129)]
