@@ -523,7 +523,7 @@ def _step_gradient(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut:
     # The Gaussian reaches so many planes, and the differences in the last of them one more.
     reach = min(math.ceil(attributes["truncate"] * attributes["sigma"][0]), slabs.planes - 1) + 1
     halos = {
-        name: slabs.with_halo(x, 2 if name == "pull" else 3, reach, reach)
+        name: slabs.with_halo(x, 3 if name in ("moved", "slope") else 2, reach, reach)
         for name, x in arrays.items()
     }
     begin = slabs.first() - reach
@@ -729,6 +729,7 @@ SLAB_OPS: dict[str, SlabOp] = {
             "moved": ("planes", 3),
             "slope": ("planes", 3),
             "pull": ("planes", 2),
+            "displacement": ("planes", 2),
             "output": ("planes", 2),
         },
         _step_gradient,

@@ -127,6 +127,7 @@ def step_gradient(
     moved: jax.Array,
     slope: jax.Array,
     pull: jax.Array | None = None,
+    displacement: jax.Array | None = None,
     *,
     sigma: float | Sequence[float] = 0.0,
     truncate: float = 4.0,
@@ -150,6 +151,9 @@ def step_gradient(
         The loss's gradient with respect to it, :math:`\partial L/\partial I`.
     pull : float[N, *S, D], optional
         What is added before smoothing: the gradient of a penalty with respect to the step.
+    displacement : float[N, *S, D], optional
+        :math:`d`, normalised, of the warp :math:`\psi = \mathrm{id} + d`. With it, the pull is the
+        gradient of a penalty with respect to :math:`d`, and :math:`D\psi^T` times it is added.
     sigma
         Standard deviation of the Gaussian in voxels: one number, or one per axis in (z, y, x)
         order. 0 leaves an axis as it is.
@@ -159,7 +163,7 @@ def step_gradient(
     Returns
     -------
     float[N, *S, D]
-        Per unit of normalised coordinates. 0 along an axis of length 1, but for ``pull``. float64
+        Per unit of normalised coordinates. 0 along an axis of length 1, but for the pull. float64
         where an operand is, else float32. It has no gradient.
         Differentiating it is refused: ``jax.lax.stop_gradient(moved)`` makes a
         constant of it.
@@ -172,5 +176,6 @@ def step_gradient(
         A dtype or an argument's type that is not supported. Also an operand that is
         differentiated.
     """
+    operands = (moved, slope, pull, displacement)
     attributes = {"sigma": static_tuple(sigma), "truncate": truncate}
-    return apply("step_gradient", (moved, slope, pull), attributes)
+    return apply("step_gradient", operands, attributes)

@@ -128,6 +128,7 @@ def step_gradient(
     moved: torch.Tensor,
     slope: torch.Tensor,
     pull: torch.Tensor | None = None,
+    displacement: torch.Tensor | None = None,
     *,
     sigma: float | Sequence[float] = 0.0,
     truncate: float = 4.0,
@@ -151,6 +152,9 @@ def step_gradient(
         The loss's gradient with respect to it, :math:`\partial L/\partial I`.
     pull : float[N, *S, D], optional
         What is added before smoothing: the gradient of a penalty with respect to the step.
+    displacement : float[N, *S, D], optional
+        :math:`d`, normalised, of the warp :math:`\psi = \mathrm{id} + d`. With it, the pull is the
+        gradient of a penalty with respect to :math:`d`, and :math:`D\psi^T` times it is added.
     sigma
         Standard deviation of the Gaussian in voxels: one number, or one per axis in (z, y, x)
         order. 0 leaves an axis as it is.
@@ -160,7 +164,7 @@ def step_gradient(
     Returns
     -------
     float[N, *S, D]
-        Per unit of normalised coordinates. 0 along an axis of length 1, but for ``pull``. float64
+        Per unit of normalised coordinates. 0 along an axis of length 1, but for the pull. float64
         where an operand is, else float32. It has no gradient.
         Operands that require a gradient are refused: pass ``moved.detach()``.
 
@@ -172,5 +176,6 @@ def step_gradient(
     TypeError
         A dtype or an argument's type that is not supported.
     """
+    operands = (moved, slope, pull, displacement)
     attributes = {"sigma": static_tuple(sigma), "truncate": truncate}
-    return apply_for(("output",), "step_gradient", (moved, slope, pull), attributes)[0]
+    return apply_for(("output",), "step_gradient", operands, attributes)[0]

@@ -197,7 +197,7 @@ FIELD_TO_FIELD: dict[str, Function] = {
     "convert_displacement": lambda u: jaxreg.convert_displacement(u, "normalised", "voxel"),
     "gaussian_smooth": lambda u: jaxreg.gaussian_smooth(u, 1.3, channel_last=True),
     "invert_displacement": jaxreg.invert_displacement,
-    "step_gradient": lambda u: jaxreg.step_gradient(u[..., 0][:, None], u[..., 1][:, None], u),
+    "step_gradient": lambda u: jaxreg.step_gradient(u[..., 0][:, None], u[..., 1][:, None], u, u),
     "riemannian_adam_step": lambda u: jaxreg.riemannian_adam_step(
         u, 0.1 * u, 0.1 * u * u, 2, learning_rate=0.5
     )[0],

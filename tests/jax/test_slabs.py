@@ -647,9 +647,10 @@ def test_invert_displacement_gives_the_bits_of_one_device(
 def test_step_gradient_gives_the_bits_of_one_device(mesh: Mesh, planes: int, sigma: float) -> None:
     moved, slope = (random_array(k, 2, 2, planes, *IN_PLANE) for k in (1, 2))
     pull = random_array(3, 2, planes, *IN_PLANE, 3)
-    for operands in ((moved, slope), (moved, slope, pull)):
+    every = moved, slope, pull, random_array(4, 1, planes, *IN_PLANE, 3)
+    for operands in (every[:2], every):
         function = functools.partial(jaxreg.step_gradient, sigma=sigma)
-        spread = on_slabs(function, mesh, [IMAGE, IMAGE, FIELD][: len(operands)], [FIELD])
+        spread = on_slabs(function, mesh, [IMAGE, IMAGE, FIELD, FIELD][: len(operands)], [FIELD])
         assert_same(spread(*operands), np.asarray(jax.jit(function)(*operands)))
         assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
 

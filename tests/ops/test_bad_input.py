@@ -58,6 +58,11 @@ LAYOUTS = {
 }
 
 
+def layout(op: str, operand: str) -> str:
+    """The displacement of a step has the axes of the moved image."""
+    return "NSSSD" if (op, operand) == ("step_gradient", "displacement") else LAYOUTS[operand]
+
+
 def zeros(*shape: int, dtype: object = np.float32) -> np.ndarray:
     return np.zeros(shape, dtype)
 
@@ -114,7 +119,7 @@ def shape_cases(op: str, operand: str, good: np.ndarray) -> Iterator[Bad]:
         came = numbers(*shape) if len(shape) < 8 else str(len(shape))
         yield bad_value(op, operand, np.zeros(shape, good.dtype), came)
     others = len(OPERANDS[op]) > 1
-    for axis, kind in enumerate(LAYOUTS[operand]):
+    for axis, kind in enumerate(layout(op, operand)):
         wider = np.concatenate([good, good.take([0], axis)], axis)
         empty = good.take([], axis)
         if kind == "S" or (kind == "N" and others):
@@ -168,7 +173,7 @@ def attribute_cases(op: str) -> Iterator[Bad]:
 
 FROM_THE_TABLE = [case for op in ALL_OPS for case in (*operand_cases(op), *attribute_cases(op))]
 
-FIELDS = [(op, name) for op in ALL_OPS for name in OPERANDS[op] if LAYOUTS[name] == "NzyxD"]
+FIELDS = [(op, name) for op in ALL_OPS for name in OPERANDS[op] if layout(op, name) == "NzyxD"]
 AFFINES = [(op, "affine") for op in ALL_OPS if "affine" in OPERANDS[op]]
 
 # Of an operand without a gradient, which the examples do not have.
@@ -292,6 +297,7 @@ ONE_BY_ONE = [
     bad_value("step_gradient", "sigma", -0.5, "-0.5"),
     bad_value("step_gradient", "sigma", (1.0, 2.0), "2"),
     bad_value("step_gradient", "truncate", 0, "0"),
+    bad_type("step_gradient", "pull", None, "None"),
     *[
         Bad("interpolate_labels", "background", ValueError, f"{label}", {"background": label} | x)
         for dtype, label in [("bool", 2), ("uint8", 256), ("uint16", -1), ("int8", -129)]
@@ -339,7 +345,7 @@ def test_every_operand_and_attribute_of_the_table_is_tried(op: str) -> None:
 def test_axes_that_are_free_may_have_any_size(backend: Backend, op: str) -> None:
     """The counterpart of the bad shapes: what is not refused there is accepted here."""
     for operand, good in zip(OPERANDS[op], example(op, dtype=np.float32).operands, strict=True):
-        for axis, kind in enumerate(LAYOUTS[operand]):
+        for axis, kind in enumerate(layout(op, operand)):
             if op == "affine_warp" and operand == "affine":
                 continue
             alone = len(OPERANDS[op]) == 1

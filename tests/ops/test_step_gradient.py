@@ -20,9 +20,11 @@ Array = np.ndarray
 
 def operands(
     shape: tuple[int, ...], channels: int = 1, batch: int = 2, dtype: object = np.float32
-) -> tuple[Array, Array, Array]:
-    moved, slope = (random_array(k, batch, channels, *shape, dtype=dtype) for k in (1, 2))
-    return moved, slope, random_array(3, batch, *shape, len(shape), dtype=dtype)
+) -> tuple[Array, ...]:
+    """Images, a pull, and a displacement."""
+    images = [random_array(k, batch, channels, *shape, dtype=dtype) for k in (1, 2)]
+    fields = [random_array(k, batch, *shape, len(shape), dtype=dtype) for k in (3, 4)]
+    return (*images, *fields)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
@@ -34,7 +36,7 @@ def test_gradients_have_the_reference_values(
     given = operands(SHAPES[dim], channels, dtype=dtype)
     cases = [
         (some, {"sigma": sigma})
-        for some in (given, given[:2])
+        for some in (given, given[:3], given[:2])
         for sigma in (0.0, 0.7, (0.0, 1.3, 0.5)[:dim], 4.0)
     ]
     wide = [x.astype(np.float64) for x in given]
@@ -48,7 +50,7 @@ def test_volumes_of_many_tiles_have_the_reference_values(backend: Backend, sigma
     """Those are the Gaussians for which there are kernels of their own on CUDA."""
     given = operands((37, 70, 45))
     wide = [x.astype(np.float64) for x in given]
-    for some in (given, given[:2]):
+    for some in (given, given[:3], given[:2]):
         found = backend.call("step_gradient", *some, sigma=sigma)
         assert_close(found, reference.step_gradient(*wide[: len(some)], sigma=sigma), np.float32)
 
@@ -60,11 +62,13 @@ def test_the_image_does_not_change_along_an_axis_of_one_voxel(
     given = operands(shape, 2, dtype=np.float64)
     given[0][0, 0].flat[0] = np.inf  # nor is it looked at there
     found = backend.call("step_gradient", *given)
+    without = backend.call("step_gradient", *given[:3])
     with np.errstate(invalid="ignore"):
         expected = reference.step_gradient(*given)
     for component, size in enumerate(reversed(shape)):
         if size == 1:
             assert_same(found[..., component], given[2][..., component])
+            assert_same(found[..., component], without[..., component])
     assert_close(found[1], expected[1], np.float64)
 
 
@@ -73,7 +77,7 @@ def test_operands_of_batch_one_serve_all_items(backend: Backend, sigma: float) -
     given = operands((5, 6, 7), 2, batch=3, dtype=np.float64)
     one = [x[:1] for x in given]
     whole = [np.repeat(x, 3, axis=0) for x in one]
-    for k in range(3):
+    for k in range(4):
         mixed = [*one[:k], given[k], *one[k + 1 :]]
         expected = [*whole[:k], given[k], *whole[k + 1 :]]
         options = {"sigma": sigma}
@@ -90,7 +94,7 @@ def test_an_empty_batch_gives_an_empty_result(backend: Backend, sigma: float) ->
 
 
 def test_without_channels_what_is_added_is_smoothed(backend: Backend) -> None:
-    moved, slope, pull = operands((5, 6, 7), channels=0)
+    moved, slope, pull, _ = operands((5, 6, 7), channels=0)
     found = backend.call("step_gradient", moved, slope, pull, sigma=0.8)
     smooth = backend.call("gaussian_smooth", pull, 0.8, channel_last=True)
     assert_close(found, smooth, np.float32)

@@ -92,7 +92,7 @@ OPERANDS = {
     "mind_ssc": ("image",),
     "interpolate_labels": ("labels", "affine", "grid"),
     "invert_displacement": ("displacement",),
-    "step_gradient": ("moved", "slope", "pull"),
+    "step_gradient": ("moved", "slope", "pull", "displacement"),
     "riemannian_adam_step": ("gradient", "mu", "nu"),
 }
 
@@ -145,7 +145,7 @@ def example(
         "joint_histogram": Example("joint_histogram", (image, other), binning),
         "interpolate_labels": Example("interpolate_labels", (labels, affine, first)),
         "invert_displacement": Example("invert_displacement", (gentle,), {"tolerance": 0.0}),
-        "step_gradient": Example("step_gradient", (image, other, first), {"sigma": 0.8}),
+        "step_gradient": Example("step_gradient", (image, other, first, second), {"sigma": 0.8}),
         "riemannian_adam_step": Example(
             "riemannian_adam_step",
             (first, 0.1 * second, 0.1 * first**2),

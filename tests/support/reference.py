@@ -487,18 +487,25 @@ def step_gradient(
     moved: Array,
     slope: Array,
     pull: Array | None = None,
+    displacement: Array | None = None,
     *,
     sigma: float | Sequence[float] = 0.0,
     truncate: float = 4.0,
 ) -> Array:
-    """The slope of a loss times that of the moved image, and what is added to it, smoothed."""
+    """The slope of a loss times that of the moved image, and the pull, smoothed."""
     shape, dim = moved.shape[2:], moved.ndim - 2
-    components = []
-    for half, axis in zip(half_extent(shape, True), reversed(range(2, 2 + dim)), strict=True):
-        flat = moved.shape[axis] == 1
-        along = np.zeros_like(moved) if flat else np.gradient(moved, axis=axis)
-        components.append((slope * along * half).sum(axis=1))
-    gradient = np.stack(components, axis=-1)
+
+    def slopes(x: Array) -> Array:
+        """Along x, y and z, per unit of normalised coordinates, on the last axis."""
+        axes = range(x.ndim - 1, x.ndim - 1 - dim, -1)
+        flat = np.zeros_like(x)
+        each = [flat if x.shape[axis] == 1 else np.gradient(x, axis=axis) for axis in axes]
+        return np.stack(each, axis=-1) * half_extent(shape, True)
+
+    gradient = (slope[..., None] * slopes(moved)).sum(axis=1)
+    if displacement is not None:
+        turned = [pull[..., k, None] * slopes(displacement[..., k]) for k in range(dim)]
+        gradient = gradient + sum(turned)
     gradient = gradient if pull is None else gradient + pull
     return gaussian_smooth(gradient, sigma, truncate=truncate, channel_last=True)
 

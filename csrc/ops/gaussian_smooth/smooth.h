@@ -7,7 +7,7 @@
 namespace regkernels {
 
 // Smooths an array of float or double, for which a call was checked. On the CPU, `in` and `out` may
-// be the same, and there is no need of `scratch`. On CUDA the call must not be fused.
+// be the same, and there is no need of `scratch`.
 template <class T>
 void smooth_array(const Cpu& device, const GaussianSmoothCall& call, const T* in, T* out,
                   T* weights, T* scratch);
@@ -17,8 +17,8 @@ template <class T>
 void smooth_array(const Cuda& device, const GaussianSmoothCall& call, const T* in, T* out,
                   T* weights, T* scratch);
 
-// Where the first pass of such a call must not find what it smooths, as it leaves its result there:
-// the other one of the output and the scratch memory is free.
+// Where the first pass of a call that is not fused must not find what it smooths, as it leaves its
+// result there: the other one of the output and the scratch memory is free.
 inline bool first_pass_writes_output(const GaussianSmoothCall& call) {
   return call.passes.size() % 2 == 1;
 }

@@ -19,6 +19,20 @@ inline __attribute__((always_inline)) void add_products(const T* slope, const T*
   for (int64_t x = first; x < last; ++x) sums[x] += slope[x] * ((high[x] - low[x]) * factor);
 }
 
+// Adds the pull times the slope of the displacement, (high - low) * factor, to a row of sums.
+template <int D, class T>
+inline __attribute__((always_inline)) void add_turned(const T* pull, const T* high, const T* low,
+                                                      T factor, int64_t first, int64_t last,
+                                                      T* __restrict__ products,
+                                                      T* __restrict__ sums) {
+  for (int64_t e = first * D; e < last * D; ++e) {
+    products[e] = pull[e] * ((high[e] - low[e]) * factor);
+  }
+  for (int64_t x = first; x < last; ++x) {
+    for (int j = 0; j < D; ++j) sums[x] += products[x * D + j];
+  }
+}
+
 // Writes a row of the product, one component after the other.
 template <class Product>
 inline __attribute__((always_inline)) void write_row(const Product& product,
@@ -29,21 +43,26 @@ inline __attribute__((always_inline)) void write_row(const Product& product,
   constexpr int D = Product::D;
   const int size = product.frame.size[0];
   const int64_t row = (static_cast<int64_t>(z) * product.frame.size[1] + y) * size;
+  T* const products = sums + D * size;
   for (int k = 0; k < D; ++k) {
     T* const own = sums + k * size;
     std::fill_n(own, size, T(0));
-    for (int64_t c = 0; c < product.channels; ++c) {
-      const T* const slope = item.slope + (c * product.volume + row);
-      const T* const image = item.moved + (c * product.volume + row);
-      // Along a row neighbours differ at its ends alone.
-      const int ends[4] = {0, std::min(1, size), std::max(1, size - 1), size};
-      const int runs = k == 0 ? 3 : 1;
-      for (int run = 0; run < runs; ++run) {
-        const int first = ends[run], last = runs == 1 ? size : ends[run + 1];
-        const auto along = product.difference(k, first, y, z);
-        if (first >= last || along.low == along.high) continue;
+    // Along a row neighbours differ at its ends alone.
+    const int ends[4] = {0, std::min(1, size), std::max(1, size - 1), size};
+    const int runs = k == 0 ? 3 : 1;
+    for (int run = 0; run < runs; ++run) {
+      const int first = ends[run], last = runs == 1 ? size : ends[run + 1];
+      const auto along = product.difference(k, first, y, z);
+      if (first >= last || along.low == along.high) continue;
+      for (int64_t c = 0; c < product.channels; ++c) {
+        const T* const slope = item.slope + (c * product.volume + row);
+        const T* const image = item.moved + (c * product.volume + row);
         add_products(slope, image + along.high, image + along.low, along.factor, first, last, own);
       }
+      if (item.displacement == nullptr) continue;
+      const T* const at = item.displacement + row * D;
+      add_turned<D>(item.pull + row * D, at + along.high * D, at + along.low * D, along.factor,
+                    first, last, products, own);
     }
   }
   T* const to = output + row * D;
@@ -71,7 +90,7 @@ void step_gradient_cpu(const Context& context, const Call& call) {
     const int64_t grain = std::max<int64_t>(1, 4096 / checked.sizes.x);
     parallel_for(checked.batch.groups * items * rows, grain, [&](int64_t begin, int64_t end) {
       Scratch scratch;
-      T* const sums = scratch.take<T>(checked.sizes.x * D);
+      T* const sums = scratch.take<T>(checked.sizes.x * D * 2);
       with_vector_code([&] {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t b = i / rows, row = i - b * rows;

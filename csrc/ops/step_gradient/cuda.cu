@@ -246,11 +246,13 @@ void step_gradient_cuda(const Context& context, const Call& call) {
     const auto& checked = call.checked<StepGradientCall>();
     const GaussianSmoothCall& smoothing = checked.smoothing;
     T* const output = call.output("output").template as<T>();
-    if (!smoothing.passes.empty() && smoothing.fused) {
+    const bool alone = product.displacement.data == nullptr;
+    if (!smoothing.passes.empty() && smoothing.fused && alone) {
       return smooth_product(device, product, checked, output);
     }
     T* const scratch = call.output("scratch").template as<T>();
-    const bool in_output = smoothing.passes.empty() || !first_pass_writes_output(smoothing);
+    const bool in_output =
+        smoothing.passes.empty() || (!smoothing.fused && !first_pass_writes_output(smoothing));
     T* const unsmoothed = in_output ? output : scratch;
     const VoxelSpace space = voxel_space(checked.batch.groups, checked.batch.items, checked.sizes);
     for_each_voxel(device, space, WriteProduct<Product>{product, unsmoothed, space.items});

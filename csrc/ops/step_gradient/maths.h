@@ -9,12 +9,13 @@
 namespace regkernels {
 
 // The gradient before it is smoothed: at each voxel the slope of the loss times that of the moved
-// image, summed over the channels, and what is added to it.
+// image, summed over the channels, and what is added to it: the pull on a displacement, taken
+// through its warp where that is given.
 template <class Scalar, int Dimensions>
 struct GradientProduct {
   using T = Scalar;
   static constexpr int D = Dimensions;
-  Operand<const T> moved, slope, pull;
+  Operand<const T> moved, slope, pull, displacement;
   int64_t channels, volume;  // of an image; voxels of a channel
   Frame<T, D> frame;         // of the whole volume
   int planes;                // at hand
@@ -24,6 +25,7 @@ struct GradientProduct {
       : moved(call.input("moved")),
         slope(call.input("slope")),
         pull(call.input("pull")),
+        displacement(call.input("displacement")),
         first_plane(call.slab) {
     const auto& checked = call.checked<StepGradientCall>();
     const int64_t sizes[3] = {checked.sizes.x, checked.sizes.y, checked.planes};
@@ -64,11 +66,13 @@ struct GradientProduct {
   struct Item {
     const T* moved;
     const T* slope;
-    const T* pull;
+    const T* pull;          // may be null
+    const T* displacement;  // likewise
   };
   REGKERNELS_HD Item item(int64_t group, int64_t item) const {
     return {moved.at(group, item), slope.at(group, item),
-            pull.data == nullptr ? nullptr : pull.at(group, item)};
+            pull.data == nullptr ? nullptr : pull.at(group, item),
+            displacement.data == nullptr ? nullptr : displacement.at(group, item)};
   }
 
   // One component at a voxel, whose number is `voxel`.
@@ -82,7 +86,16 @@ struct GradientProduct {
                ((image[along.high] - image[along.low]) * along.factor);
       }
     }
-    return item.pull == nullptr ? sum : sum + item.pull[voxel * D + k];
+    if (item.pull == nullptr) return sum;
+    const T* const pull = item.pull + voxel * D;
+    if (item.displacement != nullptr && along.low != along.high) {
+      const T* const at = item.displacement + voxel * D;
+      REGKERNELS_UNROLL
+      for (int j = 0; j < D; ++j) {
+        sum += pull[j] * ((at[along.high * D + j] - at[along.low * D + j]) * along.factor);
+      }
+    }
+    return sum + pull[k];
   }
 };
 

@@ -22,6 +22,13 @@ void infer(Call& call) {
       (check_field(call, "pull") != D || !(field_sizes(call.input("pull")) == checked.sizes))) {
     fail_shape(call, "pull", "with the spatial axes of moved");
   }
+  const Tensor& displacement = call.input("displacement");
+  if (displacement.present) {
+    if (!call.input("pull").present) fail_type(call, "pull", "one on the displacement", "None");
+    if (check_field(call, "displacement") != D || !(field_sizes(displacement) == checked.sizes)) {
+      fail_shape(call, "displacement", "with the spatial axes of moved");
+    }
+  }
   checked.batch = check_batch(call);
   Shape shape = {checked.batch.groups, checked.batch.items};
   append_sizes(shape, checked.sizes, D);
@@ -31,7 +38,8 @@ void infer(Call& call) {
   if (!checked.smoothing.passes.empty()) {
     call.set("weights", tensor_spec(checked.dtype, {1, checked.smoothing.weights}));
     // On CUDA the passes of a wide Gaussian go back and forth between this memory and the output.
-    if (!checked.smoothing.fused) {
+    // A product for which warps are looked at is there before it is smoothed.
+    if (!checked.smoothing.fused || displacement.present) {
       call.set("scratch", tensor_spec(checked.dtype, {1, shape.count()}));
     }
   }
@@ -46,7 +54,8 @@ std::vector<Op> step_gradient_ops() {
        nullptr,
        {{"moved", false, InputKind::kCompared},
         {"slope", false, InputKind::kCompared},
-        {"pull", true, InputKind::kCompared}},
+        {"pull", true, InputKind::kCompared},
+        {"displacement", true, InputKind::kCompared}},
        {{"output"}, {"weights", OutputRole::kWorkspace}, {"scratch", OutputRole::kWorkspace}},
        {{"sigma", AttrKind::kFloats}, {"truncate", AttrKind::kFloat}},
        infer,

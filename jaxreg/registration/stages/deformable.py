@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -151,16 +151,6 @@ class Deformable(Iterative):
             return penalty, pull
         return level.loss_unit * penalty, level.loss_unit * pull
 
-    def penalty_of_composing(
-        self, level: Level, displacement: jax.Array
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Return the regularisation of a displacement, and its gradient with respect to a step.
-
-        As for the metric, the step is composed from the right, at the zero step.
-        """
-        penalty, pull = self.penalty(level, displacement)
-        return penalty, None if pull is None else through_warp(displacement, pull)
-
     def objective(
         self, level: Level, moved: Weighted, target: Weighted
     ) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -181,6 +171,7 @@ class Deformable(Iterative):
         pair: Callable[[Level], tuple[Weighted, Weighted]],
         wrt: tuple[int, ...],
         pull: jax.Array | None,
+        displacement: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Return the loss of two images, and its gradient with respect to steps that warp them.
 
@@ -194,6 +185,9 @@ class Deformable(Iterative):
             With respect to which steps: 0 of the moved image, 1 of its target.
         pull
             What is added to the gradient, of its shape, or `None`.
+        displacement
+            Through whose warp the pull is taken first: it is that on the displacement, and as for
+            the metric, the step is composed from the right, at the zero step.
 
         Returns
         -------
@@ -206,7 +200,12 @@ class Deformable(Iterative):
             images = pair(level)
             objective = self.objective(level, *images)
             loss, slopes = jax.value_and_grad(objective, wrt)(*(image.image for image in images))
-            return loss, self._step_gradient([images[k].image for k in wrt], slopes, pull)
+            # To put images side by side takes less than to do so with fields.
+            chosen = jnp.concatenate([images[k].image for k in wrt])
+            sigma = smoothing(chosen.shape[2:], self.gradient_sigma)
+            joined = jnp.concatenate(slopes)
+            warp = None if pull is None else displacement
+            return loss, step_gradient(chosen, joined, pull, warp, sigma=sigma)
         metric = as_metric(self.metric)
         moved, target = pair(level.channel(0))
         weight = moved.weight * target.weight
@@ -225,14 +224,9 @@ class Deformable(Iterative):
         loss, total = mean_over_channels(of_channel, level.fixed.shape[1])
         loss, rate = jax.value_and_grad(charged)(loss, weight.sum(), level.overlap)
         gradient = rate * total
-        return loss, smoothed(gradient if pull is None else gradient + pull, self.gradient_sigma)
-
-    def _step_gradient(
-        self, moved: Sequence[jax.Array], slopes: Sequence[jax.Array], pull: jax.Array | None
-    ) -> jax.Array:
-        sigma = smoothing(moved[0].shape[2:], self.gradient_sigma)
-        # To put images side by side takes less than to do so with fields.
-        return step_gradient(jnp.concatenate(moved), jnp.concatenate(slopes), pull, sigma=sigma)
+        if pull is not None:
+            gradient += pull if displacement is None else through_warp(displacement, pull)
+        return loss, smoothed(gradient, self.gradient_sigma)
 
     @abc.abstractmethod
     def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array | None]:

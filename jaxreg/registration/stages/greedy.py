@@ -61,8 +61,8 @@ class Greedy(Deformable):
         def pair(level: Level) -> tuple[Weighted, Weighted]:
             return level.moved(level.matrix, through), level.target()
 
-        penalty, pull = self.penalty_of_composing(level, displacement)
-        loss, gradient = self.loss_and_gradient(level, pair, (0,), pull)
+        penalty, pull = self.penalty(level, displacement)
+        loss, gradient = self.loss_and_gradient(level, pair, (0,), pull, displacement)
         step, moments = self.descend(level, gradient, state.moments)
         displacement = self.smooth(compose(displacement, step))
         return State(displacement, moments), loss + penalty

@@ -53,8 +53,8 @@ class SyN(Deformable):
         def pair(level: Level) -> tuple[Weighted, Weighted]:
             return level.moved(level.matrix, through), level.fixed_moved(halves[:1])
 
-        penalty, pull = self.penalty_of_composing(level, halves)
-        loss, gradient = self.loss_and_gradient(level, pair, (1, 0), pull)
+        penalty, pull = self.penalty(level, halves)
+        loss, gradient = self.loss_and_gradient(level, pair, (1, 0), pull, halves)
         step, moments = self.descend(level, gradient, state.moments)
         return State(self.smooth(compose(halves, step)), moments), loss + penalty
 
