@@ -92,7 +92,11 @@ def about(result: Result) -> str:
     """Return what the numbers were measured on, and how."""
     facts = result["about"]
     versions = facts["versions"]
-    where = [f"One {facts['device']}" if "driver" in facts else f"On the CPU ({facts['device']})"]
+    devices = max(row.get("devices", 1) for row in result["rows"])
+    count = "One" if devices == 1 else f"Up to {devices}"
+    where = [
+        f"{count} {facts['device']}" if "driver" in facts else f"On the CPU ({facts['device']})"
+    ]
     if "driver" in facts:
         where.append(f"driver {facts['driver']}")
     if "shape" in facts:

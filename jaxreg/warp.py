@@ -171,7 +171,8 @@ def interpolate_labels(
         Whether ``grid`` is added to coordinates or holds coordinates itself.
     out_shape
         Spatial sizes of the output, or a full shape of which the last D entries count. Without it
-        the output has the grid's size, or without a grid the labels' own.
+        the output has the grid's size, or without a grid the labels' own. A size of 0, here or of
+        the grid, gives an empty result.
     padding_mode
         What lies outside the label map: with ``"zeros"`` the background, otherwise its
         ``"border"`` or its ``"reflection"``. A coordinate that is not finite lies outside.
@@ -261,7 +262,8 @@ def compose(
     Returns
     -------
     float[N, *T, D]
-        Differentiable with respect to u, v and affine. Of the operands' common dtype.
+        Differentiable with respect to u, v and affine. Of the operands' common dtype. An axis of
+        size 0 in v gives an empty result.
 
     Raises
     ------
@@ -300,7 +302,8 @@ def affine_warp(
     -------
     float[N, *S, D]
         Coordinates for ``interpolate(..., is_displacement=False)``.
-        Differentiable with respect to both. Of the operands' common dtype.
+        Differentiable with respect to both. Of the operands' common dtype. An axis of size 0
+        gives an empty result.
 
     Raises
     ------
@@ -533,7 +536,8 @@ def convert_displacement(
     Returns
     -------
     float[N, *S, D] or float[N, D, *S]
-        The field in the new unit and layout. Differentiable.
+        The field in the new unit and layout. Differentiable. An axis of size 0 gives an empty
+        result.
 
     Raises
     ------
