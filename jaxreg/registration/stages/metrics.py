@@ -806,7 +806,7 @@ class CoarseToFine(Metric):
 class PerChannel(Metric):
     r"""A metric for each channel, and what each counts: for images of several modalities.
 
-    .. math:: \sum_c w_c\,L_c / s_c \Big/ \sum_c w_c
+    .. math:: \frac{\sum_c w_c\,L_c / s_c}{\sum_c w_c}
 
     with the loss :math:`L_c` of channel :math:`c` and its `scale` :math:`s_c` on the level, 1 where
     none is known, so that a weight means the same whatever the metric and the unit of the
