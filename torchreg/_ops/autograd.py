@@ -69,19 +69,18 @@ def _keep(
 
 def _scaled(unit: torch.Tensor, cotangent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A unit gradient times the cotangent, which has one number for each of the leading axes."""
-    if (
-        cotangent.device.type == "cpu"
-        and unit.dtype == dtype
-        and is_eager((unit, cotangent))
-        and not is_graph_kept()
-        and (cotangent.item() == 1 if cotangent.ndim == 0 else (cotangent == 1).all())
+    factor = cotangent.reshape(*cotangent.shape, *(1,) * (unit.ndim - cotangent.ndim))
+    may_change = unit.dtype == dtype and is_eager((unit, cotangent)) and not is_graph_kept()
+    if not may_change:
+        return (unit * factor).to(dtype)
+    # Nobody else will ask for the unit gradient. A factor of 1 is what a plain `loss.backward()`
+    # asks for: on the CPU a product would cost a volume and, worse, wake PyTorch's threads, which
+    # then spin for milliseconds. A GPU would have to be waited for to know.
+    if cotangent.device.type == "cpu" and (
+        cotangent.item() == 1 if cotangent.ndim == 0 else bool((cotangent == 1).all())
     ):
-        # This is what a plain `loss.backward()` asks for. Nobody else will ask for the unit
-        # gradient, and a product would cost a volume and, worse, wake PyTorch's threads, which then
-        # spin for milliseconds.
         return unit
-    trailing = (1,) * (unit.ndim - cotangent.ndim)
-    return (unit * cotangent.reshape(*cotangent.shape, *trailing)).to(dtype)
+    return unit.mul_(factor)
 
 
 def _launch_gradient(
