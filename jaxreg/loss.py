@@ -225,9 +225,10 @@ def mutual_information_loss(
     Notes
     -----
     The B-spline is that of Mattes et al. [#m]_, here for both images. The sum is that of MONAI's
-    ``GlobalMutualInformationLoss``, which expects intensities in [0, 1] and puts the first and the
-    last centre at 0 and 1. The values of its Gaussian are those of ``value_range`` from -h to 1 + h
-    for both images, with ``h = 1 / (2 (num_bins - 1))``, and of twice its ``sigma_ratio``.
+    ``GlobalMutualInformationLoss``, which clamps intensities to [0, 1] and puts the first and the
+    last centre at 0 and 1. The values of its Gaussian are those of images that are clamped to
+    [0, 1] beforehand and of ``value_range`` from -h to 1 + h for both, with
+    ``h = 1 / (2 (num_bins - 1))``, and of twice its ``sigma_ratio``.
 
     References
     ----------

@@ -588,6 +588,22 @@ def test_with_gaussians_it_is_the_loss_of_monai(
         np.testing.assert_allclose(gradient, wanted.numpy(), rtol=0, atol=atol)
 
 
+def test_beyond_its_range_it_is_the_loss_of_monai_for_clamped_images(backend: Backend) -> None:
+    from monai.losses import GlobalMutualInformationLoss
+
+    pred, target = (x.astype(np.float64) for x in images(6, 7, 8))
+    assert min(pred.min(), target.min()) < 0
+    assert max(pred.max(), target.max()) > 1
+    num_bins, half = 23, 0.5 / 22
+    theirs = GlobalMutualInformationLoss("gaussian", num_bins, 0.5)
+    theirs.bin_centers = theirs.bin_centers.double()
+    options = {"num_bins": num_bins, "sigma_ratio": 1.0, "value_range": ((-half, 1 + half),) * 2}
+    clamped = (np.clip(x, 0, 1) for x in (pred, target))
+    wanted = theirs(torch.tensor(pred), torch.tensor(target)).item()
+    np.testing.assert_allclose(backend.call(LOSS, *clamped, **options), wanted, rtol=1e-5)
+    assert abs(backend.call(LOSS, pred, target, **options) - wanted) > 1e-3
+
+
 def test_b_splines_are_those_of_monai(backend: Backend) -> None:
     """Their histograms, that is: its loss takes hard bins for the target.
 
