@@ -92,6 +92,18 @@ class Slabs:
             parts.append(self.moved(own_first, -hops))
         return jnp.concatenate(parts, axis) if len(parts) > 1 else x
 
+    def ends(self, x: jax.Array, axis: int, reach: int, inner: int) -> tuple[jax.Array, jax.Array]:
+        """The first and the last ``inner`` planes of a slab with those before and after it.
+
+        ``reach`` planes of a neighbour are put to each; none has to have more of its own.
+        """
+        x = self.inside(x, axis)
+        first = jax.lax.slice_in_dim(x, 0, inner, axis=axis)
+        last = jax.lax.slice_in_dim(x, self.own - inner, self.own, axis=axis)
+        before = self.moved(jax.lax.slice_in_dim(x, self.own - reach, self.own, axis=axis), 1)
+        after = self.moved(jax.lax.slice_in_dim(x, 0, reach, axis=axis), -1)
+        return jnp.concatenate([before, first], axis), jnp.concatenate([last, after], axis)
+
     def add_halo(self, x: jax.Array, axis: int, before: int, after: int) -> jax.Array:
         """The transpose of :meth:`with_halo`: what devices have for planes of others joins them."""
         own = jax.lax.slice_in_dim(x, before, before + self.own, axis=axis)
@@ -137,9 +149,16 @@ class Slabs:
         return [(hop, min(self.own, planes - (hop - 1) * self.own)) for hop in hops]
 
 
+def _with_ends(x: jax.Array, first: jax.Array, last: jax.Array, axis: int) -> jax.Array:
+    """A slab with other planes at its ends, which are written in its place."""
+    begin = x.shape[axis] - last.shape[axis]
+    x = jax.lax.dynamic_update_slice_in_dim(x, first, 0, axis)
+    return jax.lax.dynamic_update_slice_in_dim(x, last, begin, axis)
+
+
 def _added(x: jax.Array, part: jax.Array, axis: int, begin: int) -> jax.Array:
-    place = (*[slice(None)] * axis, slice(begin, begin + part.shape[axis]))
-    return x.at[place].add(part)
+    there = jax.lax.slice_in_dim(x, begin, begin + part.shape[axis], axis=axis)
+    return jax.lax.dynamic_update_slice_in_dim(x, there + part, begin, axis)
 
 
 class Run(Protocol):
@@ -234,16 +253,17 @@ def _half_extent(size: int, align_corners: bool) -> float:
     return (size - 1 if align_corners else size) / 2
 
 
-def _farthest(
+def _sampled_planes(
     arrays: Mapping[str, jax.Array],
     field: jax.Array | None,
     attributes: Mapping[str, Any],
     in_sizes: tuple[int, int, int],
     out_sizes: tuple[int, int, int],
     cut: Cut,
-) -> jax.Array:
-    """By how many planes samples of any device leave its slab; more than all if not a number.
+) -> tuple[jax.Array, jax.Array]:
+    """From which plane, and up to which, each plane of this device is sampled.
 
+    They are counted from the first of the device's slab; infinitely far if it is not known.
     ``in_sizes`` and ``out_sizes`` are of the whole volumes, in x, y, z order.
     """
     align = bool(attributes["align_corners"])
@@ -292,13 +312,11 @@ def _farthest(
         plane = (jnp.arange(own, dtype=jnp.int32) + planes.first())[:, None, None]
         middle = (cut.sampled.first() + 0.0).astype(position.dtype)
         position = jnp.where(plane < planes.planes, position, middle)
-    begin = cut.sampled.first().astype(position.dtype)
+    position = position - cut.sampled.first().astype(position.dtype)
+    others = tuple(i for i in range(position.ndim) if i != position.ndim - 3)
+    lowest, highest = jnp.min(position, others), jnp.max(position, others)
     # A plane more on either side makes up for rounding.
-    below = begin - jnp.min(position) + 1
-    above = jnp.max(position) + 2 - (begin + cut.sampled.own)
-    farthest = jnp.maximum(below, above)
-    greatest: jax.Array = jax.lax.pmax(farthest, cut.everywhere)  # type: ignore[no-untyped-call]
-    return greatest
+    return lowest - 1, highest + 2
 
 
 def _sampling(
@@ -406,12 +424,65 @@ def _sampling(
             results["grad_v"] = results["grad_v"] + arrays["grad_output"]
         return results
 
+    near, inner = min(_NEAR, own), min(3 * _NEAR, own)
+
+    def by_ends() -> Arrays:
+        """The slab is sampled as it is, and for its first and last planes with a halo."""
+        ends = cut.sampled.ends(arrays[sampled], axis, near, inner)
+        out_own = cut.planes.own
+        parts = []
+        for window, at, plane in zip(ends, (-near, own - inner), (0, out_own - near), strict=True):
+            part = arrays | {sampled: window}
+            if vectors is not None:
+                field_part = jax.lax.slice_in_dim(
+                    arrays[field], plane, plane + near, axis=field_axis
+                )
+                part = part | {field: field_part}
+            if is_image:
+                others = {"out_shape": (near, *out_plane)}
+            parts.append(
+                run(
+                    part,
+                    attributes=others if is_image else {},
+                    slab=(whole, cut.planes.planes, window.shape[axis]),
+                    first=_first_planes(begin + at, first + plane),
+                )
+            )
+        results = visit(arrays[sampled], begin, own, changed)
+        return {
+            name: _with_ends(x, parts[0][name], parts[1][name], axis) for name, x in results.items()
+        }
+
     in_sizes = (in_plane[1], in_plane[0], whole)
     out_sizes = (out_plane[1], out_plane[0], cut.planes.planes)
-    farthest = _farthest(arrays, arrays.get(field), attributes, in_sizes, out_sizes, cut)
+    planes = _sampled_planes(arrays, arrays.get(field), attributes, in_sizes, out_sizes, cut)
+    farthest = jnp.maximum(-jnp.min(planes[0]), jnp.max(planes[1]) - own)
+    farthest = jax.lax.pmax(farthest, cut.everywhere)  # type: ignore[no-untyped-call]
     reaches, tier = _tiers(farthest, cut.sampled)
-    branches = [functools.partial(from_window, reach) for reach in reaches]
+    branches: list[Callable[[], Arrays]] = [
+        functools.partial(from_window, reach) for reach in reaches
+    ]
+    if "grad_output" not in arrays and min(own, cut.planes.own) >= 2 * _NEAR:
+        stray = _strays(planes, near, inner, own)
+        stray = jax.lax.pmax(stray, cut.everywhere)  # type: ignore[no-untyped-call]
+        branches.insert(0, by_ends)
+        tier = jnp.where(stray == 0, 0, 1 + tier)
     return finished(jax.lax.switch(tier, [*branches, around_the_ring]))
+
+
+def _strays(planes: tuple[jax.Array, jax.Array], near: int, inner: int, own: int) -> jax.Array:
+    """Whether samples of a device's first, last or other planes lie where those may not: 1, or 0.
+
+    The first ``near`` planes may be sampled that far before the slab and in the first ``inner``
+    planes of it, the last likewise, and all others within the slab.
+    """
+    lowest, highest = planes
+    plane = jnp.arange(lowest.size)
+    is_first, is_last = plane < near, plane >= lowest.size - near
+    least = jnp.where(is_first, -near, jnp.where(is_last, own - inner, 0))
+    greatest = jnp.where(is_first, inner, jnp.where(is_last, own + near, own))
+    fits = (lowest >= least) & (highest <= greatest)
+    return (~fits).any().astype(jnp.int32)
 
 
 def _tiers(farthest: jax.Array, slabs: Slabs) -> tuple[list[int], jax.Array]:
@@ -504,35 +575,75 @@ def _adam_step(run: Run, arrays: Arrays, _: Mapping[str, Any], cut: Cut) -> Arra
 # --- Stencils -------------------------------------------------------------------------------------
 
 
+def _by_ends(
+    compute: Callable[[Arrays, int], Arrays],
+    arrays: Arrays,
+    axes: Mapping[str, int],
+    reach: int,
+    slabs: Slabs,
+) -> Arrays:
+    """What a stencil makes of a slab: it is computed as it is, and its ends again with halos.
+
+    So no array is copied in order to have the planes of neighbours beside it, and most of the work
+    has not to wait for them.
+
+    Parameters
+    ----------
+    compute
+        ``compute(arrays, begin)``: results, of as many planes, from arrays that begin so many
+        planes after the slab. Where they end, there are zeros, or whatever has no place in memory.
+    arrays
+        Of the slab.
+    axes
+        That of the planes, of the arrays and of the results.
+    reach
+        How many planes beyond its own a plane of a result depends on.
+    """
+    own = slabs.own
+    if reach == 0:
+        return compute(arrays, 0)
+    if own < 2 * reach:
+        halos = {name: slabs.with_halo(x, axes[name], reach, reach) for name, x in arrays.items()}
+        return {
+            name: jax.lax.slice_in_dim(x, reach, reach + own, axis=axes[name])
+            for name, x in compute(halos, -reach).items()
+        }
+    inside = {name: slabs.inside(x, axes[name]) for name, x in arrays.items()}
+    ends = {name: slabs.ends(x, axes[name], reach, 2 * reach) for name, x in arrays.items()}
+    firsts = compute({name: first for name, (first, _) in ends.items()}, -reach)
+    lasts = compute({name: last for name, (_, last) in ends.items()}, own - 2 * reach)
+    results = {}
+    for name, x in compute(inside, 0).items():
+        axis = axes[name]
+        first, last = (
+            jax.lax.slice_in_dim(end[name], reach, 2 * reach, axis=axis) for end in (firsts, lasts)
+        )
+        results[name] = _with_ends(x, first, last, axis)
+    return results
+
+
 def _smoothing_axis(attributes: Mapping[str, Any]) -> int:
     return 2 if attributes["channel_last"] else 3
 
 
 def _gaussian_smooth(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) -> Arrays:
-    axis = _smoothing_axis(attributes)
     reach = min(math.ceil(attributes["truncate"] * attributes["sigma"][0]), cut.planes.planes - 1)
-    halos = {name: cut.planes.with_halo(x, axis, reach, reach) for name, x in arrays.items()}
-    return {
-        name: jax.lax.slice_in_dim(x, reach, reach + cut.planes.own, axis=axis)
-        for name, x in run(halos).items()
-    }
+    axes = dict.fromkeys(_SMOOTHED, _smoothing_axis(attributes))
+    return _by_ends(lambda part, _: run(part), arrays, axes, reach, cut.planes)
 
 
 def _step_gradient(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) -> Arrays:
     slabs = cut.planes
     # The Gaussian reaches so many planes, and the differences in the last of them one more.
     reach = min(math.ceil(attributes["truncate"] * attributes["sigma"][0]), slabs.planes - 1) + 1
-    halos = {
-        name: slabs.with_halo(x, 3 if name in ("moved", "slope") else 2, reach, reach)
-        for name, x in arrays.items()
-    }
-    begin = slabs.first() - reach
     slab = (slabs.planes, slabs.planes, 0)
-    results = run(halos, slab=slab, first=_first_planes(begin, begin))
-    return {
-        name: jax.lax.slice_in_dim(x, reach, reach + slabs.own, axis=2)
-        for name, x in results.items()
-    }
+
+    def compute(part: Arrays, begin: int) -> Arrays:
+        first = slabs.first() + begin
+        return run(part, slab=slab, first=_first_planes(first, first))
+
+    axes = {name: axis for name, (_, axis) in _STEP_GRADIENT.items()}
+    return _by_ends(compute, arrays, axes, reach, slabs)
 
 
 def _jacobian_determinant(run: Run, arrays: Arrays, _: Mapping[str, Any], cut: Cut) -> Arrays:
@@ -580,27 +691,13 @@ def _lncc_reach(attributes: Mapping[str, Any]) -> int:
 def _lncc_loss(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) -> Arrays:
     slabs, axis, reach = cut.planes, 3, _lncc_reach(attributes)
     pred, mask = arrays["pred"], arrays.get("mask")
-
-    def finished(results: Arrays) -> Arrays:
-        for name in ("grad_pred", "grad_target"):
-            if name in results:
-                results[name] = slabs.add_halo(results[name], axis, reach, reach)
-        return results
-
-    halos = {name: slabs.with_halo(arrays[name], axis, reach, reach) for name in ("pred", "target")}
     if attributes["reduction"] == "none":
-        for name in ("mask", "grad_output"):
-            if name in arrays:
-                halos[name] = slabs.alone(arrays[name], axis, reach)
-        results = finished(run(halos))
-        if "output" in results:
-            results["output"] = jax.lax.slice_in_dim(
-                results["output"], reach, reach + slabs.own, axis=axis
-            )
-        return results
+        if "grad_output" in arrays:
+            return _lncc_of_halos(run, arrays, {}, reach, slabs)
+        axes = dict.fromkeys(_COMPARED, axis)
+        return _by_ends(lambda part, _: run(part), arrays, axes, reach, slabs)
     counted = jnp.ones((1, 1, 1, *pred.shape[axis:]), pred.dtype) if mask is None else mask
-    halos["mask"] = slabs.alone(counted, axis, reach)
-    results = finished(run(halos, attributes={"reduction": "sum"}))
+    results = _lncc_of_halos(run, arrays | {"mask": counted}, {"reduction": "sum"}, reach, slabs)
     results["output"] = slabs.sum(results["output"])
     if attributes["reduction"] == "sum":
         return results
@@ -621,6 +718,58 @@ def _lncc_loss(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut
             value = results[name]
             factor = share if mask is None else jnp.expand_dims(share, tuple(range(1, value.ndim)))
             results[name] = value * factor
+    return results
+
+
+def _lncc_of_halos(
+    run: Run, arrays: Arrays, attributes: Mapping[str, Any], reach: int, slabs: Slabs
+) -> Arrays:
+    """The sum of a slab's correlations, or nothing of it, and all gradients that follow from them.
+
+    Each of them counts once, in the call in which its whole window is at hand: that for the slab as
+    it is, or for one of its ends with a halo. What they contribute to gradients is added up.
+    """
+    axis, own = 3, slabs.own
+    weights = [name for name in ("mask", "grad_output") if name in arrays]
+    images = {name: arrays[name] for name in ("pred", "target")}
+    if own < 2 * reach:
+        halos = {name: slabs.with_halo(x, axis, reach, reach) for name, x in images.items()}
+        halos |= {name: slabs.alone(arrays[name], axis, reach) for name in weights}
+        results = run(halos, attributes=attributes)
+        return {
+            name: slabs.add_halo(x, axis, reach, reach) if name.startswith("grad_") else x
+            for name, x in results.items()
+        }
+
+    def placed(x: jax.Array, begin: int, end: int, before: int, after: int) -> jax.Array:
+        """Some planes between zeros."""
+        widths = [(before, after) if i == axis else (0, 0) for i in range(x.ndim)]
+        return jnp.pad(jax.lax.slice_in_dim(x, begin, end, axis=axis), widths)
+
+    inside = {name: slabs.inside(x, axis) for name, x in arrays.items()}
+    ends = {name: slabs.ends(x, axis, reach, 2 * reach) for name, x in images.items()}
+    parts = [inside, *({name: end[k] for name, end in ends.items()} for k in range(2))]
+    counted = [(reach, own - reach, reach, reach), (0, reach, reach, reach)]
+    counted.append((own - reach, own, reach, reach))
+    inner, first, last = (
+        run(
+            part | {name: placed(inside[name], *where) for name in weights},
+            attributes=attributes,
+        )
+        for part, where in zip(parts, counted, strict=True)
+    )
+    results = {}
+    for name, x in inner.items():
+        if not name.startswith("grad_"):
+            results[name] = x + first[name] + last[name]
+            continue
+        x = _added(x, jax.lax.slice_in_dim(first[name], reach, 3 * reach, axis=axis), axis, 0)
+        part = jax.lax.slice_in_dim(last[name], 0, 2 * reach, axis=axis)
+        x = _added(x, part, axis, own - 2 * reach)
+        to_last = slabs.moved(jax.lax.slice_in_dim(first[name], 0, reach, axis=axis), -1)
+        part = jax.lax.slice_in_dim(last[name], 2 * reach, 3 * reach, axis=axis)
+        to_first = slabs.moved(part, 1)
+        results[name] = _added(_added(x, to_last, axis, own - reach), to_first, axis, 0)
     return results
 
 
@@ -680,6 +829,15 @@ _SMOOTHING = SlabOp(
 )
 
 
+_STEP_GRADIENT: dict[str, tuple[Role, int]] = {
+    "moved": ("planes", 3),
+    "slope": ("planes", 3),
+    "pull": ("planes", 2),
+    "displacement": ("planes", 2),
+    "output": ("planes", 2),
+}
+
+
 def _converted(attributes: Mapping[str, Any]) -> dict[str, tuple[Role, int]]:
     source, target = (
         3 if attributes[name] == "first" else 2 for name in ("source_channels", "target_channels")
@@ -724,16 +882,7 @@ SLAB_OPS: dict[str, SlabOp] = {
     "riemannian_adam_step": SlabOp(
         _all_planes(2, "gradient", "mu", "nu", "output", "next_mu", "next_nu"), _adam_step
     ),
-    "step_gradient": SlabOp(
-        lambda _: {
-            "moved": ("planes", 3),
-            "slope": ("planes", 3),
-            "pull": ("planes", 2),
-            "displacement": ("planes", 2),
-            "output": ("planes", 2),
-        },
-        _step_gradient,
-    ),
+    "step_gradient": SlabOp(lambda _: _STEP_GRADIENT, _step_gradient),
     "mutual_information_loss": _INFORMATION,
     "joint_histogram": _INFORMATION,
     "field_energy": SlabOp(_all_planes(2, "displacement", "grad_displacement"), _field_energy),
