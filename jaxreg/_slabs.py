@@ -808,11 +808,33 @@ _ENERGY_HALO = 2
 
 
 def _field_energy(run: Run, arrays: Arrays, _: Mapping[str, Any], cut: Cut) -> Arrays:
-    slabs = cut.planes
-    halo = slabs.with_halo(arrays["displacement"], 2, _ENERGY_HALO, _ENERGY_HALO)
-    first = slabs.first()
-    slab = (slabs.planes, slabs.planes, 0)
-    results = run(arrays | {"displacement": halo}, slab=slab, first=_first_planes(first, first))
+    """The rule of penalties: the planes of a slab that look at no others, and its ends with halos.
+
+    Each plane's energy counts in one of these calls, which get two planes more on both sides.
+    """
+    slabs, halo = cut.planes, _ENERGY_HALO
+    displacement, own = arrays["displacement"], slabs.own
+
+    def energy(part: jax.Array, begin: int, *, has_room: bool = False) -> Arrays:
+        """Of the planes from ``begin`` on; the gradient may have room for the others as well."""
+        first = slabs.first() + begin
+        return run(
+            arrays | {"displacement": part},
+            slab=(slabs.planes, slabs.planes, int(has_room)),
+            first=_first_planes(first, first),
+        )
+
+    if own < 2 * halo + 1:
+        results = energy(slabs.with_halo(displacement, 2, halo, halo), 0)
+    else:
+        first, last = slabs.ends(displacement, 2, halo, 2 * halo)
+        firsts, lasts = energy(first, 0), energy(last, own - halo)
+        results = energy(slabs.inside(displacement, 2), halo, has_room=True)
+        for name, x in results.items():
+            if name == "output":
+                results[name] = x + firsts[name] + lasts[name]
+            else:
+                results[name] = _with_ends(x, firsts[name], lasts[name], 2)
     if "output" in results:
         results["output"] = slabs.sum(results["output"])
     return results

@@ -21,6 +21,9 @@ struct FieldEnergyCall {
   std::array<double, 3> spacing;  // mm per voxel in x, y, z order, or 1 where the unit is a voxel
   double mu, lam, weight;
   bool is_gradient = false;  // alone, for a cotangent
+  // A slab's gradient has room for the planes beyond its ends as well, which nobody writes to. The
+  // slab says so by `answering`, which has no other meaning where nothing is sampled.
+  bool gradient_has_halo = false;
   int64_t parts;             // that the sum over an item is cut into
   Shape output;              // (G), or (G, N) where nothing is reduced
 

@@ -1,3 +1,5 @@
+#include <cuda_pipeline.h>
+
 #include <algorithm>
 #include <type_traits>
 
@@ -165,6 +167,161 @@ __device__ __forceinline__ T sum_of_tile(const SlopeEnergy<T, D, Kind>& body,
     __syncthreads();
     store_row_ends(element, space, tile, IntTag<D>{});
   }
+  return sum;
+}
+
+// The elasticity of a tile in 3-D, in single precision. What binds where every voxel reads its
+// neighbours for itself is the first-level cache: of a row of packed vectors each load takes three
+// times as long as of a row of numbers. In shared memory it takes no longer, and most differences
+// along x and y that a voxel's neighbours along z need are the voxel's own, which wait in registers
+// while the tile walks through the planes.
+using Elasticity = SlopeEnergy<float, 3, ElasticEnergy<float, 3>>;
+
+// A plane of a tile in shared memory: rows of packed vectors, two voxels more on each side.
+struct ElasticPlane {
+  static constexpr int kHalo = 2;
+  static constexpr int kRowSize = (kWarp + 2 * kHalo) * 3;
+  static constexpr int kRows = kRowsPerBlock + 2 * kHalo;
+  static constexpr int kSize = kRows * kRowSize;
+  // Those of the voxel, the next two, and two on their way.
+  static constexpr int kCount = 5;
+};
+
+// Differences of a voxel's neighbours along x and y, two voxels apart, of all components.
+struct PlaneDifferences {
+  float along[2][3];
+
+  // `at` is the voxel in shared memory.
+  static __device__ __forceinline__ PlaneDifferences of(const float* at) {
+    PlaneDifferences result;
+    REGKERNELS_UNROLL
+    for (int k = 0; k < 3; ++k) {
+      result.along[0][k] = at[k + 3] - at[k - 3];
+      result.along[1][k] = at[k + ElasticPlane::kRowSize] - at[k - ElasticPlane::kRowSize];
+    }
+    return result;
+  }
+};
+
+template <>
+__device__ __forceinline__ float sum_of_tile<true>(const Elasticity& body, const VoxelSpace& space,
+                                                   int64_t group, int64_t item, const Tile& tile) {
+  using Plane = ElasticPlane;
+  __shared__ float memory[Plane::kCount][Plane::kSize];
+  const int lane_x = tile.first + static_cast<int>(threadIdx.x);
+  const bool active = lane_x < space.x;
+  const int x = active ? lane_x : space.x - 1;
+  const bool row_there = tile.y < space.y;  // for a whole warp at a time
+  auto element = body.element(group, item);
+  element.displacement -= tile.first_plane * body.stride[2];
+  element.gradient -= tile.first_plane * body.stride[2];
+  const auto& size = body.differences.frame.size;
+  const auto& half = body.differences.frame.half;
+  const ElasticEnergy<float, 3>& kind = body.kind;
+
+  // Of what is not in the volume, or beyond what the tile looks at, nothing is fetched or used.
+  const auto fetch = [&](int z) {
+    if (z >= 0 && z < size[2] && z < tile.end_z + Plane::kHalo) {
+      const int first_row = tile.y - static_cast<int>(threadIdx.y) - Plane::kHalo;
+      const int first_number = (tile.first - Plane::kHalo) * 3 + static_cast<int>(threadIdx.x);
+      float* const to = memory[static_cast<unsigned>(z + Plane::kCount) % Plane::kCount];
+      const float* const plane = element.displacement + z * body.stride[2];
+      REGKERNELS_NO_UNROLL
+      for (int row = threadIdx.y; row < Plane::kRows; row += kRowsPerBlock) {
+        const int y = first_row + row;
+        if (y < 0 || y >= size[1]) continue;
+        const float* const from = plane + (y * body.stride[1] + first_number);
+        float* const mine = to + row * Plane::kRowSize + threadIdx.x;
+        REGKERNELS_UNROLL
+        for (int k = 0; k < Plane::kRowSize; k += kWarp) {
+          const bool in_tile = k + static_cast<int>(threadIdx.x) < Plane::kRowSize;
+          const int e = first_number + k;
+          if (in_tile && e >= 0 && e < 3 * size[0]) {
+            __pipeline_memcpy_async(mine + k, from + k, sizeof(float));
+          }
+        }
+      }
+    }
+    __pipeline_commit();
+  };
+  // The voxel in a plane that has been fetched.
+  const auto here = [&](int z) {
+    return memory[static_cast<unsigned>(z + Plane::kCount) % Plane::kCount] +
+           (threadIdx.y + Plane::kHalo) * Plane::kRowSize + (threadIdx.x + Plane::kHalo) * 3;
+  };
+
+  float column[5][3] = {};  // the voxel in the planes from z - 2 to z + 2
+  PlaneDifferences before{}, own{}, after{};
+  float sum = 0;
+  __syncthreads();  // what an item before has left in shared memory has been read
+  fetch(tile.z - 2);
+  fetch(tile.z - 1);
+#pragma unroll 1
+  for (int newest = tile.z - 2; newest < tile.end_z + 2; ++newest) {
+    const int z = newest - 2;
+    __pipeline_wait_prior(1);
+    __syncthreads();
+    fetch(newest + 2);
+    REGKERNELS_UNROLL
+    for (int k = 0; k < 3; ++k) {
+      REGKERNELS_UNROLL
+      for (int d = 0; d < 4; ++d) column[d][k] = column[d + 1][k];
+      column[4][k] = here(newest)[k];
+    }
+    before = own;
+    own = after;
+    after = PlaneDifferences::of(here(newest - 1));
+    if (z < tile.z || !row_there) continue;
+    const Voxel voxel{z, tile.y, x, active, tile.first, space.x};
+    const Vec<int, 3> i = voxel_index<3>(voxel);
+    Vec<float, 3> pull{};
+    float energy;
+    if (element.far_from_border(i)) {
+      const float* const at = here(z);
+      Matrix<float, 3> slopes;
+      REGKERNELS_UNROLL
+      for (int k = 0; k < 3; ++k) {
+        const float factor = 0.5f * half[k];
+        slopes.m[k][0] = factor * own.along[0][k];
+        slopes.m[k][1] = factor * own.along[1][k];
+        slopes.m[k][2] = factor * (column[3][k] - column[1][k]);
+      }
+      energy = kind.energy(slopes);
+      // The formula of ElasticEnergy::pull.
+      constexpr int kRow = Plane::kRowSize;
+      const float twist[3][3] = {
+          {0,
+           (at[1 - kRow + 3] - at[1 - kRow - 3]) - (at[1 + kRow + 3] - at[1 + kRow - 3]),
+           before.along[0][2] - after.along[0][2]},
+          {(at[kRow - 3] - at[-kRow - 3]) - (at[kRow + 3] - at[-kRow + 3]), 0,
+           before.along[1][2] - after.along[1][2]},
+          {before.along[0][0] - after.along[0][0], before.along[1][1] - after.along[1][1], 0}};
+      REGKERNELS_UNROLL
+      for (int k = 0; k < 3; ++k) {
+        const float u = column[2][k];
+        const float low[3] = {at[k - 6], at[k - 2 * kRow], column[0][k]};
+        const float high[3] = {at[k + 6], at[k + 2 * kRow], column[4][k]};
+        REGKERNELS_UNROLL
+        for (int a = 0; a < 3; ++a) {
+          pull[k] += kind.second[k][a] * ((u - low[a]) + (u - high[a]));
+          if (a != k) pull[k] += kind.mixed[k][a] * twist[k][a];
+        }
+        pull[k] *= element.scale;
+      }
+    } else {
+      energy = kind.energy(body.differences.slopes(element.displacement, i));
+      if (!element.at_row_end(i)) {
+        pull = Elasticity::Element::gathered_apart(element, i);
+        REGKERNELS_UNROLL
+        for (int k = 0; k < 3; ++k) pull[k] *= element.scale;
+      }
+    }
+    store_packed(element.gradient + voxel.row(size) * 3, voxel, pull);
+    if (active) sum += energy;
+  }
+  __pipeline_wait_prior(0);
+  __syncthreads();
+  store_row_ends(element, space, tile, IntTag<3>{});
   return sum;
 }
 

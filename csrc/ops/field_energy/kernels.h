@@ -500,10 +500,14 @@ void with_field_energy(const Call& call, const Body& run) {
       constexpr int D = decltype(dimensions)::value;
       const auto run_with = [&](auto body) {
         body.displacement = Operand<const T>(call.input("displacement"));
-        if (call.slab.present()) {
-          body.displacement.data += kEnergyHalo * checked.sizes.y * checked.sizes.x * D;
-        }
         body.gradient = Operand<T>(call.output("grad_displacement"));
+        if (call.slab.present()) {
+          const int64_t halo = kEnergyHalo * checked.sizes.y * checked.sizes.x * D;
+          body.displacement.data += halo;
+          if (checked.gradient_has_halo && body.gradient.data != nullptr) {
+            body.gradient.data += halo;
+          }
+        }
         body.scale = static_cast<T>(checked.scale());
         if (checked.is_gradient) body.cotangent = Operand<const T>(call.input("grad_output"));
         run(body, space);

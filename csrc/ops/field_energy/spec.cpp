@@ -28,6 +28,7 @@ const FieldEnergyCall& check(Call& call, bool is_gradient) {
   if (call.slab.present()) {
     checked.sizes.z -= 2 * kEnergyHalo;
     checked.planes = call.slab.planes;
+    checked.gradient_has_halo = call.slab.answering > 0;
   }
   checked.kind = call.choice<EnergyKind>("kind");
   checked.reduction = call.choice<Reduction>("reduction");
@@ -57,7 +58,7 @@ const FieldEnergyCall& check(Call& call, bool is_gradient) {
 
 Tensor own_gradient_spec(const Call& call, const FieldEnergyCall& checked) {
   Tensor gradient = gradient_spec(call.input("displacement"), checked.batch);
-  if (call.slab.present()) gradient.shape[2] = checked.sizes.z;
+  if (call.slab.present() && !checked.gradient_has_halo) gradient.shape[2] = checked.sizes.z;
   return gradient;
 }
 

@@ -142,89 +142,109 @@ void find_moments(const Cuda& device, const Call& call, const AdamCall& checked,
   check_launch();
 }
 
-template <class Scalar, int D>
+template <class T, int D>
 struct Step {
-  using T = Scalar;
-  // A thread takes some voxels along z, as it has to prepare what is the same for all of them.
-  static constexpr int kDepth = 8, kUnroll = 4, kMinBlocks = 4;
-
   AdamRules<T> rules;
   StepScale<T, D> scale;
   Operand<const T> mu, nu, longest;
   Operand<T> output;
-  int size[3];     // x, y, z
+  int64_t items, batch;
+  int64_t voxels;  // of an item
+  int size[3];     // x, y, z; in 2-D there is one plane
   int64_t planes;  // of the whole volume
   bool confined;
   FirstPlane first_plane;
+};
 
-  struct Element {
-    const Step* self;
-    const T* mu;
-    const T* nu;
-    T* output;
-    AdamRule<T> rule;
+template <class T, int D>
+__global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
+    adam_step_kernel(const __grid_constant__ Step<T, D> step) {
+  constexpr int kUnroll = 2;
+  const int lane = threadIdx.x;
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
+  const int64_t numbers = step.voxels * D;
+  const int first_plane = step.first_plane();
+  const int last[3] = {step.size[0] - 1, step.size[1] - 1, static_cast<int>(step.planes) - 1};
+  for (int64_t b = blockIdx.y; b < step.batch; b += gridDim.y) {
+    const int64_t group = b / step.items, item = b - group * step.items;
+    const AdamRule<T> rule = step.rules.of(group, item);
+    const T *const mu = step.mu.at(group, item), *const nu = step.nu.at(group, item);
+    T* const output = step.output.at(group, item);
+    const T length = step.scale.length(*step.longest.at(group, item));
     T epsilon[D], factor[D];  // of the lane's numbers
-    int first_plane;
-
-    __device__ __forceinline__ void operator()(const Voxel& voxel) const {
-      const int64_t row = voxel.row(self->size);
-      const int64_t start = (row + voxel.tile_x) * D + threadIdx.x;
-      const int numbers = (voxel.row_size - voxel.tile_x) * D;
-      const int z = voxel.z + first_plane;
-      REGKERNELS_UNROLL
-      for (int k = 0; k < D; ++k) {
-        const int in_tile = k * kWarp + static_cast<int>(threadIdx.x);
-        if (in_tile >= numbers) continue;
-        T value =
-            factor[k] * rule.direction(mu[start + k * kWarp], nu[start + k * kWarp], epsilon[k]);
-        if (self->confined) {
-          const int component = component_of<D>(k);
-          const int x = voxel.tile_x + in_tile / D;
-          const int at = component == 0 ? x : component == 1 ? voxel.y : z;
-          const int last = component == 0   ? voxel.row_size - 1
-                           : component == 1 ? self->size[1] - 1
-                                            : static_cast<int>(self->planes) - 1;
-          if (at == 0 || at == last) value = 0;
-        }
-        output[start + k * kWarp] = value;
-      }
-    }
-  };
-
-  __device__ __forceinline__ Element element(int64_t group, int64_t item) const {
-    Element result;
-    result.self = this;
-    result.mu = mu.at(group, item);
-    result.nu = nu.at(group, item);
-    result.output = output.at(group, item);
-    result.rule = rules.of(group, item);
-    const T length = scale.length(*longest.at(group, item));
     REGKERNELS_UNROLL
     for (int k = 0; k < D; ++k) {
       const int component = component_of<D>(k);
-      result.epsilon[k] = rules.epsilon.at(group, item)[component];
-      result.factor[k] = length * scale.voxel[component];
+      epsilon[k] = step.rules.epsilon.at(group, item)[component];
+      factor[k] = length * step.scale.voxel[component];
     }
-    result.first_plane = first_plane();
-    return result;
+    const int64_t tiles = (step.voxels + kWarp * kUnroll - 1) / (kWarp * kUnroll);
+    for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.y;
+         tile < tiles; tile += warps) {
+      const int64_t first = tile * (kWarp * kUnroll);  // voxel
+      const int64_t start = first * D + lane;
+      T m[kUnroll * D], n[kUnroll * D];
+      REGKERNELS_UNROLL
+      for (int i = 0; i < kUnroll * D; ++i) {
+        const int64_t e = start + i * kWarp;
+        m[i] = e < numbers ? mu[e] : T(0);
+        n[i] = e < numbers ? nu[e] : T(0);
+      }
+      // Where the tile begins.
+      const int64_t row = first / step.size[0];
+      const int first_x = static_cast<int>(first - row * step.size[0]);
+      const int first_z = static_cast<int>(row / step.size[1]);
+      const int first_y = static_cast<int>(row - static_cast<int64_t>(first_z) * step.size[1]);
+      REGKERNELS_UNROLL
+      for (int i = 0; i < kUnroll * D; ++i) {
+        const int k = i % D;
+        T value = factor[k] * rule.direction(m[i], n[i], epsilon[k]);
+        if (step.confined) {
+          int at[3] = {first_x + (i * kWarp + lane) / D, first_y, first_z};
+          while (at[0] >= step.size[0]) {
+            at[0] -= step.size[0];
+            if (++at[1] == step.size[1]) {
+              at[1] = 0;
+              ++at[2];
+            }
+          }
+          at[2] += first_plane;
+          const int component = component_of<D>(k);
+          const int here = component == 0 ? at[0] : component == 1 ? at[1] : at[2];
+          const int end = component == 0 ? last[0] : component == 1 ? last[1] : last[2];
+          if (here == 0 || here == end) value = 0;
+        }
+        const int64_t e = start + i * kWarp;
+        if (e < numbers) output[e] = value;
+      }
+    }
   }
-};
+}
 
 template <class T, int D>
 void write_step(const Cuda& device, const Call& call, const AdamCall& checked, const Tensor& mu,
                 const Tensor& nu, const Tensor& longest) {
   const VoxelSpace space = voxel_space(checked.batch.groups, checked.batch.items, checked.sizes);
-  for_each_voxel(device, space,
-                 Step<T, D>{AdamRules<T>(call, checked, Tensor()),
-                            StepScale<T, D>(checked),
-                            Operand<const T>(mu),
-                            Operand<const T>(nu),
-                            Operand<const T>(longest),
-                            Operand<T>(call.output("output")),
-                            {space.x, space.y, space.z},
-                            checked.planes,
-                            checked.confined,
-                            FirstPlane(call.slab)});
+  if (space.empty()) return;
+  const Step<T, D> step{AdamRules<T>(call, checked, Tensor()),
+                        StepScale<T, D>(checked),
+                        Operand<const T>(mu),
+                        Operand<const T>(nu),
+                        Operand<const T>(longest),
+                        Operand<T>(call.output("output")),
+                        checked.batch.items,
+                        space.batch(),
+                        checked.sizes.voxels(),
+                        {space.x, space.y, space.z},
+                        checked.planes,
+                        checked.confined,
+                        FirstPlane(call.slab)};
+  const int64_t most = multiprocessors() * int64_t{8};
+  const int64_t needed = (step.voxels + 511) / 512;
+  const dim3 grid(static_cast<unsigned>(std::min(needed, most)),
+                  static_cast<unsigned>(std::min<int64_t>(space.batch(), 65535)));
+  adam_step_kernel<<<grid, dim3(kWarp, kRowsPerBlock), 0, device.stream>>>(step);
+  check_launch();
 }
 
 void find_moments(const Cuda& device, const Call& call, const Tensor& longest) {

@@ -43,6 +43,160 @@ struct WriteProduct {
   }
 };
 
+// Writes the product with a pull that is taken through a warp, of images of one channel in 3-D.
+// Every voxel looks at six neighbours' displacements. Of rows of packed vectors in memory each load
+// would take three times as long as of rows of numbers; so the displacement and the pull wait in
+// shared memory, and of the neighbours along z the voxel's own column in registers.
+template <class T>
+struct WarpedProduct {
+  using Product = GradientProduct<T, 3>;
+  Product product;
+  T* output;
+  VoxelSpace space;
+  int tiles_x;
+  int depth;  // planes that a block walks through
+
+  static constexpr int kHalo = 1;
+  static constexpr int kRowSize = (kWarp + 2 * kHalo) * 3, kRows = kRowsPerBlock + 2 * kHalo;
+  // A plane in shared memory: the tile of the displacement, and that of the pull.
+  static constexpr int kPull = kRows * kRowSize, kSize = kPull + kRowsPerBlock * kWarp * 3;
+  static constexpr int kPlanes = 4;  // the voxel's, the next one, and two on their way
+};
+
+template <class T>
+__global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
+    warped_product_kernel(const __grid_constant__ WarpedProduct<T> arguments) {
+  using W = WarpedProduct<T>;
+  __shared__ T memory[W::kPlanes][W::kSize];
+  const auto& product = arguments.product;
+  const VoxelSpace& space = arguments.space;
+  const int tile_y = blockIdx.x / arguments.tiles_x;
+  const int tile_x = (blockIdx.x - tile_y * arguments.tiles_x) * kWarp;
+  const int y = tile_y * kRowsPerBlock + static_cast<int>(threadIdx.y);
+  const int lane_x = tile_x + static_cast<int>(threadIdx.x);
+  const bool active = lane_x < space.x;
+  const int x = active ? lane_x : space.x - 1;
+  const int64_t plane_size = static_cast<int64_t>(space.x) * space.y;
+  const int z_begin = blockIdx.y * arguments.depth, z_end = min(z_begin + arguments.depth, space.z);
+  for (int64_t b = blockIdx.z; b < space.batch(); b += gridDim.z) {
+    const int64_t group = b / space.items;
+    const auto item = product.item(group, b - group * space.items);
+    T* const output = arguments.output + b * product.volume * 3;
+    const auto place = [&](int z) { return memory[static_cast<unsigned>(z + 1) % W::kPlanes]; };
+    // Of what is not there nothing is fetched or used.
+    const auto fetch = [&](int z) {
+      if (z >= 0 && z < space.z && z <= z_end) {
+        REGKERNELS_NO_UNROLL
+        for (int row = threadIdx.y; row < W::kRows; row += kRowsPerBlock) {
+          const int from_y = tile_y * kRowsPerBlock + row - W::kHalo;
+          if (from_y < 0 || from_y >= space.y) continue;
+          const int first = (tile_x - W::kHalo) * 3 + static_cast<int>(threadIdx.x);
+          const T* const from =
+              item.displacement + (z * plane_size + static_cast<int64_t>(from_y) * space.x) * 3 +
+              first;
+          T* const to = place(z) + row * W::kRowSize + threadIdx.x;
+          REGKERNELS_UNROLL
+          for (int k = 0; k < W::kRowSize; k += kWarp) {
+            const bool in_tile = k + static_cast<int>(threadIdx.x) < W::kRowSize;
+            if (in_tile && first + k >= 0 && first + k < 3 * space.x) {
+              __pipeline_memcpy_async(to + k, from + k, sizeof(T));
+            }
+          }
+        }
+        if (y < space.y) {
+          const int first = tile_x * 3 + static_cast<int>(threadIdx.x);
+          const T* const from =
+              item.pull + (z * plane_size + static_cast<int64_t>(y) * space.x) * 3 + first;
+          T* const to = place(z) + W::kPull + threadIdx.y * (kWarp * 3) + threadIdx.x;
+          REGKERNELS_UNROLL
+          for (int k = 0; k < kWarp * 3; k += kWarp) {
+            if (first + k < 3 * space.x) __pipeline_memcpy_async(to + k, from + k, sizeof(T));
+          }
+        }
+      }
+      __pipeline_commit();
+    };
+    const auto displacement_at = [&](int z) {
+      return place(z) + (threadIdx.y + W::kHalo) * W::kRowSize + (threadIdx.x + W::kHalo) * 3;
+    };
+    const int64_t in_plane = static_cast<int64_t>(min(y, space.y - 1)) * space.x + x;
+    const auto moved_at = [&](int z) {
+      return z >= 0 && z < space.z ? item.moved[z * plane_size + in_plane] : T(0);
+    };
+    // The voxel's column: the planes before it, its own, and after it.
+    T column[3][3] = {}, moved[3] = {0, moved_at(z_begin - 1), moved_at(z_begin)};
+    __syncthreads();  // what an item before has left in shared memory has been read
+    fetch(z_begin - 1);
+    fetch(z_begin);
+#pragma unroll 1
+    for (int newest = z_begin - 1; newest <= z_end; ++newest) {
+      const int z = newest - 1;
+      __pipeline_wait_prior(1);
+      __syncthreads();
+      fetch(newest + 2);
+      REGKERNELS_UNROLL
+      for (int k = 0; k < 3; ++k) {
+        column[0][k] = column[1][k];
+        column[1][k] = column[2][k];
+        column[2][k] = displacement_at(newest)[k];
+      }
+      if (z < z_begin || y >= space.y) continue;
+      moved[0] = moved[1];
+      moved[1] = moved[2];
+      moved[2] = moved_at(z + 1);
+      const T* const at = displacement_at(z);
+      const T* const image = item.moved + z * plane_size + in_plane;
+      const T slope = item.slope[z * plane_size + in_plane];
+      // A lane past the end of the row has no pull of its own; nobody stores what it computes.
+      const T* const in_stage = place(z) + W::kPull + (threadIdx.y * kWarp + threadIdx.x) * 3;
+      const T pull[3] = {in_stage[0], in_stage[1], in_stage[2]};
+      Vec<T, 3> value;
+      REGKERNELS_UNROLL
+      for (int k = 0; k < 3; ++k) {
+        const auto along = product.neighbours(k, x, y, z);
+        T sum = 0;
+        if (along.below || along.above) {
+          const int step = k == 0 ? 3 : W::kRowSize;
+          const int64_t image_step = k == 0 ? 1 : space.x;
+          const T high = !along.above ? moved[1] : k == 2 ? moved[2] : image[image_step];
+          const T low = !along.below ? moved[1] : k == 2 ? moved[0] : image[-image_step];
+          sum = slope * ((high - low) * along.factor);
+          REGKERNELS_UNROLL
+          for (int j = 0; j < 3; ++j) {
+            const T own = column[1][j];
+            const T above = !along.above ? own : k == 2 ? column[2][j] : at[j + step];
+            const T below = !along.below ? own : k == 2 ? column[0][j] : at[j - step];
+            sum += pull[j] * ((above - below) * along.factor);
+          }
+        }
+        value[k] = sum + pull[k];
+      }
+      const Voxel voxel{z, y, x, active, tile_x, space.x};
+      store_packed(output + voxel.row(product.frame.size) * 3, voxel, value);
+    }
+    __pipeline_wait_prior(0);
+  }
+}
+
+template <class T>
+void write_warped_product(const Cuda& device, const GradientProduct<T, 3>& product,
+                          const VoxelSpace& space, T* output) {
+  if (space.empty()) return;
+  const int tiles_x = (space.x + kWarp - 1) / kWarp;
+  const int tiles_y = (space.y + kRowsPerBlock - 1) / kRowsPerBlock;
+  // A long walk fetches few planes twice; there have to be some blocks for each multiprocessor.
+  const int64_t tiles = static_cast<int64_t>(tiles_x) * tiles_y * space.batch();
+  const int64_t walks = (8 * multiprocessors() + tiles - 1) / tiles;
+  const int depth = static_cast<int>(std::clamp<int64_t>((space.z + walks - 1) / walks, 4, 64));
+  const dim3 grid(static_cast<unsigned>(tiles_x * tiles_y),
+                  static_cast<unsigned>((space.z + depth - 1) / depth),
+                  static_cast<unsigned>(std::min<int64_t>(space.batch(), 65535)));
+  const dim3 block(kWarp, kRowsPerBlock);
+  const WarpedProduct<T> arguments{product, output, space, tiles_x, depth};
+  warped_product_kernel<<<grid, block, 0, device.stream>>>(arguments);
+  check_launch();
+}
+
 // The product as what is smoothed: it is computed when a tile is loaded, and never in memory.
 template <class Product>
 struct ProductSource {
@@ -255,7 +409,15 @@ void step_gradient_cuda(const Context& context, const Call& call) {
         smoothing.passes.empty() || (!smoothing.fused && !first_pass_writes_output(smoothing));
     T* const unsmoothed = in_output ? output : scratch;
     const VoxelSpace space = voxel_space(checked.batch.groups, checked.batch.items, checked.sizes);
-    for_each_voxel(device, space, WriteProduct<Product>{product, unsmoothed, space.items});
+    const auto write_product = [&] {
+      if constexpr (std::is_same_v<T, float> && Product::D == 3) {
+        if (checked.channels == 1 && product.displacement.data != nullptr) {
+          return write_warped_product(device, product, space, unsmoothed);
+        }
+      }
+      for_each_voxel(device, space, WriteProduct<Product>{product, unsmoothed, space.items});
+    };
+    write_product();
     if (smoothing.passes.empty()) return;
     smooth_array(device, smoothing, static_cast<const T*>(unsmoothed), output,
                  call.output("weights").template as<T>(), scratch);
