@@ -307,7 +307,7 @@ def _sampled_planes(
         outside = (position < 0) | (position > last)
         position = jnp.where(outside, jnp.inf, position)
     else:
-        position = jnp.where(jnp.isnan(position), jnp.inf, jnp.clip(position, 0, last))
+        position = jnp.clip(position, 0, last)
     if planes.is_padded:
         plane = (jnp.arange(own, dtype=jnp.int32) + planes.first())[:, None, None]
         middle = (cut.sampled.first() + 0.0).astype(position.dtype)
@@ -315,8 +315,9 @@ def _sampled_planes(
     position = position - cut.sampled.first().astype(position.dtype)
     others = tuple(i for i in range(position.ndim) if i != position.ndim - 3)
     lowest, highest = jnp.min(position, others), jnp.max(position, others)
-    # A plane more on either side makes up for rounding.
-    return lowest - 1, highest + 2
+    # A plane more on either side makes up for rounding. What is not a number is so of both.
+    unknown = jnp.isnan(lowest)
+    return jnp.where(unknown, -jnp.inf, lowest - 1), jnp.where(unknown, jnp.inf, highest + 2)
 
 
 def _sampling(

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "core/fetch_row.h"
 #include "core/reduce.h"
 #include "ops/field_energy/field_energy.h"
 #include "ops/field_energy/kernels.h"
@@ -177,10 +178,11 @@ __device__ __forceinline__ T sum_of_tile(const SlopeEnergy<T, D, Kind>& body,
 // while the tile walks through the planes.
 using Elasticity = SlopeEnergy<float, 3, ElasticEnergy<float, 3>>;
 
-// A plane of a tile in shared memory: rows of packed vectors, two voxels more on each side.
+// A plane of a tile in shared memory: rows of packed vectors. On each side of a row there are more
+// voxels than anybody looks at, so that it begins at a multiple of four numbers.
 struct ElasticPlane {
-  static constexpr int kHalo = 2;
-  static constexpr int kRowSize = (kWarp + 2 * kHalo) * 3;
+  static constexpr int kHalo = 2, kHaloX = 4;
+  static constexpr int kRowSize = (kWarp + 2 * kHaloX) * 3;
   static constexpr int kRows = kRowsPerBlock + 2 * kHalo;
   static constexpr int kSize = kRows * kRowSize;
   // Those of the voxel, the next two, and two on their way.
@@ -207,7 +209,7 @@ template <>
 __device__ __forceinline__ float sum_of_tile<true>(const Elasticity& body, const VoxelSpace& space,
                                                    int64_t group, int64_t item, const Tile& tile) {
   using Plane = ElasticPlane;
-  __shared__ float memory[Plane::kCount][Plane::kSize];
+  __shared__ __align__(16) float memory[Plane::kCount][Plane::kSize];
   const int lane_x = tile.first + static_cast<int>(threadIdx.x);
   const bool active = lane_x < space.x;
   const int x = active ? lane_x : space.x - 1;
@@ -219,27 +221,19 @@ __device__ __forceinline__ float sum_of_tile<true>(const Elasticity& body, const
   const auto& half = body.differences.frame.half;
   const ElasticEnergy<float, 3>& kind = body.kind;
 
+  const int first_row = tile.y - static_cast<int>(threadIdx.y) - Plane::kHalo;
+  const bool by_four = rows_of_four(element.displacement, body.stride[1]);
   // Of what is not in the volume, or beyond what the tile looks at, nothing is fetched or used.
   const auto fetch = [&](int z) {
     if (z >= 0 && z < size[2] && z < tile.end_z + Plane::kHalo) {
-      const int first_row = tile.y - static_cast<int>(threadIdx.y) - Plane::kHalo;
-      const int first_number = (tile.first - Plane::kHalo) * 3 + static_cast<int>(threadIdx.x);
       float* const to = memory[static_cast<unsigned>(z + Plane::kCount) % Plane::kCount];
       const float* const plane = element.displacement + z * body.stride[2];
       REGKERNELS_NO_UNROLL
       for (int row = threadIdx.y; row < Plane::kRows; row += kRowsPerBlock) {
         const int y = first_row + row;
         if (y < 0 || y >= size[1]) continue;
-        const float* const from = plane + (y * body.stride[1] + first_number);
-        float* const mine = to + row * Plane::kRowSize + threadIdx.x;
-        REGKERNELS_UNROLL
-        for (int k = 0; k < Plane::kRowSize; k += kWarp) {
-          const bool in_tile = k + static_cast<int>(threadIdx.x) < Plane::kRowSize;
-          const int e = first_number + k;
-          if (in_tile && e >= 0 && e < 3 * size[0]) {
-            __pipeline_memcpy_async(mine + k, from + k, sizeof(float));
-          }
-        }
+        fetch_row<Plane::kRowSize>(to + row * Plane::kRowSize, plane + y * body.stride[1],
+                                   (tile.first - Plane::kHaloX) * 3, 3 * size[0], by_four);
       }
     }
     __pipeline_commit();
@@ -247,7 +241,7 @@ __device__ __forceinline__ float sum_of_tile<true>(const Elasticity& body, const
   // The voxel in a plane that has been fetched.
   const auto here = [&](int z) {
     return memory[static_cast<unsigned>(z + Plane::kCount) % Plane::kCount] +
-           (threadIdx.y + Plane::kHalo) * Plane::kRowSize + (threadIdx.x + Plane::kHalo) * 3;
+           (threadIdx.y + Plane::kHalo) * Plane::kRowSize + (threadIdx.x + Plane::kHaloX) * 3;
   };
 
   float column[5][3] = {};  // the voxel in the planes from z - 2 to z + 2

@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "core/cuda_runtime.h"
+#include "core/fetch_row.h"
 #include "core/for_each.h"
 #include "maths/voxel_vectors.h"
 #include "ops/gaussian_smooth/fused.h"
@@ -47,27 +48,28 @@ struct WriteProduct {
 // Every voxel looks at six neighbours' displacements. Of rows of packed vectors in memory each load
 // would take three times as long as of rows of numbers; so the displacement and the pull wait in
 // shared memory, and of the neighbours along z the voxel's own column in registers.
-template <class T>
 struct WarpedProduct {
-  using Product = GradientProduct<T, 3>;
-  Product product;
+  using T = float;
+  GradientProduct<T, 3> product;
   T* output;
   VoxelSpace space;
   int tiles_x;
   int depth;  // planes that a block walks through
 
-  static constexpr int kHalo = 1;
-  static constexpr int kRowSize = (kWarp + 2 * kHalo) * 3, kRows = kRowsPerBlock + 2 * kHalo;
+  // On each side of a row there are more voxels than anybody looks at, so that it begins at a
+  // multiple of four numbers.
+  static constexpr int kHalo = 1, kHaloX = 4;
+  static constexpr int kRowSize = (kWarp + 2 * kHaloX) * 3, kRows = kRowsPerBlock + 2 * kHalo;
   // A plane in shared memory: the tile of the displacement, and that of the pull.
   static constexpr int kPull = kRows * kRowSize, kSize = kPull + kRowsPerBlock * kWarp * 3;
   static constexpr int kPlanes = 4;  // the voxel's, the next one, and two on their way
 };
 
-template <class T>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
-    warped_product_kernel(const __grid_constant__ WarpedProduct<T> arguments) {
-  using W = WarpedProduct<T>;
-  __shared__ T memory[W::kPlanes][W::kSize];
+    warped_product_kernel(const __grid_constant__ WarpedProduct arguments) {
+  using W = WarpedProduct;
+  using T = W::T;
+  __shared__ __align__(16) T memory[W::kPlanes][W::kSize];
   const auto& product = arguments.product;
   const VoxelSpace& space = arguments.space;
   const int tile_y = blockIdx.x / arguments.tiles_x;
@@ -83,41 +85,31 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
     const auto item = product.item(group, b - group * space.items);
     T* const output = arguments.output + b * product.volume * 3;
     const auto place = [&](int z) { return memory[static_cast<unsigned>(z + 1) % W::kPlanes]; };
+    const bool by_four =
+        rows_of_four(item.displacement, 3 * space.x) && rows_of_four(item.pull, 3 * space.x);
     // Of what is not there nothing is fetched or used.
     const auto fetch = [&](int z) {
       if (z >= 0 && z < space.z && z <= z_end) {
+        const T* const plane = item.displacement + z * plane_size * 3;
         REGKERNELS_NO_UNROLL
         for (int row = threadIdx.y; row < W::kRows; row += kRowsPerBlock) {
           const int from_y = tile_y * kRowsPerBlock + row - W::kHalo;
           if (from_y < 0 || from_y >= space.y) continue;
-          const int first = (tile_x - W::kHalo) * 3 + static_cast<int>(threadIdx.x);
-          const T* const from =
-              item.displacement + (z * plane_size + static_cast<int64_t>(from_y) * space.x) * 3 +
-              first;
-          T* const to = place(z) + row * W::kRowSize + threadIdx.x;
-          REGKERNELS_UNROLL
-          for (int k = 0; k < W::kRowSize; k += kWarp) {
-            const bool in_tile = k + static_cast<int>(threadIdx.x) < W::kRowSize;
-            if (in_tile && first + k >= 0 && first + k < 3 * space.x) {
-              __pipeline_memcpy_async(to + k, from + k, sizeof(T));
-            }
-          }
+          fetch_row<W::kRowSize>(place(z) + row * W::kRowSize,
+                                 plane + static_cast<int64_t>(from_y) * space.x * 3,
+                                 (tile_x - W::kHaloX) * 3, 3 * space.x, by_four);
         }
         if (y < space.y) {
-          const int first = tile_x * 3 + static_cast<int>(threadIdx.x);
-          const T* const from =
-              item.pull + (z * plane_size + static_cast<int64_t>(y) * space.x) * 3 + first;
-          T* const to = place(z) + W::kPull + threadIdx.y * (kWarp * 3) + threadIdx.x;
-          REGKERNELS_UNROLL
-          for (int k = 0; k < kWarp * 3; k += kWarp) {
-            if (first + k < 3 * space.x) __pipeline_memcpy_async(to + k, from + k, sizeof(T));
-          }
+          fetch_row<kWarp * 3>(
+              place(z) + W::kPull + threadIdx.y * (kWarp * 3),
+              item.pull + (z * plane_size + static_cast<int64_t>(y) * space.x) * 3, tile_x * 3,
+              3 * space.x, by_four);
         }
       }
       __pipeline_commit();
     };
     const auto displacement_at = [&](int z) {
-      return place(z) + (threadIdx.y + W::kHalo) * W::kRowSize + (threadIdx.x + W::kHalo) * 3;
+      return place(z) + (threadIdx.y + W::kHalo) * W::kRowSize + (threadIdx.x + W::kHaloX) * 3;
     };
     const int64_t in_plane = static_cast<int64_t>(min(y, space.y - 1)) * space.x + x;
     const auto moved_at = [&](int z) {
@@ -178,9 +170,8 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
   }
 }
 
-template <class T>
-void write_warped_product(const Cuda& device, const GradientProduct<T, 3>& product,
-                          const VoxelSpace& space, T* output) {
+void write_warped_product(const Cuda& device, const GradientProduct<float, 3>& product,
+                          const VoxelSpace& space, float* output) {
   if (space.empty()) return;
   const int tiles_x = (space.x + kWarp - 1) / kWarp;
   const int tiles_y = (space.y + kRowsPerBlock - 1) / kRowsPerBlock;
@@ -192,7 +183,7 @@ void write_warped_product(const Cuda& device, const GradientProduct<T, 3>& produ
                   static_cast<unsigned>((space.z + depth - 1) / depth),
                   static_cast<unsigned>(std::min<int64_t>(space.batch(), 65535)));
   const dim3 block(kWarp, kRowsPerBlock);
-  const WarpedProduct<T> arguments{product, output, space, tiles_x, depth};
+  const WarpedProduct arguments{product, output, space, tiles_x, depth};
   warped_product_kernel<<<grid, block, 0, device.stream>>>(arguments);
   check_launch();
 }
