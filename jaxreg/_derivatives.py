@@ -3,7 +3,7 @@
 Every derivative of a result is a linear map (`jaxreg._primitives`), whose transpose is the gradient
 op: reverse mode runs that, and uses what was computed for it with the value. Forward mode, and
 derivatives of derivatives, go by the maths of an op where they are not calls of ops themselves:
-see `jaxreg._definitions`.
+see `regkernels.definitions`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from jaxreg._definitions import DEFINITIONS, Call, Values
 from jaxreg._primitives import Arrays, linear_map
+from regkernels import definitions
+from regkernels.definitions import DEFINITIONS, LINEAR, Values, result_of
 
-LINEAR = frozenset({"affine_warp", "scale_velocity", "gaussian_smooth", "convert_displacement"})
-"""The ops that are linear in all operands together."""
+
+class Call(definitions.Call, Protocol):
+    """A call of an op but for its operands."""
+
+    @property
+    def shares_planes(self) -> bool:
+        """Whether the operands are the planes of a device: see `jaxreg.planes_over`."""
+        ...
 
 
 def _no_forward_mode(call: Call) -> NotImplementedError:
@@ -51,12 +58,13 @@ def _dot(gradient: jax.Array, tangent: jax.Array, result: _Result) -> jax.Array:
 
 def _pushed_forward(call: Call, values: Values, tangents: Values, result: _Result) -> jax.Array:
     """The tangent of the result, from those of some inputs."""
-    op, name = call.op, call.op.output_names[call.op.result]
+    op = call.op
     if op.name in LINEAR:
         moved = {
             x: tangents[x] if x in tangents else jnp.zeros_like(values[x]) for x in op.input_names
         }
-        return call.run(moved, 1 << op.result)[name]
+        linear: jax.Array = result_of(call, moved)
+        return linear
     if call.shares_planes:
         raise _no_forward_mode(call)
     if not result.rank:
@@ -69,8 +77,7 @@ def _pushed_forward(call: Call, values: Values, tangents: Values, result: _Resul
         raise _no_forward_mode(call)
     parts = []
     if op.name == "interpolate" and "image" in tangents:
-        sampled = call.run({**values, "image": tangents["image"]}, 1 << op.result)
-        parts.append(sampled[name])
+        parts.append(result_of(call, {**values, "image": tangents["image"]}))
         tangents = {x: t for x, t in tangents.items() if x != "image"}
     if tangents:
         along = dict(tangents)

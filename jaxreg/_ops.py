@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreg._derivatives import of_gradient, of_op
+from jaxreg._framework import JAX
 from jaxreg._primitives import apply_function
-from jaxreg._sharding import Operands, Reduction, align, spread_over_devices
+from jaxreg._sharding import Operands, Reduction, align, spread_over_devices, vary_alike
 from jaxreg._shared_planes import SharedPlanes, on_shared_planes, shared_planes
 from jaxreg._slabs import SLAB_OPS, axes_of_slabs
 from regkernels import table
+from regkernels.definitions import Framework
 from regkernels.options import plain_number
 from regkernels.table import HALVES, OPS, Attribute, Input, Op, bit_mask
 
@@ -290,11 +292,15 @@ class _Call:
         return dict(zip(self.op.attribute_names, self.ordered, strict=True))
 
     @property
+    def framework(self) -> Framework:
+        return JAX
+
+    @property
     def shares_planes(self) -> bool:
         return self.shared is not None
 
     def run(self, operands: Mapping[str, jax.Array], wanted: int) -> dict[str, jax.Array]:
-        inputs = tuple(map(operands.get, self.op.input_names))
+        inputs = vary_alike(tuple(map(operands.get, self.op.input_names)))
         outputs: dict[str, jax.Array] = _run(self.name, self.ordered, wanted, self.shared, inputs)
         return outputs
 
@@ -304,7 +310,7 @@ class _Call:
         gradient = self.op.gradient
         assert gradient is not None
         operands = {**values, "grad_output": cotangent}
-        inputs = tuple(map(operands.get, gradient.input_names))
+        inputs = vary_alike(tuple(map(operands.get, gradient.input_names)))
         wanted = gradient.mask([f"grad_{x}" for x in names])
         outputs = _run(gradient.name, self.ordered, wanted, self.shared, inputs)
         return {x: outputs[f"grad_{x}"] for x in names}

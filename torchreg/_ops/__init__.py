@@ -5,8 +5,8 @@ which makes it differentiable and mappable. Inside the table every array has one
 the group axis, which is where ``vmap`` puts its mapped axis; nothing is ever summed across groups.
 A call with ``grouped=False`` leaves that axis out.
 
-From the ground up: `torch_internals`, `open_sizes`, `launch`, `exchange`, `calls`, `autograd`,
-`registration`, and on top of them what is here.
+From the ground up: `torch_internals`, `open_sizes`, `launch`, `exchange`, `calls`, `functions`,
+`framework`, `derivatives`, `autograd`, `registration`, and on top of them what is here.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from torchreg._ops import (
 )
 from torchreg._ops.autograd import (
     Differentiable,
+    DifferentiableBothWays,
     EagerDifferentiable,
     needed_gradients,
-    no_forward_mode,
     record,
     refuse_dual_numbers,
 )
 from torchreg._ops.calls import call, is_eager, plain_memory
+from torchreg._ops.derivatives import no_forward_mode, not_twice
 from torchreg._ops.launch import DTYPE_NAMES, DTYPES, infer, result, run, spec
 from torchreg._ops.torch_internals import is_tracing, transforms
 
@@ -211,9 +212,11 @@ def _dispatch(
             # A traced program can be saved with calls of registered ops, which have derivatives,
             # and cannot with autograd functions.
             return result(op, call(name, arguments, attributes, op.wanted(()), False))
+    elif transforms()[2]:
+        raise no_forward_mode(name)
     elif transforms()[1] > 1:
         # A compiler traces a backward pass without its tie to the second derivative.
-        raise RuntimeError(f"torchreg: {name} can be differentiated once, not twice")
+        raise not_twice(name)
     elif True not in needs or torch.compiler.is_exporting():
         # With autograd functions a strict export would detach the result without a word.
         return result(op, call(name, arguments, attributes, op.wanted(()), False))
@@ -221,11 +224,4 @@ def _dispatch(
     if torch.compiler.is_compiling():
         once = _each_once(arguments)
         return result(op, Differentiable.apply(name, ordered, needs, False, *once))
-    try:
-        outputs = Differentiable.apply(name, ordered, needs, False, *arguments)
-    except NotImplementedError as error:
-        # A method that refuses it in words of its own would be refused by compilers.
-        if "jvp" not in str(error):
-            raise
-        raise no_forward_mode(name) from error
-    return result(op, outputs)
+    return result(op, DifferentiableBothWays.apply(name, ordered, needs, False, *arguments))

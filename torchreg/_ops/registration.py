@@ -13,7 +13,11 @@ from typing import Any
 import torch
 
 from regkernels.table import OPS, Op
-from torchreg._ops.autograd import Differentiable, check_constants
+from torchreg._ops.autograd import (
+    DifferentiableBothWays,
+    check_constants,
+    refuse_dual_numbers,
+)
 from torchreg._ops.calls import ABSENT, call, fold, pack, unfold
 from torchreg._ops.launch import result, run
 from torchreg._ops.torch_internals import BelowAutograd
@@ -80,6 +84,7 @@ def _make_derivative(op: Op) -> Callable[..., list[torch.Tensor]]:
         operands, attributes, wanted, grouped = _split(op, arguments)
         needs = tuple(x is not None and x.requires_grad for x in operands)
         if True not in needs or not torch.is_grad_enabled():
+            refuse_dual_numbers(op.name, operands)
             with BelowAutograd():
                 results: list[torch.Tensor] = getattr(torch.ops.torchreg, op.name)(*arguments)
             return results
@@ -90,7 +95,7 @@ def _make_derivative(op: Op) -> Callable[..., list[torch.Tensor]]:
             )
         check_constants(op, needs)
         ordered = tuple(attributes.values())
-        outputs = Differentiable.apply(op.name, ordered, needs, grouped, *operands)
+        outputs = DifferentiableBothWays.apply(op.name, ordered, needs, grouped, *operands)
         return [result(op, outputs)]
 
     return derivative

@@ -6,7 +6,8 @@ If it does, this is the one module to change.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,16 +69,32 @@ def is_forward_mode_active() -> bool:
     return forward_ad._current_level >= 0
 
 
+@contextmanager
+def at_primals(tensors: Sequence[torch.Tensor | None]) -> Iterator[tuple[Any, ...]]:
+    """In the rule of an autograd function for forward mode: tensors without their own tangents.
+
+    PyTorch switches off forward mode for such a rule, and so that of all transforms around the one
+    that the rule is for: their tangents would be zero.
+    """
+    with forward_ad._set_fwd_grad_enabled(True):  # type: ignore[attr-defined]
+        yield tuple([x if x is None else forward_ad.unpack_dual(x).primal for x in tensors])
+
+
+def may_enter_forward_mode() -> bool:
+    """Whether `torch.func.jvp` may be called, which `forward_ad.dual_level` refuses within it."""
+    return forward_ad._current_level < 0 or transforms()[2] > 0
+
+
 def is_lazy_zero(x: torch.Tensor) -> bool:
     """Whether a tensor stands for zeros that nobody has written to memory."""
     return x._is_zerotensor()
 
 
-def transforms() -> tuple[int, int]:
-    """How many functional transforms are under way, and how many of them are ``grad``."""
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    kind = torch._C._functorch.TransformType.Grad
-    return len(stack), sum(level.key() == kind for level in stack)
+def transforms() -> tuple[int, int, int]:
+    """How many functional transforms are under way, how many ``grad``, and how many ``jvp``."""
+    keys = [level.key() for level in torch._C._functorch.get_interpreter_stack() or []]
+    kinds = torch._C._functorch.TransformType
+    return len(keys), keys.count(kinds.Grad), keys.count(kinds.Jvp)
 
 
 # What torch.compiler.assume_constant_result sets, without importing the compiler for it (1 s).
