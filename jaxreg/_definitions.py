@@ -67,7 +67,18 @@ Definition = Callable[[Call, Values], jax.Array]
 # Linear interpolation has the slope, along an axis, of the sample at the upper end of the cell less
 # that at its lower end. Both are samples, in which the position along that axis is a constant: so
 # the derivatives of a sample are samples, and those of its transpose, which spreads values over the
-# image, are transposes.
+# image, are transposes. Cubic interpolation is a cubic polynomial within a cell, with the slope of
+# the one through four of its samples there.
+
+
+_NODES = np.array([0, 0.25, 0.75, 1])
+"""Places within a cell, exact in floating point."""
+
+_NODE_SLOPES = np.polynomial.polynomial.polyder(np.linalg.inv(np.vander(_NODES, increasing=True)))
+"""In column k the derivative of the cubic polynomial that is 1 at node k and 0 at the others.
+
+Its coefficients, the constant first.
+"""
 
 
 def _half_extents(sizes: Sizes, align_corners: bool) -> list[float]:
@@ -115,11 +126,25 @@ class _Sampler:
         normalised: jax.Array = (position - _per_axis(centre, dtype)) * _per_axis(inverse, dtype)
         return normalised
 
-    def ends(self, position: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-        """The position at both ends of its cell, along an axis."""
+    def nodes(self, position: jax.Array, axis: int) -> list[tuple[Any, jax.Array]]:
+        """Weights and positions of the samples that the slope along an axis is the sum of.
+
+        Along it, the positions are constants.
+        """
         lower = jax.lax.stop_gradient(jnp.floor(position))
         along = np.arange(position.shape[-1]) == axis
-        return jnp.where(along, lower + 1, position), jnp.where(along, lower, position)
+        if self.call.attributes["mode"] == "bilinear":
+            ends = (jnp.where(along, lower + 1, position), jnp.where(along, lower, position))
+            return list(zip((1, -1), ends, strict=True))
+        here, below = position[:, None, ..., axis], lower[:, None, ..., axis]
+        # Nothing varies where a position is not finite.
+        finite = jnp.isfinite(here)
+        t = jnp.where(finite, here, 0) - jnp.where(finite, below, 0)
+        nodes: list[tuple[Any, jax.Array]] = []
+        for place, (a, b, c) in zip(_NODES.tolist(), _NODE_SLOPES.T.tolist(), strict=True):
+            weight = jnp.where(finite, a + t * (b + t * c), 0)
+            nodes.append((weight, jnp.where(along, lower + place, position)))
+        return nodes
 
     def sample(self, image: jax.Array, position: jax.Array) -> jax.Array:
         image, grid = _alike(image, self.coordinates(position))
@@ -182,15 +207,13 @@ class _Samples:
             parts.append(in_image(moved_values, position))
         if moved_position is not None:
             for axis in self.sampler.axes:
-                upper, lower = self.sampler.ends(position, axis)
+                nodes = self.sampler.nodes(position, axis)
                 along = moved_position[:, None, ..., axis]
                 if self.transposed:
-                    parts += [in_image(values * along, upper), -in_image(values * along, lower)]
+                    parts += [in_image(values * (weight * along), at) for weight, at in nodes]
                 else:
-                    at_upper, at_lower = (
-                        apply_function(self, values, end) for end in (upper, lower)
-                    )
-                    parts.append((at_upper - at_lower) * along)
+                    slope = [weight * apply_function(self, values, at) for weight, at in nodes]
+                    parts.append(functools.reduce(jnp.add, slope) * along)
         return result, functools.reduce(jnp.add, parts) if parts else None
 
 
@@ -300,7 +323,7 @@ def _interpolate(call: Call, values: Values) -> jax.Array:
 
 def _compose(call: Call, values: Values) -> jax.Array:
     attributes, u, v = call.attributes, values["u"], values["v"]
-    same = ("padding_mode", "align_corners", "deterministic")
+    same = ("mode", "padding_mode", "align_corners", "deterministic")
     sampling = {x: attributes[x] for x in same}
     image = jnp.moveaxis(u, -1, 1)
     out_sizes = v.shape[-2:0:-1]

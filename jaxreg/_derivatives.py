@@ -19,7 +19,15 @@ import jax.numpy as jnp
 from jaxreg._definitions import DEFINITIONS, Call, Values
 from jaxreg._primitives import Arrays, linear_map
 
-LINEAR = frozenset({"affine_warp", "scale_velocity", "gaussian_smooth", "convert_displacement"})
+LINEAR = frozenset(
+    {
+        "affine_warp",
+        "scale_velocity",
+        "gaussian_smooth",
+        "convert_displacement",
+        "spline_coefficients",
+    }
+)
 """The ops that are linear in all operands together."""
 
 

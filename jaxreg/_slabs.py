@@ -234,6 +234,11 @@ def _half_extent(size: int, align_corners: bool) -> float:
     return (size - 1 if align_corners else size) / 2
 
 
+def _taps(attributes: Mapping[str, Any]) -> tuple[int, int]:
+    """How many planes a sample takes before the one at or below it, and how many after it."""
+    return (1, 2) if attributes.get("mode") in ("cubic", "b-spline") else (0, 1)
+
+
 def _farthest(
     arrays: Mapping[str, jax.Array],
     field: jax.Array | None,
@@ -294,8 +299,9 @@ def _farthest(
         position = jnp.where(plane < planes.planes, position, middle)
     begin = cut.sampled.first().astype(position.dtype)
     # A plane more on either side makes up for rounding.
-    below = begin - jnp.min(position) + 1
-    above = jnp.max(position) + 2 - (begin + cut.sampled.own)
+    before, after = _taps(attributes)
+    below = begin - jnp.min(position) + 1 + before
+    above = jnp.max(position) + 1 + after - (begin + cut.sampled.own)
     farthest = jnp.maximum(below, above)
     greatest: jax.Array = jax.lax.pmax(farthest, cut.everywhere)  # type: ignore[no-untyped-call]
     return greatest
@@ -374,8 +380,9 @@ def _sampling(
                 grad = grad.astype(jnp.float32)
             return grad, counted(results)
 
-        window = cut.sampled.with_halo(arrays[sampled], axis, 0, 1)
-        at = begin
+        before, after = _taps(attributes)
+        window = cut.sampled.with_halo(arrays[sampled], axis, before, after)
+        at = begin - before
         dtype = window.dtype
         grad, results = apart(visit(window, at, own, others))
 
@@ -398,7 +405,7 @@ def _sampling(
         _, _, grad, results = jax.lax.fori_loop(0, cut.sampled.devices - 1, step, state)
         if grad is not None:
             home = cut.sampled.moved(grad, 1, round_trip=True)
-            results[gradient] = cut.sampled.add_halo(home, axis, 0, 1).astype(dtype)
+            results[gradient] = cut.sampled.add_halo(home, axis, before, after).astype(dtype)
         results = counted(results)
         if added and vectors is not None and "output" in results:
             results["output"] = results["output"] + vectors

@@ -103,7 +103,7 @@ def test_a_float64_field_places_the_samples_of_a_float32_image_exactly(backend: 
 
 
 @HALF
-@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+@pytest.mark.parametrize("mode", ["bilinear", "nearest", "cubic"])
 def test_no_transform_returns_every_number_there_is(
     backend: Backend, mode: str, dtype: object
 ) -> None:
