@@ -87,8 +87,9 @@ REGKERNELS_HD AxisTaps<T> locate_taps(T p, int n, const Sampling& sampling) {
   const bool is_spline = sampling.mode == Mode::kBSpline;
   const bool zeros = sampling.padding == Padding::kZeros;
   const bool reflects = sampling.padding == Padding::kReflection;
-  // The only coordinate of such an axis is 0, whatever a displacement along it says.
-  if (n == 1 && sampling.align_corners) {
+  // The only coordinate of an axis without extent is 0, whatever a displacement along it says; and
+  // what a single voxel continues as is its value everywhere.
+  if (n == 1 && (sampling.align_corners || !zeros)) {
     REGKERNELS_UNROLL
     for (int i = 0; i < kTaps; ++i) {
       taps.index[i] = 0;
@@ -101,12 +102,12 @@ REGKERNELS_HD AxisTaps<T> locate_taps(T p, int n, const Sampling& sampling) {
   bool varies;  // with the position
   if (reflects) {
     const T limit = static_cast<T>(n + 4);
-    varies = n > 1;
+    varies = true;
     if (!(p > -4 && p < limit)) {
       // Whole periods further on all is the same.
       const T period = static_cast<T>(2 * (static_cast<int64_t>(n) - sampling.align_corners));
       T q = p - period * floor(p / period);
-      varies = varies && q == q;  // neither is so of infinities
+      varies = q == q;  // which is not so of infinities either
       q = q > 0 ? q : T(0);
       p = q < period ? q : T(0);
     }
@@ -115,7 +116,7 @@ REGKERNELS_HD AxisTaps<T> locate_taps(T p, int n, const Sampling& sampling) {
     const bool clamps = is_spline && !zeros;
     const T low = zeros ? T(-3) : clamps ? T(0) : T(-1);
     const T high = static_cast<T>(zeros ? n + 1 : clamps ? n - 1 : n);
-    varies = p > low && p < high && (zeros || n > 1);
+    varies = p > low && p < high;
     p = p > low ? p : low;  // low also where p is not a number
     p = p < high ? p : high;
   }
@@ -142,7 +143,12 @@ REGKERNELS_HD AxisTaps<T> locate_taps(T p, int n, const Sampling& sampling) {
     if (!varies) taps.slope[i] = 0;
   }
   int nearest = first + 1;
-  if (reflects) nearest = mirrored_index(nearest, n, sampling.align_corners);
+  if (reflects) {
+    // The lower one of the two voxels that the sample lies between, whichever comes first.
+    const int other = mirrored_index(nearest + 1, n, sampling.align_corners);
+    nearest = mirrored_index(nearest, n, sampling.align_corners);
+    nearest = nearest < other ? nearest : other;
+  }
   taps.nearest = nearest < 0 ? 0 : nearest < n ? nearest : n - 1;
   return taps;
 }

@@ -136,13 +136,18 @@ struct CubicResampling : Plain {
       return along_y * (axis == 2 ? taps[D - 1].slope[k] : taps[D - 1].weight[k]);
     }
     // What is 0 does not count, whatever it would be multiplied by: NaN times 0 is not 0. The taps
-    // of a sample within the volume all count.
+    // of a sample within the volume all count. A sum of one term is that term, a negative zero,
+    // too.
     template <bool kChecked>
     static REGKERNELS_HD T dot(const T (&weight)[kTaps], const T (&value)[kTaps]) {
       T sum = 0;
+      bool is_first = kChecked;
       REGKERNELS_UNROLL
       for (int i = 0; i < kTaps; ++i) {
-        if (!kChecked || weight[i] != 0) sum += weight[i] * value[i];
+        if (kChecked && weight[i] == 0) continue;
+        const T term = weight[i] * value[i];
+        sum = is_first ? term : sum + term;
+        is_first = false;
       }
       return sum;
     }
@@ -153,6 +158,7 @@ struct CubicResampling : Plain {
       constexpr int kPixel = Layout::kPixel;
       const S* const data = this->input + this->self->in_layout.channel(channel);
       T line[kPixel][kTaps] = {};
+      bool is_first = kChecked;
       for_each_row<kChecked>(taps, [&](int64_t offset, int j, int k) {
         const T factor = row_factor(taps, j, k);
         if (kChecked && factor == 0) return;
@@ -162,9 +168,11 @@ struct CubicResampling : Plain {
           REGKERNELS_UNROLL
           for (int c = 0; c < kPixel; ++c) {
             const int place = along_x<kChecked>(taps, i) * kPixel + c;
-            line[c][i] += factor * to_arithmetic(row[place]);
+            const T term = factor * to_arithmetic(row[place]);
+            line[c][i] = is_first ? term : line[c][i] + term;
           }
         }
+        is_first = false;
       });
       REGKERNELS_UNROLL
       for (int c = 0; c < kPixel; ++c) value[c] = dot<kChecked>(taps[0].weight, line[c]);

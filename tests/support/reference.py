@@ -267,7 +267,11 @@ def taps(
         first = np.where(counts, index, index.max()).min(axis=0)
         last = np.where(counts, index, -1).max(axis=0)
         if padding != "zeros":
+            # One voxel alone has no slope, and weighs 1.
             varies = varies & (first != last)
+            one = np.eye(4)[0].reshape(4, *[1] * first.ndim)
+            weight = np.where(first == last, one, weight)
+            index = np.where(first == last, first, index)
         along.append((index, weight, np.where(varies, slope, 0)))
     for offsets in itertools.product(range(4), repeat=dim):
         index = [along[a][0][offsets[a]] for a in range(dim)]
