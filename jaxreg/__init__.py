@@ -23,6 +23,7 @@ from jaxreg.warp import (
     invert_displacement,
     jacobian_determinant,
     scaling_and_squaring,
+    spline_coefficients,
 )
 from regkernels import __version__
 
@@ -50,5 +51,6 @@ __all__ = [
     "planes_over",
     "riemannian_adam_step",
     "scaling_and_squaring",
+    "spline_coefficients",
     "step_gradient",
 ]

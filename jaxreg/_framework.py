@@ -63,7 +63,8 @@ class _Samples:
             for axis in self.sampler.axes:
                 along = moved_position[:, None, ..., axis]
                 if self.transposed:
-                    parts.append(self.sampler.slope(in_image, values * along, position, axis))
+                    slope = self.sampler.spread_slope(in_image, values * along, position, axis)
+                    parts.append(slope)
                 else:
                     parts.append(self.sampler.slope(sample, values, position, axis) * along)
         return result, functools.reduce(jnp.add, parts) if parts else None

@@ -387,6 +387,26 @@ def _check_sizes(op: str, declared: Input, array: jax.Array | None) -> None:
         )
 
 
+def _checked(
+    op: Op, operands: Sequence[Any], attributes: dict[str, Any], results: Results
+) -> tuple[Operands, dict[str, Any]]:
+    """The operands as arrays, and the attributes as plain numbers, after the op's checks."""
+    for declared, value in zip(op.inputs, operands, strict=True):
+        _check_operand(op.name, declared, value)
+    arrays = tuple(None if x is None else jnp.asarray(x) for x in operands)
+    for declared, array in zip(op.inputs, arrays, strict=True):
+        _check_sizes(op.name, declared, array)
+    attributes = {key: plain_number(value) for key, value in attributes.items()}
+    # The op's own checks come before jit: what they refuse may not even be hashable.
+    dtypes, _ = op.kernel_dtypes(_dtype_names(arrays))
+    specs = [
+        None if x is None or dtype is None else (dtype, (1, *x.shape))
+        for x, dtype in zip(arrays, dtypes, strict=True)
+    ]
+    table.infer(op.name, specs, attributes, op.mask(results))
+    return arrays, attributes
+
+
 def apply(name: str, operands: Sequence[Any], attributes: dict[str, Any]) -> jax.Array:
     """Call an op of the table.
 
@@ -419,19 +439,7 @@ def apply_for(
     Otherwise as :func:`apply`. An op with a gradient has one result.
     """
     op = OPS[name]
-    for declared, value in zip(op.inputs, operands, strict=True):
-        _check_operand(name, declared, value)
-    arrays = tuple(None if x is None else jnp.asarray(x) for x in operands)
-    for declared, array in zip(op.inputs, arrays, strict=True):
-        _check_sizes(name, declared, array)
-    attributes = {key: plain_number(value) for key, value in attributes.items()}
-    # The op's own checks come before jit: what they refuse may not even be hashable.
-    dtypes, _ = op.kernel_dtypes(_dtype_names(arrays))
-    specs = [
-        None if x is None or dtype is None else (dtype, (1, *x.shape))
-        for x, dtype in zip(arrays, dtypes, strict=True)
-    ]
-    table.infer(name, specs, attributes, op.mask(results))
+    arrays, attributes = _checked(op, operands, attributes, results)
     if results == ("output",) and op.has_labels:
         # Integers do not vary with what they are computed from: as with any other function of JAX
         # that returns them, their tangent is float0.
@@ -439,6 +447,26 @@ def apply_for(
     ordered = tuple(attributes[key] for key in op.attribute_names)
     values: tuple[jax.Array, ...] = _jitted(name, ordered, results, arrays, shared=shared_planes())
     return values
+
+
+def apply_to_spline(
+    name: str, operands: Sequence[Any], attributes: dict[str, Any], *, channel_last: bool
+) -> jax.Array:
+    """Call an op for the spline coefficients of what its first operand holds.
+
+    Otherwise as :func:`apply`. The coefficients are computed, and sampled, in the dtype that the op
+    computes in, and the result is rounded once.
+    """
+    # What is wrong with an operand is told by the name that it has there.
+    (first, *others), _ = _checked(OPS[name], operands, attributes, ("output",))
+    assert first is not None
+    dtypes = _dtype_names((first, *others))
+    _, result = OPS[name].kernel_dtypes(dtypes)
+    padding = {key: attributes[key] for key in ("padding_mode", "align_corners")}
+    wide = first.astype(np.float64) if "float64" in dtypes else first
+    coefficients = apply("spline_coefficients", (wide,), padding | {"channel_last": channel_last})
+    value = apply(name, (coefficients, *others), attributes)
+    return value.astype(first.dtype if result is None else result)
 
 
 def export_checks() -> list[jax.export.DisabledSafetyCheck]:

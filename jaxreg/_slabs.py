@@ -253,6 +253,11 @@ def _half_extent(size: int, align_corners: bool) -> float:
     return (size - 1 if align_corners else size) / 2
 
 
+def _taps(attributes: Mapping[str, Any]) -> tuple[int, int]:
+    """How many planes a sample takes before the one at or below it, and how many after it."""
+    return (1, 2) if attributes.get("mode") in ("cubic", "b-spline") else (0, 1)
+
+
 def _sampled_planes(
     arrays: Mapping[str, jax.Array],
     field: jax.Array | None,
@@ -316,8 +321,10 @@ def _sampled_planes(
     others = tuple(i for i in range(position.ndim) if i != position.ndim - 3)
     lowest, highest = jnp.min(position, others), jnp.max(position, others)
     # A plane more on either side makes up for rounding. What is not a number is so of both.
+    before, after = _taps(attributes)
     unknown = jnp.isnan(lowest)
-    return jnp.where(unknown, -jnp.inf, lowest - 1), jnp.where(unknown, jnp.inf, highest + 2)
+    lowest = jnp.where(unknown, -jnp.inf, lowest - 1 - before)
+    return lowest, jnp.where(unknown, jnp.inf, highest + 1 + after)
 
 
 def _sampling(
@@ -393,8 +400,9 @@ def _sampling(
                 grad = grad.astype(jnp.float32)
             return grad, counted(results)
 
-        window = cut.sampled.with_halo(arrays[sampled], axis, 0, 1)
-        at = begin
+        before, after = _taps(attributes)
+        window = cut.sampled.with_halo(arrays[sampled], axis, before, after)
+        at = begin - before
         dtype = window.dtype
         grad, results = apart(visit(window, at, own, others))
 
@@ -417,7 +425,7 @@ def _sampling(
         _, _, grad, results = jax.lax.fori_loop(0, cut.sampled.devices - 1, step, state)
         if grad is not None:
             home = cut.sampled.moved(grad, 1, round_trip=True)
-            results[gradient] = cut.sampled.add_halo(home, axis, 0, 1).astype(dtype)
+            results[gradient] = cut.sampled.add_halo(home, axis, before, after).astype(dtype)
         results = counted(results)
         if added and vectors is not None and "output" in results:
             results["output"] = results["output"] + vectors

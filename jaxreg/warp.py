@@ -21,8 +21,8 @@ from typing import Literal, overload
 
 import jax
 
-from jaxreg._ops import apply, apply_for, widened
-from regkernels.options import optional_tuple
+from jaxreg._ops import apply, apply_for, apply_to_spline, widened
+from regkernels.options import check_flag, optional_tuple
 
 Unit = Literal["normalised", "voxel", "mm"]
 Channels = Literal["first", "last"]
@@ -41,20 +41,22 @@ def interpolate(
     affine_last: bool = False,
     is_displacement: bool = True,
     out_shape: Sequence[int] | None = None,
-    mode: Literal["bilinear", "nearest"] = "bilinear",
+    mode: Literal["bilinear", "nearest", "cubic", "b-spline"] = "bilinear",
     padding_mode: PaddingMode = "zeros",
     align_corners: bool = True,
     deterministic: bool = False,
     grid_unit: Literal["normalised", "voxel"] = "normalised",
     grid_channels: Channels = "last",
     grid_components: Components = "xyz",
+    prefilter: bool = True,
 ) -> jax.Array:
     """Sample an image through an affine, a displacement field, or both.
 
     With ``x`` the normalised coordinates of the output grid, ``A`` the affine and ``u`` the grid:
     ``I(Ax + u)``, where an absent affine is the identity and an absent grid is 0;
     ``I(A(x + u))`` with ``affine_last``; ``I(u)`` with ``is_displacement=False``, when the affine
-    is ignored. A zero displacement returns the image bit for bit.
+    is ignored. A zero displacement returns the image bit for bit; a B-spline passes through its
+    values up to rounding.
 
     Parameters
     ----------
@@ -73,11 +75,15 @@ def interpolate(
         the output has the grid's size, or without a grid the image's. A size of 0, here or of the
         grid, gives an empty result, and gradients of zero.
     mode
-        ``"bilinear"`` (trilinear in 3-D) or ``"nearest"`` (rounding half to even; its gradient
-        goes to the image only).
+        ``"bilinear"`` (trilinear in 3-D); ``"nearest"`` (rounding half to even; its gradient goes
+        to the image only); ``"cubic"``, Keys' cubic convolution with a = -3/4 over 4 voxels along
+        each axis, as bicubic in PyTorch; or ``"b-spline"``, the cubic spline through all values of
+        the image, which is smoother. The last two overshoot at edges: their weights are not all
+        positive.
     padding_mode
         What lies outside the image: ``"zeros"``, its ``"border"`` or its ``"reflection"``. A
-        coordinate that is not finite lies outside.
+        coordinate that is not finite lies outside. What a spline makes of it:
+        :func:`spline_coefficients`.
     align_corners
         Whether -1 and 1 are the centres of the first and last voxel or the outer edges.
     deterministic
@@ -90,6 +96,9 @@ def interpolate(
         ``"last"``, or ``"first"`` for a grid ``(N, D, *T)``.
     grid_components
         ``"xyz"``, or ``"zyx"``, which is yx in the plane: the order of the components.
+    prefilter
+        Of ``"b-spline"``: ``False`` if ``image`` holds coefficients already, those of
+        :func:`spline_coefficients` with the same ``padding_mode`` and ``align_corners``, say.
 
     Returns
     -------
@@ -107,7 +116,9 @@ def interpolate(
     Notes
     -----
     Boundary rules are those of ``torch.nn.functional.grid_sample``, and so are values and the
-    image's gradient, up to the rounding of positions, which are computed in voxels here. A tie of
+    image's gradient, up to the rounding of positions, which are computed in voxels here; "cubic" is
+    its ``"bicubic"``, which has boundary rules for each of the 4 voxels and not for the position,
+    in 3-D as well. A tie of
     "nearest" goes to the even voxel in both, but rounding may take a position off the tie in one of
     them alone.
 
@@ -116,22 +127,22 @@ def interpolate(
     "reflection", ``grid_sample`` returns 0 at the first and at the last voxel; where a coordinate
     has been reflected, its derivative is the left-sided one.
     """
-    return apply(
-        "interpolate",
-        (image, affine, grid),
-        {
-            "affine_last": affine_last,
-            "is_displacement": is_displacement,
-            "out_shape": optional_tuple(out_shape),
-            "mode": mode,
-            "padding_mode": padding_mode,
-            "align_corners": align_corners,
-            "deterministic": deterministic,
-            "grid_unit": grid_unit,
-            "grid_channels": grid_channels,
-            "grid_components": grid_components,
-        },
-    )
+    attributes = {
+        "affine_last": affine_last,
+        "is_displacement": is_displacement,
+        "out_shape": optional_tuple(out_shape),
+        "mode": mode,
+        "padding_mode": padding_mode,
+        "align_corners": align_corners,
+        "deterministic": deterministic,
+        "grid_unit": grid_unit,
+        "grid_channels": grid_channels,
+        "grid_components": grid_components,
+    }
+    operands = (image, affine, grid)
+    if check_flag("interpolate", "prefilter", prefilter) and mode == "b-spline":
+        return apply_to_spline("interpolate", operands, attributes, channel_last=False)
+    return apply("interpolate", operands, attributes)
 
 
 def interpolate_labels(
@@ -234,6 +245,8 @@ def compose(
     padding_mode: PaddingMode = "border",
     align_corners: bool = True,
     deterministic: bool = False,
+    mode: Literal["bilinear", "cubic", "b-spline"] = "bilinear",
+    prefilter: bool = True,
 ) -> jax.Array:
     """Compose displacement fields: ``v + u(Ax + v)``.
 
@@ -258,6 +271,10 @@ def compose(
         Whether the gradient to ``u`` has the same bits every time on a GPU, too. That takes longer,
         and 8 bytes per element. Each contribution is rounded to a multiple of 2^(k-61) times the
         largest cotangent, with 2^k output voxels: finer than float32, coarser than float64.
+    mode
+        How ``u`` is sampled: as :func:`interpolate` samples an image.
+    prefilter
+        Of ``"b-spline"``: ``False`` if ``u`` holds coefficients already.
 
     Returns
     -------
@@ -272,14 +289,73 @@ def compose(
     TypeError
         A dtype or an argument's type that is not supported.
     """
+    attributes = {
+        "add": add,
+        "mode": mode,
+        "padding_mode": padding_mode,
+        "align_corners": align_corners,
+        "deterministic": deterministic,
+    }
+    operands = (u, v, affine)
+    if check_flag("compose", "prefilter", prefilter) and mode == "b-spline":
+        return apply_to_spline("compose", operands, attributes, channel_last=True)
+    return apply("compose", operands, attributes)
+
+
+def spline_coefficients(
+    image: jax.Array,
+    *,
+    padding_mode: PaddingMode = "zeros",
+    align_corners: bool = True,
+    channel_last: bool = False,
+) -> jax.Array:
+    """Coefficients of the cubic B-spline that passes through all values of an image.
+
+    What ``interpolate(mode="b-spline")`` computes first: for an image that is sampled often,
+    compute them once, and sample them with ``prefilter=False``.
+
+    Parameters
+    ----------
+    image : float[N, C, *S] or float[N, *S, C]
+        The second with ``channel_last``: a field, say.
+    padding_mode
+        How the coefficients continue outside. ``"zeros"``: they are 0, and so is the spline from 2
+        voxels beyond the outermost ones on. ``"reflection"``: they are mirrored, at the centres of
+        the outermost voxels or at their outer edges as ``align_corners`` says. ``"border"``: they
+        are mirrored at these centres, and what is sampled beyond is sampled at the border, where
+        the spline has no slope.
+    align_corners
+        As of what samples them.
+    channel_last
+        Where the channels are.
+
+    Returns
+    -------
+    float[N, C, *S] or float[N, *S, C]
+        Of the image's shape, in float32 where that is stored in half precision, else of its dtype.
+        Differentiable. A value that is not finite spoils the lines through it.
+
+    Raises
+    ------
+    ValueError
+        A shape or mode that does not fit; the message names the argument.
+    TypeError
+        A dtype or an argument's type that is not supported.
+
+    Notes
+    -----
+    Unser, Aldroubi and Eden, "B-spline signal processing", IEEE Trans. Signal Processing 41, 1993;
+    here by elimination in the tridiagonal system of each line, which holds at the ends, too, and
+    for short lines. ``scipy.ndimage.spline_filter`` computes the same with ``mode="mirror"``
+    ("reflection" with ``align_corners``) and ``mode="reflect"`` (without).
+    """
     return apply(
-        "compose",
-        (u, v, affine),
+        "spline_coefficients",
+        (image,),
         {
-            "add": add,
             "padding_mode": padding_mode,
             "align_corners": align_corners,
-            "deterministic": deterministic,
+            "channel_last": channel_last,
         },
     )
 

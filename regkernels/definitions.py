@@ -10,7 +10,9 @@ arrays of all of them can do: arithmetic, comparisons, slices, `shape`, `reshape
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -110,7 +112,15 @@ class Call(Protocol):
 Definition = Callable[[Any, Values], Array]
 """The result of a call's op, in steps that a framework can differentiate as often as it likes."""
 
-LINEAR = frozenset({"affine_warp", "scale_velocity", "gaussian_smooth", "convert_displacement"})
+LINEAR = frozenset(
+    {
+        "affine_warp",
+        "scale_velocity",
+        "gaussian_smooth",
+        "convert_displacement",
+        "spline_coefficients",
+    }
+)
 """The ops that are linear in all operands together: no derivative of theirs needs a definition."""
 
 
@@ -125,7 +135,18 @@ def result_of(call: Call, operands: Values) -> Array:
 # Linear interpolation has the slope, along an axis, of the sample at the upper end of the cell less
 # that at its lower end. Both are samples, in which the position along that axis is a constant: so
 # the derivatives of a sample are samples, and those of its transpose, which spreads values over the
-# image, are transposes.
+# image, are transposes. Cubic interpolation is a cubic polynomial within a cell, with the slope of
+# the one through four of its samples there.
+
+
+_NODES = np.array([0, 0.25, 0.75, 1])
+"""Places within a cell, exact in floating point."""
+
+_NODE_SLOPES = np.polynomial.polynomial.polyder(np.linalg.inv(np.vander(_NODES, increasing=True)))
+"""In column k the derivative of the cubic polynomial that is 1 at node k and 0 at the others.
+
+Its coefficients, the constant first.
+"""
 
 
 def _half_extents(sizes: Sizes, align_corners: bool) -> list[float]:
@@ -169,13 +190,26 @@ class Sampler:
         inverse = [1 / half if half else 0.0 for half in self._half_extents()]
         return (position - constant(centre, position)) * constant(inverse, position)
 
-    def ends(self, position: Array, axis: int) -> tuple[Array, Array]:
-        """The position at both ends of its cell, along an axis."""
+    def nodes(self, position: Array, axis: int) -> list[tuple[Any, Array]]:
+        """Weights and positions of the samples that the slope along an axis is the sum of.
+
+        Along it, the positions are constants.
+        """
         framework = self.call.framework
+        where = framework.where
         lower = framework.fixed(framework.floor(position))
         along = framework.constant(np.arange(position.shape[-1]) == axis, position)
-        where = framework.where
-        return where(along, lower + 1, position), where(along, lower, position)
+        if self.call.attributes["mode"] == "bilinear":
+            return [(1, where(along, lower + 1, position)), (-1, where(along, lower, position))]
+        here, below = position[:, None, ..., axis], lower[:, None, ..., axis]
+        # Nothing varies where a position is not finite.
+        finite = here - here == 0
+        t = where(finite, here, 0) - where(finite, below, 0)
+        nodes: list[tuple[Any, Array]] = []
+        for place, (a, b, c) in zip(_NODES.tolist(), _NODE_SLOPES.T.tolist(), strict=True):
+            weight = where(finite, a + t * (b + t * c), 0)
+            nodes.append((weight, where(along, lower + place, position)))
+        return nodes
 
     def sample(self, image: Array, position: Array) -> Array:
         """The samples, ``(N, C, *out)``."""
@@ -190,12 +224,16 @@ class Sampler:
     def slope(
         self, sample: Callable[[Array, Array], Array], image: Array, position: Array, axis: int
     ) -> Array:
-        """The derivative of samples by their position along an axis, with ``sample`` for a method.
+        """The derivative of samples by their position along an axis, with ``sample`` for a method."""
+        parts = [weight * sample(image, at) for weight, at in self.nodes(position, axis)]
+        return functools.reduce(operator.add, parts)
 
-        That of the transpose is the transpose of this.
-        """
-        upper, lower = self.ends(position, axis)
-        return sample(image, upper) - sample(image, lower)
+    def spread_slope(
+        self, spread: Callable[[Array, Array], Array], values: Array, position: Array, axis: int
+    ) -> Array:
+        """The transpose of :meth:`slope`, with ``spread`` for a method: an image."""
+        parts = [spread(weight * values, at) for weight, at in self.nodes(position, axis)]
+        return functools.reduce(operator.add, parts)
 
 
 def _packed_field(call: Call, field: Array) -> Array:
@@ -310,7 +348,7 @@ def _interpolate(call: Call, values: Values) -> Array:
 
 def _compose(call: Call, values: Values) -> Array:
     attributes, u, v = call.attributes, values["u"], values["v"]
-    same = ("padding_mode", "align_corners", "deterministic")
+    same = ("mode", "padding_mode", "align_corners", "deterministic")
     sampling = {x: attributes[x] for x in same}
     image = call.framework.moveaxis(u, -1, 1)
     out_sizes = v.shape[-2:0:-1]

@@ -10,6 +10,7 @@ import numpy as np
 
 __all__ = [
     "broadcast_mask_shape",
+    "check_flag",
     "check_positive",
     "intensity_bounds",
     "is_joint",
@@ -52,6 +53,14 @@ def plain_number(value: Any) -> Any:
 def is_number(value: Any) -> bool:
     """Whether a value is a number as Python or NumPy have it, and no array."""
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def check_flag(op: str, name: str, value: Any) -> bool:
+    """Return a truth value, or raise TypeError for anything else."""
+    flag = plain_number(value)
+    if not isinstance(flag, bool):
+        raise TypeError(f"{op}: {name}: expected a bool, got {value!r}")
+    return flag
 
 
 def check_positive(op: str, name: str, value: Any) -> None:

@@ -28,6 +28,7 @@ from torchreg.warp import (
     invert_displacement,
     jacobian_determinant,
     scaling_and_squaring,
+    spline_coefficients,
 )
 
 __all__ = [
@@ -54,5 +55,6 @@ __all__ = [
     "mutual_information_loss",
     "riemannian_adam_step",
     "scaling_and_squaring",
+    "spline_coefficients",
     "step_gradient",
 ]

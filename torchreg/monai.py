@@ -52,7 +52,7 @@ class Warp(torch.nn.Module):
     Parameters
     ----------
     mode
-        ``"bilinear"`` or ``"nearest"``.
+        ``"bilinear"``, ``"nearest"`` or ``"bicubic"``, which is there in 3-D, too.
     padding_mode
         ``"zeros"``, ``"border"`` or ``"reflection"``.
     jitter
@@ -71,8 +71,10 @@ class Warp(torch.nn.Module):
         self.mode: Any = _name(mode)
         self.padding_mode: Any = _name(padding_mode)
         self.jitter = jitter
-        if self.mode not in ("bilinear", "nearest"):
-            raise ValueError(f"mode: expected 'bilinear' or 'nearest', got {self.mode!r}")
+        if self.mode not in ("bilinear", "nearest", "bicubic"):
+            raise ValueError(
+                f"mode: expected 'bilinear', 'nearest' or 'bicubic', got {self.mode!r}"
+            )
         if self.padding_mode not in ("zeros", "border", "reflection"):
             raise ValueError(
                 "padding_mode: expected 'zeros', 'border' or 'reflection', got "
@@ -104,9 +106,8 @@ class Warp(torch.nn.Module):
             generator = torch.Generator().manual_seed(0)
             offsets = torch.rand(ddf.shape[1:], generator=generator, dtype=torch.float32)
             ddf = ddf + offsets.to(ddf)
-        return interpolate(
-            image, grid=ddf, mode=self.mode, padding_mode=self.padding_mode, **FLOW_GRID
-        )
+        mode: Any = "cubic" if self.mode == "bicubic" else self.mode
+        return interpolate(image, grid=ddf, mode=mode, padding_mode=self.padding_mode, **FLOW_GRID)
 
 
 class DVF2DDF(torch.nn.Module):

@@ -78,7 +78,7 @@ struct Slab {
   int64_t sampled_planes = 0;
   int64_t planes = 0;
   // So many of the planes at hand, from the first, answer for the samples between them and the next
-  // plane. A sample for which none does counts as 0.
+  // plane (for cubic samples see resample/cubic.h). A sample for which none does counts as 0.
   int64_t answering = 0;
 
   bool present() const { return planes > 0; }

@@ -10,7 +10,8 @@
 
 namespace regkernels {
 
-enum class Mode { kBilinear, kNearest };
+enum class Mode { kBilinear, kNearest, kCubic, kBSpline };  // the last two: see cubic.h
+REGKERNELS_HD bool is_cubic(Mode mode) { return mode == Mode::kCubic || mode == Mode::kBSpline; }
 enum class Padding { kZeros, kBorder, kReflection };
 
 // How positions become voxels. These are plain run-time values, since the branches are the same for

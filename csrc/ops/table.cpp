@@ -14,6 +14,7 @@ const std::vector<Op>& op_table() {
     };
     add(interpolate_ops());
     add(compose_ops());
+    add(spline_coefficients_ops());
     add(affine_warp_ops());
     add(scale_velocity_ops());
     add(gaussian_smooth_ops());

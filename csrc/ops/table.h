@@ -9,6 +9,7 @@ namespace regkernels {
 
 std::vector<Op> interpolate_ops();
 std::vector<Op> compose_ops();
+std::vector<Op> spline_coefficients_ops();
 std::vector<Op> affine_warp_ops();
 std::vector<Op> scale_velocity_ops();
 std::vector<Op> gaussian_smooth_ops();

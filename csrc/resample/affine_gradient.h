@@ -21,7 +21,7 @@ struct AffineMoments {
   using T = typename R::T;
   static constexpr int D = R::D;
   static constexpr int kSums = D * (D + 1);
-  static constexpr int kMinBlocks = 4;
+  static constexpr int kMinBlocks = R::kCubic ? (sizeof(T) == sizeof(double) ? 1 : 2) : 4;
 
   R resampling;
   Operand<const S> grad_output;
@@ -49,7 +49,7 @@ struct AffineMoments {
       }
     }
 
-    static constexpr bool kComputesRows = std::is_same_v<S, T>;
+    static constexpr bool kComputesRows = R::kComputesNeighbours;
     static constexpr int kLanes = 16;
     using Lanes = T[kSums][kLanes];
 

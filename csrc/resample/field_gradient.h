@@ -22,7 +22,9 @@ struct FieldGradient {
   static constexpr int D = R::D;
   static constexpr int kDepth = 4;
   static constexpr int kUnroll = 1;
-  static constexpr int kMinBlocks = R::kAffine ? 3 : 4;
+  static constexpr int kMinBlocks = R::kCubic    ? (sizeof(T) == sizeof(double) ? 1 : 2)
+                                    : R::kAffine ? 3
+                                                 : 4;
 
   R resampling;
   Operand<const S> grad_output;
@@ -67,7 +69,7 @@ struct FieldGradient {
       }
     }
 
-    static constexpr bool kComputesRows = std::is_same_v<S, T>;
+    static constexpr bool kComputesRows = R::kComputesNeighbours;
     void row(int z, int y, int size) const {
       const auto sample_alone = [&](int x) { compute_voxel(*this, Voxel{z, y, x, true, x, size}); };
       const bool few_channels = R::Layout::kLast || self->resampling.in_layout.count() == 1;

@@ -187,15 +187,15 @@ inline int bits_to_count(int64_t count) {
 
 // Calls add(fixed) to add up what is finite in `sums`, of the shape of `grad_input`, and what is
 // not in `grad_input`, and brings both together there. `largest` has one entry for each batch
-// element.
+// element. What a voxel adds to one place is below 2^weight_bits times its cotangent.
 template <class S, class T, class Add>
 void in_fixed_point(const Cuda& device, const VoxelSpace& space, const Tensor& grad_output,
                     const Tensor& grad_input, const Tensor& sums, const Tensor& largest,
-                    const Add& add) {
+                    const Add& add, int weight_bits = 0) {
   for (const Tensor* tensor : {&sums, &largest}) clear(device, *tensor);
   const bool shared = grad_input.shape[1] != space.items;
   const int contributor_bits =
-      bits_to_count(space.rows() * space.x * (shared ? space.items : int64_t{1}));
+      bits_to_count(space.rows() * space.x * (shared ? space.items : int64_t{1})) + weight_bits;
   const int64_t cotangents = grad_output.shape.count(2), batch = space.batch();
   largest_magnitude_kernel<<<flat_grid(cotangents, batch), kFlatThreads, 0, device.stream>>>(
       Operand<const S>(grad_output), Operand<Fixed>(largest), cotangents, space.items, batch);

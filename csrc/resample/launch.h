@@ -18,18 +18,39 @@
 
 namespace regkernels {
 
-template <bool kChannelsLast, class Device>
-void resample_forward(const Device& device, const ResampleCall& call, const Tensor& output) {
-  if (output.shape.count() == 0) return;
-  const VoxelSpace space = voxel_space(call.groups, call.items, call.out_sizes);
+// In cubic.h, which only who samples cubically has to include, and scatter_cubic.h with it.
+template <class Plain>
+struct CubicResampling;
+template <class R>
+struct CubicForward;
+
+// Calls body(resampling) with the concrete type for a call that samples linearly, or to the nearest
+// voxel, or cubically. One of the two is compiled where this is called.
+template <bool kChannelsLast, bool kCubic, class Body>
+void with_sampler(const ResampleCall& call, const Body& body) {
   with_resampling<kChannelsLast>(call, [&](const auto& resampling) {
     using R = std::decay_t<decltype(resampling)>;
-    ResampleForward<R> body{resampling, Operand<typename R::S>(output), call.add_field};
-    for_each_voxel(device, space, body);
+    if constexpr (kCubic) {
+      body(CubicResampling<R>{resampling});
+    } else {
+      body(resampling);
+    }
   });
 }
 
-template <bool kChannelsLast, class Device>
+template <bool kChannelsLast, bool kCubic = false, class Device>
+void resample_forward(const Device& device, const ResampleCall& call, const Tensor& output) {
+  if (output.shape.count() == 0) return;
+  const VoxelSpace space = voxel_space(call.groups, call.items, call.out_sizes);
+  with_sampler<kChannelsLast, kCubic>(call, [&](const auto& resampling) {
+    using R = std::decay_t<decltype(resampling)>;
+    using Forward = std::conditional_t<kCubic, CubicForward<R>, ResampleForward<R>>;
+    for_each_voxel(device, space,
+                   Forward{resampling, Operand<typename R::S>(output), call.add_field});
+  });
+}
+
+template <bool kChannelsLast, bool kCubic = false, class Device>
 void resample_backward(const Device& device, const ResampleCall& call) {
   if (call.grad_output->shape.count() == 0) {
     for (const Tensor* gradient : {call.grad_input, call.grad_affine, call.grad_field}) {
@@ -38,7 +59,7 @@ void resample_backward(const Device& device, const ResampleCall& call) {
     return;
   }
   const VoxelSpace space = voxel_space(call.groups, call.items, call.out_sizes);
-  with_resampling<kChannelsLast>(call, [&](const auto& resampling) {
+  with_sampler<kChannelsLast, kCubic>(call, [&](const auto& resampling) {
     using R = std::decay_t<decltype(resampling)>;
     using S = typename R::S;
     using T = typename R::T;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/for_each.h"
 #include "core/half.h"
@@ -40,6 +41,9 @@ struct Resampling {
   static constexpr bool kAffine = kHasAffine;
   static constexpr bool kField = kHasField;
   static constexpr bool kSlab = kIsSlab;
+  static constexpr bool kCubic = false;  // see cubic.h
+  // Whether there is vector code for the neighbours of a row.
+  static constexpr bool kComputesNeighbours = std::is_same_v<S, T>;
   using Layout = InLayout;
   using Map = PositionMap<T, D, kAffine>;
 

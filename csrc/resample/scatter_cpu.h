@@ -128,7 +128,7 @@ struct Reach {
 };
 
 template <class R>
-Reach row_reach(const typename R::Element& source, int z, int y, int size) {
+Reach row_reach(const R&, const typename R::Element& source, int z, int y, int size) {
   using T = typename R::T;
   constexpr int D = R::D, kSlow = D - 1;
   const Boundary<T, D>& boundary = source.self->boundary;
@@ -174,8 +174,8 @@ void scatter(const Cpu&, const VoxelSpace& space, const R& resampling, const Ten
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / rows, row = i % rows;
         const auto source = resampling.element(b / space.items, b % space.items);
-        reach[i] = row_reach<R>(source, static_cast<int>(row / space.y),
-                                static_cast<int>(row % space.y), space.x);
+        reach[i] = row_reach(resampling, source, static_cast<int>(row / space.y),
+                             static_cast<int>(row % space.y), space.x);
       }
     });
   };

@@ -34,6 +34,8 @@ class Interpolation(enum.StrEnum):
 
     LINEAR = "linear"
     NEAREST = "nearest"
+    CUBIC = "cubic"
+    B_SPLINE = "b-spline"
 
 
 def apply(
@@ -84,13 +86,19 @@ def apply(
 ) -> None:
     r"""Resample IMAGE onto the grid of a reference, through any number of transforms.
 
-    Labels and nearest neighbours keep the type of the voxels, linear interpolation writes float32.
+    Labels and nearest neighbours keep the type of the voxels, all other interpolation writes
+    float32. Cubic convolution and B-splines keep what is sharp sharper than linear interpolation
+    does, and overshoot a little beside edges: a positive image may get values below 0.
     What is taken to be outside of IMAGE is printed, unless it is 0.
 
     Examples
     --------
     After jaxreg register fixed.nii.gz moving.nii.gz -o out, another image to the fixed grid:
     jaxreg apply other.nii.gz -r fixed.nii.gz -t out/warp.nii.gz -t out/affine.tfm -o moved.nii.gz
+
+    The same with a cubic B-spline between voxels:
+    jaxreg apply other.nii.gz -r fixed.nii.gz -t out/warp.nii.gz -t out/affine.tfm \
+      --interpolation b-spline -o moved.nii.gz
 
     Labels drawn on the moving image:
     jaxreg apply labels.nii.gz -r fixed.nii.gz -t out/warp.nii.gz -t out/affine.tfm \

@@ -446,14 +446,15 @@ def test_apply_says_what_is_outside(ct: Path, capsys: pytest.CaptureFixture[str]
         assert run("apply", ct / f"{name}.nii.gz", *reference, *options) == 0
         return read_volume(out).array, capsys.readouterr().out
 
-    for options, dtype in (((), np.float32), (("--interpolation", "nearest"), np.int16)):
+    kinds = {"linear": np.float32, "nearest": np.int16, "cubic": np.float32, "b-spline": np.float32}
+    for options, dtype in ((("--interpolation", kind), kinds[kind]) for kind in kinds):
         moved, told = applied("moving", *options)
         assert moved.dtype == dtype
-        assert (moved[:, -10:] == -1024).all()
+        np.testing.assert_allclose(moved[:, -10:], -1024, rtol=1e-6)
         assert told == "Outside of IMAGE is -1024.\n"
         for name in ("--outside", "--default-value"):  # the latter as ANTs calls it
             moved, told = applied("moving", *options, f"{name}=-7")
-            assert (moved[:, -10:] == -7).all()
+            np.testing.assert_allclose(moved[:, -10:], -7, rtol=1e-6)
             assert told == "Outside of IMAGE is -7.\n"
     for options in ((), ("--labels",), ("--interpolation", "nearest")):
         moved, told = applied("labels", *options)

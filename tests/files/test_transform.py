@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import scipy.ndimage
 import SimpleITK as sitk  # noqa: N813
 from scenes import as_image, header, physical_grid
 from transforms import (
@@ -216,7 +217,8 @@ def test_outside_of_an_image_is_its_own_background(
 ) -> None:
     image = ball(background, shape)
     exact = image.with_array(np.round(image.array).astype(np.int16))
-    for moving, interpolation in ((image, "linear"), (exact, "linear"), (exact, "nearest")):
+    cases = [(image, "linear"), (image, "cubic"), (image, "b-spline"), (exact, "linear")]
+    for moving, interpolation in (*cases, (exact, "nearest")):
         moved = resample(moving, moving, [away(len(shape))], interpolation).array
         np.testing.assert_allclose(moved[..., -8:], background, atol=1e-4)
     assert moved.dtype == np.int16
@@ -285,6 +287,36 @@ def test_labels_have_0_outside_unless_another_label_is_asked_for() -> None:
     assert [c[0, -1] for c in resample(two, two, shift, "labels", (4, 5)).array] == [4, 5]
     large = labels.with_array(labels.array.astype(np.int64))
     assert resample(large, large, shift, "labels", 2**60 + 1).array[0, -1] == 2**60 + 1
+
+
+@pytest.mark.parametrize("interpolation", ["cubic", "b-spline"])
+def test_cubic_interpolation_continues_an_image_by_what_is_outside(interpolation: str) -> None:
+    """As if that were subtracted first and added in the end."""
+    image, parts = ball(-1024), (affine(2), away(2, 4.4))
+    less = image.with_array(image.array + 1024)
+    moved = resample(image, image, parts, interpolation)
+    assert moved.array.dtype == np.float32
+    expected = resample(less, less, parts, interpolation, outside=0).array - 1024
+    np.testing.assert_allclose(moved.array, expected, atol=2e-3)
+    with_zeros = resample(image, image, parts, interpolation, outside=0).array
+    assert np.abs(moved.array - with_zeros).max() > 1000
+
+
+@pytest.mark.parametrize("interpolation", ["cubic", "b-spline"])
+def test_cubic_interpolation_is_closer_than_linear(interpolation: str) -> None:
+    """There and back again, by halves of a voxel."""
+    image = volume(3)
+    smooth = image.with_array(scipy.ndimage.gaussian_filter(np.asarray(image.array), 1.0))
+    shift = np.eye(4)
+    shift[:3, 3] = 0.5
+
+    def error(kind: str) -> float:
+        there = resample(smooth, smooth, (shift,), kind)
+        back = resample(there, smooth, (np.linalg.inv(shift),), kind).array
+        inner = (slice(3, -3),) * 3
+        return float(np.abs(back - smooth.array)[inner].mean())
+
+    assert error(interpolation) < 0.5 * error("linear")
 
 
 @pytest.mark.parametrize("dim", [2, 3])

@@ -141,6 +141,44 @@ def test_of_samples_of_the_nearest_voxel() -> None:
     check(function, image, affine, grid)
 
 
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("padding_mode", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize("name", ["interpolate", "compose"])
+@pytest.mark.parametrize("mode", ["cubic", "b-spline"])
+def test_of_cubic_samples(mode: str, name: str, padding_mode: str, align_corners: bool) -> None:
+    case = example(
+        name, shape=(4, 5), mode=mode, padding_mode=padding_mode, align_corners=align_corners
+    )
+    check(bound(case), *case.operands)
+
+
+@pytest.mark.parametrize("mode", ["cubic", "b-spline"])
+def test_of_cubic_samples_in_space(mode: str) -> None:
+    case = example("interpolate", mode=mode)
+    check(bound(case), *case.operands)
+
+
+def test_of_cubic_samples_of_an_image_with_an_axis_of_one_voxel() -> None:
+    for mode in ("cubic", "b-spline"):
+        function, image, affine, grid = sampling(mode=mode)
+        check(function, image[:, :, :1], affine, grid)
+
+
+@pytest.mark.parametrize("mode", ["cubic", "b-spline"])
+def test_hessians_of_a_sample_are_the_differences_of_its_slopes(mode: str) -> None:
+    image = random_array(0, 1, 1, 9, 9)
+    position, step = np.array([0.25, -0.6]), 1e-5
+
+    def value(position: Any) -> Any:
+        return jaxreg.interpolate(
+            image, grid=(position / 4)[None, None, None], is_displacement=False, mode=mode
+        ).sum()
+
+    slope = jax.grad(value)
+    moved = [(slope(position + d) - slope(position - d)) / (2 * step) for d in step * np.eye(2)]
+    np.testing.assert_allclose(jax.hessian(value)(position), np.stack(moved), rtol=0, atol=1e-8)
+
+
 def test_of_samples_of_an_image_with_an_axis_of_one_voxel() -> None:
     function, image, affine, grid = sampling()
     check(function, image[:, :, :1], affine, grid)

@@ -252,6 +252,9 @@ def test_an_affine_alone_keeps_its_output_spread(
     "options",
     [
         {"mode": "nearest"},
+        {"mode": "cubic"},
+        {"mode": "b-spline"},
+        {"mode": "cubic", "align_corners": False, "padding_mode": "reflection"},
         {"align_corners": False},
         {"is_displacement": False},
         {"grid_unit": "voxel"},
@@ -270,6 +273,41 @@ def test_all_ways_to_place_samples_give_the_bits_of_one_device(
 
     spread = on_slabs(function, mesh, [IMAGE, FIELD], [IMAGE])
     assert_same(spread(image, grid), np.asarray(jax.jit(function)(image, grid)))
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize("size", [0.8, 30.0])
+@pytest.mark.parametrize("mode", ["cubic", "b-spline"])
+def test_cubic_samples_and_their_gradients_are_those_of_one_device(
+    mesh: Mesh, planes: int, mode: str, size: float, padding_mode: str
+) -> None:
+    """Of values or coefficients that are there: they stay spread."""
+    image = random_array(1, 1, 2, planes, *IN_PLANE)
+    affine = random_affine(5, 1, 3)
+    u, grid = (displacement(planes, size, seed) for seed in (2, 3))
+    grid[:, :, 0] = 0  # on voxels
+    options = {"mode": mode, "padding_mode": padding_mode, "prefilter": False}
+
+    def values(image: Any, affine: Any, u: Any, grid: Any) -> Any:
+        moved = jaxreg.interpolate(image, affine, grid, **options)
+        return moved, jaxreg.compose(u, grid, **options)
+
+    def gradients(*operands: Any) -> Any:
+        def total(*operands: Any) -> Any:
+            moved, composed = values(*operands)
+            return (jnp.sin(moved) ** 2).sum() + (composed**3).sum()
+
+        return jax.grad(total, (0, 1, 2, 3))(*operands)
+
+    operands = (image, affine, u, grid)
+    axes = [IMAGE, None, FIELD, FIELD]
+    spread = on_slabs(values, mesh, axes, [IMAGE, FIELD])
+    for one, other in zip(spread(*operands), jax.jit(values)(*operands), strict=True):
+        assert_same(one, np.asarray(other))
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+    found = on_slabs(gradients, mesh, axes, axes)(*operands)
+    for one, other in zip(found, jax.jit(gradients)(*operands), strict=True):
+        assert_close(one, other)
 
 
 def test_a_grid_with_its_channels_first_stays_spread(mesh: Mesh, planes: int) -> None:

@@ -251,7 +251,10 @@ ONE_BY_ONE = [
     bad_value("interpolate", "out_shape", (3, 4, 6), numbers(3, 4, 6)),  # the grid has another
     bad_value("interpolate", "grid", None, "None", is_displacement=False),
     # What came is told in full.
-    bad_value("interpolate", "mode", "cubic", "cubic"),
+    bad_value("interpolate", "mode", "lanczos", "lanczos"),
+    bad_value("compose", "mode", "nearest", "nearest"),
+    *[bad_type(op, "prefilter", "no", "no", mode="b-spline") for op in ("interpolate", "compose")],
+    *[bad_type(op, "prefilter", 1, "1") for op in ("interpolate", "compose")],
     bad_value("compose", "padding_mode", "wrap", "wrap"),
     bad_type("compose", "add", 0.5, "0.5"),
     bad_type("gaussian_smooth", "channel_last", "yes", "yes"),

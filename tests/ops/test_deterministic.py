@@ -25,11 +25,12 @@ class Crowd:
     operands: tuple[np.ndarray, ...]
     cotangent: np.ndarray
 
+    mode: str = "bilinear"
+
     def gradient(self, backend: Backend, *, deterministic: bool) -> np.ndarray:
         """The gradient to the first operand, the one that is sampled."""
-        (gradient,) = backend.vjp(
-            self.name, self.operands, self.cotangent, (0,), deterministic=deterministic
-        )
+        options = {"deterministic": deterministic, "mode": self.mode}
+        (gradient,) = backend.vjp(self.name, self.operands, self.cotangent, (0,), **options)
         return gradient
 
 

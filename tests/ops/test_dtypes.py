@@ -46,9 +46,10 @@ def check_values_and_gradients(
 @HALF
 @pytest.mark.parametrize("name", [*OPS, "invert_displacement"])
 def test_half_precision_costs_one_rounding(backend: Backend, name: str, dtype: object) -> None:
-    """All operands are half precision; coordinates are not, nor is a loss."""
+    """All operands are half precision; coordinates are not, nor are losses and coefficients."""
     case = example(name, dtype=dtype)
-    result = FLOAT32 if name in (*LOSSES, *FIELD_LOSSES) else dtype
+    stays = (*LOSSES, *FIELD_LOSSES, "spline_coefficients")
+    result = FLOAT32 if name in stays else dtype
     check_values_and_gradients(backend, name, list(case.operands), result, **case.options)
 
 
@@ -103,7 +104,7 @@ def test_a_float64_field_places_the_samples_of_a_float32_image_exactly(backend: 
 
 
 @HALF
-@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+@pytest.mark.parametrize("mode", ["bilinear", "nearest", "cubic"])
 def test_no_transform_returns_every_number_there_is(
     backend: Backend, mode: str, dtype: object
 ) -> None:

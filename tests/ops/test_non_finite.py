@@ -95,6 +95,10 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
         (3, False, "bilinear", np.float64),
         (2, False, "nearest", np.float32),
         (3, True, "nearest", np.float64),
+        (2, True, "cubic", np.float64),
+        (3, False, "cubic", np.float64),
+        (2, False, "b-spline", np.float64),
+        (3, True, "b-spline", np.float64),
     ],
 )
 def test_interpolate_spreads_them_as_the_reference_does(
@@ -118,6 +122,7 @@ def test_interpolate_spreads_them_as_the_reference_does(
     options = {
         **PLACEMENTS[placement],
         "mode": mode,
+        "prefilter": False,  # one coefficient that is not finite would be all of its line
         "padding_mode": padding_mode,
         "align_corners": align_corners,
     }
@@ -134,13 +139,14 @@ def test_interpolate_spreads_them_as_the_reference_does(
 
 @pytest.mark.parametrize("padding_mode", PADDINGS)
 @pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize("mode", ["bilinear", "cubic"])
 def test_a_cotangent_that_is_not_finite_reaches_the_voxels_that_its_sample_touches(
-    backend: Backend, dim: int, padding_mode: str
+    backend: Backend, mode: str, dim: int, padding_mode: str
 ) -> None:
     shape = SHAPES[dim, True]
     args = (random_array(0, 7, 2, *shape), None, spoilt_displacement(shape, True))
     cotangent = spoilt_images(shape)
-    options = {"padding_mode": padding_mode}
+    options = {"padding_mode": padding_mode, "mode": mode}
     (gradient,) = backend.vjp("interpolate", args, cotangent, (0,), **options)
     expected, _, _ = reference.interpolate_vjp(cotangent, *args, **options)
     assert_alike(gradient, expected, np.float64)
@@ -228,7 +234,7 @@ def test_a_displacement_to_nowhere_does_not_reach_the_gradient_of_the_affine(
 
 
 @pytest.mark.parametrize("padding_mode", PADDINGS)
-@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+@pytest.mark.parametrize("mode", ["bilinear", "nearest", "cubic"])
 @pytest.mark.parametrize("value", [NAN, INFINITY])
 def test_an_axis_of_one_voxel_ignores_any_displacement_along_it(
     backend: Backend, value: float, mode: str, padding_mode: str

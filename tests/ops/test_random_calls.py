@@ -121,6 +121,8 @@ DIMS = st.sampled_from([2, 3])
 SEEDS = st.integers(0, 2**32 - 1)
 FLAGS = st.booleans()
 PADDINGS = st.sampled_from(["zeros", "border", "reflection"])
+MODES = st.sampled_from(["bilinear", "nearest", "cubic", "b-spline"])
+SMOOTH_MODES = st.sampled_from(["bilinear", "cubic", "b-spline"])
 
 
 def shapes(dim: int) -> st.SearchStrategy[tuple[int, ...]]:
@@ -139,7 +141,7 @@ def interpolations(draw: st.DrawFn) -> tuple[tuple[Any, ...], dict[str, Any]]:
     options = {
         "affine_last": draw(FLAGS),
         "is_displacement": True,
-        "mode": draw(st.sampled_from(["bilinear", "nearest"])),
+        "mode": draw(MODES),
         "padding_mode": draw(PADDINGS),
         "align_corners": draw(FLAGS),
     }
@@ -223,6 +225,7 @@ def compositions(draw: st.DrawFn) -> tuple[tuple[Any, ...], dict[str, Any]]:
     dim, seed = draw(DIMS), draw(SEEDS)
     shape, out, sizes = draw(shapes(dim)), draw(shapes(dim)), draw(batches(3))
     options = {"add": draw(FLAGS), "padding_mode": draw(PADDINGS), "align_corners": draw(FLAGS)}
+    options["mode"] = draw(SMOOTH_MODES)
     u = random_array(seed, sizes[0], *shape, dim)
     v = off_grid_displacement(
         seed + 1, sizes[1], shape, out, align_corners=options["align_corners"], reach=4
@@ -417,6 +420,7 @@ SIZES = {
     "compose": [(1, 1, 1), (1e30, 1, 1), (1e-38, 1e-38, 1), (1, 1e20, 1e10), (1e-4, 1e30, 1)],
     "affine_warp": [(1, 1), (1e30, 1e30), (1e-38, 1e-38)],
     "scaling_and_squaring": [(1,), (30,), (1e-38,)],
+    "spline_coefficients": [(1,), (1e30,), (1e-38,)],
     "gaussian_smooth": [(1,), (1e30,), (1e-38,)],
     "jacobian_determinant": [(1,), (1e9,), (1e-38,)],
     "convert_displacement": [(1,), (1e30,), (1e-38,)],
@@ -458,7 +462,7 @@ def extreme_calls(draw: st.DrawFn) -> tuple[str, tuple[Any, ...], dict[str, Any]
         affine, grid = maybe(values(dim, dim + 1)), maybe(values(*out, dim))
         options = {
             **padded,
-            "mode": draw(st.sampled_from(["bilinear", "nearest"])),
+            "mode": draw(MODES),
             "affine_last": draw(FLAGS),
             "is_displacement": grid is None or draw(FLAGS),
             "out_shape": None if grid is not None else draw(st.sampled_from([None, out])),
@@ -473,7 +477,11 @@ def extreme_calls(draw: st.DrawFn) -> tuple[str, tuple[Any, ...], dict[str, Any]
         return name, (values(*shape, dim), maybe(values(*shape, dim))), options
     if name == "compose":
         operands = (values(*shape, dim), values(*out, dim), maybe(values(dim, dim + 1)))
-        return name, operands, {**padded, "add": draw(FLAGS)}
+        return name, operands, {**padded, "add": draw(FLAGS), "mode": draw(SMOOTH_MODES)}
+    if name == "spline_coefficients":
+        channel_last = draw(FLAGS)
+        size = (*shape, 2) if channel_last else (draw(st.integers(0, 3)), *shape)
+        return name, (values(*size),), {**padded, "channel_last": channel_last}
     if name == "affine_warp":
         return name, (values(dim, dim + 1), values(*shape, dim)), aligned
     if name == "scaling_and_squaring":

@@ -48,6 +48,69 @@ def test_interpolation_and_its_gradients_are_those_of_grid_sample(
     np.testing.assert_allclose(to_warp, warp_torch.grad.numpy(), atol=1e-12)
 
 
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("padding_mode", PADDINGS)
+def test_cubic_interpolation_and_its_gradients_are_those_of_grid_sample(
+    padding_mode: str, align_corners: bool
+) -> None:
+    shape, out = SHAPES[2], SHAPES[2][::-1]
+    image = random_array(0, 2, 3, *shape)
+    warp = coordinates_of(off_grid_positions(1, 2, shape, out, reach=12), shape, align_corners)
+    cotangent = random_array(2, 2, 3, *out)
+    options = {"padding_mode": padding_mode, "align_corners": align_corners}
+    leaves = [torch.tensor(x, requires_grad=True) for x in (image, warp)]
+    expected = torch.nn.functional.grid_sample(*leaves, mode="bicubic", **options)
+    expected.backward(torch.tensor(cotangent))
+    options |= {"is_displacement": False, "mode": "cubic"}
+    actual = reference.interpolate(image, None, warp, **options)
+    to_image, _, to_warp = reference.interpolate_vjp(cotangent, image, None, warp, **options)
+    np.testing.assert_allclose(actual, expected.detach().numpy(), atol=1e-12)
+    np.testing.assert_allclose(to_image, leaves[0].grad.numpy(), atol=1e-12)
+    np.testing.assert_allclose(to_warp, leaves[1].grad.numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize(("align_corners", "scipy_mode"), [(True, "mirror"), (False, "reflect")])
+def test_splines_are_those_of_map_coordinates(
+    align_corners: bool, scipy_mode: str, dim: int
+) -> None:
+    """SciPy's coefficients with ``reflect`` are exact to 0.27 to the power of twice the length."""
+    shape = {2: (17, 19), 3: (16, 17, 18)}[dim]
+    image = random_array(0, 1, 1, *shape)
+    position = off_grid_positions(1, 1, shape, shape, reach=8)
+    points = np.moveaxis(position[0], -1, 0)[::-1]
+    options = {"padding_mode": "reflection", "align_corners": align_corners}
+    expected = scipy.ndimage.spline_filter(image[0, 0], mode=scipy_mode)
+    actual = reference.spline_coefficients(image, **options)
+    np.testing.assert_allclose(actual[0, 0], expected, atol=1e-9)
+    expected = scipy.ndimage.map_coordinates(image[0, 0], points, order=3, mode=scipy_mode)
+    warp = coordinates_of(position, shape, align_corners)
+    options |= {"is_displacement": False, "mode": "b-spline"}
+    actual = reference.interpolate(image, None, warp, **options)
+    np.testing.assert_allclose(actual[0, 0], expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("padding_mode", PADDINGS)
+@pytest.mark.parametrize("mode", ["cubic", "b-spline"])
+def test_cubic_gradients_are_the_differences_of_values(
+    mode: str, padding_mode: str, align_corners: bool
+) -> None:
+    """Outside as well."""
+    image, affine = random_array(0, 2, 2, 2, 3, 4), random_affine(1, 1, 3)
+    grid, cotangent = 1.4 * random_array(2, 2, 3, 2, 3, 3), random_array(3, 2, 2, 3, 2, 3)
+    options = {"mode": mode, "padding_mode": padding_mode, "align_corners": align_corners}
+    expected = reference.vjp_by_central_differences(
+        lambda *args: reference.interpolate(*args, **options),
+        (image, affine, grid),
+        cotangent,
+        (0, 1, 2),
+    )
+    actual = reference.interpolate_vjp(cotangent, image, affine, grid, **options)
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, e, atol=1e-8)
+
+
 @pytest.mark.parametrize("dim", [2, 3])
 @pytest.mark.parametrize(
     ("padding_mode", "align_corners", "scipy_mode"),

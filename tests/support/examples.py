@@ -60,6 +60,7 @@ OPS = [
     "compose",
     "affine_warp",
     "scaling_and_squaring",
+    "spline_coefficients",
     "gaussian_smooth",
     "jacobian_determinant",
     "convert_displacement",
@@ -84,6 +85,7 @@ OPERANDS = {
     "compose": ("u", "v", "affine"),
     "affine_warp": ("affine", "displacement"),
     "scaling_and_squaring": ("velocity",),
+    "spline_coefficients": ("image",),
     "gaussian_smooth": ("x",),
     "jacobian_determinant": ("displacement",),
     "convert_displacement": ("displacement",),
@@ -131,6 +133,7 @@ def example(
         "compose": Example("compose", (first, second, affine)),
         "affine_warp": Example("affine_warp", (affine, first)),
         "scaling_and_squaring": Example("scaling_and_squaring", (first,), {"num_steps": 3}),
+        "spline_coefficients": Example("spline_coefficients", (image,)),
         "gaussian_smooth": Example("gaussian_smooth", (image,), {"sigma": 0.8}),
         "jacobian_determinant": Example("jacobian_determinant", (first,)),
         "convert_displacement": Example(

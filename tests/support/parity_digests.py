@@ -36,6 +36,10 @@ def cases() -> dict[str, Example]:
     case = example("interpolate", shape=SHAPES[3], dtype=np.float32)
     case.options.update(mode="nearest")
     result["interpolate nearest"] = case
+    for name, mode in itertools.product(("interpolate", "compose"), ("cubic", "b-spline")):
+        case = example(name, shape=SHAPES[3], dtype=np.float32)
+        case.options.update(mode=mode, padding_mode="reflection")
+        result[f"{name} {mode}"] = case
     image, affine, grid = example("interpolate", shape=SHAPES[3], dtype=np.float32).operands
     result["interpolate with broadcast image and affine"] = Example(
         "interpolate", (image[:1], affine[:1], grid)

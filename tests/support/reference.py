@@ -168,6 +168,9 @@ def corners(
         base, neighbours = np.round(position), (0,)  # np.round rounds half to even
     elif mode == "bilinear":
         base, neighbours = np.floor(position), (0, 1)
+    elif mode in ("cubic", "b-spline"):
+        yield from taps(position, finite, shape, mode, padding_mode, align_corners)
+        return
     else:
         raise ValueError(f"mode {mode!r}")
     fraction = position - base
@@ -197,6 +200,87 @@ def corners(
             for a in range(dim)
         ]
         yield tuple(index[::-1]), weight, np.stack(slopes, axis=-1)
+
+
+def cubic_kernel(x: Array, mode: str) -> tuple[Array, Array]:
+    """What a voxel weighs at a distance ``x``, and the derivative by ``x``.
+
+    Keys' kernel with a = -3/4, or the cubic B-spline.
+    """
+    distance, sign = np.abs(x), np.sign(x)
+    if mode == "cubic":
+        a = -0.75
+        near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+        far = a * (((distance - 5) * distance + 8) * distance - 4)
+        near_slope = (3 * (a + 2) * distance - 2 * (a + 3)) * distance
+        far_slope = a * ((3 * distance - 10) * distance + 8)
+    else:
+        near, far = 2 / 3 - distance**2 + distance**3 / 2, (2 - distance) ** 3 / 6
+        near_slope, far_slope = -2 * distance + 1.5 * distance**2, -((2 - distance) ** 2) / 2
+    value = np.where(distance < 1, near, np.where(distance < 2, far, 0))
+    slope = np.where(distance < 1, near_slope, np.where(distance < 2, far_slope, 0))
+    return value, sign * slope
+
+
+def spline_padding(padding_mode: str, align_corners: bool) -> tuple[str, bool]:
+    """How the coefficients of a spline are continued: at the border they are mirrored."""
+    return ("reflection", True) if padding_mode == "border" else (padding_mode, align_corners)
+
+
+def taps(
+    position: Array,
+    finite: Array,
+    shape: Shape,
+    mode: str,
+    padding_mode: str,
+    align_corners: bool,
+) -> Iterator[tuple[tuple[Array, ...], Array, Array]]:
+    """What :func:`corners` yields for cubic sampling: 4 voxels along each axis.
+
+    The array, of values or of coefficients, is continued to all integers by padding. Only a spline
+    with border padding is that at the nearest position within the volume. Along an axis without
+    extent there is one voxel. There is no derivative where all that counts is one voxel.
+    """
+    dim, sizes = len(shape), shape[::-1]
+    along = []
+    for a in range(dim):
+        p, varies = position[..., a], finite[..., a]
+        if sizes[a] == 1 and align_corners:
+            p, kernel = np.zeros_like(p), "cubic"
+            varies = np.zeros_like(varies)
+        else:
+            kernel = mode
+        padding, align = padding_mode, align_corners
+        if mode == "b-spline":
+            if padding_mode == "border":
+                varies = varies & (p > 0) & (p < sizes[a] - 1)
+                p = np.clip(p, 0, sizes[a] - 1)
+            padding, align = spline_padding(padding_mode, align_corners)
+        found = []
+        for k in (-1, 0, 1, 2):
+            voxel = np.floor(p) + k
+            weight, slope = cubic_kernel(p - voxel, kernel)
+            index, exists = pad(voxel, sizes[a], padding, align)
+            found.append([index.astype(np.int64), weight * exists, slope * exists])
+        index, weight, slope = (np.stack(x) for x in zip(*found, strict=True))
+        counts = (weight != 0) | (slope != 0)
+        first = np.where(counts, index, index.max()).min(axis=0)
+        last = np.where(counts, index, -1).max(axis=0)
+        if padding != "zeros":
+            # One voxel alone has no slope, and weighs 1.
+            varies = varies & (first != last)
+            one = np.eye(4)[0].reshape(4, *[1] * first.ndim)
+            weight = np.where(first == last, one, weight)
+            index = np.where(first == last, first, index)
+        along.append((index, weight, np.where(varies, slope, 0)))
+    for offsets in itertools.product(range(4), repeat=dim):
+        index = [along[a][0][offsets[a]] for a in range(dim)]
+        weights = [along[a][1][offsets[a]] for a in range(dim)]
+        slopes = [
+            np.prod([along[a][2 if a == b else 1][offsets[a]] for a in range(dim)], axis=0)
+            for b in range(dim)
+        ]
+        yield tuple(index[::-1]), np.prod(weights, axis=0), np.stack(slopes, axis=-1)
 
 
 def times(weight: Array, value: Array) -> Array:
@@ -232,6 +316,58 @@ def output_shape(image: Array, grid: Array | None, out_shape: Sequence[int] | No
     return image.shape[2:] if out_shape is None else tuple(out_shape)[-(image.ndim - 2) :]
 
 
+def spline_matrix(size: int, padding_mode: str, align_corners: bool) -> Array:
+    """From the coefficients of a cubic B-spline along an axis to its values at the voxels."""
+    if size == 1 and align_corners:
+        return np.eye(1)
+    matrix = np.zeros((size, size))
+    voxels = np.arange(size)
+    for k, weight in ((-1, 1 / 6), (0, 4 / 6), (1, 1 / 6)):
+        index, exists = pad(voxels + k, size, *spline_padding(padding_mode, align_corners))
+        np.add.at(matrix, (voxels, index.astype(np.int64)), weight * exists)
+    return matrix
+
+
+def along_axes(x: Array, matrices: Sequence[Array], first: int) -> Array:
+    """Each matrix applied along an axis, from the axis ``first`` on."""
+    for axis, matrix in enumerate(matrices, first):
+        x = np.moveaxis(np.tensordot(matrix, x, (1, axis)), 0, axis)
+    return x
+
+
+def spline_coefficients(
+    image: Array,
+    *,
+    padding_mode: str = "zeros",
+    align_corners: bool = True,
+    channel_last: bool = False,
+) -> Array:
+    """Those of the cubic B-spline that passes through all values of an image."""
+    first = 1 if channel_last else 2
+    matrices = [
+        np.linalg.inv(spline_matrix(n, padding_mode, align_corners))
+        for n in image.shape[first : first + image.ndim - 2]
+    ]
+    return along_axes(float64(image), matrices, first)
+
+
+def spline_coefficients_vjp(
+    cotangent: Array,
+    image: Array,
+    *,
+    padding_mode: str = "zeros",
+    align_corners: bool = True,
+    channel_last: bool = False,
+) -> Array:
+    """The gradient of ``sum(cotangent * spline_coefficients(image))``."""
+    first = 1 if channel_last else 2
+    matrices = [
+        np.linalg.inv(spline_matrix(n, padding_mode, align_corners)).T
+        for n in image.shape[first : first + image.ndim - 2]
+    ]
+    return along_axes(float64(cotangent), matrices, first)
+
+
 def interpolate(
     image: Array,
     affine: Array | None = None,
@@ -243,9 +379,12 @@ def interpolate(
     mode: str = "bilinear",
     padding_mode: str = "zeros",
     align_corners: bool = True,
+    prefilter: bool = True,
 ) -> Array:
     """The image sampled at ``Ax + u``, at ``A(x + u)`` or at ``v``: ``(N, C, *out)``."""
     image, affine, grid = float64(image), float64(affine), float64(grid)
+    if mode == "b-spline" and prefilter:
+        image = spline_coefficients(image, padding_mode=padding_mode, align_corners=align_corners)
     shape, out = image.shape[2:], output_shape(image, grid, out_shape)
     result = np.zeros((batch_size(image, affine, grid), image.shape[1], *out))
     for n in range(result.shape[0]):
@@ -270,6 +409,7 @@ def interpolate_vjp(
     mode: str = "bilinear",
     padding_mode: str = "zeros",
     align_corners: bool = True,
+    prefilter: bool = True,
 ) -> tuple[Array, Array | None, Array | None]:
     """Gradients of ``sum(cotangent * interpolate(image, affine, grid))``.
 
@@ -277,6 +417,10 @@ def interpolate_vjp(
     1 receives the sum over the batch.
     """
     image, affine, grid = float64(image), float64(affine), float64(grid)
+    padding = {"padding_mode": padding_mode, "align_corners": align_corners}
+    filtered = mode == "b-spline" and prefilter
+    if filtered:
+        image = spline_coefficients(image, **padding)
     shape, out = image.shape[2:], output_shape(image, grid, out_shape)
     dim = len(shape)
     x, s_in = normalised_coordinates(out, align_corners), half_extent(shape, align_corners)
@@ -311,6 +455,8 @@ def interpolate_vjp(
                 matrix = np.eye(dim) if affine is None else item(affine, n)[:, :dim]
                 to_y = np.where(has_extent, times(to_y[..., None], matrix).sum(axis=-2), 0)
             item(to_grid, n)[...] += to_y
+    if filtered:
+        to_image = spline_coefficients_vjp(to_image, image, **padding)
     return to_image, to_affine, to_grid
 
 
@@ -357,12 +503,19 @@ def compose(
     affine: Array | None = None,
     *,
     add: bool = True,
+    mode: str = "bilinear",
     padding_mode: str = "border",
     align_corners: bool = True,
+    prefilter: bool = True,
 ) -> Array:
     """``v + u(Ax + v)``, or ``u(Ax + v)`` alone with ``add=False``; on the grid of ``v``."""
     u, v = float64(u), float64(v)
-    options = {"padding_mode": padding_mode, "align_corners": align_corners}
+    options = {
+        "mode": mode,
+        "padding_mode": padding_mode,
+        "align_corners": align_corners,
+        "prefilter": prefilter,
+    }
     moved = np.moveaxis(interpolate(np.moveaxis(u, -1, 1), affine, v, **options), 1, -1)
     return v + moved if add else moved
 
@@ -374,11 +527,18 @@ def compose_vjp(
     affine: Array | None = None,
     *,
     add: bool = True,
+    mode: str = "bilinear",
     padding_mode: str = "border",
     align_corners: bool = True,
+    prefilter: bool = True,
 ) -> tuple[Array, Array, Array | None]:
     """Gradients of ``sum(cotangent * compose(u, v, affine))`` to u, v and affine."""
-    options = {"padding_mode": padding_mode, "align_corners": align_corners}
+    options = {
+        "mode": mode,
+        "padding_mode": padding_mode,
+        "align_corners": align_corners,
+        "prefilter": prefilter,
+    }
     to_u, to_affine, to_v = interpolate_vjp(
         np.moveaxis(cotangent, -1, 1), np.moveaxis(float64(u), -1, 1), affine, v, **options
     )

@@ -103,6 +103,32 @@ def apply_for(
     return (first if result_dtype is None else first.to(result_dtype), *others)
 
 
+def apply_to_spline(
+    name: str, operands: tuple[Any, ...], attributes: dict[str, Any], *, channel_last: bool
+) -> torch.Tensor:
+    """Call an op for the spline coefficients of what its first operand holds.
+
+    Otherwise as :func:`apply`. The coefficients are computed, and sampled, in the dtype that the op
+    computes in, and the result is rounded once.
+    """
+    op = OPS[name]
+    prepared, result_dtype = _prepare(name, operands)
+    if not torch.compiler.is_compiling():
+        # What is wrong with an operand is told by the name that it has there.
+        plain = {key: plain_number(value) for key, value in attributes.items()}
+        _check(op, prepared, plain, op.wanted(()))
+    first, *others = operands
+    in_float64 = any(x is not None and x.dtype == torch.float64 for x in operands)
+    padding = {key: attributes[key] for key in ("padding_mode", "align_corners")}
+    coefficients = apply(
+        "spline_coefficients",
+        (first.double() if in_float64 else first,),
+        padding | {"channel_last": channel_last},
+    )
+    value = apply(name, (coefficients, *others), attributes)
+    return value.to(first.dtype if result_dtype is None else result_dtype)
+
+
 def widened(tensor: Any) -> Any:
     """A tensor of half precision as float32, for results that other ops go on with."""
     if isinstance(tensor, torch.Tensor) and tensor.dtype in _HALVES:

@@ -59,7 +59,8 @@ class _Samples:
             for axis in self.sampler.axes:
                 along = moved_position[:, None, ..., axis]
                 if self.transposed:
-                    parts.append(self.sampler.slope(this, values * along, position, axis))
+                    slope = self.sampler.spread_slope(this, values * along, position, axis)
+                    parts.append(slope)
                 else:
                     parts.append(self.sampler.slope(this, values, position, axis) * along)
         if not parts:

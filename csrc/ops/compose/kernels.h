@@ -6,6 +6,12 @@
 
 namespace regkernels {
 
+// How u is sampled: the op offers no nearest voxels.
+inline Mode composition_mode(const Call& call) {
+  constexpr Mode kModes[] = {Mode::kBilinear, Mode::kCubic, Mode::kBSpline};
+  return kModes[call.integer("mode")];
+}
+
 // A checked composition as the loops of resample/ take it: u is sampled where A x + v points.
 inline ResampleCall composition(const Call& call) {
   const auto& checked = call.checked<ComposeCall>();
@@ -17,7 +23,7 @@ inline ResampleCall composition(const Call& call) {
   resample.out_sizes = checked.out_sizes;
   resample.dimensions = checked.dimensions;
   resample.placement = Placement::kAffineFirst;
-  resample.sampling = {Mode::kBilinear, call.choice<Padding>("padding_mode"),
+  resample.sampling = {composition_mode(call), call.choice<Padding>("padding_mode"),
                        call.flag("align_corners")};
   resample.add_field = call.flag("add");
   resample.slab = call.slab;
@@ -26,12 +32,13 @@ inline ResampleCall composition(const Call& call) {
   return resample;
 }
 
-template <class Device>
+// Cubic sampling, with kCubic, is compiled by itself.
+template <bool kCubic, class Device>
 void compose(const Device& device, const Call& call) {
-  resample_forward<true>(device, composition(call), call.output("output"));
+  resample_forward<true, kCubic>(device, composition(call), call.output("output"));
 }
 
-template <class Device>
+template <bool kCubic, class Device>
 void compose_grad(const Device& device, const Call& call) {
   ResampleCall resample = composition(call);
   resample.grad_output = &call.input("grad_output");
@@ -42,7 +49,7 @@ void compose_grad(const Device& device, const Call& call) {
   resample.scatter.fixed_sums = &call.output("fixed_sums");
   resample.scatter.largest = &call.output("largest");
   resample.partial_sums = &call.output("partial_sums");
-  resample_backward<true>(device, resample);
+  resample_backward<true, kCubic>(device, resample);
 }
 
 }  // namespace regkernels

@@ -58,6 +58,7 @@ void infer_grad(Call& call) {
 std::vector<Op> compose_ops() {
   const std::vector<AttrSpec> attributes = {
       {"add", AttrKind::kBool},
+      {"mode", AttrKind::kChoice, {"bilinear", "cubic", "b-spline"}},
       {"padding_mode", AttrKind::kChoice, {"zeros", "border", "reflection"}},
       {"align_corners", AttrKind::kBool},
       {"deterministic", AttrKind::kBool},

@@ -3,10 +3,12 @@
 namespace regkernels {
 
 void interpolate_cuda(const Context& context, const Call& call) {
-  interpolate(Cuda(context), call);
+  if (is_cubic(call.choice<Mode>("mode"))) return interpolate_cubic_cuda(context, call);
+  interpolate<false>(Cuda(context), call);
 }
 void interpolate_grad_cuda(const Context& context, const Call& call) {
-  interpolate_grad(Cuda(context), call);
+  if (is_cubic(call.choice<Mode>("mode"))) return interpolate_cubic_grad_cuda(context, call);
+  interpolate_grad<false>(Cuda(context), call);
 }
 
 }  // namespace regkernels

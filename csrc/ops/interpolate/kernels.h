@@ -10,12 +10,13 @@ inline ResampleCall interpolation_of_image(const Call& call) {
   return interpolation(call, "image", call.choice<Mode>("mode"));
 }
 
-template <class Device>
+// Cubic sampling, with kCubic, is compiled by itself.
+template <bool kCubic, class Device>
 void interpolate(const Device& device, const Call& call) {
-  resample_forward<false>(device, interpolation_of_image(call), call.output("output"));
+  resample_forward<false, kCubic>(device, interpolation_of_image(call), call.output("output"));
 }
 
-template <class Device>
+template <bool kCubic, class Device>
 void interpolate_grad(const Device& device, const Call& call) {
   ResampleCall resample = interpolation_of_image(call);
   resample.grad_output = &call.input("grad_output");
@@ -25,7 +26,7 @@ void interpolate_grad(const Device& device, const Call& call) {
   resample.scatter = {&call.output("row_bounds"), &call.output("image_sums"),
                       &call.output("fixed_sums"), &call.output("largest")};
   resample.partial_sums = &call.output("partial_sums");
-  resample_backward<false>(device, resample);
+  resample_backward<false, kCubic>(device, resample);
 }
 
 }  // namespace regkernels

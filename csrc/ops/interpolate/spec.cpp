@@ -99,7 +99,7 @@ std::vector<Op> interpolate_ops() {
       {"affine_last", AttrKind::kBool},
       {"is_displacement", AttrKind::kBool},
       {"out_shape", AttrKind::kInts},
-      {"mode", AttrKind::kChoice, {"bilinear", "nearest"}},
+      {"mode", AttrKind::kChoice, {"bilinear", "nearest", "cubic", "b-spline"}},
       {"padding_mode", AttrKind::kChoice, {"zeros", "border", "reflection"}},
       {"align_corners", AttrKind::kBool},
       {"deterministic", AttrKind::kBool},

@@ -28,7 +28,14 @@ from regkernels.maps import Part, as_part
 
 __all__ = ["Interpolation", "Outside", "outside_values", "resample"]
 
-Interpolation = Literal["linear", "nearest", "labels"]
+Interpolation = Literal["linear", "nearest", "labels", "cubic", "b-spline"]
+
+_SMOOTH: dict[Interpolation, Literal["bilinear", "cubic", "b-spline"]] = {
+    "linear": "bilinear",
+    "cubic": "cubic",
+    "b-spline": "b-spline",
+}
+"""Interpolations that make up values, in float32, and the mode of `interpolate`."""
 
 Outside = float | Sequence[float] | NDArray[Any] | Literal["background"] | None
 """What is outside of a volume: a number, one for each channel, its background, or the default."""
@@ -61,12 +68,15 @@ def resample(
         Affine maps (or their matrices) and displacement fields, in the order in which a point of
         the reference goes through them.
     interpolation
-        ``"linear"``, with a result in float32; ``"nearest"``; or ``"labels"``, the label with the
-        largest sum of linear weights. The latter two keep the dtype, and make up no values.
+        ``"linear"``, ``"cubic"`` (convolution with Keys' kernel) or ``"b-spline"`` (the cubic
+        spline through all values), with a result in float32; ``"nearest"``; or ``"labels"``, the
+        label with the largest sum of linear weights. The latter two keep the dtype, and make up no
+        values. Cubic ones are sharper than linear ones, and overshoot at edges.
     outside
         What is outside of the volume's grid, as `outside_values` takes it: by default the volume's
         own background where that is clear, else 0; of labels 0. Between the outermost voxels'
-        centres it has no effect; beyond, linear interpolation gets to it over one voxel.
+        centres it has no effect on linear interpolation; beyond, that gets to it over one voxel.
+        Cubic ones get to it over two, from one before the outermost centres on.
     devices
         Which share the planes of volumes and fields in 3-D; one by default.
 
@@ -102,8 +112,12 @@ def resample(
 
     values = np.asarray(volume.array)
     batch = values.reshape(1, volume.channels, *volume.shape)
-    sample = {"linear": _sample_linear, "nearest": _sample_nearest, "labels": _sample_labels}
-    found = sample[interpolation](batch, around, sampled)
+    if interpolation in _SMOOTH:
+        found = _sample_smooth(batch, around, sampled, _SMOOTH[interpolation])
+    elif interpolation == "nearest":
+        found = _sample_nearest(batch, around, sampled)
+    else:
+        found = _sample_labels(batch, around, sampled)
     return Volume.on_grid(grid, found.reshape(*values.shape[: -volume.ndim], *grid.shape))
 
 
@@ -141,13 +155,13 @@ def outside_values(
         which are labels. By default ``"background"``, and 0 with
         ``interpolation="labels"``.
     interpolation
-        How it is sampled. If not linearly, the background is the volume's value nearest to the
-        median, because no values are made up.
+        How it is sampled. If as ``"nearest"`` or ``"labels"``, the background is the volume's value
+        nearest to the median, because no values are made up.
 
     Returns
     -------
     ndarray
-        ``(C,)``; float32 for linear interpolation, otherwise of the volume's dtype.
+        ``(C,)``; of the volume's dtype where no values are made up, otherwise float32.
 
     Raises
     ------
@@ -158,12 +172,13 @@ def outside_values(
         If it is neither numbers nor ``"background"``.
     """
     array = np.asarray(volume.array)
-    dtype = np.dtype(np.float32) if interpolation == "linear" else array.dtype
+    smooth = interpolation in _SMOOTH
+    dtype = np.dtype(np.float32) if smooth else array.dtype
     if outside is None:
         outside = 0 if interpolation == "labels" else "background"
     if isinstance(outside, str) and outside == "background":
         voxels = array.reshape(1, volume.channels, *volume.shape)
-        return _background(voxels, exact=interpolation != "linear").astype(dtype)
+        return _background(voxels, exact=not smooth).astype(dtype)
     return _checked(outside, volume.channels, dtype, whole=interpolation == "labels")
 
 
@@ -221,17 +236,20 @@ _Sample = Callable[[jax.Array, dict[str, Any]], jax.Array]
 _Sampled = Callable[[_Sample, NDArray[Any]], NDArray[Any]]
 
 
-def _sample_linear(
-    image: NDArray[Any], outside: NDArray[np.float32], sampled: _Sampled
+def _sample_smooth(
+    image: NDArray[Any],
+    outside: NDArray[np.float32],
+    sampled: _Sampled,
+    mode: Literal["bilinear", "cubic", "b-spline"],
 ) -> NDArray[np.float32]:
     def sample(image: jax.Array, where: dict[str, Any]) -> jax.Array:
-        found = interpolate(image, **where)
+        found = interpolate(image, mode=mode, **where)
         if not outside.any():
             return found
         # What the image covers is exact: the rounding of weights does not bring in the outside.
-        missing = 1 - _coverage(image, where)
+        missing = 1 - _coverage(image, where, mode=mode)
         around = outside.reshape(1, -1, *(1,) * (image.ndim - 2))
-        return jnp.where(missing > _ROUNDING, found + around * missing, found)
+        return jnp.where(jnp.abs(missing) > _ROUNDING, found + around * missing, found)
 
     return sampled(sample, np.asarray(image, np.float32))
 

@@ -1,0 +1,299 @@
+// Cubic sampling of an array at the positions that an affine and a vector field give: what
+// resampling.h is to linear sampling, and the samples. The gradients of what places the samples are
+// those of linear sampling, with another derivative.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/for_each.h"
+#include "core/half.h"
+#include "core/operand.h"
+#include "maths/cubic.h"
+#include "maths/voxel_vectors.h"
+#include "resample/resampling.h"
+
+namespace regkernels {
+
+// `Plain` is a Resampling, of which this has everything but the samples.
+template <class Plain>
+struct CubicResampling : Plain {
+  using S = typename Plain::S;
+  using T = typename Plain::T;
+  using Layout = typename Plain::Layout;
+  static constexpr int D = Plain::D;
+  static constexpr bool kSlab = Plain::kSlab;
+  static constexpr bool kCubic = true;
+  static constexpr bool kComputesNeighbours = false;
+
+  using Taps = AxisTaps<T>[D];
+
+  struct Element : Plain::Element {
+    // Calls body(taps, IntTag<0>) for a sample to which no boundary rule applies, of whose taps
+    // along an axis only the first index is set, and body(taps, IntTag<1>) for any other.
+    template <class Body>
+    REGKERNELS_HD auto sample(const Vec<T, D>& p, const Body& body) const {
+      const auto& boundary = this->self->boundary;
+      AxisTaps<T> taps[D];
+      InnerTaps<T, D> inner;
+      if (find_inner_taps(p, boundary.size, inner) && answers(inner.first[D - 1])) {
+        REGKERNELS_UNROLL
+        for (int k = 0; k < D; ++k) {
+          taps[k].index[0] = inner.first[k];
+          tap_weights(boundary.sampling.mode, inner.fraction[k], taps[k].weight);
+          tap_slopes(boundary.sampling.mode, inner.fraction[k], taps[k].slope);
+        }
+        return body(taps, IntTag<0>{});
+      }
+      REGKERNELS_UNROLL
+      for (int k = 0; k < D; ++k) {
+        taps[k] = locate_taps(p[k], boundary.size[k], boundary.sampling);
+      }
+      answer(taps[D - 1]);
+      return body(taps, IntTag<1>{});
+    }
+
+    // Whether the planes at hand answer for a sample with a plane at or below it. Where they are
+    // more than those that answer, the first one is there for its neighbour above only.
+    REGKERNELS_HD bool answers_for(int nearest) const {
+      const SampledSlab& slab = this->self->slab;
+      const int begin = this->first_sampled + (slab.planes > slab.answering ? 1 : 0);
+      return unsigned(nearest - begin) < unsigned(slab.answering);
+    }
+    REGKERNELS_HD bool at_hand(int plane) const {
+      return unsigned(plane - this->first_sampled) < unsigned(this->self->slab.planes);
+    }
+    // The same for a sample whose taps lie within the volume, from the plane `first` on.
+    REGKERNELS_HD bool answers(int first) const {
+      if constexpr (kSlab) {
+        return answers_for(first + 1) && at_hand(first) && at_hand(first + kTaps - 1);
+      }
+      return true;
+    }
+    // Where the planes at hand do not answer for a sample, no tap counts.
+    REGKERNELS_HD void answer(AxisTaps<T>& slow) const {
+      if constexpr (kSlab) {
+        bool answers = answers_for(slow.nearest);
+        REGKERNELS_UNROLL
+        for (int i = 0; i < kTaps; ++i) {
+          const bool counts = slow.weight[i] != 0 || slow.slope[i] != 0;
+          answers = answers & (!counts | at_hand(slow.index[i]));
+        }
+        REGKERNELS_UNROLL
+        for (int i = 0; i < kTaps; ++i) {
+          if (!answers) slow.weight[i] = slow.slope[i] = 0;
+        }
+      }
+    }
+
+    // Calls body(offset, j, k) for each row of taps along x: the offset of the tap with index 0 in
+    // the checked case, that of the first tap otherwise, in voxels; j and k are the row's taps
+    // along y and z, the latter 0 in 2-D.
+    template <bool kChecked, class Body>
+    REGKERNELS_HD void for_each_row(const Taps& taps, const Body& body) const {
+      const auto& stride = this->self->stride;
+      constexpr int kPlanes = D == 3 ? kTaps : 1;
+      if constexpr (!kChecked) {
+        int64_t plane = this->self->voxel_offset(first_voxel(taps));
+        REGKERNELS_UNROLL
+        for (int k = 0; k < kPlanes; ++k) {
+          int64_t row = plane;
+          REGKERNELS_UNROLL
+          for (int j = 0; j < kTaps; ++j) {
+            body(row, j, k);
+            row += stride[1];
+          }
+          if constexpr (D == 3) plane += stride[D - 1];
+        }
+      } else {
+        REGKERNELS_UNROLL
+        for (int k = 0; k < kPlanes; ++k) {
+          REGKERNELS_UNROLL
+          for (int j = 0; j < kTaps; ++j) {
+            int64_t row = taps[1].index[j] * stride[1];
+            if constexpr (D == 3) row += taps[D - 1].index[k] * stride[D - 1];
+            body(row, j, k);
+          }
+        }
+      }
+    }
+    static REGKERNELS_HD Vec<int, D> first_voxel(const Taps& taps) {
+      Vec<int, D> first;
+      REGKERNELS_UNROLL
+      for (int k = 0; k < D; ++k) first[k] = taps[k].index[0];
+      return first;
+    }
+    // The place of a tap along x in its row, in voxels.
+    template <bool kChecked>
+    static REGKERNELS_HD int along_x(const Taps& taps, int i) {
+      return kChecked ? taps[0].index[i] : i;
+    }
+    // The factor that all taps of a row have in common: the product of their weights along y and z,
+    // where the one along `axis`, if it is one of these, is replaced by the slope.
+    static REGKERNELS_HD T row_factor(const Taps& taps, int j, int k, int axis = 0) {
+      const T along_y = axis == 1 ? taps[1].slope[j] : taps[1].weight[j];
+      if constexpr (D == 2) return along_y;
+      return along_y * (axis == 2 ? taps[D - 1].slope[k] : taps[D - 1].weight[k]);
+    }
+    // What is 0 does not count, whatever it would be multiplied by: NaN times 0 is not 0. The taps
+    // of a sample within the volume all count. A sum of one term is that term, a negative zero,
+    // too.
+    template <bool kChecked>
+    static REGKERNELS_HD T dot(const T (&weight)[kTaps], const T (&value)[kTaps]) {
+      T sum = 0;
+      bool is_first = kChecked;
+      REGKERNELS_UNROLL
+      for (int i = 0; i < kTaps; ++i) {
+        if (kChecked && weight[i] == 0) continue;
+        const T term = weight[i] * value[i];
+        sum = is_first ? term : sum + term;
+        is_first = false;
+      }
+      return sum;
+    }
+
+    // Samples the channels that lie side by side, from `channel` on.
+    template <bool kChecked>
+    REGKERNELS_HD void values(const Taps& taps, int channel, T (&value)[Layout::kPixel]) const {
+      constexpr int kPixel = Layout::kPixel;
+      const S* const data = this->input + this->self->in_layout.channel(channel);
+      T line[kPixel][kTaps] = {};
+      bool is_first = kChecked;
+      for_each_row<kChecked>(taps, [&](int64_t offset, int j, int k) {
+        const T factor = row_factor(taps, j, k);
+        if (kChecked && factor == 0) return;
+        const S* const row = data + offset * kPixel;
+        REGKERNELS_UNROLL
+        for (int i = 0; i < kTaps; ++i) {
+          REGKERNELS_UNROLL
+          for (int c = 0; c < kPixel; ++c) {
+            const int place = along_x<kChecked>(taps, i) * kPixel + c;
+            const T term = factor * to_arithmetic(row[place]);
+            line[c][i] = is_first ? term : line[c][i] + term;
+          }
+        }
+        is_first = false;
+      });
+      REGKERNELS_UNROLL
+      for (int c = 0; c < kPixel; ++c) value[c] = dot<kChecked>(taps[0].weight, line[c]);
+    }
+
+    // Adds, for each axis, what the derivative along it is the dot product of with the taps along
+    // x: the sum over rows of the values of the channels that lie side by side, from `channel` on,
+    // each weighted with its cotangent.
+    template <bool kChecked>
+    REGKERNELS_HD void add_lines(const Taps& taps, int channel, const S* grad,
+                                 T (&line)[D][kTaps]) const {
+      constexpr int kPixel = Layout::kPixel;
+      const S* const data = this->input + this->self->in_layout.channel(channel);
+      T g[kPixel];
+      REGKERNELS_UNROLL
+      for (int c = 0; c < kPixel; ++c) {
+        g[c] = to_arithmetic(grad[this->self->out_layout.channel(channel + c)]);
+      }
+      for_each_row<kChecked>(taps, [&](int64_t offset, int j, int k) {
+        T factor[D];
+        bool counts = !kChecked;
+        REGKERNELS_UNROLL
+        for (int axis = 0; axis < D; ++axis) {
+          factor[axis] = row_factor(taps, j, k, axis);
+          counts = counts | (factor[axis] != 0);
+        }
+        if (!counts) return;
+        const S* const row = data + offset * kPixel;
+        T value[kTaps];
+        REGKERNELS_UNROLL
+        for (int i = 0; i < kTaps; ++i) {
+          value[i] = 0;
+          REGKERNELS_UNROLL
+          for (int c = 0; c < kPixel; ++c) {
+            const int place = along_x<kChecked>(taps, i) * kPixel + c;
+            value[i] += g[c] * to_arithmetic(row[place]);
+          }
+        }
+        REGKERNELS_UNROLL
+        for (int axis = 0; axis < D; ++axis) {
+          if (kChecked && factor[axis] == 0) continue;
+          REGKERNELS_UNROLL
+          for (int i = 0; i < kTaps; ++i) line[axis][i] += factor[axis] * value[i];
+        }
+      });
+    }
+
+    // As in Resampling.
+    REGKERNELS_HD Vec<T, D> position_gradient(const Vec<T, D>& p, const S* grad) const {
+      return sample(p, [&](const Taps& taps, auto checked) {
+        constexpr bool kChecked = decltype(checked)::value;
+        T line[D][kTaps] = {};
+        if constexpr (Layout::kLast) {
+          add_lines<kChecked>(taps, 0, grad, line);
+        } else {
+          for_each_channel(this->self->in_layout,
+                           [&](auto channel) { add_lines<kChecked>(taps, channel, grad, line); });
+        }
+        Vec<T, D> gradient;
+        gradient[0] = dot<kChecked>(taps[0].slope, line[0]);
+        REGKERNELS_UNROLL
+        for (int k = 1; k < D; ++k) gradient[k] = dot<kChecked>(taps[0].weight, line[k]);
+        return gradient;
+      });
+    }
+  };
+
+  REGKERNELS_HD Element element(int64_t group, int64_t n) const {
+    Element result;
+    static_cast<typename Plain::Element&>(result) = Plain::element(group, n);
+    return result;
+  }
+};
+
+// The samples: what a forward op returns.
+template <class R>
+struct CubicForward {
+  using S = typename R::S;
+  using T = typename R::T;
+  static constexpr int D = R::D;
+  static constexpr int kDepth = 4;
+  static constexpr int kUnroll = 1;
+  static constexpr int kMinBlocks = sizeof(T) == sizeof(double) ? 1 : 3;
+
+  R resampling;
+  Operand<S> output;
+  bool add_field;  // output = field + sample, where channels are last
+
+  struct Element {
+    typename R::Element source;
+    const CubicForward* self;
+    S* output;
+
+    REGKERNELS_HD void operator()(const Voxel& voxel) const {
+      const R& r = self->resampling;
+      const Vec<T, D> u = source.vector(voxel);
+      const Vec<T, D> p = source.position(voxel, u);
+      if constexpr (R::Layout::kLast) {
+        Vec<T, D> value;
+        source.sample(p, [&](const auto& taps, auto checked) {
+          source.template values<decltype(checked)::value>(taps, 0, value.v);
+        });
+        REGKERNELS_UNROLL
+        for (int k = 0; k < D; ++k) value[k] += self->add_field ? u[k] : T(0);
+        store_packed(output + voxel.row(r.map.out.size) * D, voxel, value);
+      } else {
+        S* target = source.template out_pointer<1>(output, voxel);
+        source.sample(p, [&](const auto& taps, auto checked) {
+          for_each_channel(r.in_layout, [&](auto channel) {
+            T value[1];
+            source.template values<decltype(checked)::value>(taps, channel, value);
+            if (voxel.active) target[r.out_layout.channel(channel)] = to_storage<S>(value[0]);
+          });
+        });
+      }
+    }
+  };
+
+  REGKERNELS_HD Element element(int64_t group, int64_t item) const {
+    return {resampling.element(group, item), this, opaque_pointer(output.at(group, item))};
+  }
+};
+
+}  // namespace regkernels
