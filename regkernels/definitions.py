@@ -224,7 +224,7 @@ class Sampler:
     def slope(
         self, sample: Callable[[Array, Array], Array], image: Array, position: Array, axis: int
     ) -> Array:
-        """The derivative of samples by their position along an axis, with ``sample`` for a method."""
+        """The derivative of samples by their position along an axis; ``sample`` is for a method."""
         parts = [weight * sample(image, at) for weight, at in self.nodes(position, axis)]
         return functools.reduce(operator.add, parts)
 

@@ -528,7 +528,7 @@ def test_losses_of_images_are_those_of_one_device(
     def function(pred: Any, target: Any, *mask: Any) -> Any:
         given = {"mask": mask[0] if mask else None, "reduction": reduction, **options}
         value, transpose = jax.vjp(lambda *images: loss(*images, **given), pred, target)
-        # Of large values it does not change much: it tells of gradients, not of the values' rounding.
+        # Large values hardly change it: it tells of gradients, not of the rounding of values.
         return value, *transpose(2 + value / (1 + jnp.abs(value)))
 
     operands = [pred, target] if mask is None else [pred, target, mask]
