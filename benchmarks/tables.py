@@ -36,6 +36,7 @@ WARP = {
     "jaxreg": "jaxreg",
     "PyTorch's own": "torch ",
     "jnp": "jnp ",
+    "SciPy": "scipy ",
 }
 SIMILARITY = {
     "torchreg": "torchreg",

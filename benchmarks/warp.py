@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.ndimage
 import torch
 from harness import Bench, parse_arguments
 
@@ -62,6 +64,22 @@ def jnp_invert(u: jax.Array) -> jax.Array:
         return -jnp.stack(parts, -1)[None]
 
     return jax.lax.fori_loop(0, ITERATIONS, step, jnp.zeros_like(u))
+
+
+def scipy_interpolate(image: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """What a user of NumPy has for cubic splines, on one core."""
+    size = image.shape[2:]
+    points = np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in size), indexing="ij"))
+    for k, n in enumerate(size):
+        points[k] += u[0, ..., 2 - k].numpy() * ((n - 1) / 2)
+    found = scipy.ndimage.map_coordinates(image[0, 0].numpy(), points, order=3, mode="mirror")
+    return torch.from_numpy(found)[None, None]
+
+
+def scipy_coefficients(image: torch.Tensor) -> torch.Tensor:
+    """The first half of that."""
+    found = scipy.ndimage.spline_filter(image[0, 0].numpy(), output=np.float32, mode="mirror")
+    return torch.from_numpy(found)[None, None]
 
 
 def sample(image: torch.Tensor, grid: torch.Tensor, padding: str = "zeros") -> torch.Tensor:
@@ -134,6 +152,17 @@ def run(bench: Bench) -> None:
             bench.measure("torch", work, "torch grid_sample", sample, full_u)
             bench.measure("jax", work, "jnp map_coordinates", jnp_interpolate)
         bench.ours(work)
+
+    for mode in ("cubic", "b-spline"):
+        work = f"interpolate {mode} u"
+        if mode == "b-spline" and bench.device == "cpu":
+            bench.measure("torch", work, "scipy map_coordinates", scipy_interpolate)
+        for gradients in ("", " + grad u", " + grad image, u"):
+            bench.ours(work + gradients)
+    work = "spline_coefficients image"
+    if bench.device == "cpu":
+        bench.measure("torch", work, "scipy spline_filter", scipy_coefficients)
+    bench.ours(work)
 
     work = f"interpolate {LABELS} labels u"
     bench.measure("torch", work, "torch grid_sample per label", sample_labels, full_u)

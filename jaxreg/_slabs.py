@@ -812,6 +812,34 @@ _NO_LOSS = {"normalised": False, "smooth_nr": 1.0, "smooth_dr": 1.0, "reduction"
 """What else a loss of the counts takes, where only their histogram is asked for."""
 
 
+def _spline_axis(attributes: Mapping[str, Any]) -> int:
+    return 2 if attributes["channel_last"] else 3
+
+
+def _spline_coefficients(
+    run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut
+) -> Arrays:
+    """The rule of `spline_coefficients`: all planes have a part in each.
+
+    Every device gathers them and solves for all, which is cheap beside sampling.
+    """
+    slabs, axis = cut.planes, _spline_axis(attributes)
+    if not slabs.axes:
+        return run(arrays)
+
+    def whole(x: jax.Array) -> jax.Array:
+        planes = jax.lax.all_gather(x, slabs.axes, axis=axis, tiled=True)
+        return jax.lax.slice_in_dim(planes, 0, slabs.planes, axis=axis)
+
+    def own(x: jax.Array) -> jax.Array:
+        beyond = slabs.own * slabs.devices - slabs.planes
+        x = jnp.pad(x, [(0, beyond if i == axis else 0) for i in range(x.ndim)])
+        return jax.lax.dynamic_slice_in_dim(x, slabs.first(), slabs.own, axis)
+
+    results = run({name: whole(x) for name, x in arrays.items()})
+    return {name: own(x) for name, x in results.items()}
+
+
 _ENERGY_HALO = 2
 """Planes that the gradient of an energy looks at beyond each end of a slab: see ``kEnergyHalo``."""
 
@@ -903,6 +931,12 @@ SLAB_OPS: dict[str, SlabOp] = {
     "convert_displacement": SlabOp(_converted, _scaled),
     "scale_velocity": SlabOp(
         _all_planes(2, "velocity", "grad_velocity", "output", "grad_output"), _voxel_by_voxel
+    ),
+    "spline_coefficients": SlabOp(
+        lambda x: dict.fromkeys(
+            ("image", "grad_image", "output", "grad_output"), ("planes", _spline_axis(x))
+        ),
+        _spline_coefficients,
     ),
     "gaussian_smooth": _SMOOTHING,
     "mind_ssc": SlabOp(_all_planes(3, "image", "output", "grad_output", "grad_image"), _mind_ssc),

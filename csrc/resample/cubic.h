@@ -175,7 +175,10 @@ struct CubicResampling : Plain {
         is_first = false;
       });
       REGKERNELS_UNROLL
-      for (int c = 0; c < kPixel; ++c) value[c] = dot<kChecked>(taps[0].weight, line[c]);
+      for (int c = 0; c < kPixel; ++c) {
+        // Where no row counts, this is a positive zero.
+        value[c] = kChecked && is_first ? T(0) : dot<kChecked>(taps[0].weight, line[c]);
+      }
     }
 
     // Adds, for each axis, what the derivative along it is the dot product of with the taps along

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -221,6 +222,18 @@ def _make_works() -> dict[str, Work]:
         "image u",
         "g",
         lambda reg, image, u: by_field(reg, image, u, deterministic=True),
+    )
+    for mode in ("cubic", "b-spline"):
+        call = functools.partial(by_field, mode=mode)
+        warp(f"interpolate {mode} u", "image u", "", "g", call)
+        warp(f"interpolate {mode} u + grad u", "image u", "u", "g", call)
+        warp(f"interpolate {mode} u + grad image, u", "image u", "image u", "g", call)
+    warp(
+        "spline_coefficients image",
+        "image",
+        "",
+        "g",
+        lambda reg, image: reg.spline_coefficients(image),
     )
     by_affine = "interpolate affine"
     warp(by_affine, "image affine", "", "g", lambda reg, *o: reg.interpolate(*o))

@@ -196,6 +196,8 @@ FIELD_TO_FIELD: dict[str, Function] = {
     "jacobian_determinant": jaxreg.jacobian_determinant,
     "convert_displacement": lambda u: jaxreg.convert_displacement(u, "normalised", "voxel"),
     "gaussian_smooth": lambda u: jaxreg.gaussian_smooth(u, 1.3, channel_last=True),
+    "spline_coefficients": lambda u: jaxreg.spline_coefficients(u, channel_last=True),
+    "compose, b-spline": lambda u: jaxreg.compose(u, u, mode="b-spline"),
     "invert_displacement": jaxreg.invert_displacement,
     "step_gradient": lambda u: jaxreg.step_gradient(u[..., 0][:, None], u[..., 1][:, None], u, u),
     "riemannian_adam_step": lambda u: jaxreg.riemannian_adam_step(

@@ -735,3 +735,30 @@ def test_an_op_that_knows_nothing_of_slabs_refuses_them() -> None:
     attributes = {"radius": 1, "dilation": 1}
     with pytest.raises(ValueError, match="mind_ssc: takes whole volumes, not slabs"):
         table.infer("mind_ssc", [image], attributes, 1, (16, 16, 0))
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "border", "reflection"])
+def test_splines_and_their_gradients_are_those_of_one_device(
+    mesh: Mesh, planes: int, padding_mode: str
+) -> None:
+    """Coefficients depend on all planes, which every device gathers."""
+    image, u = random_array(1, 1, 2, planes, *IN_PLANE), displacement(planes, 0.8)
+    options = {"padding_mode": padding_mode, "mode": "b-spline"}
+
+    def values(image: Any, u: Any) -> Any:
+        return jaxreg.interpolate(image, grid=u, **options), jaxreg.compose(u, u, **options)
+
+    def gradients(image: Any, u: Any) -> Any:
+        def total(image: Any, u: Any) -> Any:
+            moved, composed = values(image, u)
+            return (jnp.sin(moved) ** 2).sum() + (composed**3).sum()
+
+        return jax.grad(total, (0, 1))(image, u)
+
+    axes = [IMAGE, FIELD]
+    found = on_slabs(values, mesh, axes, axes)(image, u)
+    for one, other in zip(found, jax.jit(values)(image, u), strict=True):
+        assert_same(one, np.asarray(other))
+    found = on_slabs(gradients, mesh, axes, axes)(image, u)
+    for one, other in zip(found, jax.jit(gradients)(image, u), strict=True):
+        assert_close(one, other)

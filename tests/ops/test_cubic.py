@@ -461,3 +461,47 @@ def test_what_is_wrong_with_a_spline_is_told_by_the_name_of_the_argument(
     argument = "image" if name == "interpolate" else "u"
     with pytest.raises((TypeError, ValueError), match=f"{name}: {argument}: {message}"):
         backend.call(name, *operands, *others, mode="b-spline")
+
+
+@pytest.mark.parametrize("name", ["interpolate", "compose"])
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_mapped_and_both(mode: str, name: str) -> None:
+    """A spline is two ops: values and gradients are those of single calls that are not compiled."""
+    import jax
+
+    import jaxreg
+    import torchreg
+
+    shape = (5, 6)
+    first = random_array(0, 3, 1, *((2, *shape) if name == "interpolate" else (*shape, 2)))
+    first = first.astype(np.float32)
+    u = np.float32(0.1) * random_array(1, 3, 1, *shape, 2, dtype=np.float32)
+
+    def value(package: Any, first: Any, u: Any) -> Any:
+        function = getattr(package, name)
+        operands = (first, None, u) if name == "interpolate" else (first, u)
+        return (function(*operands, mode=mode) ** 2).sum()
+
+    def in_jax(first: Any, u: Any) -> Any:
+        return jax.value_and_grad(lambda *x: value(jaxreg, *x), (0, 1))(first, u)
+
+    def in_torch(first: Any, u: Any) -> Any:
+        return torch.func.grad_and_value(lambda *x: value(torchreg, *x), (0, 1))(first, u)
+
+    one_by_one = [jax.tree.leaves(in_jax(a, b)) for a, b in zip(first, u, strict=True)]
+    expected = [np.stack(x) for x in zip(*one_by_one, strict=True)]
+    for function in (jax.vmap(in_jax), jax.jit(jax.vmap(in_jax)), jax.vmap(jax.jit(in_jax))):
+        for actual, wanted in zip(jax.tree.leaves(function(first, u)), expected, strict=True):
+            assert_close(np.asarray(actual), wanted, np.float32)
+    tensors = (torch.tensor(first), torch.tensor(u))
+    gradients, values = torch.func.vmap(in_torch)(*tensors)
+    for actual, wanted in zip((values, *gradients), expected, strict=True):
+        assert_close(actual.numpy(), wanted, np.float32)
+    gradients, _ = torch.compile(in_torch, backend="aot_eager")(*(x[0] for x in tensors))
+    for actual, wanted in zip(gradients, expected[1:], strict=True):
+        assert_close(actual.numpy(), wanted[0], np.float32)
+    compiled = torch.compile(lambda *x: value(torchreg, *x), backend="aot_eager")
+    leaves = [x[0].clone().requires_grad_() for x in tensors]
+    compiled(*leaves).backward()
+    for leaf, wanted in zip(leaves, expected[1:], strict=True):
+        assert_close(leaf.grad.numpy(), wanted[0], np.float32)

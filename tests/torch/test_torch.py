@@ -31,7 +31,7 @@ Function = Callable[..., Tensor]
 # The fused ops; conversions are ordinary array operations, with every derivative torch has.
 FUSED = [name for name in OPS if name != "convert_displacement"]
 
-LINEAR = ["affine_warp", "gaussian_smooth"]
+LINEAR = ["affine_warp", "gaussian_smooth", "spline_coefficients"]
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
