@@ -11,20 +11,46 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from numpy.typing import NDArray
 
+from jaxreg import interpolate
 from jaxreg.registration.stages.adam import adam_direction, no_moments
-from jaxreg.registration.stages.iterative import Iterative, State, mean_over_channels
-from jaxreg.registration.stages.metrics import NCC, MetricField
+from jaxreg.registration.stages.base import Trace
+from jaxreg.registration.stages.iterative import (
+    Iterative,
+    State,
+    block_length,
+    mean_over_channels,
+)
+from jaxreg.registration.stages.levenberg_marquardt import (
+    Evaluation,
+    Memory,
+    judged,
+    nothing_known,
+    proposed,
+)
+from jaxreg.registration.stages.metrics import NCC, Metric, MetricField
 from jaxreg.registration.stages.moments import centre_of_mass
-from jaxreg.registration.stages.problem import Alignment, Level, Weighted, charged, matmul
+from jaxreg.registration.stages.problem import Alignment, Level, Probe, Weighted, charged, matmul
+from jaxreg.registration.stages.pyramid import level_shape, resize_field, resize_image
 
 __all__ = ["Affine", "Linear", "Rigid", "Similarity", "Translation", "rotation_matrix"]
 
+
+OptimiserName = Literal["adam", "levenberg-marquardt"]
+"""How a linear stage finds its parameters."""
+
+_POINTS = 2**16
+"""At so many points, about, the curvature of a loss is looked at."""
 
 _EPSILON = 1e-6
 """A mean loss changes by less than so much of its scale, over a voxel, only through rounding."""
@@ -91,6 +117,15 @@ class Linear(Iterative):
     scales: tuple[float, ...] = (4, 2)
     iterations: tuple[int, ...] = (80, 40)
     metric: MetricField = MetricField(NCC())
+    optimiser: OptimiserName = "adam"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.optimiser not in get_args(OptimiserName):
+            raise ValueError(
+                f"optimiser: expected one of {', '.join(get_args(OptimiserName))}, got "
+                f"{self.optimiser!r}"
+            )
 
     @abc.abstractmethod
     def _parameters(self, ndim: int) -> _Parameters:
@@ -103,31 +138,42 @@ class Linear(Iterative):
         centre = centre_of_mass(level.fixed, level.fixed_mask, level.to_physical)
         length = jnp.linalg.norm(level.to_physical[:-1, :-1])
         motion = _Motion(parameters, centre, length, plane, _copy(parameters))
-        return State(motion, no_moments(parameters))
+        return State(motion, self._nothing_known(parameters))
+
+    def _nothing_known(self, parameters: _Parameters) -> Any:
+        if self.optimiser == "adam":
+            return no_moments(parameters)
+        return nothing_known(ravel_pytree(parameters)[0])
+
+    def prepared(self, level: Level) -> Level:
+        """Return a level with what its curvature is computed from, if the stage looks at it."""
+        return level if self.optimiser == "adam" else _probed(self.metric, level)
+
+    def tests(self, iterations: int) -> bool:
+        """Whether convergence is tested on a level with so many iterations."""
+        return self.tolerance > 0 if self.optimiser != "adam" else super().tests(iterations)
+
+    def _block_length(self, iterations: int) -> int:
+        if self.optimiser == "adam":
+            return super()._block_length(iterations)
+        return block_length(iterations, self.block)
 
     def resized(self, state: State, shape: tuple[int, ...]) -> State:
         """Return the same: the parameters do not depend on the grid."""
         motion: _Motion = state.found
-        return state._replace(found=motion._replace(start=_copy(motion.parameters)))
+        motion = motion._replace(start=_copy(motion.parameters))
+        if self.optimiser == "adam":
+            return state._replace(found=motion)
+        return State(motion, self._nothing_known(motion.parameters))
 
     def start_of_level(self, found: _Motion) -> _Motion:
         """Return the motion that the level started with."""
         return found._replace(parameters=found.start)
 
     def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
-        """Take one step; return the loss before it."""
+        """Take one step of Adam; return the loss before it."""
         motion: _Motion = state.found
-
-        def moved(level: Level, parameters: _Parameters) -> Weighted:
-            return level.moved(matmul(level.matrix, motion.matrix(parameters)), level.displacement)
-
-        def objective(parameters: _Parameters) -> jax.Array:
-            return self.loss(level, moved(level, parameters), level.target())
-
-        if self.takes_channels_singly(level):
-            loss, gradient = self._of_many_channels(level, moved, motion.parameters)
-        else:
-            loss, gradient = jax.value_and_grad(objective)(motion.parameters)
+        loss, gradient = self._loss_and_gradient(level, motion, motion.parameters)
         voxel = level.voxel_size() / motion.length
         gradient, epsilon = self.in_scale(level, gradient, _EPSILON / voxel)
         direction, moments = adam_direction(
@@ -137,6 +183,109 @@ class Linear(Iterative):
         rate *= 0.55 + 0.45 * jnp.cos(jnp.pi * progress)
         parameters = jax.tree.map(lambda p, d: p - rate * d, motion.parameters, direction)
         return State(motion._replace(parameters=parameters), moments), loss
+
+    def advance(self, level: Level, state: State, trace: Trace) -> tuple[State, Trace]:
+        """Run one block of iterations; tell in the trace whether the level has converged."""
+        if self.optimiser == "adam":
+            return super().advance(level, state, trace)
+        iterations = trace.losses.size
+        last = trace.ran + self._block_length(iterations)
+
+        def unfinished(carry: tuple[State, Trace]) -> jax.Array:
+            return (carry[1].ran < last) & ~carry[1].converged
+
+        def iterate(carry: tuple[State, Trace]) -> tuple[State, Trace]:
+            state, trace = carry
+            state = self._second_order_step(level, state)
+            memory: Memory = state.moments
+            loss = memory.at_best.loss.astype(jnp.float32)
+            losses = jnp.where(jnp.arange(iterations) >= trace.ran, loss, trace.losses)
+            least = self.tolerance / self.window * memory.largest
+            converged = ~(memory.foretold > least) & self.tests(iterations)
+            return state, Trace(losses, trace.ran + 1, converged)
+
+        carry: tuple[State, Trace] = jax.lax.while_loop(unfinished, iterate, (state, trace))
+        return carry
+
+    def _second_order_step(self, level: Level, state: State) -> State:
+        """Judge the trial of the step before, and find the next one."""
+        motion: _Motion = state.found
+        _, unravel = ravel_pytree(motion.parameters)
+        trial: jax.Array = state.moments.trial
+        loss, gradient = self._loss_and_gradient(level, motion, unravel(trial))
+        found = Evaluation(loss, ravel_pytree(gradient)[0], self._normal(level, motion, trial))
+        memory = judged(state.moments, found)
+        voxel = level.voxel_size() / motion.length
+        knows = type(self.metric).curvature is not Metric.curvature
+        memory = proposed(
+            memory, 8 * self.learning_rate * voxel, None if knows else self.learning_rate * voxel
+        )
+        return State(motion._replace(parameters=unravel(memory.best)), memory)
+
+    def _normal(self, level: Level, motion: _Motion, parameters: jax.Array) -> jax.Array:
+        """Return the Gauss-Newton matrix at parameters ``(P,)``, which are those of a motion."""
+        assert level.probe is not None
+        _, unravel = ravel_pytree(motion.parameters)
+        counts, displacement = level.probe
+        ndim, shape = level.ndim, counts.shape[2:]
+
+        def chain(parameters: jax.Array) -> jax.Array:
+            return level.normalised(matmul(level.matrix, motion.matrix(unravel(parameters))))
+
+        affine = chain(parameters)
+        by_parameters = jax.jacrev(chain)(parameters).reshape(ndim * (ndim + 1), -1)
+        places = []  # the points that the affine takes to the moving image, and 1
+        for component, size in enumerate(reversed(shape)):
+            index = jax.lax.broadcasted_iota(jnp.float32, shape, ndim - 1 - component)
+            along = index * (2 / max(size - 1, 1)) - 1 if size > 1 else jnp.zeros_like(index)
+            shift = 0 if displacement is None else displacement[0, ..., component]
+            places.append(along + shift)
+        places.append(jnp.ones(shape, jnp.float32))
+        start = jnp.zeros((1, *shape, ndim), jnp.float32)
+        if displacement is not None:
+            start = (displacement[..., None, :] * affine[0, :, :ndim]).sum(-1)
+        weight = level.weight_of_moving(affine, shape, displacement)
+        products = jnp.zeros((len(_pairs(ndim)), *shape), jnp.float32)
+
+        def of_channel(channel: jax.Array) -> jax.Array:
+            image = jax.lax.dynamic_slice_in_dim(level.moving, channel, 1, axis=1)
+            count = jax.lax.dynamic_slice_in_dim(counts, channel, 1, axis=1)
+
+            def sample(shift: jax.Array) -> jax.Array:
+                return interpolate(image, affine, shift, padding_mode="border")
+
+            _, to_shift = jax.vjp(sample, start)
+            (slope,) = to_shift(jnp.ones((1, 1, *shape), image.dtype))
+            slopes = [(weight * count)[0, 0] * slope[0, ..., i] for i in range(ndim)]
+            return jnp.stack([slopes[i] * slope[0, ..., j] for i, j in _pairs(ndim)])
+
+        channels = level.moving.shape[1]
+        for channel in range(channels) if not level.has_many_channels else ():
+            products = products + of_channel(jnp.int32(channel))
+        if level.has_many_channels:
+            products = channels * mean_over_channels(of_channel, channels)
+        squares = jnp.stack([places[i] * places[j] for i, j in _pairs(ndim + 1)])
+        axes = "zyx"[-ndim:]
+        sums = jnp.einsum(
+            f"p{axes},q{axes}->pq", products, squares, precision=jax.lax.Precision.HIGHEST
+        )
+        normal = sums[_square(ndim)[:, None, :, None], _square(ndim + 1)[None, :, None, :]]
+        normal = normal.reshape(ndim * (ndim + 1), ndim * (ndim + 1))
+        total = jnp.maximum(weight.sum(), 1)
+        return matmul(by_parameters.T, matmul(normal / total, by_parameters))
+
+    def _loss_and_gradient(
+        self, level: Level, motion: _Motion, parameters: _Parameters
+    ) -> tuple[jax.Array, _Parameters]:
+        def moved(level: Level, parameters: _Parameters) -> Weighted:
+            return level.moved(matmul(level.matrix, motion.matrix(parameters)), level.displacement)
+
+        def objective(parameters: _Parameters) -> jax.Array:
+            return self.loss(level, moved(level, parameters), level.target())
+
+        if self.takes_channels_singly(level):
+            return self._of_many_channels(level, moved, parameters)
+        return jax.value_and_grad(objective)(parameters)
 
     def _of_many_channels(
         self,
@@ -226,6 +375,37 @@ class Affine(Linear):
         return _Parameters(
             jnp.zeros(ndim, jnp.float32), matrix=jnp.zeros((ndim, ndim), jnp.float32)
         )
+
+
+@functools.partial(jax.jit, static_argnames="metric")
+def _probed(metric: Metric, level: Level) -> Level:
+    """Return a level with the points at which its curvature is looked at."""
+    factor = max(1.0, (math.prod(level.shape) / _POINTS) ** (1 / level.ndim))
+    shape = level_shape(level.shape, factor, minimum=8)
+    weight = level.target().weight
+    curvature = metric.curvature(level.fixed, weight)
+    if curvature is None:
+        curvature = jnp.ones((1,) * level.fixed.ndim, jnp.float32)
+    counts = jnp.broadcast_to(curvature * weight, level.fixed.shape)
+    field = level.displacement
+    counts = resize_image(counts, shape)
+    return level._replace(
+        probe=Probe(counts, None if field is None else resize_field(field, shape))
+    )
+
+
+@functools.cache
+def _pairs(count: int) -> list[tuple[int, int]]:
+    return [(i, j) for i in range(count) for j in range(i, count)]
+
+
+@functools.cache
+def _square(count: int) -> NDArray[np.int32]:
+    """Return for each element of a symmetric matrix which pair it is, ``(count, count)``."""
+    square = np.zeros((count, count), np.int32)
+    for number, (i, j) in enumerate(_pairs(count)):
+        square[i, j] = square[j, i] = number
+    return square
 
 
 def _copy(parameters: _Parameters) -> _Parameters:
