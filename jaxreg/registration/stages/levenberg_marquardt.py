@@ -4,9 +4,9 @@ About the best parameters so far the loss is taken for
 
 .. math:: f + g \cdot p + \tfrac{1}{2}\, p \cdot B p
 
-with its gradient :math:`g`, and :math:`B` the Gauss-Newton matrix, corrected so that it fits how the
-gradient changed along the last steps (BFGS, in Powell's damped form, which keeps it positive). A
-step solves :math:`(B + \lambda\,\mathrm{diag} B)\, p = -g`. If the loss falls it is taken and the
+with its gradient :math:`g`, and :math:`B` the Gauss-Newton matrix, corrected so that it fits how
+the gradient changed along the last steps (BFGS, in Powell's damped form, which keeps it positive).
+A step solves :math:`(B + \lambda\,\mathrm{diag} B)\, p = -g`. If the loss falls it is taken and the
 damping :math:`\lambda` becomes smaller; if it does not, the damping becomes larger, and what was
 seen there corrects the matrix all the same.
 """
@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-__all__ = ["Evaluation", "Memory", "judged", "nothing_known", "proposed"]
+__all__ = ["Evaluation", "Memory", "judged", "nothing_known", "proposed", "solved"]
 
 _PAIRS = 4
 """So many of the last steps correct the matrix."""
@@ -26,8 +27,14 @@ _PAIRS = 4
 _DAMPING = 1e-2
 """At the start of a level."""
 
-_LEAST_DAMPING = 1e-6
+_LEAST_DAMPING = 1e-4
 """Keeps the matrix far from singular in float32."""
+
+_MOST_DAMPING = 1e8
+
+_FLATTEST = 1e-3
+"""A parameter along which the loss is hardly curved is damped as if it were by this share of the
+most."""
 
 
 class Evaluation(NamedTuple):
@@ -82,7 +89,11 @@ def nothing_known(start: jax.Array) -> Memory:
 
 
 def judged(memory: Memory, found: Evaluation) -> Memory:
-    """Return what is known after the evaluation of the trial."""
+    """Return what is known after the evaluation of the trial.
+
+    Where the loss falls the trial is the best from now on. If nothing is finite where a level
+    starts, the best is not, either: so it is told.
+    """
     first = memory.evaluations == 0
     fall = memory.at_best.loss - found.loss
     finite = jnp.isfinite(found.loss) & jnp.isfinite(found.gradient).all()
@@ -90,8 +101,8 @@ def judged(memory: Memory, found: Evaluation) -> Memory:
     # The damping after Nielsen, "Damping parameter in Marquardt's method", IMM-REP-1999-05.
     gain = fall / jnp.where(memory.foretold > 0, memory.foretold, 1)
     smaller = jnp.maximum(1 / 3, 1 - (2 * gain - 1) ** 3) * memory.damping
-    larger = memory.growth * memory.damping
-    damping = jnp.clip(jnp.where(better, smaller, larger), _LEAST_DAMPING, 1e8)
+    larger = memory.growth * jnp.maximum(memory.damping, _DAMPING)
+    damping = jnp.clip(jnp.where(better, smaller, larger), _LEAST_DAMPING, _MOST_DAMPING)
     damping = jnp.where(first, memory.damping, damping)
     growth = jnp.where(better, 2.0, 2 * memory.growth)
     step, change = memory.trial - memory.best, found.gradient - memory.at_best.gradient
@@ -106,7 +117,7 @@ def judged(memory: Memory, found: Evaluation) -> Memory:
         (memory.best, memory.at_best),
     )
     return memory._replace(
-        best=best,
+        best=jnp.where(first & ~finite, jnp.nan, best),
         at_best=at_best,
         steps=pushed(memory.steps, step),
         changes=pushed(memory.changes, change),
@@ -117,7 +128,9 @@ def judged(memory: Memory, found: Evaluation) -> Memory:
     )
 
 
-def proposed(memory: Memory, longest: jax.Array, first: jax.Array | None) -> Memory:
+def proposed(
+    memory: Memory, *, longest: jax.Array, first: jax.Array, is_scaled: jax.Array
+) -> Memory:
     """Return the memory with the next trial.
 
     Parameters
@@ -128,31 +141,32 @@ def proposed(memory: Memory, longest: jax.Array, first: jax.Array | None) -> Mem
         How long a step may be, a scalar: the Euclidean norm of the parameters.
     first
         How long the first step is, where the unit of the Gauss-Newton matrix is not that of the
-        loss; `None` where it is.
+        loss: how the gradient changes along it will tell.
+    is_scaled
+        Whether it is, a scalar.
+
+    Returns
+    -------
+    Memory
+        With the trial, and by how much the loss should fall there.
     """
     _, gradient, normal = memory.at_best
-    known = (memory.steps[-1] != 0).any()
-    curved, along = memory.changes[-1] @ memory.steps[-1], _form(normal, memory.steps[-1])
-    unit = jnp.where(
-        known & (curved > 0) & (along > 0), curved / jnp.where(along > 0, along, 1), 1.0
-    )
-    matrix = unit * normal
+    last, change = memory.steps[-1], memory.changes[-1]
+    seen, expected = (last * change).sum(), _form(normal, last)
+    usable = (seen > 0) & (expected > 0)
+    matrix = normal * jnp.where(usable, seen / jnp.where(usable, expected, 1), 1)
     for step, change in zip(memory.steps, memory.changes, strict=True):
         matrix = _corrected(matrix, step, change)
     diagonal = jnp.diagonal(matrix)
-    scale = jnp.maximum(diagonal, 1e-3 * diagonal.max())
+    scale = jnp.maximum(diagonal, _FLATTEST * diagonal.max())
     scale = jnp.where(scale > 0, scale, 1)
-    damped = matrix + memory.damping * jnp.diag(scale)
-    step = -solved(damped, gradient)
+    step = -solved(matrix + memory.damping * jnp.diag(scale), gradient)
     length = jnp.sqrt((step**2).sum())
-    if first is not None:
-        longer = first / jnp.where(length > 0, length, 1)
-        step = jnp.where(known, step, longer * step)
-        length = jnp.where(known, length, longer * length)
-    step = step * jnp.minimum(1, longest / jnp.where(length > 0, length, 1))
-    foretold = -(gradient * step).sum() - _form(matrix, step) / 2
-    if first is not None:
-        foretold = jnp.where(known, foretold, -(gradient * step).sum() / 2)
+    at_once = is_scaled | (last != 0).any()
+    goal = jnp.where(at_once, jnp.minimum(length, longest), jnp.minimum(first, longest))
+    step = step * (goal / jnp.where(length > 0, length, 1))
+    downhill = -(gradient * step).sum()
+    foretold = jnp.where(at_once, downhill - _form(matrix, step) / 2, downhill / 2)
     return memory._replace(trial=memory.best + step, foretold=foretold)
 
 
@@ -161,35 +175,45 @@ def _form(matrix: jax.Array, vector: jax.Array) -> jax.Array:
 
 
 def _corrected(matrix: jax.Array, step: jax.Array, change: jax.Array) -> jax.Array:
-    """Return a matrix that maps a step to how the gradient changed along it, if that is positive.
+    """Return a matrix that maps a step to how the gradient changed along it.
 
-    Powell, "A fast algorithm for nonlinearly constrained optimization calculations", 1978.
+    If the loss is hardly curved along the step, or the other way, it maps it to part of that, so
+    that the matrix stays positive. After Powell, "A fast algorithm for nonlinearly constrained
+    optimization calculations", 1978.
     """
     image = (matrix * step).sum(axis=1)
     expected, seen = (step * image).sum(), (step * change).sum()
-    share = jnp.where(
-        seen >= 0.2 * expected, 1.0, 0.8 * expected / jnp.where(expected == seen, 1, expected - seen)
-    )
+    enough = seen >= 0.2 * expected
+    share = jnp.where(enough, 1, 0.8 * expected / jnp.where(enough, 1, expected - seen))
     change = share * change + (1 - share) * image
     seen = (step * change).sum()
     usable = (expected > 0) & (seen > 0)
-    left = image[:, None] * image / jnp.where(usable, expected, 1)
-    right = change[:, None] * change / jnp.where(usable, seen, 1)
-    return jnp.where(usable, matrix - left + right, matrix)
+    # The roots divide first: of large or small losses the squares might overflow, or vanish.
+    left = image / jnp.sqrt(jnp.where(usable, expected, 1))
+    right = change / jnp.sqrt(jnp.where(usable, seen, 1))
+    corrected = matrix - left[:, None] * left + right[:, None] * right
+    return jnp.where(usable, corrected, matrix)
 
 
 def solved(matrix: jax.Array, vector: jax.Array) -> jax.Array:
     """Return the solution of a small positive system, by Gauss and Jordan's elimination.
 
     Written out: on a GPU a call of a library costs more than it computes.
+
+    Parameters
+    ----------
+    matrix, vector
+        ``(P, P)``, symmetric and positive, and ``(P,)``.
+
+    Returns
+    -------
+    Array
+        ``(P,)``.
     """
     size = vector.size
     rows = jnp.concatenate([matrix, vector[:, None]], axis=1)
-    others = 1 - jnp.eye(size, dtype=matrix.dtype)
     for k in range(size):
         row = rows[k] / rows[k, k]
-        # The pivot's row becomes `row`; of each other one so much of it is taken that its column
-        # vanishes.
-        factor = others[k] * rows[:, k]
-        rows = jnp.where(others[k][:, None] > 0, rows - factor[:, None] * row, row)
+        others = np.arange(size)[:, None] != k
+        rows = jnp.where(others, rows - rows[:, k, None] * row, row)
     return rows[:, -1]

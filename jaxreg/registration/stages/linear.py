@@ -1,10 +1,10 @@
-r"""The linear stages: translation, rigid, similarity and affine transforms, found by Adam.
+r"""The linear stages: translation, rigid, similarity and affine transforms.
 
 A stage looks for a motion :math:`p \mapsto c + B(\theta)(p - c) + L\,s` of the fixed space, which
 is followed by the transform that it starts from. The centre :math:`c` is the fixed image's centre
 of mass; :math:`L` is half the diagonal of the fixed grid: a change of any parameter by
 :math:`\epsilon` moves no point of the grid by more than about :math:`\epsilon L`, so that one
-learning rate fits all of them.
+learning rate fits all of them. They are found by Adam, or by the method of Levenberg and Marquardt.
 """
 
 from __future__ import annotations
@@ -43,14 +43,25 @@ from jaxreg.registration.stages.moments import centre_of_mass
 from jaxreg.registration.stages.problem import Alignment, Level, Probe, Weighted, charged, matmul
 from jaxreg.registration.stages.pyramid import level_shape, resize_field, resize_image
 
-__all__ = ["Affine", "Linear", "Rigid", "Similarity", "Translation", "rotation_matrix"]
+__all__ = [
+    "Affine",
+    "Linear",
+    "OptimiserName",
+    "Rigid",
+    "Similarity",
+    "Translation",
+    "rotation_matrix",
+]
 
 
 OptimiserName = Literal["adam", "levenberg-marquardt"]
 """How a linear stage finds its parameters."""
 
 _POINTS = 2**16
-"""At so many points, about, the curvature of a loss is looked at."""
+"""At so many points, about, the curvature of a loss is looked at: more would tell no more."""
+
+_LONGEST = 8
+"""A step of second order goes at most so many times as far as one of Adam."""
 
 _EPSILON = 1e-6
 """A mean loss changes by less than so much of its scale, over a voxel, only through rounding."""
@@ -111,7 +122,21 @@ class Linear(Iterative):
     ----------
     learning_rate
         How far, in voxels of the level, a step of one parameter moves the corners of the fixed
-        grid at most. Within a level it decays to a tenth, along half a cosine.
+        grid at most. Within a level it decays to a tenth, along half a cosine. A step of
+        Levenberg and Marquardt's method goes up to eight times as far, and does not decay.
+    optimiser
+        ``"adam"``, or ``"levenberg-marquardt"``: of second order, which asks for the loss and its
+        gradient a fifth as often. The curvature is that of Gauss and Newton, from the slopes of the
+        moving image at 65,536 points of the level at most, and from how the gradient changed along
+        the last steps; a metric may know its own, see `Metric.curvature`. Iterations are
+        evaluations of the loss, and a trace has the least of those so far. Only steps that make
+        the loss smaller are taken. A level ends when a step is foretold to make it smaller by less
+        than ``tolerance / window`` times the largest loss of the level.
+
+    Raises
+    ------
+    ValueError
+        As `Iterative`, or for an unknown optimiser.
     """
 
     scales: tuple[float, ...] = (4, 2)
@@ -209,70 +234,73 @@ class Linear(Iterative):
 
     def _second_order_step(self, level: Level, state: State) -> State:
         """Judge the trial of the step before, and find the next one."""
+        assert level.probe is not None  # of `prepared`
         motion: _Motion = state.found
         _, unravel = ravel_pytree(motion.parameters)
-        trial: jax.Array = state.moments.trial
-        loss, gradient = self._loss_and_gradient(level, motion, unravel(trial))
-        found = Evaluation(loss, ravel_pytree(gradient)[0], self._normal(level, motion, trial))
-        memory = judged(state.moments, found)
-        voxel = level.voxel_size() / motion.length
-        knows = type(self.metric).curvature is not Metric.curvature
+        memory: Memory = state.moments
+        loss, gradient = self._loss_and_gradient(level, motion, unravel(memory.trial))
+        normal = self._normal(level, level.probe, motion, memory.trial)
+        memory = judged(memory, Evaluation(loss, ravel_pytree(gradient)[0], normal))
+        rate = self.learning_rate * level.voxel_size() / motion.length
         memory = proposed(
-            memory, 8 * self.learning_rate * voxel, None if knows else self.learning_rate * voxel
+            memory, longest=_LONGEST * rate, first=rate, is_scaled=level.probe.is_scaled
         )
         return State(motion._replace(parameters=unravel(memory.best)), memory)
 
-    def _normal(self, level: Level, motion: _Motion, parameters: jax.Array) -> jax.Array:
-        """Return the Gauss-Newton matrix at parameters ``(P,)``, which are those of a motion."""
-        assert level.probe is not None
+    def _normal(
+        self, level: Level, probe: Probe, motion: _Motion, parameters: jax.Array
+    ) -> jax.Array:
+        r"""Return the Gauss-Newton matrix at the parameters of a motion, ``(P,)``.
+
+        The moving image's slope :math:`s` at a sample, and the sample's place :math:`T q` with
+        :math:`q = (x, y, z, 1)`, make the derivative by :math:`T_{ik}` the product
+        :math:`s_i q_k`. So sums of :math:`s_i s_j q_k q_l` over the points are all that has to be
+        known; the parameters come in through the few numbers :math:`\partial T / \partial\theta`.
+        """
         _, unravel = ravel_pytree(motion.parameters)
-        counts, displacement = level.probe
-        ndim, shape = level.ndim, counts.shape[2:]
+        ndim, shape = level.ndim, probe.counts.shape[2:]
 
         def chain(parameters: jax.Array) -> jax.Array:
             return level.normalised(matmul(level.matrix, motion.matrix(unravel(parameters))))
 
         affine = chain(parameters)
         by_parameters = jax.jacrev(chain)(parameters).reshape(ndim * (ndim + 1), -1)
-        places = []  # the points that the affine takes to the moving image, and 1
+        places = []
         for component, size in enumerate(reversed(shape)):
             index = jax.lax.broadcasted_iota(jnp.float32, shape, ndim - 1 - component)
             along = index * (2 / max(size - 1, 1)) - 1 if size > 1 else jnp.zeros_like(index)
-            shift = 0 if displacement is None else displacement[0, ..., component]
+            shift = 0 if probe.displacement is None else probe.displacement[0, ..., component]
             places.append(along + shift)
         places.append(jnp.ones(shape, jnp.float32))
-        start = jnp.zeros((1, *shape, ndim), jnp.float32)
-        if displacement is not None:
-            start = (displacement[..., None, :] * affine[0, :, :ndim]).sum(-1)
-        weight = level.weight_of_moving(affine, shape, displacement)
-        products = jnp.zeros((len(_pairs(ndim)), *shape), jnp.float32)
+        shifts = jnp.zeros((1, *shape, ndim), jnp.float32)  # behind the affine
+        if probe.displacement is not None:
+            shifts = (probe.displacement[..., None, :] * affine[0, :, :ndim]).sum(-1)
+        weight = level.weight_of_moving(affine, shape, probe.displacement)
+        weight = weight / jnp.maximum(weight.sum(), 1)
 
-        def of_channel(channel: jax.Array) -> jax.Array:
+        def products(channel: jax.Array) -> jax.Array:
             image = jax.lax.dynamic_slice_in_dim(level.moving, channel, 1, axis=1)
-            count = jax.lax.dynamic_slice_in_dim(counts, channel, 1, axis=1)
+            counts = jax.lax.dynamic_slice_in_dim(probe.counts, channel, 1, axis=1)
 
-            def sample(shift: jax.Array) -> jax.Array:
-                return interpolate(image, affine, shift, padding_mode="border")
+            def sample(shifts: jax.Array) -> jax.Array:
+                return interpolate(image, affine, shifts, padding_mode="border")
 
-            _, to_shift = jax.vjp(sample, start)
-            (slope,) = to_shift(jnp.ones((1, 1, *shape), image.dtype))
-            slopes = [(weight * count)[0, 0] * slope[0, ..., i] for i in range(ndim)]
-            return jnp.stack([slopes[i] * slope[0, ..., j] for i, j in _pairs(ndim)])
+            moved, to_shifts = jax.vjp(sample, shifts)
+            (slope,) = to_shifts(jnp.ones_like(moved))
+            slopes = [slope[0, ..., axis] for axis in range(ndim)]
+            counted = [(weight * counts)[0, 0] * slope for slope in slopes]
+            return jnp.stack([counted[i] * slopes[j] for i, j in _pairs(ndim)])
 
         channels = level.moving.shape[1]
-        for channel in range(channels) if not level.has_many_channels else ():
-            products = products + of_channel(jnp.int32(channel))
-        if level.has_many_channels:
-            products = channels * mean_over_channels(of_channel, channels)
+        total = channels * mean_over_channels(products, channels)
         squares = jnp.stack([places[i] * places[j] for i, j in _pairs(ndim + 1)])
         axes = "zyx"[-ndim:]
         sums = jnp.einsum(
-            f"p{axes},q{axes}->pq", products, squares, precision=jax.lax.Precision.HIGHEST
+            f"p{axes},q{axes}->pq", total, squares, precision=jax.lax.Precision.HIGHEST
         )
         normal = sums[_square(ndim)[:, None, :, None], _square(ndim + 1)[None, :, None, :]]
         normal = normal.reshape(ndim * (ndim + 1), ndim * (ndim + 1))
-        total = jnp.maximum(weight.sum(), 1)
-        return matmul(by_parameters.T, matmul(normal / total, by_parameters))
+        return matmul(by_parameters.T, matmul(normal, by_parameters))
 
     def _loss_and_gradient(
         self, level: Level, motion: _Motion, parameters: _Parameters
@@ -380,18 +408,18 @@ class Affine(Linear):
 @functools.partial(jax.jit, static_argnames="metric")
 def _probed(metric: Metric, level: Level) -> Level:
     """Return a level with the points at which its curvature is looked at."""
-    factor = max(1.0, (math.prod(level.shape) / _POINTS) ** (1 / level.ndim))
-    shape = level_shape(level.shape, factor, minimum=8)
     weight = level.target().weight
     curvature = metric.curvature(level.fixed, weight)
+    is_scaled = jnp.full((), curvature is not None)
     if curvature is None:
         curvature = jnp.ones((1,) * level.fixed.ndim, jnp.float32)
-    counts = jnp.broadcast_to(curvature * weight, level.fixed.shape)
-    field = level.displacement
-    counts = resize_image(counts, shape)
-    return level._replace(
-        probe=Probe(counts, None if field is None else resize_field(field, shape))
-    )
+    mean = weight.mean()
+    counts = curvature * weight / jnp.where(mean > 0, mean, 1)
+    factor = max(1.0, (math.prod(level.shape) / _POINTS) ** (1 / level.ndim))
+    shape = level_shape(level.shape, factor, minimum=8)
+    counts = resize_image(jnp.broadcast_to(counts, level.fixed.shape), shape)
+    field = None if level.displacement is None else resize_field(level.displacement, shape)
+    return level._replace(probe=Probe(counts, is_scaled, field))
 
 
 @functools.cache

@@ -986,6 +986,20 @@ class PerChannel(Metric):
         known = all(type(metric).scale is not Metric.scale for metric in self._metrics)
         return jnp.full((), float(known), fixed.dtype)
 
+    def curvature(self, fixed: jax.Array, weight: jax.Array) -> jax.Array | None:
+        """Return those of the channels, times what each counts; `None` if one is not known."""
+        found = []
+        total = sum(self.weights)
+        for metric, share, (f,) in zip(
+            self._metrics, self.weights, self._channels(fixed), strict=True
+        ):
+            curvature, scale = metric.curvature(f, weight), metric.scale(f, f)
+            if curvature is None:
+                return None
+            part = share / total * curvature / jnp.where(scale > 0, scale, 1)
+            found.append(jnp.broadcast_to(part, f.shape))
+        return jnp.concatenate(found, axis=1)
+
     def for_scale(self, scale: float) -> Metric:
         """Return the one with the metrics that the level uses."""
         metrics = tuple(metric.for_scale(scale) for metric in self._metrics)

@@ -87,13 +87,16 @@ class Probe(NamedTuple):
     Attributes
     ----------
     counts
-        What squared slopes of the moving image count there, the sum of all weights left out,
-        ``(1, C, [Z,] Y, X)``.
+        What squared slopes of the moving image count there, ``(1, C, [Z,] Y, X)``, for a weight of
+        the moving image of 1.
+    is_scaled
+        Whether what follows has the unit of the loss, a scalar.
     displacement
         That of the level there, ``(1, [Z,] Y, X, D)``, if any.
     """
 
     counts: jax.Array
+    is_scaled: jax.Array
     displacement: jax.Array | None
 
 
