@@ -180,8 +180,11 @@ def _schedule(
 
 def _stage(name: str, settings: Mapping[str, Any]) -> Stage:
     """Return a stage of settings that may be text, with the types of its defaults."""
-    values = {key: _value(key, value) for key, value in settings.items()}
     defaults = stage_from_name(name)
+    values = {
+        key: value if isinstance(getattr(defaults, key, None), str) else _value(key, value)
+        for key, value in settings.items()
+    }
     for key, value in values.items():
         if isinstance(getattr(defaults, key, None), tuple) and not isinstance(value, tuple):
             values[key] = (value,)  # of one level

@@ -60,6 +60,10 @@ STAGES: dict[str, Callable[[], list[Any]]] = {
         Rigid(**settings()),
         Affine(**settings(metric="lncc")),
     ],
+    "rigid and affine of second order": lambda: [
+        Rigid(**settings(optimiser="levenberg-marquardt")),
+        Affine(**settings(metric="lncc", optimiser="levenberg-marquardt")),
+    ],
     "greedy": lambda: [Greedy(**settings())],
     "syn": lambda: [Affine(**settings()), SyN(**settings())],
     "svf": lambda: [SVF(**settings(metric="mse"))],

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxreg.registration.progress import Callback, Progress
-from jaxreg.registration.stages.adam import AdamMoments
 from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.metrics import LNCC, MetricField
 from jaxreg.registration.stages.problem import Alignment, Level, Problem, Weighted, charged
@@ -29,7 +28,8 @@ class State(NamedTuple):
 
     found: Any
     """What the stage looks for: parameters or fields, a pytree."""
-    moments: AdamMoments
+    moments: Any
+    """What the optimiser remembers, a pytree: Adam's moments, for one."""
 
 
 _Carry = tuple[State, Trace]
@@ -164,6 +164,10 @@ class Iterative(Stage):
     def tests(self, iterations: int) -> bool:
         """Whether convergence is tested on a level with so many iterations."""
         return self.tolerance > 0 and iterations >= self.window
+
+    def advance(self, level: Level, state: State, trace: Trace) -> tuple[State, Trace]:
+        """Run one block of iterations; tell in the trace whether the level has converged."""
+        return _advance(self, level, state, trace)
 
     def _block_length(self, iterations: int) -> int:
         # A shorter block could not be tested by itself, and what it has spoilt would stay.
@@ -330,7 +334,7 @@ def _run_level(stage: Iterative, level: Level, state: State, trace: Trace) -> _C
     blocks = iterations // stage._block_length(iterations)
 
     def advance(carry: _Carry) -> _Carry:
-        return _advance(stage, level, *carry)
+        return stage.advance(level, *carry)
 
     def unfinished(carry: _Carry) -> jax.Array:
         return (carry[1].ran < iterations) & ~carry[1].converged
@@ -348,7 +352,7 @@ def _run_block(stage: Iterative, level: Level, state: State, trace: Trace) -> _C
     """Run one block of a level, unless it has converged."""
 
     def advance(state: State, trace: Trace) -> _Carry:
-        return _advance(stage, level, state, trace)
+        return stage.advance(level, state, trace)
 
     def rest(state: State, trace: Trace) -> _Carry:
         return state, trace

@@ -1,30 +1,67 @@
-r"""The linear stages: translation, rigid, similarity and affine transforms, found by Adam.
+r"""The linear stages: translation, rigid, similarity and affine transforms.
 
 A stage looks for a motion :math:`p \mapsto c + B(\theta)(p - c) + L\,s` of the fixed space, which
 is followed by the transform that it starts from. The centre :math:`c` is the fixed image's centre
 of mass; :math:`L` is half the diagonal of the fixed grid: a change of any parameter by
 :math:`\epsilon` moves no point of the grid by more than about :math:`\epsilon L`, so that one
-learning rate fits all of them.
+learning rate fits all of them. They are found by Adam, or by the method of Levenberg and Marquardt.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from numpy.typing import NDArray
 
+from jaxreg import interpolate
 from jaxreg.registration.stages.adam import adam_direction, no_moments
-from jaxreg.registration.stages.iterative import Iterative, State, mean_over_channels
-from jaxreg.registration.stages.metrics import NCC, MetricField
+from jaxreg.registration.stages.base import Trace
+from jaxreg.registration.stages.iterative import (
+    Iterative,
+    State,
+    block_length,
+    mean_over_channels,
+)
+from jaxreg.registration.stages.levenberg_marquardt import (
+    Evaluation,
+    Memory,
+    judged,
+    nothing_known,
+    proposed,
+)
+from jaxreg.registration.stages.metrics import NCC, Metric, MetricField
 from jaxreg.registration.stages.moments import centre_of_mass
-from jaxreg.registration.stages.problem import Alignment, Level, Weighted, charged, matmul
+from jaxreg.registration.stages.problem import Alignment, Level, Probe, Weighted, charged, matmul
+from jaxreg.registration.stages.pyramid import level_shape, resize_field, resize_image
 
-__all__ = ["Affine", "Linear", "Rigid", "Similarity", "Translation", "rotation_matrix"]
+__all__ = [
+    "Affine",
+    "Linear",
+    "OptimiserName",
+    "Rigid",
+    "Similarity",
+    "Translation",
+    "rotation_matrix",
+]
 
+
+OptimiserName = Literal["adam", "levenberg-marquardt"]
+"""How a linear stage finds its parameters."""
+
+_POINTS = 2**16
+"""At so many points, about, the curvature of a loss is looked at: more would tell no more."""
+
+_LONGEST = 8
+"""A step of second order goes at most so many times as far as one of Adam."""
 
 _EPSILON = 1e-6
 """A mean loss changes by less than so much of its scale, over a voxel, only through rounding."""
@@ -85,12 +122,35 @@ class Linear(Iterative):
     ----------
     learning_rate
         How far, in voxels of the level, a step of one parameter moves the corners of the fixed
-        grid at most. Within a level it decays to a tenth, along half a cosine.
+        grid at most. Within a level it decays to a tenth, along half a cosine. A step of
+        Levenberg and Marquardt's method goes up to eight times as far, and does not decay.
+    optimiser
+        ``"adam"``, or ``"levenberg-marquardt"``: of second order, which asks for the loss and its
+        gradient a fifth as often. The curvature is that of Gauss and Newton, from the slopes of the
+        moving image at 65,536 points of the level at most, and from how the gradient changed along
+        the last steps; a metric may know its own, see `Metric.curvature`. Iterations are
+        evaluations of the loss, and a trace has the least of those so far. Only steps that make
+        the loss smaller are taken. A level ends when a step is foretold to make it smaller by less
+        than ``tolerance / window`` times the largest loss of the level.
+
+    Raises
+    ------
+    ValueError
+        As `Iterative`, or for an unknown optimiser.
     """
 
     scales: tuple[float, ...] = (4, 2)
     iterations: tuple[int, ...] = (80, 40)
     metric: MetricField = MetricField(NCC())
+    optimiser: OptimiserName = "adam"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.optimiser not in get_args(OptimiserName):
+            raise ValueError(
+                f"optimiser: expected one of {', '.join(get_args(OptimiserName))}, got "
+                f"{self.optimiser!r}"
+            )
 
     @abc.abstractmethod
     def _parameters(self, ndim: int) -> _Parameters:
@@ -103,31 +163,42 @@ class Linear(Iterative):
         centre = centre_of_mass(level.fixed, level.fixed_mask, level.to_physical)
         length = jnp.linalg.norm(level.to_physical[:-1, :-1])
         motion = _Motion(parameters, centre, length, plane, _copy(parameters))
-        return State(motion, no_moments(parameters))
+        return State(motion, self._nothing_known(parameters))
+
+    def _nothing_known(self, parameters: _Parameters) -> Any:
+        if self.optimiser == "adam":
+            return no_moments(parameters)
+        return nothing_known(ravel_pytree(parameters)[0])
+
+    def prepared(self, level: Level) -> Level:
+        """Return a level with what its curvature is computed from, if the stage looks at it."""
+        return level if self.optimiser == "adam" else _probed(self.metric, level)
+
+    def tests(self, iterations: int) -> bool:
+        """Whether convergence is tested on a level with so many iterations."""
+        return self.tolerance > 0 if self.optimiser != "adam" else super().tests(iterations)
+
+    def _block_length(self, iterations: int) -> int:
+        if self.optimiser == "adam":
+            return super()._block_length(iterations)
+        return block_length(iterations, self.block)
 
     def resized(self, state: State, shape: tuple[int, ...]) -> State:
         """Return the same: the parameters do not depend on the grid."""
         motion: _Motion = state.found
-        return state._replace(found=motion._replace(start=_copy(motion.parameters)))
+        motion = motion._replace(start=_copy(motion.parameters))
+        if self.optimiser == "adam":
+            return state._replace(found=motion)
+        return State(motion, self._nothing_known(motion.parameters))
 
     def start_of_level(self, found: _Motion) -> _Motion:
         """Return the motion that the level started with."""
         return found._replace(parameters=found.start)
 
     def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
-        """Take one step; return the loss before it."""
+        """Take one step of Adam; return the loss before it."""
         motion: _Motion = state.found
-
-        def moved(level: Level, parameters: _Parameters) -> Weighted:
-            return level.moved(matmul(level.matrix, motion.matrix(parameters)), level.displacement)
-
-        def objective(parameters: _Parameters) -> jax.Array:
-            return self.loss(level, moved(level, parameters), level.target())
-
-        if self.takes_channels_singly(level):
-            loss, gradient = self._of_many_channels(level, moved, motion.parameters)
-        else:
-            loss, gradient = jax.value_and_grad(objective)(motion.parameters)
+        loss, gradient = self._loss_and_gradient(level, motion, motion.parameters)
         voxel = level.voxel_size() / motion.length
         gradient, epsilon = self.in_scale(level, gradient, _EPSILON / voxel)
         direction, moments = adam_direction(
@@ -137,6 +208,112 @@ class Linear(Iterative):
         rate *= 0.55 + 0.45 * jnp.cos(jnp.pi * progress)
         parameters = jax.tree.map(lambda p, d: p - rate * d, motion.parameters, direction)
         return State(motion._replace(parameters=parameters), moments), loss
+
+    def advance(self, level: Level, state: State, trace: Trace) -> tuple[State, Trace]:
+        """Run one block of iterations; tell in the trace whether the level has converged."""
+        if self.optimiser == "adam":
+            return super().advance(level, state, trace)
+        iterations = trace.losses.size
+        last = trace.ran + self._block_length(iterations)
+
+        def unfinished(carry: tuple[State, Trace]) -> jax.Array:
+            return (carry[1].ran < last) & ~carry[1].converged
+
+        def iterate(carry: tuple[State, Trace]) -> tuple[State, Trace]:
+            state, trace = carry
+            state = self._second_order_step(level, state)
+            memory: Memory = state.moments
+            loss = memory.at_best.loss.astype(jnp.float32)
+            losses = jnp.where(jnp.arange(iterations) >= trace.ran, loss, trace.losses)
+            least = self.tolerance / self.window * memory.largest
+            converged = ~(memory.foretold > least) & self.tests(iterations)
+            return state, Trace(losses, trace.ran + 1, converged)
+
+        carry: tuple[State, Trace] = jax.lax.while_loop(unfinished, iterate, (state, trace))
+        return carry
+
+    def _second_order_step(self, level: Level, state: State) -> State:
+        """Judge the trial of the step before, and find the next one."""
+        assert level.probe is not None  # of `prepared`
+        motion: _Motion = state.found
+        _, unravel = ravel_pytree(motion.parameters)
+        memory: Memory = state.moments
+        loss, gradient = self._loss_and_gradient(level, motion, unravel(memory.trial))
+        normal = self._normal(level, level.probe, motion, memory.trial)
+        memory = judged(memory, Evaluation(loss, ravel_pytree(gradient)[0], normal))
+        rate = self.learning_rate * level.voxel_size() / motion.length
+        memory = proposed(
+            memory, longest=_LONGEST * rate, first=rate, is_scaled=level.probe.is_scaled
+        )
+        return State(motion._replace(parameters=unravel(memory.best)), memory)
+
+    def _normal(
+        self, level: Level, probe: Probe, motion: _Motion, parameters: jax.Array
+    ) -> jax.Array:
+        r"""Return the Gauss-Newton matrix at the parameters of a motion, ``(P,)``.
+
+        The moving image's slope :math:`s` at a sample, and the sample's place :math:`T q` with
+        :math:`q = (x, y, z, 1)`, make the derivative by :math:`T_{ik}` the product
+        :math:`s_i q_k`. So sums of :math:`s_i s_j q_k q_l` over the points are all that has to be
+        known; the parameters come in through the few numbers :math:`\partial T / \partial\theta`.
+        """
+        _, unravel = ravel_pytree(motion.parameters)
+        ndim, shape = level.ndim, probe.counts.shape[2:]
+
+        def chain(parameters: jax.Array) -> jax.Array:
+            return level.normalised(matmul(level.matrix, motion.matrix(unravel(parameters))))
+
+        affine = chain(parameters)
+        by_parameters = jax.jacrev(chain)(parameters).reshape(ndim * (ndim + 1), -1)
+        places = []
+        for component, size in enumerate(reversed(shape)):
+            index = jax.lax.broadcasted_iota(jnp.float32, shape, ndim - 1 - component)
+            along = index * (2 / max(size - 1, 1)) - 1 if size > 1 else jnp.zeros_like(index)
+            shift = 0 if probe.displacement is None else probe.displacement[0, ..., component]
+            places.append(along + shift)
+        places.append(jnp.ones(shape, jnp.float32))
+        shifts = jnp.zeros((1, *shape, ndim), jnp.float32)  # behind the affine
+        if probe.displacement is not None:
+            shifts = (probe.displacement[..., None, :] * affine[0, :, :ndim]).sum(-1)
+        weight = level.weight_of_moving(affine, shape, probe.displacement)
+        weight = weight / jnp.maximum(weight.sum(), 1)
+
+        def products(channel: jax.Array) -> jax.Array:
+            image = jax.lax.dynamic_slice_in_dim(level.moving, channel, 1, axis=1)
+            counts = jax.lax.dynamic_slice_in_dim(probe.counts, channel, 1, axis=1)
+
+            def sample(shifts: jax.Array) -> jax.Array:
+                return interpolate(image, affine, shifts, padding_mode="border")
+
+            moved, to_shifts = jax.vjp(sample, shifts)
+            (slope,) = to_shifts(jnp.ones_like(moved))
+            slopes = [slope[0, ..., axis] for axis in range(ndim)]
+            counted = [(weight * counts)[0, 0] * slope for slope in slopes]
+            return jnp.stack([counted[i] * slopes[j] for i, j in _pairs(ndim)])
+
+        channels = level.moving.shape[1]
+        total = channels * mean_over_channels(products, channels)
+        squares = jnp.stack([places[i] * places[j] for i, j in _pairs(ndim + 1)])
+        axes = "zyx"[-ndim:]
+        sums = jnp.einsum(
+            f"p{axes},q{axes}->pq", total, squares, precision=jax.lax.Precision.HIGHEST
+        )
+        normal = sums[_square(ndim)[:, None, :, None], _square(ndim + 1)[None, :, None, :]]
+        normal = normal.reshape(ndim * (ndim + 1), ndim * (ndim + 1))
+        return matmul(by_parameters.T, matmul(normal, by_parameters))
+
+    def _loss_and_gradient(
+        self, level: Level, motion: _Motion, parameters: _Parameters
+    ) -> tuple[jax.Array, _Parameters]:
+        def moved(level: Level, parameters: _Parameters) -> Weighted:
+            return level.moved(matmul(level.matrix, motion.matrix(parameters)), level.displacement)
+
+        def objective(parameters: _Parameters) -> jax.Array:
+            return self.loss(level, moved(level, parameters), level.target())
+
+        if self.takes_channels_singly(level):
+            return self._of_many_channels(level, moved, parameters)
+        return jax.value_and_grad(objective)(parameters)
 
     def _of_many_channels(
         self,
@@ -226,6 +403,37 @@ class Affine(Linear):
         return _Parameters(
             jnp.zeros(ndim, jnp.float32), matrix=jnp.zeros((ndim, ndim), jnp.float32)
         )
+
+
+@functools.partial(jax.jit, static_argnames="metric")
+def _probed(metric: Metric, level: Level) -> Level:
+    """Return a level with the points at which its curvature is looked at."""
+    weight = level.target().weight
+    curvature = metric.curvature(level.fixed, weight)
+    is_scaled = jnp.full((), curvature is not None)
+    if curvature is None:
+        curvature = jnp.ones((1,) * level.fixed.ndim, jnp.float32)
+    mean = weight.mean()
+    counts = curvature * weight / jnp.where(mean > 0, mean, 1)
+    factor = max(1.0, (math.prod(level.shape) / _POINTS) ** (1 / level.ndim))
+    shape = level_shape(level.shape, factor, minimum=8)
+    counts = resize_image(jnp.broadcast_to(counts, level.fixed.shape), shape)
+    field = None if level.displacement is None else resize_field(level.displacement, shape)
+    return level._replace(probe=Probe(counts, is_scaled, field))
+
+
+@functools.cache
+def _pairs(count: int) -> list[tuple[int, int]]:
+    return [(i, j) for i in range(count) for j in range(i, count)]
+
+
+@functools.cache
+def _square(count: int) -> NDArray[np.int32]:
+    """Return for each element of a symmetric matrix which pair it is, ``(count, count)``."""
+    square = np.zeros((count, count), np.int32)
+    for number, (i, j) in enumerate(_pairs(count)):
+        square[i, j] = square[j, i] = number
+    return square
 
 
 def _copy(parameters: _Parameters) -> _Parameters:

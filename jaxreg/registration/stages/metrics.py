@@ -256,6 +256,28 @@ class Metric(abc.ABC):
         """
         return jnp.zeros((), fixed.dtype)
 
+    def curvature(self, fixed: jax.Array, weight: jax.Array) -> jax.Array | None:
+        r"""Return how the loss is curved where the images are alike, asked for once per level.
+
+        Stages of second order look at it; see `Linear`. What is only roughly right makes them
+        slower, not wrong.
+
+        Parameters
+        ----------
+        fixed
+            The fixed image of a level, ``(1, C, [Z,] Y, X)``.
+        weight
+            What each voxel counts, ``(1, 1, [Z,] Y, X)``, at least 0.
+
+        Returns
+        -------
+        Array or None
+            :math:`k`, broadcast against the image: if the moving image's intensities change by
+            :math:`e`, the loss grows by :math:`\sum w\,k\,e^2 / (2 \sum w)`. By default `None`: it
+            is not known.
+        """
+        return None
+
     def for_scale(self, scale: float) -> Metric:
         """Return the metric that a level uses.
 
@@ -367,9 +389,38 @@ class LNCC(Metric):
         """Return 1."""
         return jnp.ones((), fixed.dtype)
 
+    def curvature(self, fixed: jax.Array, weight: jax.Array) -> jax.Array:
+        """Return 2 over the variance in a window: 1 - LNCC is the square of what does not fit."""
+        width = [min(self.kernel_size, size) for size in fixed.shape[2:]]
+
+        def mean(array: jax.Array) -> jax.Array:
+            for axis, size in enumerate(width, start=2):
+                window, strides = [1] * array.ndim, (1,) * array.ndim
+                window[axis] = size
+                array = jax.lax.reduce_window(
+                    array, jnp.zeros((), array.dtype), jax.lax.add, tuple(window), strides, "same"
+                )
+            return array / math.prod(width)
+
+        axes = tuple(range(2, fixed.ndim))
+        centred = fixed - fixed.mean(axes, keepdims=True)
+        variance = jnp.maximum(mean(centred**2) - mean(centred) ** 2, 0) + self.common_variance
+        least = 1e-3 * variance.max(axes, keepdims=True)
+        return 2 / jnp.maximum(variance, jnp.where(least > 0, least, 1)) / fixed.shape[1]
+
     def format_loss(self, loss: float) -> str:
         """Return the mean squared correlation, which is minus the loss."""
         return f"LNCC {-loss:.4f}"
+
+
+def _variance(image: jax.Array, weight: jax.Array) -> jax.Array:
+    """Return the weighted variance of each channel, ``(1, C, 1, ...)``, or 1 if it has none."""
+    axes = tuple(range(2, image.ndim))
+    total = weight.sum(axes, keepdims=True)
+    total = jnp.where(total > 0, total, 1)
+    centred = image - (weight * image).sum(axes, keepdims=True) / total
+    variance = (weight * centred**2).sum(axes, keepdims=True) / total
+    return jnp.where(variance > 0, variance, 1)
 
 
 _EMPTY = 1e-4
@@ -638,6 +689,10 @@ class NCC(Metric):
         """Return 1."""
         return jnp.ones((), fixed.dtype)
 
+    def curvature(self, fixed: jax.Array, weight: jax.Array) -> jax.Array:
+        """Return 1 over the variance: 1 - NCC is half the square of a normalised difference."""
+        return 1 / _variance(fixed, weight) / fixed.shape[1]
+
     def format_loss(self, loss: float) -> str:
         """Return the correlation, which is minus the loss."""
         return f"NCC {-loss:.4f}"
@@ -657,6 +712,10 @@ class MSE(Metric):
     def scale(self, fixed: jax.Array, moving: jax.Array) -> jax.Array:
         """Return the mean of the images' variances."""
         return (jnp.var(fixed) + jnp.var(moving)) / 2
+
+    def curvature(self, fixed: jax.Array, weight: jax.Array) -> jax.Array:
+        """Return 2: it is a square."""
+        return jnp.full((1,) * fixed.ndim, 2 / fixed.shape[1], fixed.dtype)
 
     def format_loss(self, loss: float) -> str:
         """Return the mean squared difference."""
@@ -926,6 +985,20 @@ class PerChannel(Metric):
         """Return 1, or 0 if that of a metric is not known."""
         known = all(type(metric).scale is not Metric.scale for metric in self._metrics)
         return jnp.full((), float(known), fixed.dtype)
+
+    def curvature(self, fixed: jax.Array, weight: jax.Array) -> jax.Array | None:
+        """Return those of the channels, times what each counts; `None` if one is not known."""
+        found = []
+        total = sum(self.weights)
+        for metric, share, (f,) in zip(
+            self._metrics, self.weights, self._channels(fixed), strict=True
+        ):
+            curvature, scale = metric.curvature(f, weight), metric.scale(f, f)
+            if curvature is None:
+                return None
+            part = share / total * curvature / jnp.where(scale > 0, scale, 1)
+            found.append(jnp.broadcast_to(part, f.shape))
+        return jnp.concatenate(found, axis=1)
 
     def for_scale(self, scale: float) -> Metric:
         """Return the one with the metrics that the level uses."""

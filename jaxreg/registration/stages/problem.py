@@ -17,7 +17,7 @@ from jaxreg.registration.stages.metrics import Metric, shrunk
 from jaxreg.registration.stages.pyramid import FEW_CHANNELS, downsample, level_shape, resize_field
 from jaxreg.registration.stages.spread import spread
 
-__all__ = ["Alignment", "Level", "Problem", "Weighted", "charged", "matmul"]
+__all__ = ["Alignment", "Level", "Probe", "Problem", "Weighted", "charged", "matmul"]
 
 
 @jax.custom_vjp
@@ -81,6 +81,25 @@ class Alignment(NamedTuple):
     mended: jax.Array | None = None
 
 
+class Probe(NamedTuple):
+    """What the curvature of a loss is computed from: a grid of fewer points over a level.
+
+    Attributes
+    ----------
+    counts
+        What squared slopes of the moving image count there, ``(1, C, [Z,] Y, X)``, for a weight of
+        the moving image of 1.
+    is_scaled
+        Whether what follows has the unit of the loss, a scalar.
+    displacement
+        That of the level there, ``(1, [Z,] Y, X, D)``, if any.
+    """
+
+    counts: jax.Array
+    is_scaled: jax.Array
+    displacement: jax.Array | None
+
+
 class Level(NamedTuple):
     """The two images at one scale, and the alignment that a stage starts from.
 
@@ -113,6 +132,8 @@ class Level(NamedTuple):
     """How large losses are, a scalar; see `Metric.scale`."""
     loss_unit: jax.Array | None = None
     """What a penalty of a deformation is multiplied by, a scalar; see `Deformable.prepared`."""
+    probe: Probe | None = None
+    """For stages of second order; see `Linear.prepared`."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -171,6 +192,28 @@ class Level(NamedTuple):
         """Return the moving image at ``A(x + d(x))``, and what it weighs there."""
         affine = self.normalised(matrix)
         return self._sample(self.moving, self.moving_mask, self.moving_margin, affine, displacement)
+
+    def weight_of_moving(
+        self, affine: jax.Array, shape: tuple[int, ...], displacement: jax.Array | None
+    ) -> jax.Array:
+        """Return what the moving image weighs on a grid of any shape, ``(1, 1, *shape)``.
+
+        ``affine`` is that of `jaxreg.interpolate`, and the displacement is on that grid.
+        """
+        weight = coverage(
+            self.moving.shape[2:], shape, self.moving_margin, affine, displacement, None
+        )
+        if self.moving_mask is None:
+            return weight
+        mask = interpolate(
+            self.moving_mask,
+            affine,
+            displacement,
+            affine_last=True,
+            out_shape=shape,
+            padding_mode="border",
+        )
+        return weight * mask
 
     def target(self) -> Weighted:
         """Return the fixed image, and what it weighs."""

@@ -1,0 +1,219 @@
+r"""Levenberg and Marquardt's method with a few parameters, for any loss.
+
+About the best parameters so far the loss is taken for
+
+.. math:: f + g \cdot p + \tfrac{1}{2}\, p \cdot B p
+
+with its gradient :math:`g`, and :math:`B` the Gauss-Newton matrix, corrected so that it fits how
+the gradient changed along the last steps (BFGS, in Powell's damped form, which keeps it positive).
+A step solves :math:`(B + \lambda\,\mathrm{diag} B)\, p = -g`. If the loss falls it is taken and the
+damping :math:`\lambda` becomes smaller; if it does not, the damping becomes larger, and what was
+seen there corrects the matrix all the same.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["Evaluation", "Memory", "judged", "nothing_known", "proposed", "solved"]
+
+_PAIRS = 4
+"""So many of the last steps correct the matrix."""
+
+_DAMPING = 1e-2
+"""At the start of a level."""
+
+_LEAST_DAMPING = 1e-4
+"""Keeps the matrix far from singular in float32."""
+
+_MOST_DAMPING = 1e8
+
+_FLATTEST = 1e-3
+"""A parameter along which the loss is hardly curved is damped as if it were by this share of the
+most."""
+
+
+class Evaluation(NamedTuple):
+    """What is known at some parameters."""
+
+    loss: jax.Array
+    """A scalar."""
+    gradient: jax.Array
+    """``(P,)``."""
+    normal: jax.Array
+    """The Gauss-Newton matrix, ``(P, P)``."""
+
+
+class Memory(NamedTuple):
+    """What the method knows between its iterations."""
+
+    best: jax.Array
+    """The best parameters so far, ``(P,)``."""
+    at_best: Evaluation
+    trial: jax.Array
+    """Parameters that come next, ``(P,)``."""
+    foretold: jax.Array
+    """By how much the loss should fall there, a scalar."""
+    steps: jax.Array
+    changes: jax.Array
+    """The last steps, and how the gradient changed along them, ``(pairs, P)``, the last one last;
+    0 where there was none."""
+    damping: jax.Array
+    growth: jax.Array
+    """What the damping is multiplied by if the next step fails."""
+    evaluations: jax.Array
+    """How often the loss was computed."""
+    largest: jax.Array
+    """The largest loss, in magnitude."""
+
+
+def nothing_known(start: jax.Array) -> Memory:
+    """Return the memory before the first evaluation, at some parameters ``(P,)``."""
+    size, dtype = start.size, start.dtype
+    return Memory(
+        jnp.copy(start),
+        Evaluation(jnp.zeros((), dtype), jnp.zeros(size, dtype), jnp.zeros((size, size), dtype)),
+        jnp.copy(start),
+        jnp.zeros((), dtype),
+        jnp.zeros((_PAIRS, size), dtype),
+        jnp.zeros((_PAIRS, size), dtype),
+        jnp.full((), _DAMPING, dtype),
+        jnp.full((), 2.0, dtype),
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((), dtype),
+    )
+
+
+def judged(memory: Memory, found: Evaluation) -> Memory:
+    """Return what is known after the evaluation of the trial.
+
+    Where the loss falls the trial is the best from now on. If nothing is finite where a level
+    starts, the best is not, either: so it is told.
+    """
+    first = memory.evaluations == 0
+    fall = memory.at_best.loss - found.loss
+    finite = jnp.isfinite(found.loss) & jnp.isfinite(found.gradient).all()
+    better = first | (finite & (fall > 0))
+    # The damping after Nielsen, "Damping parameter in Marquardt's method", IMM-REP-1999-05.
+    gain = fall / jnp.where(memory.foretold > 0, memory.foretold, 1)
+    smaller = jnp.maximum(1 / 3, 1 - (2 * gain - 1) ** 3) * memory.damping
+    larger = memory.growth * jnp.maximum(memory.damping, _DAMPING)
+    damping = jnp.clip(jnp.where(better, smaller, larger), _LEAST_DAMPING, _MOST_DAMPING)
+    damping = jnp.where(first, memory.damping, damping)
+    growth = jnp.where(better, 2.0, 2 * memory.growth)
+    step, change = memory.trial - memory.best, found.gradient - memory.at_best.gradient
+    known = finite & ~first
+
+    def pushed(rows: jax.Array, row: jax.Array) -> jax.Array:
+        return jnp.where(known, jnp.concatenate([rows[1:], row[None]]), rows)
+
+    best, at_best = jax.tree.map(
+        lambda new, old: jnp.where(better, new, old),
+        (memory.trial, found),
+        (memory.best, memory.at_best),
+    )
+    return memory._replace(
+        best=jnp.where(first & ~finite, jnp.nan, best),
+        at_best=at_best,
+        steps=pushed(memory.steps, step),
+        changes=pushed(memory.changes, change),
+        damping=damping,
+        growth=growth,
+        evaluations=memory.evaluations + 1,
+        largest=jnp.where(finite, jnp.maximum(memory.largest, jnp.abs(found.loss)), memory.largest),
+    )
+
+
+def proposed(
+    memory: Memory, *, longest: jax.Array, first: jax.Array, is_scaled: jax.Array
+) -> Memory:
+    """Return the memory with the next trial.
+
+    Parameters
+    ----------
+    memory
+        After `judged`.
+    longest
+        How long a step may be, a scalar: the Euclidean norm of the parameters.
+    first
+        How long the first step is, where the unit of the Gauss-Newton matrix is not that of the
+        loss: how the gradient changes along it will tell.
+    is_scaled
+        Whether it is, a scalar.
+
+    Returns
+    -------
+    Memory
+        With the trial, and by how much the loss should fall there.
+    """
+    _, gradient, normal = memory.at_best
+    last, change = memory.steps[-1], memory.changes[-1]
+    seen, expected = (last * change).sum(), _form(normal, last)
+    usable = (seen > 0) & (expected > 0)
+    matrix = normal * jnp.where(usable, seen / jnp.where(usable, expected, 1), 1)
+    for step, change in zip(memory.steps, memory.changes, strict=True):
+        matrix = _corrected(matrix, step, change)
+    diagonal = jnp.diagonal(matrix)
+    scale = jnp.maximum(diagonal, _FLATTEST * diagonal.max())
+    scale = jnp.where(scale > 0, scale, 1)
+    step = -solved(matrix + memory.damping * jnp.diag(scale), gradient)
+    length = jnp.sqrt((step**2).sum())
+    at_once = is_scaled | (last != 0).any()
+    goal = jnp.where(at_once, jnp.minimum(length, longest), jnp.minimum(first, longest))
+    step = step * (goal / jnp.where(length > 0, length, 1))
+    downhill = -(gradient * step).sum()
+    foretold = jnp.where(at_once, downhill - _form(matrix, step) / 2, downhill / 2)
+    return memory._replace(trial=memory.best + step, foretold=foretold)
+
+
+def _form(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+    return (matrix * vector * vector[:, None]).sum()
+
+
+def _corrected(matrix: jax.Array, step: jax.Array, change: jax.Array) -> jax.Array:
+    """Return a matrix that maps a step to how the gradient changed along it.
+
+    If the loss is hardly curved along the step, or the other way, it maps it to part of that, so
+    that the matrix stays positive. After Powell, "A fast algorithm for nonlinearly constrained
+    optimization calculations", 1978.
+    """
+    image = (matrix * step).sum(axis=1)
+    expected, seen = (step * image).sum(), (step * change).sum()
+    enough = seen >= 0.2 * expected
+    share = jnp.where(enough, 1, 0.8 * expected / jnp.where(enough, 1, expected - seen))
+    change = share * change + (1 - share) * image
+    seen = (step * change).sum()
+    usable = (expected > 0) & (seen > 0)
+    # The roots divide first: of large or small losses the squares might overflow, or vanish.
+    left = image / jnp.sqrt(jnp.where(usable, expected, 1))
+    right = change / jnp.sqrt(jnp.where(usable, seen, 1))
+    corrected = matrix - left[:, None] * left + right[:, None] * right
+    return jnp.where(usable, corrected, matrix)
+
+
+def solved(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+    """Return the solution of a small positive system, by Gauss and Jordan's elimination.
+
+    Written out: on a GPU a call of a library costs more than it computes.
+
+    Parameters
+    ----------
+    matrix, vector
+        ``(P, P)``, symmetric and positive, and ``(P,)``.
+
+    Returns
+    -------
+    Array
+        ``(P,)``.
+    """
+    size = vector.size
+    rows = jnp.concatenate([matrix, vector[:, None]], axis=1)
+    for k in range(size):
+        row = rows[k] / rows[k, k]
+        others = np.arange(size)[:, None] != k
+        rows = jnp.where(others, rows - rows[:, k, None] * row, row)
+    return rows[:, -1]
