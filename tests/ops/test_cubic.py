@@ -217,15 +217,16 @@ def test_far_from_the_border_every_padding_is_map_coordinates(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_beyond_a_border_is_its_value(backend: Backend, mode: str) -> None:
-    image = random_array(0, 1, 1, 1, 6)
-    position = np.array([-9.0, -2.0, -1.0, 6.0, 7.5, 100.0])
+    # Of so many voxels, positions are the same numbers on any device.
+    image = random_array(0, 1, 1, 1, 5)
+    position = np.array([-9.0, -2.0, -1.0, 5.0, 6.5, 100.0])
     grid = np.zeros((1, 1, 6, 2))
-    grid[..., 0] = position / 2.5 - 1
+    grid[..., 0] = position / 2 - 1
     options = {"is_displacement": False, "padding_mode": "border", "mode": mode}
     value, (to_grid,) = backend.value_and_vjp(
         "interpolate", (image, None, grid), np.ones((1, 1, 1, 6)), [2], **options
     )
-    np.testing.assert_allclose(value[0, 0, 0], image[0, 0, 0, [0] * 3 + [5] * 3], atol=1e-12)
+    np.testing.assert_allclose(value[0, 0, 0], image[0, 0, 0, [0] * 3 + [4] * 3], atol=1e-12)
     assert_same(to_grid, np.zeros_like(grid))
 
 
