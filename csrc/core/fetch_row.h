@@ -9,14 +9,15 @@
 
 namespace regkernels {
 
-// Whether rows of so many numbers can be fetched four numbers at a time, from a multiple of four on.
+// Whether rows of so many numbers can be fetched four numbers at a time, from a multiple of four
+// on.
 inline __device__ bool rows_of_four(const void* data, int64_t row_size) {
   return row_size % 4 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
 }
 
 // A warp sends kCount numbers of a row to shared memory, those from `first` on: of them those that
-// are in the row, which has `size` numbers; the others stay what they are. Both counts, and `first`,
-// are multiples of four. They arrive by the end of a wait for the pipeline.
+// are in the row, which has `size` numbers; the others stay what they are. Both counts, and
+// `first`, are multiples of four. They arrive by the end of a wait for the pipeline.
 template <int kCount>
 __device__ __forceinline__ void fetch_row(float* to, const float* row, int first, int size,
                                           bool by_four) {

@@ -24,8 +24,8 @@ struct FieldEnergyCall {
   // A slab's gradient has room for the planes beyond its ends as well, which nobody writes to. The
   // slab says so by `answering`, which has no other meaning where nothing is sampled.
   bool gradient_has_halo = false;
-  int64_t parts;             // that the sum over an item is cut into
-  Shape output;              // (G), or (G, N) where nothing is reduced
+  int64_t parts;  // that the sum over an item is cut into
+  Shape output;   // (G), or (G, N) where nothing is reduced
 
   // What the sum over the voxels of an item is multiplied by.
   double scale() const {

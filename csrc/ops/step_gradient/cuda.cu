@@ -100,10 +100,9 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
                                  (tile_x - W::kHaloX) * 3, 3 * space.x, by_four);
         }
         if (y < space.y) {
-          fetch_row<kWarp * 3>(
-              place(z) + W::kPull + threadIdx.y * (kWarp * 3),
-              item.pull + (z * plane_size + static_cast<int64_t>(y) * space.x) * 3, tile_x * 3,
-              3 * space.x, by_four);
+          fetch_row<kWarp * 3>(place(z) + W::kPull + threadIdx.y * (kWarp * 3),
+                               item.pull + (z * plane_size + static_cast<int64_t>(y) * space.x) * 3,
+                               tile_x * 3, 3 * space.x, by_four);
         }
       }
       __pipeline_commit();
