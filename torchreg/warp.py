@@ -90,7 +90,8 @@ def interpolate(
     deterministic
         Whether the image gradient has the same bits every time on a GPU, too. That takes longer,
         and 8 bytes per element. Each contribution is rounded to a multiple of 2^(k-61) times the
-        largest cotangent, with 2^k output voxels: finer than float32, coarser than float64.
+        largest cotangent, with 2^k output voxels, or 4 times as coarsely if
+        ``mode`` is cubic: finer than float32, coarser than float64.
         ``torch.use_deterministic_algorithms`` asks for the same.
     grid_unit
         Of displacements: ``"normalised"``, or ``"voxel"`` for voxels of the grid.
@@ -272,7 +273,8 @@ def compose(
     deterministic
         Whether the gradient to ``u`` has the same bits every time on a GPU, too. That takes longer,
         and 8 bytes per element. Each contribution is rounded to a multiple of 2^(k-61) times the
-        largest cotangent, with 2^k output voxels: finer than float32, coarser than float64.
+        largest cotangent, with 2^k output voxels, or 4 times as coarsely if
+        ``mode`` is cubic: finer than float32, coarser than float64.
         ``torch.use_deterministic_algorithms`` asks for the same.
     mode
         How ``u`` is sampled: as :func:`interpolate` samples an image.

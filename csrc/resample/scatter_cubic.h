@@ -100,7 +100,7 @@ struct CubicScatter {
   using T = typename R::T;
   static constexpr int D = R::D;
   static constexpr int kDepth = 1, kUnroll = 1;
-  static constexpr int kMinBlocks = sizeof(T) == sizeof(double) ? 1 : 3;
+  static constexpr int kMinBlocks = sizeof(T) == sizeof(double) ? 1 : 2;
 
   R resampling;
   Operand<const S> grad_output;

@@ -148,6 +148,9 @@ def test_what_follows_from_the_transform_is_computed_on_all_devices(
     assert voxels_apart(one.inverse_displacement, other.inverse_displacement) < 1e-4
     one, other = (x.with_inverse().inverse_displacement for x in (there, back))
     assert voxels_apart(one, other) < 1e-4
+    for kind in ("cubic", "b-spline"):
+        one, other = (x.apply(moving, interpolation=kind).array for x in (there, back))
+        np.testing.assert_allclose(one, other, atol=1e-3)
     labels = volume((fixed.array > 3).astype(np.int32) + 1)
     for kind in ("labels", "nearest"):
         one, other = (x.apply(labels, interpolation=kind, outside=7).array for x in (there, back))

@@ -167,7 +167,7 @@ BAD: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "a size": lambda image, u: sample(image, grid=u[..., :1]),
     "a device": lambda image, u: sample(image, grid=u.to("meta")),
     "a flag": lambda image, u: sample(image, grid=u, align_corners=1),
-    "a mode": lambda image, u: sample(image, grid=u, mode="cubic"),
+    "a mode": lambda image, u: sample(image, grid=u, mode="lanczos"),
     "a sequence": lambda image, u: sample(image, grid=u, out_shape=(2.5, 3)),
     "a number": lambda image, u: torchreg.gaussian_smooth(image, float("nan")),
     "no number": lambda image, u: torchreg.gaussian_smooth(image, "one"),
