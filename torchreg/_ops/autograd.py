@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from regkernels.definitions import LINEAR, Framework, Values
 from regkernels.options import plain_number
@@ -28,6 +27,7 @@ from torchreg._ops.functions import Function, Mapped, Partial, Tensors, apply_fu
 from torchreg._ops.launch import Outputs, result, run
 from torchreg._ops.torch_internals import (
     at_primals,
+    has_tangent,
     is_forward_mode_active,
     is_graph_kept,
     plain_apply,
@@ -148,9 +148,7 @@ def _first_derivatives(
 
 def refuse_dual_numbers(op: str, tensors: Sequence[torch.Tensor | None]) -> None:
     """Refuse forward mode: a tangent that got lost would be a derivative of zero."""
-    if is_forward_mode_active() and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    ):
+    if is_forward_mode_active() and any(x is not None and has_tangent(x) for x in tensors):
         raise no_forward_mode(op)
 
 
@@ -254,7 +252,7 @@ class _Gradients:
         return values, cotangent
 
     def __call__(self, *tensors: torch.Tensor) -> Tensors:
-        values, cotangent = self._values(tensors)
+        values, cotangent = self._values([plain_memory(x) for x in tensors])
         op = self.call.op
         needs = [x in self.inputs for x in op.input_names]
         values = _with_saved(self.call, values, needs)
@@ -438,7 +436,9 @@ class DifferentiableBothWays(Differentiable):
         if is_forward_mode_active():
             # A tangent takes what a gradient does, and nobody knows yet which of them there are.
             needs = tuple(x is not None and i not in op.constants for i, x in enumerate(operands))
-        return tuple(call(name, operands, named, op.wanted(needs), grouped))
+        # A tangent of a tangent may be lazy zeros, in the wrappers of transforms until here.
+        plain = [x if x is None else plain_memory(x) for x in operands]
+        return tuple(call(name, plain, named, op.wanted(needs), grouped))
 
     @staticmethod
     def setup_context(

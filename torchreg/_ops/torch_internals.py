@@ -69,6 +69,17 @@ def is_forward_mode_active() -> bool:
     return forward_ad._current_level >= 0
 
 
+def has_tangent(x: torch.Tensor) -> bool:
+    """Whether a tensor, or one that functional transforms have wrapped in it, is a dual number."""
+    functorch = torch._C._functorch
+    # There is no rule that would look into a tensor of `vmap` for it.
+    while functorch.is_batchedtensor(x) or forward_ad.unpack_dual(x).tangent is None:
+        if not functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = functorch.get_unwrapped(x)
+    return True
+
+
 @contextmanager
 def at_primals(tensors: Sequence[torch.Tensor | None]) -> Iterator[tuple[Any, ...]]:
     """In the rule of an autograd function for forward mode: tensors without their own tangents.
