@@ -200,7 +200,7 @@ def _named(names: Sequence[str], tensors: Sequence[Any]) -> dict[str, Any]:
     return {x: value for x, value in zip(names, tensors, strict=True) if value is not None}
 
 
-def _with_saved(call: _Call, values: Values, needs: Sequence[bool]) -> Values:
+def _with_saved(call: _Call, values: Values, needs: Sequence[bool]) -> dict[str, Any]:
     """The values with what an op computes for its backward pass, if that is not there already."""
     op, count = call.op, len(call.op.inputs)
     of_number = call.attributes.get("reduction", "none") != "none"
@@ -209,18 +209,18 @@ def _with_saved(call: _Call, values: Values, needs: Sequence[bool]) -> Values:
     if not all(i in units for i, need in enumerate(needs) if need):
         taken |= {op.output_names[i - count] for i in op.kept_for_gradient if i >= count}
     if taken <= values.keys():
-        return values
+        return dict(values)
     operands = {x: values[x].detach() for x in op.input_names if x in values}
     with torch.no_grad():
         outputs = call.run(operands, op.wanted(needs))
     return {**outputs, **values}
 
 
-def _with_definition(call: _Call, values: Values) -> Values:
+def _with_definition(call: _Call, values: Values) -> dict[str, Any]:
     """The values with what the op saves: definitions take some of it, held fixed."""
     op = call.op
     if all(name in values for i, name in enumerate(op.output_names) if op.saved >> i & 1):
-        return values
+        return dict(values)
     operands = {x: values[x].detach() for x in op.input_names if x in values}
     with torch.no_grad():
         outputs = call.run(operands, 1 << op.result | op.saved)

@@ -87,7 +87,7 @@ def at_primals(tensors: Sequence[torch.Tensor | None]) -> Iterator[tuple[Any, ..
     PyTorch switches off forward mode for such a rule, and so that of all transforms around the one
     that the rule is for: their tangents would be zero.
     """
-    with forward_ad._set_fwd_grad_enabled(True):  # type: ignore[attr-defined]
+    with forward_ad._set_fwd_grad_enabled(True):
         yield tuple([x if x is None else forward_ad.unpack_dual(x).primal for x in tensors])
 
 
