@@ -299,8 +299,12 @@ class _Call:
     def shares_planes(self) -> bool:
         return self.shared is not None
 
+    def _alike(self, operands: Operands) -> Operands:
+        # What devices that share planes have in common stays so: see `align`.
+        return operands if self.shares_planes else vary_alike(operands)
+
     def run(self, operands: Mapping[str, jax.Array], wanted: int) -> dict[str, jax.Array]:
-        inputs = vary_alike(tuple(map(operands.get, self.op.input_names)))
+        inputs = self._alike(tuple(map(operands.get, self.op.input_names)))
         outputs: dict[str, jax.Array] = _run(self.name, self.ordered, wanted, self.shared, inputs)
         return outputs
 
@@ -310,7 +314,7 @@ class _Call:
         gradient = self.op.gradient
         assert gradient is not None
         operands = {**values, "grad_output": cotangent}
-        inputs = vary_alike(tuple(map(operands.get, gradient.input_names)))
+        inputs = self._alike(tuple(map(operands.get, gradient.input_names)))
         wanted = gradient.mask([f"grad_{x}" for x in names])
         outputs = _run(gradient.name, self.ordered, wanted, self.shared, inputs)
         return {x: outputs[f"grad_{x}"] for x in names}

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from regkernels.definitions import LINEAR, Framework, Values
 from regkernels.options import plain_number
@@ -28,6 +27,7 @@ from torchreg._ops.functions import Function, Mapped, Partial, Tensors, apply_fu
 from torchreg._ops.launch import Outputs, result, run
 from torchreg._ops.torch_internals import (
     at_primals,
+    has_tangent,
     is_forward_mode_active,
     is_graph_kept,
     plain_apply,
@@ -148,9 +148,7 @@ def _first_derivatives(
 
 def refuse_dual_numbers(op: str, tensors: Sequence[torch.Tensor | None]) -> None:
     """Refuse forward mode: a tangent that got lost would be a derivative of zero."""
-    if is_forward_mode_active() and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    ):
+    if is_forward_mode_active() and any(x is not None and has_tangent(x) for x in tensors):
         raise no_forward_mode(op)
 
 
@@ -202,7 +200,7 @@ def _named(names: Sequence[str], tensors: Sequence[Any]) -> dict[str, Any]:
     return {x: value for x, value in zip(names, tensors, strict=True) if value is not None}
 
 
-def _with_saved(call: _Call, values: Values, needs: Sequence[bool]) -> Values:
+def _with_saved(call: _Call, values: Values, needs: Sequence[bool]) -> dict[str, Any]:
     """The values with what an op computes for its backward pass, if that is not there already."""
     op, count = call.op, len(call.op.inputs)
     of_number = call.attributes.get("reduction", "none") != "none"
@@ -211,18 +209,18 @@ def _with_saved(call: _Call, values: Values, needs: Sequence[bool]) -> Values:
     if not all(i in units for i, need in enumerate(needs) if need):
         taken |= {op.output_names[i - count] for i in op.kept_for_gradient if i >= count}
     if taken <= values.keys():
-        return values
+        return dict(values)
     operands = {x: values[x].detach() for x in op.input_names if x in values}
     with torch.no_grad():
         outputs = call.run(operands, op.wanted(needs))
     return {**outputs, **values}
 
 
-def _with_definition(call: _Call, values: Values) -> Values:
+def _with_definition(call: _Call, values: Values) -> dict[str, Any]:
     """The values with what the op saves: definitions take some of it, held fixed."""
     op = call.op
     if all(name in values for i, name in enumerate(op.output_names) if op.saved >> i & 1):
-        return values
+        return dict(values)
     operands = {x: values[x].detach() for x in op.input_names if x in values}
     with torch.no_grad():
         outputs = call.run(operands, 1 << op.result | op.saved)
@@ -254,7 +252,7 @@ class _Gradients:
         return values, cotangent
 
     def __call__(self, *tensors: torch.Tensor) -> Tensors:
-        values, cotangent = self._values(tensors)
+        values, cotangent = self._values([plain_memory(x) for x in tensors])
         op = self.call.op
         needs = [x in self.inputs for x in op.input_names]
         values = _with_saved(self.call, values, needs)
@@ -438,7 +436,9 @@ class DifferentiableBothWays(Differentiable):
         if is_forward_mode_active():
             # A tangent takes what a gradient does, and nobody knows yet which of them there are.
             needs = tuple(x is not None and i not in op.constants for i, x in enumerate(operands))
-        return tuple(call(name, operands, named, op.wanted(needs), grouped))
+        # A tangent of a tangent may be lazy zeros, in the wrappers of transforms until here.
+        plain = [x if x is None else plain_memory(x) for x in operands]
+        return tuple(call(name, plain, named, op.wanted(needs), grouped))
 
     @staticmethod
     def setup_context(

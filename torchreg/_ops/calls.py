@@ -110,7 +110,7 @@ def fold(
             if not is_mapped:
                 x = x.unsqueeze(0)
             x = x.expand(size, groups, *x.shape[2:]).reshape(size * groups, *x.shape[2:])
-        return x.contiguous()
+        return plain_memory(x)
 
     return [folded(x, m) for x, m in zip(moved, mapped, strict=True)], groups
 

@@ -33,6 +33,10 @@ def not_twice(op: str) -> RuntimeError:
     return RuntimeError(f"torchreg: {op} can be differentiated once, not twice")
 
 
+# Its type allows for a third result, which nothing here asks for.
+_vjp: Callable[..., tuple[Any, Callable[..., Any]]] = torch.func.vjp  # type: ignore[assignment]
+
+
 def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return functools.reduce(operator.add, parts)
 
@@ -42,14 +46,14 @@ def _tangents(function: Function, primals: Tensors, tangents: Tensors) -> Any:
     if may_enter_forward_mode():
         return torch.func.jvp(function, primals, tangents)[1]
     # The pull-back is linear, and the transpose of that is the tangents.
-    results, pull_back = torch.func.vjp(function, *primals)
+    results, pull_back = _vjp(function, *primals)
     single = isinstance(results, torch.Tensor)
 
     def pulled(*cotangents: torch.Tensor) -> Any:
         return pull_back(cotangents[0] if single else cotangents)
 
     zeros = [torch.zeros_like(x) for x in ((results,) if single else results)]
-    _, push_forward = torch.func.vjp(pulled, *zeros)
+    _, push_forward = _vjp(pulled, *zeros)
     pushed = push_forward(tangents)
     return pushed[0] if single else pushed
 
@@ -106,7 +110,7 @@ def _gradients_by_definition(call: Call, values: Values, inputs: Sequence[str]) 
 
     def gradients(operands: Mapping[str, torch.Tensor], cotangent: torch.Tensor) -> Tensors:
         there = {**values, **operands}
-        _, pull_back = torch.func.vjp(_defined(call, there, inputs), *[there[x] for x in inputs])
+        _, pull_back = _vjp(_defined(call, there, inputs), *[there[x] for x in inputs])
         pulled: Tensors = pull_back(cotangent)
         return pulled
 
@@ -123,7 +127,8 @@ def moved_gradients(
     names = tuple(tangents)
 
     def of_operands(*those: torch.Tensor) -> Tensors:
-        return gradients(dict(zip(names, those, strict=True)), cotangent)
+        pulled: Tensors = gradients(dict(zip(names, those, strict=True)), cotangent)
+        return pulled
 
     primals = tuple(values[x] for x in names)
     moved: Tensors = _tangents(of_operands, primals, tuple(tangents.values()))
@@ -154,9 +159,10 @@ def pulled_gradients(
 
     def of_needed(*those: torch.Tensor) -> Tensors:
         named = dict(zip(needed, those, strict=True))
-        return gradients(named, named.pop("grad_output", cotangent))
+        pulled: Tensors = gradients(named, named.pop("grad_output", cotangent))
+        return pulled
 
     there = {**values, "grad_output": cotangent}
-    _, pull_back = torch.func.vjp(of_needed, *[there[x] for x in needed])
+    _, pull_back = _vjp(of_needed, *[there[x] for x in needed])
     pulled = pull_back(tuple(moved.values()))
     return results | dict(zip(needed, pulled, strict=True))

@@ -55,6 +55,9 @@ def _split(op: Op, arguments: Sequence[Any]) -> tuple[Sequence[Any], dict[str, A
 def _make_implementation(op: Op, *, only_shapes: bool) -> Callable[..., list[torch.Tensor]]:
     def implementation(*arguments: Any) -> list[torch.Tensor]:
         operands, attributes, wanted, grouped = _split(op, arguments)
+        if not only_shapes:
+            # PyTorch writes lazy zeros to memory before it comes here, one for all elements.
+            operands = [x if x is None else x.contiguous() for x in operands]
         outputs = run(op, operands, attributes, wanted, grouped, only_shapes=only_shapes)
         return pack(outputs, wanted, next(x for x in operands if x is not None))
 

@@ -69,6 +69,17 @@ def is_forward_mode_active() -> bool:
     return forward_ad._current_level >= 0
 
 
+def has_tangent(x: torch.Tensor) -> bool:
+    """Whether a tensor, or one that functional transforms have wrapped in it, is a dual number."""
+    functorch = torch._C._functorch
+    # There is no rule that would look into a tensor of `vmap` for it.
+    while functorch.is_batchedtensor(x) or forward_ad.unpack_dual(x).tangent is None:
+        if not functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = functorch.get_unwrapped(x)
+    return True
+
+
 @contextmanager
 def at_primals(tensors: Sequence[torch.Tensor | None]) -> Iterator[tuple[Any, ...]]:
     """In the rule of an autograd function for forward mode: tensors without their own tangents.
@@ -76,7 +87,7 @@ def at_primals(tensors: Sequence[torch.Tensor | None]) -> Iterator[tuple[Any, ..
     PyTorch switches off forward mode for such a rule, and so that of all transforms around the one
     that the rule is for: their tangents would be zero.
     """
-    with forward_ad._set_fwd_grad_enabled(True):  # type: ignore[attr-defined]
+    with forward_ad._set_fwd_grad_enabled(True):
         yield tuple([x if x is None else forward_ad.unpack_dual(x).primal for x in tensors])
 
 
