@@ -77,6 +77,7 @@ SETTINGS: dict[str, Callable[[int], Sequence[Stage]]] = {
     "headers": lambda ndim: (),
     "rigid": lambda ndim: (Moments(), Rigid()),
     "affine": lambda ndim: preset("affine", ndim=ndim, device=DEVICE),
+    "affine, Adam": lambda ndim: (Moments(), by_adam(ndim)),
     "affine, NCC": lambda ndim: (Moments(), Affine()),
     "fast": lambda ndim: preset("fast", ndim=ndim, device=DEVICE),
     "default": lambda ndim: preset("default", ndim=ndim, device=DEVICE),
@@ -94,6 +95,13 @@ SETTINGS: dict[str, Callable[[int], Sequence[Stage]]] = {
 STARTS = ("given", "turned")
 ANTS = {"ANTs affine": "Affine", "ANTs SyN": "SyN", "ANTs SyNCC": "antsRegistrationSyN[s]"}
 FIREANTS = {"FireANTs greedy": "greedy", "FireANTs SyN": "syn"}
+
+
+def by_adam(ndim: int) -> Affine:
+    """Return the affine stage of the presets with the iterations that Adam takes."""
+    _, stage = preset("affine", ndim=ndim, device=DEVICE)
+    iterations = (80, 60, 30)[: len(stage.scales)]
+    return Affine(stage.scales, iterations, metric=stage.metric)
 
 
 def deforming(ndim: int, kind: type[Stage], **settings: Any) -> Sequence[Stage]:
