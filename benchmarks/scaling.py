@@ -4,11 +4,11 @@
 
 Greedy and SyN by LNCC with a window of 7 at full resolution. Weak: N planes of N x N voxels for
 each device. Strong: a cube of N voxels a side, whatever their number. Milliseconds of an iteration
-are the difference between stages of 10 and of 30 iterations, divided by 20; the first run of each,
-which compiles, does not count. The efficiency is the time on the fewest devices divided by that on
-more, for strong scaling times the ratio of their numbers. Peak memory is the largest of what XLA's
-allocator has handed out on any device (CUDA only). The loss at the end tells that the same was
-done.
+are the difference between stages of 10 and of 110 iterations, divided by 100, of the shorter of two
+runs of each; the one before these, which compiles, does not count. The efficiency is the time on
+the fewest devices divided by that on more, for strong scaling times the ratio of their numbers.
+Peak memory is the largest of what XLA's allocator has handed out on any device (CUDA only). The
+loss at the end tells that the same was done.
 
 Devices of the CPU share its cores: on them the figures tell only that all of it runs.
 """
@@ -30,7 +30,7 @@ from harness import Record, add_file_arguments
 from jaxreg.registration import LNCC, Greedy, Iterative, Registration, SyN, register
 from regkernels import Volume
 
-FEW, MANY = 10, 30
+FEW, MANY = 10, 110
 STAGES: dict[str, type[Iterative]] = {"greedy": Greedy, "SyN": SyN}
 
 
@@ -95,7 +95,8 @@ def measure(arguments: argparse.Namespace, record: Record, kind: str, name: str)
         seconds = {}
         for iterations in (FEW, MANY):
             run(stage, iterations, pair, devices)
-            result = run(stage, iterations, pair, devices)
+            results = [run(stage, iterations, pair, devices) for _ in range(2)]
+            result = min(results, key=lambda found: found.stages[0].seconds)
             seconds[iterations] = result.stages[0].seconds
         found[count] = 1e3 * (seconds[MANY] - seconds[FEW]) / (MANY - FEW)
         loss = float(result.stages[0].levels[-1].losses[-1])
