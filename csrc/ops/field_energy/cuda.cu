@@ -21,19 +21,17 @@ struct Tile {
   int first_plane;
   int planes;  // of the whole volume
 
-  // Each walk through a tile goes through so many planes.
-  static __device__ __forceinline__ Tile of(int64_t walk, int walk_planes,
-                                            const VoxelSpace& space) {
+  static __device__ __forceinline__ Tile of(int64_t part, const VoxelSpace& space) {
     const int tiles_x = (space.x + kWarp - 1) / kWarp;
     const int tiles_y = (space.y + kRowsPerBlock - 1) / kRowsPerBlock;
-    const int64_t row_of_tiles = walk / tiles_x;
+    const int64_t row_of_tiles = part / tiles_x;
     const int chunk = static_cast<int>(row_of_tiles / tiles_y);
     const int tile_y = static_cast<int>(row_of_tiles - static_cast<int64_t>(chunk) * tiles_y);
-    const int z = chunk * walk_planes;
-    return {static_cast<int>(walk - row_of_tiles * tiles_x) * kWarp,
+    const int z = chunk * kEnergyPlanes;
+    return {static_cast<int>(part - row_of_tiles * tiles_x) * kWarp,
             tile_y * kRowsPerBlock + static_cast<int>(threadIdx.y),
             z,
-            min(z + walk_planes, space.z),
+            min(z + kEnergyPlanes, space.z),
             0,
             space.z};
   }
@@ -135,17 +133,14 @@ __device__ __forceinline__ void store_row_ends(const Element& element, const Vox
   const int thread = threadIdx.y * kWarp + threadIdx.x;
   const int column = thread / (kRowsPerBlock * kEnergyPlanes);
   const int y = tile.y - static_cast<int>(threadIdx.y) + thread % kRowsPerBlock;
-  if (y >= space.y) return;
+  const int z = tile.z + thread / kRowsPerBlock % kEnergyPlanes;
+  if (y >= space.y || z >= tile.end_z) return;
   REGKERNELS_NO_UNROLL
   for (int end = 0; end < 2; ++end) {
     const int x = end == 0 ? column : space.x - 2 + column;
     if (x < tile.first || x >= min(tile.first + kWarp, space.x)) continue;
-    REGKERNELS_NO_UNROLL
-    for (int z = tile.z + thread / kRowsPerBlock % kEnergyPlanes; z < tile.end_z;
-         z += kEnergyPlanes) {
-      const Vec<int, D> i = voxel_index<D>(Voxel{z, y, x, true, tile.first, space.x});
-      if (element.at_row_end(i)) element.store_gathered(i);
-    }
+    const Vec<int, D> i = voxel_index<D>(Voxel{z, y, x, true, tile.first, space.x});
+    if (element.at_row_end(i)) element.store_gathered(i);
   }
 }
 
@@ -330,37 +325,16 @@ template <class T, int D, class Kind>
 inline constexpr int kMinBlocks<true, SlopeEnergy<T, D, Kind>> =
     Kind::kHasPull && sizeof(T) == sizeof(float) ? 3 : 2;
 
-// How a tile is walked through: so many of its parts one after the other, since every walk begins
-// with planes that belong to the one before.
-struct Walks {
-  int together;
-  int64_t count;  // in an item
-  int64_t tiles;  // of a plane
-  int64_t parts;  // of an item
-
-  Walks(const VoxelSpace& space, int64_t parts) : parts(parts) {
-    tiles = static_cast<int64_t>((space.x + kWarp - 1) / kWarp) *
-            ((space.y + kRowsPerBlock - 1) / kRowsPerBlock);
-    const int64_t chunks = parts / std::max<int64_t>(tiles, 1);
-    // The number depends on the shape alone, so that the order of summation does.
-    together = chunks / 4 * tiles * space.batch() >= 2048 ? 4 : 1;
-    count = (chunks + together - 1) / together * tiles;
-  }
-};
-
-// Each block leaves the sum of its parts of an item in `partial`, in the place of the first of
-// them, unless that is null.
+// Each block leaves the sum of one part of an item in `partial`, unless that is null.
 template <bool kGradient, bool kSlab, class Body>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock, (kMinBlocks<kGradient, Body>))
     sum_parts_kernel(const __grid_constant__ Body body, const __grid_constant__ VoxelSpace space,
-                     const __grid_constant__ Walks walks, typename Body::T* partial,
-                     const OwnPlanes own) {
+                     int64_t parts, typename Body::T* partial, const OwnPlanes own) {
   using T = typename Body::T;
   __shared__ T shared[kRowsPerBlock];
-  const int64_t walk = blockIdx.x;
+  const int64_t part = blockIdx.x;
   // Whole volumes need no registers for where they begin.
-  const Tile whole = Tile::of(walk, walks.together * kEnergyPlanes, space);
-  const Tile tile = kSlab ? whole.in(own) : whole;
+  const Tile tile = kSlab ? Tile::of(part, space).in(own) : Tile::of(part, space);
   for (int64_t b = blockIdx.y; b < space.batch(); b += gridDim.y) {
     const int64_t group = b / space.items;
     T sum = sum_of_tile<kGradient>(body, space, group, b - group * space.items, tile);
@@ -373,10 +347,7 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, (kMinBlocks<kGradient, B
       T total = 0;
       REGKERNELS_UNROLL
       for (int warp = 0; warp < kRowsPerBlock; ++warp) total += shared[warp];
-      int64_t part = walk / walks.tiles * walks.tiles * walks.together + walk % walks.tiles;
-      for (int k = 0; k < walks.together && part < walks.parts; ++k, part += walks.tiles) {
-        partial[b * walks.parts + part] = k == 0 ? total : T(0);
-      }
+      partial[b * parts + part] = total;
     }
     __syncthreads();
   }
@@ -385,17 +356,16 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, (kMinBlocks<kGradient, B
 template <bool kSlab, class Body>
 void launch_sum_parts(const Cuda& device, const Body& body, const VoxelSpace& space,
                       const OwnPlanes& own, int64_t parts, typename Body::T* partial) {
-  const Walks walks(space, parts);
-  if (space.batch() == 0 || walks.count == 0) return;
-  const dim3 grid(static_cast<unsigned>(walks.count),
+  if (space.batch() == 0) return;
+  const dim3 grid(static_cast<unsigned>(parts),
                   static_cast<unsigned>(std::min<int64_t>(space.batch(), 65535)));
   const dim3 block(kWarp, kRowsPerBlock);
   if (body.gradient.data == nullptr) {
     sum_parts_kernel<false, kSlab>
-        <<<grid, block, 0, device.stream>>>(body, space, walks, partial, own);
+        <<<grid, block, 0, device.stream>>>(body, space, parts, partial, own);
   } else {
     sum_parts_kernel<true, kSlab>
-        <<<grid, block, 0, device.stream>>>(body, space, walks, partial, own);
+        <<<grid, block, 0, device.stream>>>(body, space, parts, partial, own);
   }
   check_launch();
 }
