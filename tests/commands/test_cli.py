@@ -164,8 +164,10 @@ def test_the_record_tells_settings_versions_and_losses(pair: Path, registered: P
     assert [stage["name"] for stage in record["stages"]] == ["affine", "greedy"]
     assert record["stages"][1]["settings"]["metric"] == "LNCC(kernel_size=7, common_variance=0.5)"
     for stage in record["stages"]:
-        finest = stage["levels"][-1]["losses"]
-        assert finest[-1] < finest[0]
+        # A stage of second order may find on a finer level that it is there already.
+        gains = [level["losses"][0] - level["losses"][-1] for level in stage["levels"]]
+        assert min(gains) >= 0
+        assert max(gains) > 0
     assert record["jacobian"]["share"] == 0
     residual = record["inverse residual (voxels)"]
     assert residual["share"] == 0
