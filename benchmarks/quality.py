@@ -77,7 +77,7 @@ SETTINGS: dict[str, Callable[[int], Sequence[Stage]]] = {
     "headers": lambda ndim: (),
     "rigid": lambda ndim: (Moments(), Rigid()),
     "affine": lambda ndim: preset("affine", ndim=ndim, device=DEVICE),
-    "affine, Adam": lambda ndim: (Moments(), by_adam(ndim)),
+    "affine, second order": lambda ndim: (Moments(), of_second_order(ndim)),
     "affine, NCC": lambda ndim: (Moments(), Affine()),
     "fast": lambda ndim: preset("fast", ndim=ndim, device=DEVICE),
     "default": lambda ndim: preset("default", ndim=ndim, device=DEVICE),
@@ -97,11 +97,12 @@ ANTS = {"ANTs affine": "Affine", "ANTs SyN": "SyN", "ANTs SyNCC": "antsRegistrat
 FIREANTS = {"FireANTs greedy": "greedy", "FireANTs SyN": "syn"}
 
 
-def by_adam(ndim: int) -> Affine:
-    """Return the affine stage of the presets with the iterations that Adam takes."""
+def of_second_order(ndim: int) -> Affine:
+    """Return the affine stage of the presets by Levenberg and Marquardt's method."""
     _, stage = preset("affine", ndim=ndim, device=DEVICE)
-    iterations = (80, 60, 30)[: len(stage.scales)]
-    return Affine(stage.scales, iterations, metric=stage.metric)
+    iterations = (16, 12, 6)[: len(stage.scales)]
+    optimiser: Any = "levenberg-marquardt"
+    return Affine(stage.scales, iterations, metric=stage.metric, optimiser=optimiser)
 
 
 def deforming(ndim: int, kind: type[Stage], **settings: Any) -> Sequence[Stage]:

@@ -164,10 +164,8 @@ def test_the_record_tells_settings_versions_and_losses(pair: Path, registered: P
     assert [stage["name"] for stage in record["stages"]] == ["affine", "greedy"]
     assert record["stages"][1]["settings"]["metric"] == "LNCC(kernel_size=7, common_variance=0.5)"
     for stage in record["stages"]:
-        # A stage of second order may find on a finer level that it is there already.
-        gains = [level["losses"][0] - level["losses"][-1] for level in stage["levels"]]
-        assert min(gains) >= 0
-        assert max(gains) > 0
+        finest = stage["levels"][-1]["losses"]
+        assert finest[-1] < finest[0]
     assert record["jacobian"]["share"] == 0
     residual = record["inverse residual (voxels)"]
     assert residual["share"] == 0
@@ -449,14 +447,17 @@ def test_apply_says_what_is_outside(ct: Path, capsys: pytest.CaptureFixture[str]
         return read_volume(out).array, capsys.readouterr().out
 
     kinds = {"linear": np.float32, "nearest": np.int16, "cubic": np.float32, "b-spline": np.float32}
-    for options, dtype in ((("--interpolation", kind), kinds[kind]) for kind in kinds):
+    for kind, dtype in kinds.items():
+        options = ("--interpolation", kind)
+        # The weights of 64 voxels add up to 1 but for rounding.
+        rounding = 1e-6 if kind in ("cubic", "b-spline") else 0
         moved, told = applied("moving", *options)
         assert moved.dtype == dtype
-        np.testing.assert_allclose(moved[:, -10:], -1024, rtol=1e-6)
+        np.testing.assert_allclose(moved[:, -10:], -1024, rtol=rounding)
         assert told == "Outside of IMAGE is -1024.\n"
         for name in ("--outside", "--default-value"):  # the latter as ANTs calls it
             moved, told = applied("moving", *options, f"{name}=-7")
-            np.testing.assert_allclose(moved[:, -10:], -7, rtol=1e-6)
+            np.testing.assert_allclose(moved[:, -10:], -7, rtol=rounding)
             assert told == "Outside of IMAGE is -7.\n"
     for options in ((), ("--labels",), ("--interpolation", "nearest")):
         moved, told = applied("labels", *options)

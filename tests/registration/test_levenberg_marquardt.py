@@ -29,12 +29,10 @@ from jaxreg.registration import (
     Similarity,
     Translation,
     align_frames,
-    preset,
     register,
     register_images,
     stage_from_name,
 )
-from jaxreg.registration.motion import DEFAULT_STAGES
 from jaxreg.registration.register_images import make_problem
 from jaxreg.registration.stages.levenberg_marquardt import solved
 from jaxreg.registration.stages.linear import Linear
@@ -194,6 +192,18 @@ def test_any_unit_of_intensities_does() -> None:
         assert error_in_mm(found.transform.matrix, truth, fixed) < 0.5
 
 
+@pytest.mark.parametrize("metric", [NCC(), LNCC()], ids=str)
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_the_images_may_have_units_of_their_own(metric: Any, factor: float) -> None:
+    fixed, moving, truth = pair(3, Rigid)
+    stage = Rigid((2, 1), (16, 8), metric=metric, **SECOND_ORDER)
+    alike = register(fixed, moving, [stage]).transform.matrix
+    scaled = moving.with_array(factor * np.asarray(moving.array))
+    found = register(fixed, scaled, [stage]).transform.matrix
+    assert error_in_mm(found, truth, fixed) < 0.5
+    assert error_in_mm(found, alike, fixed) < 0.05
+
+
 def test_several_channels_count_by_their_weights_and_many_one_by_one() -> None:
     fixed, moving, truth = pair(2, Rigid)
     both = Volume.on_grid(fixed.grid, np.stack([fixed.array, fixed.array]))
@@ -299,13 +309,6 @@ def test_frames_of_a_batch_are_aligned_as_each_alone() -> None:
 
 
 # --- settings -----------------------------------------------------------------------------------
-
-
-def test_presets_and_motion_use_it() -> None:
-    for name in ("affine", "fast", "default", "accurate"):
-        assert preset(name)[1].optimiser == "levenberg-marquardt"  # type: ignore[attr-defined]
-    assert DEFAULT_STAGES[0].optimiser == "levenberg-marquardt"
-    assert Rigid().optimiser == "adam"
 
 
 def test_an_optimiser_that_there_is_not_is_refused_by_name() -> None:

@@ -408,8 +408,10 @@ class Affine(Linear):
 @functools.partial(jax.jit, static_argnames="metric")
 def _probed(metric: Metric, level: Level) -> Level:
     """Return a level with the points at which its curvature is looked at."""
-    weight = level.target().weight
-    curvature = metric.curvature(level.fixed, weight)
+    moved, target = level.moved(level.matrix, level.displacement), level.target()
+    weight = target.weight
+    # The slopes are those of the moving image: so are the units of its intensities.
+    curvature = metric.curvature(moved.image, weight * moved.weight)
     is_scaled = jnp.full((), curvature is not None)
     if curvature is None:
         curvature = jnp.ones((1,) * level.fixed.ndim, jnp.float32)

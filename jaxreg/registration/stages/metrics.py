@@ -256,7 +256,7 @@ class Metric(abc.ABC):
         """
         return jnp.zeros((), fixed.dtype)
 
-    def curvature(self, fixed: jax.Array, weight: jax.Array) -> jax.Array | None:
+    def curvature(self, moved: jax.Array, weight: jax.Array) -> jax.Array | None:
         r"""Return how the loss is curved where the images are alike, asked for once per level.
 
         Stages of second order look at it; see `Linear`. What is only roughly right makes them
@@ -264,8 +264,8 @@ class Metric(abc.ABC):
 
         Parameters
         ----------
-        fixed
-            The fixed image of a level, ``(1, C, [Z,] Y, X)``.
+        moved
+            The moving image where the level starts, on the fixed grid, ``(1, C, [Z,] Y, X)``.
         weight
             What each voxel counts, ``(1, 1, [Z,] Y, X)``, at least 0.
 
@@ -389,9 +389,9 @@ class LNCC(Metric):
         """Return 1."""
         return jnp.ones((), fixed.dtype)
 
-    def curvature(self, fixed: jax.Array, weight: jax.Array) -> jax.Array:
+    def curvature(self, moved: jax.Array, weight: jax.Array) -> jax.Array:
         """Return 2 over the variance in a window: 1 - LNCC is the square of what does not fit."""
-        width = [min(self.kernel_size, size) for size in fixed.shape[2:]]
+        width = [min(self.kernel_size, size) for size in moved.shape[2:]]
 
         def mean(array: jax.Array) -> jax.Array:
             for axis, size in enumerate(width, start=2):
@@ -402,11 +402,11 @@ class LNCC(Metric):
                 )
             return array / math.prod(width)
 
-        axes = tuple(range(2, fixed.ndim))
-        centred = fixed - fixed.mean(axes, keepdims=True)
+        axes = tuple(range(2, moved.ndim))
+        centred = moved - moved.mean(axes, keepdims=True)
         variance = jnp.maximum(mean(centred**2) - mean(centred) ** 2, 0) + self.common_variance
         least = 1e-3 * variance.max(axes, keepdims=True)
-        return 2 / jnp.maximum(variance, jnp.where(least > 0, least, 1)) / fixed.shape[1]
+        return 2 / jnp.maximum(variance, jnp.where(least > 0, least, 1)) / moved.shape[1]
 
     def format_loss(self, loss: float) -> str:
         """Return the mean squared correlation, which is minus the loss."""
@@ -689,9 +689,9 @@ class NCC(Metric):
         """Return 1."""
         return jnp.ones((), fixed.dtype)
 
-    def curvature(self, fixed: jax.Array, weight: jax.Array) -> jax.Array:
+    def curvature(self, moved: jax.Array, weight: jax.Array) -> jax.Array:
         """Return 1 over the variance: 1 - NCC is half the square of a normalised difference."""
-        return 1 / _variance(fixed, weight) / fixed.shape[1]
+        return 1 / _variance(moved, weight) / moved.shape[1]
 
     def format_loss(self, loss: float) -> str:
         """Return the correlation, which is minus the loss."""
@@ -713,9 +713,9 @@ class MSE(Metric):
         """Return the mean of the images' variances."""
         return (jnp.var(fixed) + jnp.var(moving)) / 2
 
-    def curvature(self, fixed: jax.Array, weight: jax.Array) -> jax.Array:
+    def curvature(self, moved: jax.Array, weight: jax.Array) -> jax.Array:
         """Return 2: it is a square."""
-        return jnp.full((1,) * fixed.ndim, 2 / fixed.shape[1], fixed.dtype)
+        return jnp.full((1,) * moved.ndim, 2 / moved.shape[1], moved.dtype)
 
     def format_loss(self, loss: float) -> str:
         """Return the mean squared difference."""
@@ -986,18 +986,18 @@ class PerChannel(Metric):
         known = all(type(metric).scale is not Metric.scale for metric in self._metrics)
         return jnp.full((), float(known), fixed.dtype)
 
-    def curvature(self, fixed: jax.Array, weight: jax.Array) -> jax.Array | None:
+    def curvature(self, moved: jax.Array, weight: jax.Array) -> jax.Array | None:
         """Return those of the channels, times what each counts; `None` if one is not known."""
         found = []
         total = sum(self.weights)
-        for metric, share, (f,) in zip(
-            self._metrics, self.weights, self._channels(fixed), strict=True
+        for metric, share, (m,) in zip(
+            self._metrics, self.weights, self._channels(moved), strict=True
         ):
-            curvature, scale = metric.curvature(f, weight), metric.scale(f, f)
+            curvature, scale = metric.curvature(m, weight), metric.scale(m, m)
             if curvature is None:
                 return None
             part = share / total * curvature / jnp.where(scale > 0, scale, 1)
-            found.append(jnp.broadcast_to(part, f.shape))
+            found.append(jnp.broadcast_to(part, m.shape))
         return jnp.concatenate(found, axis=1)
 
     def for_scale(self, scale: float) -> Metric:

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from jaxreg.registration.stages.base import Stage
 from jaxreg.registration.stages.greedy import Greedy
-from jaxreg.registration.stages.linear import Affine, OptimiserName, Rigid, Similarity, Translation
+from jaxreg.registration.stages.linear import Affine, Rigid, Similarity, Translation
 from jaxreg.registration.stages.metrics import CoarseToFine
 from jaxreg.registration.stages.moments import Moments
 from jaxreg.registration.stages.svf import SVF
@@ -16,8 +16,6 @@ from jaxreg.registration.stages.syn import SyN
 __all__ = ["PresetName", "preset", "stage_from_name"]
 
 PresetName = Literal["affine", "fast", "default", "accurate"]
-
-_OPTIMISER: OptimiserName = "levenberg-marquardt"
 
 _STAGES: dict[str, type[Stage]] = {
     stage.name: stage
@@ -93,13 +91,13 @@ def preset(
         raise ValueError(f"device: expected 'cpu' or 'gpu', got {device!r}")
     lighter = device == "cpu" and ndim == 3
     if name == "fast":
-        return Moments(), Affine((4, 2), (16, 8), optimiser=_OPTIMISER), Greedy((4, 2), (60, 30))
+        return Moments(), Affine(), Greedy((4, 2), (60, 30))
     refined = CoarseToFine()
     start: tuple[Stage, ...] = (
         Moments(),
-        Affine((4, 2), (16, 12), metric=refined, optimiser=_OPTIMISER)
+        Affine((4, 2), (80, 60), metric=refined)
         if lighter
-        else Affine((4, 2, 1), (16, 12, 6), metric=refined, optimiser=_OPTIMISER),
+        else Affine((4, 2, 1), (80, 60, 30), metric=refined),
     )
     if name == "affine":
         return start
