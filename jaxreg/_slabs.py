@@ -447,12 +447,10 @@ def _sampling(
                     arrays[field], plane, plane + near, axis=field_axis
                 )
                 part = part | {field: field_part}
-            if is_image:
-                others = {"out_shape": (near, *out_plane)}
             parts.append(
                 run(
                     part,
-                    attributes=others if is_image else {},
+                    attributes={"out_shape": (near, *out_plane)} if is_image else {},
                     slab=(whole, cut.planes.planes, window.shape[axis]),
                     first=_first_planes(begin + at, first + plane),
                 )
@@ -741,7 +739,7 @@ def _lncc_of_halos(
     axis, own = 3, slabs.own
     weights = [name for name in ("mask", "grad_output") if name in arrays]
     images = {name: arrays[name] for name in ("pred", "target")}
-    if own < 2 * reach:
+    if reach == 0 or own < 2 * reach:
         halos = {name: slabs.with_halo(x, axis, reach, reach) for name, x in images.items()}
         halos |= {name: slabs.alone(arrays[name], axis, reach) for name in weights}
         results = run(halos, attributes=attributes)

@@ -501,6 +501,7 @@ def test_affine_warp_gives_the_bits_of_one_device(mesh: Mesh, planes: int) -> No
 LOSSES: list[tuple[Function, dict[str, Any]]] = [
     (jaxreg.lncc_loss, {}),
     (jaxreg.lncc_loss, {"kernel_size": (9, 3, 5)}),
+    (jaxreg.lncc_loss, {"kernel_size": (1, 3, 5)}),
     (jaxreg.lncc_loss, {"window": "gaussian", "kernel_size": 5}),
     (jaxreg.mutual_information_loss, {}),
     (jaxreg.mutual_information_loss, {"kernel": "b-spline", "value_range": "joint"}),

@@ -171,11 +171,11 @@ __device__ __forceinline__ T sum_of_tile(const SlopeEnergy<T, D, Kind>& body,
   return sum;
 }
 
-// The elasticity of a tile in 3-D, in single precision. What binds where every voxel reads its
-// neighbours for itself is the first-level cache: of a row of packed vectors each load takes three
-// times as long as of a row of numbers. In shared memory it takes no longer, and most differences
-// along x and y that a voxel's neighbours along z need are the voxel's own, which wait in registers
-// while the tile walks through the planes.
+// The elasticity of a tile in 3-D, in single precision. From the first-level cache, each load of a
+// row of packed vectors takes three times as long as of a row of numbers; from shared memory it
+// takes no longer. Most differences along x and y that a voxel's neighbours along z need are the
+// voxel's own, which wait in registers while the tile walks through the planes. What binds then are
+// instructions.
 using Elasticity = SlopeEnergy<float, 3, ElasticEnergy<float, 3>>;
 
 // A plane of a tile in shared memory: rows of packed vectors. On each side of a row there are more
