@@ -21,7 +21,7 @@ from jaxreg._derivatives import of_gradient, of_op
 from jaxreg._framework import JAX
 from jaxreg._primitives import apply_function
 from jaxreg._sharding import Operands, Reduction, align, spread_over_devices, vary_alike
-from jaxreg._shared_planes import SharedPlanes, on_shared_planes, shared_planes
+from jaxreg._shared_planes import Setting, on_shared_planes, setting
 from jaxreg._slabs import SLAB_OPS, axes_of_slabs
 from regkernels import table
 from regkernels.definitions import Framework
@@ -177,7 +177,7 @@ def _kernel(
     attributes: Attributes,
     wanted: int,
     present: tuple[bool, ...],
-    shared: SharedPlanes | None,
+    around: Setting,
 ) -> Callable[..., dict[str, jax.Array]]:
     """A function of the operands that are present, with the group axis, to the wanted outputs."""
     op = OPS[name]
@@ -193,10 +193,13 @@ def _kernel(
     weight = next((x.name for x in op.outputs if x.role == "weight"), None)
     reduction = Reduction(named.get("reduction", "none"), weight)
     slab_op = SLAB_OPS.get(name.removesuffix("_grad"))
+    shared, farthest = around.shared, around.farthest
     if shared is not None and slab_op is not None:
-        spread = on_shared_planes(run, operand_names, named, slab_op, shared)
+        spread = on_shared_planes(run, operand_names, named, slab_op, shared, farthest)
     else:
-        spread = spread_over_devices(run, operand_names, result_shapes, reduction, named, slab_op)
+        spread = spread_over_devices(
+            run, operand_names, result_shapes, reduction, named, slab_op, farthest
+        )
     mapped_call = jax.custom_batching.custom_vmap(spread)
 
     @mapped_call.def_vmap
@@ -239,11 +242,11 @@ class _Outputs:
     name: str
     attributes: Attributes
     wanted: int
-    shared: SharedPlanes | None
+    around: Setting
     present: tuple[bool, ...]
 
     def __call__(self, *arrays: jax.Array) -> dict[str, jax.Array]:
-        kernel = _kernel(self.name, self.attributes, self.wanted, self.present, self.shared)
+        kernel = _kernel(self.name, self.attributes, self.wanted, self.present, self.around)
         outputs = kernel(*(array[None] for array in arrays))
         names = OPS[self.name].output_names
         asked = {x for i, x in enumerate(names) if self.wanted >> i & 1}
@@ -252,7 +255,7 @@ class _Outputs:
     def differentiate(self, arrays: Any, tangents: Any) -> tuple[dict[str, jax.Array], Any]:
         differentiated = self.name.removesuffix("_grad")
         derivatives = of_op if differentiated == self.name else of_gradient
-        call = _Call(differentiated, self.attributes, self.shared)
+        call = _Call(differentiated, self.attributes, self.around)
         return derivatives(call, self.wanted, self._operands(arrays), self._operands(tangents))
 
     def _operands(self, arrays: Sequence[Any]) -> list[Any]:
@@ -264,12 +267,12 @@ def _run(
     name: str,
     attributes: Attributes,
     wanted: int,
-    shared: SharedPlanes | None,
+    around: Setting,
     operands: Operands,
 ) -> dict[str, jax.Array]:
     present = tuple(operand is not None for operand in operands)
     outputs: dict[str, jax.Array] = apply_function(
-        _Outputs(name, attributes, wanted, shared, present),
+        _Outputs(name, attributes, wanted, around, present),
         *(operand for operand in operands if operand is not None),
     )
     return outputs
@@ -281,7 +284,7 @@ class _Call:
 
     name: str
     ordered: Attributes
-    shared: SharedPlanes | None
+    around: Setting
 
     @property
     def op(self) -> Op:
@@ -297,7 +300,7 @@ class _Call:
 
     @property
     def shares_planes(self) -> bool:
-        return self.shared is not None
+        return self.around.shared is not None
 
     def _alike(self, operands: Operands) -> Operands:
         # What devices that share planes have in common stays so: see `align`.
@@ -305,7 +308,7 @@ class _Call:
 
     def run(self, operands: Mapping[str, jax.Array], wanted: int) -> dict[str, jax.Array]:
         inputs = self._alike(tuple(map(operands.get, self.op.input_names)))
-        outputs: dict[str, jax.Array] = _run(self.name, self.ordered, wanted, self.shared, inputs)
+        outputs: dict[str, jax.Array] = _run(self.name, self.ordered, wanted, self.around, inputs)
         return outputs
 
     def gradients(
@@ -316,11 +319,11 @@ class _Call:
         operands = {**values, "grad_output": cotangent}
         inputs = self._alike(tuple(map(operands.get, gradient.input_names)))
         wanted = gradient.mask([f"grad_{x}" for x in names])
-        outputs = _run(gradient.name, self.ordered, wanted, self.shared, inputs)
+        outputs = _run(gradient.name, self.ordered, wanted, self.around, inputs)
         return {x: outputs[f"grad_{x}"] for x in names}
 
     def of(self, op: str, attributes: Mapping[str, Any]) -> _Call:
-        return _Call(op, tuple(attributes[x] for x in OPS[op].attribute_names), self.shared)
+        return _Call(op, tuple(attributes[x] for x in OPS[op].attribute_names), self.around)
 
 
 def _dtype_names(operands: Operands) -> list[str | None]:
@@ -340,13 +343,13 @@ def _axes_of_planes(op: Op, attributes: Attributes, operands: Operands) -> list[
     ]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("shared",))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("around",))
 def _jitted(
     name: str,
     attributes: Attributes,
     results: Results,
     operands: Operands,
-    shared: SharedPlanes | None = None,
+    around: Setting,
 ) -> tuple[jax.Array, ...]:
     # Conversions are outside of the differentiated function, so that JAX returns each gradient in
     # the dtype of its operand.
@@ -355,9 +358,9 @@ def _jitted(
         x if x is None else x.astype(d) for x, d in zip(operands, dtypes, strict=True)
     )
     planes = _axes_of_planes(OPS[name], attributes, converted)
-    apart = () if shared is None else (shared.axis,)
+    apart = () if around.shared is None else (around.shared.axis,)
     aligned = align(converted, planes, apart)
-    outputs = _run(name, attributes, OPS[name].mask(results), shared, aligned)
+    outputs = _run(name, attributes, OPS[name].mask(results), around, aligned)
     first, *others = (outputs[result] for result in results)
     return (first if result_dtype is None else first.astype(result_dtype), *others)
 
@@ -449,7 +452,7 @@ def apply_for(
         # that returns them, their tangent is float0.
         arrays = jax.lax.stop_gradient(arrays)
     ordered = tuple(attributes[key] for key in op.attribute_names)
-    values: tuple[jax.Array, ...] = _jitted(name, ordered, results, arrays, shared=shared_planes())
+    values: tuple[jax.Array, ...] = _jitted(name, ordered, results, arrays, around=setting())
     return values
 
 

@@ -204,6 +204,7 @@ class _Spread:
         axes: Mapping[str, MeshAxes],
         operands: Sequence[Any],
         results: Mapping[str, Any],
+        farthest: int | None,
     ) -> Cut | None:
         """How volumes are cut; None: they are whole on each device."""
         if not axes["planes"]:
@@ -221,7 +222,7 @@ class _Spread:
             )
             for what in SLAB_AXES
         )
-        return Cut(planes, sampled, tuple(mesh.axis_names))
+        return Cut(planes, sampled, tuple(mesh.axis_names), farthest)
 
 
 def spread_over_devices(
@@ -231,6 +232,7 @@ def spread_over_devices(
     reduction: Reduction,
     attributes: Mapping[str, Any],
     slab_op: SlabOp | None,
+    farthest: int | None,
 ) -> Call:
     """The call, made on each device for the groups, the items and the planes that the device holds.
 
@@ -250,6 +252,8 @@ def spread_over_devices(
         Of the call.
     slab_op
         How the op works on slabs of three-dimensional volumes, if it does.
+    farthest
+        What `jaxreg._shared_planes.samples_within` was told.
     """
 
     def call(*arrays: jax.Array) -> dict[str, jax.Array]:
@@ -265,7 +269,7 @@ def spread_over_devices(
 
         def partition(mesh: Any, operands: Any, results: Any) -> Any:
             axes = split.mesh_axes(mesh, operands, results)
-            cut = split.cut(mesh, axes, operands, results)
+            cut = split.cut(mesh, axes, operands, results, farthest)
 
             def on_slabs(*arrays: jax.Array) -> dict[str, jax.Array]:
                 assert slab_op is not None and cut is not None

@@ -14,7 +14,14 @@ from jaxreg._sharding import vary_alike, varying
 from jaxreg._slabs import RANK, Cut, Run, SlabOp, Slabs
 from regkernels.options import plain_number
 
-__all__ = ["SharedPlanes", "on_shared_planes", "planes_over", "shared_planes"]
+__all__ = [
+    "Setting",
+    "SharedPlanes",
+    "on_shared_planes",
+    "planes_over",
+    "samples_within",
+    "setting",
+]
 
 
 @dataclass(frozen=True)
@@ -42,9 +49,43 @@ _shared: contextvars.ContextVar[SharedPlanes | None] = contextvars.ContextVar(
 )
 
 
-def shared_planes() -> SharedPlanes | None:
-    """How devices share volumes here, if they do."""
-    return _shared.get()
+_farthest: contextvars.ContextVar[int | None] = contextvars.ContextVar("farthest", default=None)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What calls are told by the contexts that they are made in.
+
+    Parameters
+    ----------
+    shared
+        How devices share volumes, if they do.
+    farthest
+        What `samples_within` was told.
+    """
+
+    shared: SharedPlanes | None = None
+    farthest: int | None = None
+
+
+def setting() -> Setting:
+    """What a call is told that is made here."""
+    return Setting(_shared.get(), _farthest.get())
+
+
+@contextlib.contextmanager
+def samples_within(planes: int) -> Iterator[None]:
+    """Promise that calls in the context sample at most so many planes from where a sample is asked.
+
+    Along the axis Z, on a grid like that of what is sampled, as where a field is composed with a
+    short step. Devices that share the planes then need not find out how far samples lie. What lies
+    farther all the same is sampled wrongly.
+    """
+    token = _farthest.set(planes)
+    try:
+        yield
+    finally:
+        _farthest.reset(token)
 
 
 @contextlib.contextmanager
@@ -118,6 +159,7 @@ def on_shared_planes(
     attributes: Mapping[str, Any],
     slab_op: SlabOp,
     shared: SharedPlanes,
+    farthest: int | None,
 ) -> Callable[..., dict[str, jax.Array]]:
     """The call, made by every device for its planes.
 
@@ -129,11 +171,13 @@ def on_shared_planes(
         Of the operands.
     shared
         How devices share the volumes.
+    farthest
+        What `samples_within` was told.
     """
 
     def call(*arrays: jax.Array) -> dict[str, jax.Array]:
         named = dict(zip(names, arrays, strict=True))
-        cut = _cut(named, attributes, slab_op, shared)
+        cut = _cut(named, attributes, slab_op, shared, farthest)
         if cut is None:
             return run(named)
         alike = zip(names, vary_alike(arrays, also=(shared.axis,)), strict=True)
@@ -148,6 +192,7 @@ def _cut(
     attributes: Mapping[str, Any],
     slab_op: SlabOp,
     shared: SharedPlanes,
+    farthest: int | None,
 ) -> Cut | None:
     """How the volumes of a call are cut; None: every device has all of them."""
     axes = {name: place for name, place in slab_op.axes(attributes).items() if name in arrays}
@@ -188,4 +233,4 @@ def _cut(
         name = own["planes"][0]
         raise ValueError(f"{name}: expected at least {reach} planes to share, got {planes.planes}")
     everywhere = frozenset().union(*map(varying, arrays.values()))
-    return Cut(planes, sampled or planes, tuple(sorted(everywhere)))
+    return Cut(planes, sampled or planes, tuple(sorted(everywhere)), farthest)

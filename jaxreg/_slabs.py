@@ -92,17 +92,49 @@ class Slabs:
             parts.append(self.moved(own_first, -hops))
         return jnp.concatenate(parts, axis) if len(parts) > 1 else x
 
-    def ends(self, x: jax.Array, axis: int, reach: int, inner: int) -> tuple[jax.Array, jax.Array]:
-        """The first and the last ``inner`` planes of a slab with those before and after it.
+    def moved_together(self, arrays: Arrays, steps: int) -> Arrays:
+        """Several arrays :meth:`moved` in one go, as each takes as long as some planes of one."""
+        dtypes = sorted({x.dtype.name for x in arrays.values()})
+        found: Arrays = {}
+        for dtype in dtypes:
+            those = {name: x for name, x in arrays.items() if x.dtype.name == dtype}
+            if len(those) == 1:
+                found |= {name: self.moved(x, steps) for name, x in those.items()}
+                continue
+            joined = self.moved(jnp.concatenate([x.ravel() for x in those.values()]), steps)
+            begin = 0
+            for name, x in those.items():
+                part = jax.lax.slice_in_dim(joined, begin, begin + x.size)
+                found[name] = part.reshape(x.shape)
+                begin += x.size
+        return found
 
-        ``reach`` planes of a neighbour are put to each; none has to have more of its own.
+    def ends(
+        self, arrays: Arrays, axes: Mapping[str, int], reach: int, inner: int
+    ) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """The first and the last ``inner`` planes of slabs with those before and after them.
+
+        ``axes``: that of the planes, for each array. ``reach`` planes of a neighbour are put to
+        each; none has to have more of its own.
         """
-        x = self.inside(x, axis)
-        first = jax.lax.slice_in_dim(x, 0, inner, axis=axis)
-        last = jax.lax.slice_in_dim(x, self.own - inner, self.own, axis=axis)
-        before = self.moved(jax.lax.slice_in_dim(x, self.own - reach, self.own, axis=axis), 1)
-        after = self.moved(jax.lax.slice_in_dim(x, 0, reach, axis=axis), -1)
-        return jnp.concatenate([before, first], axis), jnp.concatenate([last, after], axis)
+        inside = {name: self.inside(x, axes[name]) for name, x in arrays.items()}
+
+        def planes(begin: int, end: int) -> Arrays:
+            return {
+                name: jax.lax.slice_in_dim(x, begin, end, axis=axes[name])
+                for name, x in inside.items()
+            }
+
+        before = self.moved_together(planes(self.own - reach, self.own), 1)
+        after = self.moved_together(planes(0, reach), -1)
+        first, last = planes(0, inner), planes(self.own - inner, self.own)
+        return {
+            name: (
+                jnp.concatenate([before[name], first[name]], axis),
+                jnp.concatenate([last[name], after[name]], axis),
+            )
+            for name, axis in ((name, axes[name]) for name in arrays)
+        }
 
     def add_halo(self, x: jax.Array, axis: int, before: int, after: int) -> jax.Array:
         """The transpose of :meth:`with_halo`: what devices have for planes of others joins them."""
@@ -194,6 +226,15 @@ class Cut:
     planes: Slabs
     sampled: Slabs
     everywhere: MeshAxes  # axes of the mesh over which devices have to take the same path
+    farthest: int | None = None
+    """How many planes from its own a sample lies at most, as the caller knows, if there is one
+    volume."""
+
+    @property
+    def near(self) -> int | None:
+        """That, if it is near, and the planes that are sampled are those of the samples."""
+        is_near = self.farthest is not None and self.farthest <= _NEAR
+        return self.farthest if is_near and self.sampled == self.planes else None
 
 
 Rule = Callable[[Run, Arrays, Mapping[str, Any], Cut], Arrays]
@@ -433,11 +474,14 @@ def _sampling(
             results["grad_v"] = results["grad_v"] + arrays["grad_output"]
         return results
 
-    near, inner = min(_NEAR, own), min(3 * _NEAR, own)
+    known, (before, after) = cut.near, _taps(attributes)
+    # A sample that rounding takes to a plane before its own has its first tap there.
+    near = _NEAR if known is None else known + max(before + 1, after)
+    inner = min(3 * near, own)
 
     def by_ends() -> Arrays:
         """The slab is sampled as it is, and for its first and last planes with a halo."""
-        ends = cut.sampled.ends(arrays[sampled], axis, near, inner)
+        ends = cut.sampled.ends({sampled: arrays[sampled]}, {sampled: axis}, near, inner)[sampled]
         out_own = cut.planes.own
         parts = []
         for window, at, plane in zip(ends, (-near, own - inner), (0, out_own - near), strict=True):
@@ -460,6 +504,9 @@ def _sampling(
             name: _with_ends(x, parts[0][name], parts[1][name], axis) for name, x in results.items()
         }
 
+    has_ends = "grad_output" not in arrays and min(own, cut.planes.own) >= 2 * near
+    if known is not None:
+        return finished(by_ends() if has_ends else from_window(near))
     in_sizes = (in_plane[1], in_plane[0], whole)
     out_sizes = (out_plane[1], out_plane[0], cut.planes.planes)
     planes = _sampled_planes(arrays, arrays.get(field), attributes, in_sizes, out_sizes, cut)
@@ -469,7 +516,7 @@ def _sampling(
     branches: list[Callable[[], Arrays]] = [
         functools.partial(from_window, reach) for reach in reaches
     ]
-    if "grad_output" not in arrays and min(own, cut.planes.own) >= 2 * _NEAR:
+    if has_ends:
         stray = _strays(planes, near, inner, own)
         stray = jax.lax.pmax(stray, cut.everywhere)  # type: ignore[no-untyped-call]
         branches.insert(0, by_ends)
@@ -616,7 +663,7 @@ def _by_ends(
             for name, x in compute(halos, -reach).items()
         }
     inside = {name: slabs.inside(x, axes[name]) for name, x in arrays.items()}
-    ends = {name: slabs.ends(x, axes[name], reach, 2 * reach) for name, x in arrays.items()}
+    ends = slabs.ends(arrays, axes, reach, 2 * reach)
     firsts = compute({name: first for name, (first, _) in ends.items()}, -reach)
     lasts = compute({name: last for name, (_, last) in ends.items()}, own - 2 * reach)
     results = {}
@@ -754,7 +801,7 @@ def _lncc_of_halos(
         return jnp.pad(jax.lax.slice_in_dim(x, begin, end, axis=axis), widths)
 
     inside = {name: slabs.inside(x, axis) for name, x in arrays.items()}
-    ends = {name: slabs.ends(x, axis, reach, 2 * reach) for name, x in images.items()}
+    ends = slabs.ends(images, dict.fromkeys(images, axis), reach, 2 * reach)
     parts = [inside, *({name: end[k] for name, end in ends.items()} for k in range(2))]
     counted = [(reach, own - reach, reach, reach), (0, reach, reach, reach)]
     counted.append((own - reach, own, reach, reach))
@@ -766,17 +813,22 @@ def _lncc_of_halos(
         for part, where in zip(parts, counted, strict=True)
     )
     results = {}
+    gradients = [name for name in inner if name.startswith("grad_")]
+    to_last = {x: jax.lax.slice_in_dim(first[x], 0, reach, axis=axis) for x in gradients}
+    to_last = slabs.moved_together(to_last, -1)
+    to_first = {
+        x: jax.lax.slice_in_dim(last[x], 2 * reach, 3 * reach, axis=axis) for x in gradients
+    }
+    to_first = slabs.moved_together(to_first, 1)
     for name, x in inner.items():
-        if not name.startswith("grad_"):
+        if name not in gradients:
             results[name] = x + first[name] + last[name]
             continue
         x = _added(x, jax.lax.slice_in_dim(first[name], reach, 3 * reach, axis=axis), axis, 0)
         part = jax.lax.slice_in_dim(last[name], 0, 2 * reach, axis=axis)
         x = _added(x, part, axis, own - 2 * reach)
-        to_last = slabs.moved(jax.lax.slice_in_dim(first[name], 0, reach, axis=axis), -1)
-        part = jax.lax.slice_in_dim(last[name], 2 * reach, 3 * reach, axis=axis)
-        to_first = slabs.moved(part, 1)
-        results[name] = _added(_added(x, to_last, axis, own - reach), to_first, axis, 0)
+        x = _added(x, to_last[name], axis, own - reach)
+        results[name] = _added(x, to_first[name], axis, 0)
     return results
 
 
@@ -862,7 +914,8 @@ def _field_energy(run: Run, arrays: Arrays, _: Mapping[str, Any], cut: Cut) -> A
     if own < 2 * halo + 1:
         results = energy(slabs.with_halo(displacement, 2, halo, halo), 0)
     else:
-        first, last = slabs.ends(displacement, 2, halo, 2 * halo)
+        ends = slabs.ends({"displacement": displacement}, {"displacement": 2}, halo, 2 * halo)
+        first, last = ends["displacement"]
         firsts, lasts = energy(first, 0), energy(last, own - halo)
         results = energy(slabs.inside(displacement, 2), halo, has_room=True)
         for name, x in results.items():

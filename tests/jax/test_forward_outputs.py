@@ -61,7 +61,9 @@ class Recorder:
     def __call__(self, reduction: str, *operands: Any) -> Any:
         operands = (*operands, None)[:3]
         # As a part of the attributes it keeps the traces of one test from the others.
-        return _ops._jitted("difference", (reduction, self), ("output",), tuple(operands))[0]
+        return _ops._jitted(
+            "difference", (reduction, self), ("output",), tuple(operands), around=_ops.setting()
+        )[0]
 
     def loss(self, reduction: str) -> Callable[..., Any]:
         return lambda *operands: weighted_sum(self(reduction, *operands))

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxreg
+from jaxreg._shared_planes import samples_within
 from regkernels import table
 
 Array = np.ndarray
@@ -414,6 +415,37 @@ def test_gradients_of_compose_are_those_of_one_device(mesh: Mesh, planes: int, s
     spread = on_slabs(function, mesh, [FIELD, FIELD], [FIELD, FIELD])
     for gradient, expected in zip(spread(u, v), jax.jit(function)(u, v), strict=True):
         assert_close(gradient, expected)
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "cubic"])
+@pytest.mark.parametrize("farthest", [1, 3])
+def test_steps_of_a_known_length_are_composed_without_a_test_of_how_far_they_reach(
+    mesh: Mesh, planes: int, farthest: int, mode: Any
+) -> None:
+    u = displacement(planes, 2.0, seed=1)
+    v = jnp.clip(
+        displacement(planes, 3.0 * farthest, seed=2) * (planes - 1) / 2, -farthest, farthest
+    )
+    v = v * 2 / (planes - 1)  # in voxels along z, many as long as they may be
+
+    def function(u: Any, v: Any) -> Any:
+        return jaxreg.compose(u, v, mode=mode)
+
+    def known(u: Any, v: Any) -> Any:
+        with samples_within(farthest):
+            return function(u, v)
+
+    def gradients(of: Function) -> Function:
+        return jax.grad(lambda u, v: (of(u, v) ** 3).sum(), (0, 1))
+
+    spread = on_slabs(known, mesh, [FIELD, FIELD], [FIELD])
+    assert_same(spread(u, v), np.asarray(jax.jit(function)(u, v)))
+    assert "conditional" not in spread.text  # type: ignore[attr-defined]
+    spread = on_slabs(gradients(known), mesh, [FIELD, FIELD], [FIELD, FIELD])
+    for gradient, expected in zip(spread(u, v), gradients(function)(u, v), strict=True):
+        assert_close(gradient, expected)
+    assert "conditional" not in spread.text  # type: ignore[attr-defined]
     assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg import compose, invert_displacement, step_gradient
+from jaxreg._shared_planes import samples_within
 from jaxreg.registration.stages.adam import (
     AdamMoments,
     no_moments,
@@ -107,6 +108,12 @@ class Deformable(Iterative):
     def smooth(self, field: jax.Array) -> jax.Array:
         """Smooth a field after its step."""
         return confined(smoothed(field, self.field_sigma))
+
+    def after_step(self, field: jax.Array, step: jax.Array) -> jax.Array:
+        """Return a field after a step of :meth:`descend` composed from the right, smooth again."""
+        with samples_within(math.ceil(self.learning_rate / 2)):
+            composed = compose(field, step)
+        return self.smooth(composed)
 
     def descend(
         self, level: Level, gradient: jax.Array, moments: AdamMoments

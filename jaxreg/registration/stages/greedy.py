@@ -30,7 +30,6 @@ from typing import ClassVar
 
 import jax
 
-from jaxreg import compose
 from jaxreg.registration.stages.deformable import Deformable, Regularisation
 from jaxreg.registration.stages.iterative import State
 from jaxreg.registration.stages.problem import Level, Weighted
@@ -64,8 +63,7 @@ class Greedy(Deformable):
         penalty, pull = self.penalty(level, displacement)
         loss, gradient = self.loss_and_gradient(level, pair, (0,), pull, displacement)
         step, moments = self.descend(level, gradient, state.moments)
-        displacement = self.smooth(compose(displacement, step))
-        return State(displacement, moments), loss + penalty
+        return State(self.after_step(displacement, step), moments), loss + penalty
 
     def transforms(self, found: jax.Array) -> tuple[jax.Array, None]:
         """Return the displacement; nothing is known of its inverse."""

@@ -56,7 +56,7 @@ class SyN(Deformable):
         penalty, pull = self.penalty(level, halves)
         loss, gradient = self.loss_and_gradient(level, pair, (1, 0), pull, halves)
         step, moments = self.descend(level, gradient, state.moments)
-        return State(self.smooth(compose(halves, step)), moments), loss + penalty
+        return State(self.after_step(halves, step), moments), loss + penalty
 
     def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the way from the fixed image through the middle, and the way back."""
