@@ -83,6 +83,11 @@ class Slabs:
     def with_halo(self, x: jax.Array, axis: int, before: int, after: int) -> jax.Array:
         """A slab with the planes before and after it, zeros where the volume has none."""
         x = self.inside(x, axis)
+        if before == after and 0 < before <= self.own:
+            first = jax.lax.slice_in_dim(x, 0, after, axis=axis)
+            last = jax.lax.slice_in_dim(x, self.own - before, self.own, axis=axis)
+            lower, upper = self.swapped({"x": last}, {"x": first})
+            return jnp.concatenate([lower["x"], x, upper["x"]], axis)
         parts = [x]
         for hops, count in self._hops(before):
             own_last = jax.lax.slice_in_dim(x, self.own - count, self.own, axis=axis)
@@ -92,22 +97,47 @@ class Slabs:
             parts.append(self.moved(own_first, -hops))
         return jnp.concatenate(parts, axis) if len(parts) > 1 else x
 
-    def moved_together(self, arrays: Arrays, steps: int) -> Arrays:
-        """Several arrays :meth:`moved` in one go, as each takes as long as some planes of one."""
-        dtypes = sorted({x.dtype.name for x in arrays.values()})
-        found: Arrays = {}
-        for dtype in dtypes:
-            those = {name: x for name, x in arrays.items() if x.dtype.name == dtype}
-            if len(those) == 1:
-                found |= {name: self.moved(x, steps) for name, x in those.items()}
-                continue
-            joined = self.moved(jnp.concatenate([x.ravel() for x in those.values()]), steps)
-            begin = 0
-            for name, x in those.items():
-                part = jax.lax.slice_in_dim(joined, begin, begin + x.size)
-                found[name] = part.reshape(x.shape)
-                begin += x.size
-        return found
+    def swapped(self, to_next: Arrays, to_previous: Arrays) -> tuple[Arrays, Arrays]:
+        """What the devices before and after this one send here; zeros where there is none.
+
+        ``to_next`` and ``to_previous`` are alike: what this device sends. Neighbours swap in pairs,
+        all arrays of a dtype at once, since a message takes as long as many planes do: first the
+        even devices with those after them, then with those before them.
+        """
+        is_even = jax.lax.axis_index(self.axes) % 2 == 0
+
+        def swap(first: int, to_upper: jax.Array, to_lower: jax.Array) -> jax.Array:
+            lower = range(first, self.devices - 1, 2)
+            pairs = [pair for i in lower for pair in ((i, i + 1), (i + 1, i))]
+            is_lower = is_even if first == 0 else ~is_even
+            sent = jnp.where(is_lower, to_upper, to_lower)
+            if not pairs:
+                return jnp.zeros_like(sent)
+            found: jax.Array = jax.lax.ppermute(sent, self.axes, pairs)  # type: ignore[no-untyped-call]
+            return found
+
+        before: Arrays = {}
+        after: Arrays = {}
+        for dtype in sorted({x.dtype.name for x in to_next.values()}):
+            names = [name for name, x in to_next.items() if x.dtype.name == dtype]
+            shapes = [to_next[name].shape for name in names]
+            up, down = (
+                jnp.concatenate([arrays[name].ravel() for name in names])
+                for arrays in (to_next, to_previous)
+            )
+            of_even, of_odd = swap(0, up, down), swap(1, up, down)
+            ends = [math.prod(shape) for shape in shapes]
+            splits = [sum(ends[: i + 1]) for i in range(len(ends) - 1)]
+            for found, flat in (
+                (before, jnp.where(is_even, of_odd, of_even)),
+                (after, jnp.where(is_even, of_even, of_odd)),
+            ):
+                parts = jnp.split(flat, splits)
+                found |= {
+                    name: part.reshape(shape)
+                    for name, part, shape in zip(names, parts, shapes, strict=True)
+                }
+        return before, after
 
     def ends(
         self, arrays: Arrays, axes: Mapping[str, int], reach: int, inner: int
@@ -125,8 +155,7 @@ class Slabs:
                 for name, x in inside.items()
             }
 
-        before = self.moved_together(planes(self.own - reach, self.own), 1)
-        after = self.moved_together(planes(0, reach), -1)
+        before, after = self.swapped(planes(self.own - reach, self.own), planes(0, reach))
         first, last = planes(0, inner), planes(self.own - inner, self.own)
         return {
             name: (
@@ -139,6 +168,12 @@ class Slabs:
     def add_halo(self, x: jax.Array, axis: int, before: int, after: int) -> jax.Array:
         """The transpose of :meth:`with_halo`: what devices have for planes of others joins them."""
         own = jax.lax.slice_in_dim(x, before, before + self.own, axis=axis)
+        if before == after and 0 < before <= self.own:
+            to_previous = jax.lax.slice_in_dim(x, 0, before, axis=axis)
+            to_next = jax.lax.slice_in_dim(x, before + self.own, x.shape[axis], axis=axis)
+            lower, upper = self.swapped({"x": to_next}, {"x": to_previous})
+            own = _added(own, upper["x"], axis, self.own - before)
+            return self.inside(_added(own, lower["x"], axis, 0), axis)
         end = before
         for hops, count in self._hops(before):
             part = jax.lax.slice_in_dim(x, end - count, end, axis=axis)
@@ -814,12 +849,9 @@ def _lncc_of_halos(
     )
     results = {}
     gradients = [name for name in inner if name.startswith("grad_")]
-    to_last = {x: jax.lax.slice_in_dim(first[x], 0, reach, axis=axis) for x in gradients}
-    to_last = slabs.moved_together(to_last, -1)
-    to_first = {
-        x: jax.lax.slice_in_dim(last[x], 2 * reach, 3 * reach, axis=axis) for x in gradients
-    }
-    to_first = slabs.moved_together(to_first, 1)
+    to_next = {x: jax.lax.slice_in_dim(last[x], 2 * reach, 3 * reach, axis=axis) for x in gradients}
+    to_previous = {x: jax.lax.slice_in_dim(first[x], 0, reach, axis=axis) for x in gradients}
+    before, after = slabs.swapped(to_next, to_previous)
     for name, x in inner.items():
         if name not in gradients:
             results[name] = x + first[name] + last[name]
@@ -827,8 +859,8 @@ def _lncc_of_halos(
         x = _added(x, jax.lax.slice_in_dim(first[name], reach, 3 * reach, axis=axis), axis, 0)
         part = jax.lax.slice_in_dim(last[name], 0, 2 * reach, axis=axis)
         x = _added(x, part, axis, own - 2 * reach)
-        x = _added(x, to_last[name], axis, own - reach)
-        results[name] = _added(x, to_first[name], axis, 0)
+        x = _added(x, after[name], axis, own - reach)
+        results[name] = _added(x, before[name], axis, 0)
     return results
 
 

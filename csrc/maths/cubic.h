@@ -58,11 +58,16 @@ REGKERNELS_HD void tap_slopes(Mode mode, T t, T (&slope)[kTaps]) {
 // The voxel that one outside of the volume mirrors. With `centres` the planes of symmetry go
 // through the centres of the outermost voxels, otherwise along their outer edges.
 REGKERNELS_HD int mirrored_index(int index, int n, bool centres) {
+  const int edge = centres ? 0 : 1;
+  int near = index < 0 ? -index - edge : index;
+  if (near >= n) near = (n - 1) - (near - n) - (1 - edge);
+  if (unsigned(near) < unsigned(n)) return near;
+  // Mirrored more than once, by a few voxels: a division, which takes long, is seldom needed.
   const int64_t period = 2 * (static_cast<int64_t>(n) - (centres ? 1 : 0));
   if (period == 0) return 0;
   int64_t m = index % period;
   if (m < 0) m += period;
-  return static_cast<int>(m < n ? m : period - (centres ? 0 : 1) - m);
+  return static_cast<int>(m < n ? m : period - edge - m);
 }
 
 // The taps of a sample along one axis, to which the boundary rules have been applied. One that does

@@ -36,7 +36,8 @@ struct CubicResampling : Plain {
       const auto& boundary = this->self->boundary;
       AxisTaps<T> taps[D];
       InnerTaps<T, D> inner;
-      if (find_inner_taps(p, boundary.size, inner) && answers(inner.first[D - 1])) {
+      // A warp of which some samples are not inner ones would follow both paths.
+      if (warp_agrees(find_inner_taps(p, boundary.size, inner) && answers(inner.first[D - 1]))) {
         REGKERNELS_UNROLL
         for (int k = 0; k < D; ++k) {
           taps[k].index[0] = inner.first[k];
@@ -70,7 +71,8 @@ struct CubicResampling : Plain {
       }
       return true;
     }
-    // Where the planes at hand do not answer for a sample, no tap counts.
+    // Where the planes at hand do not answer for a sample, no tap counts. What does not count may
+    // be read all the same.
     REGKERNELS_HD void answer(AxisTaps<T>& slow) const {
       if constexpr (kSlab) {
         bool answers = answers_for(slow.nearest);
@@ -82,6 +84,7 @@ struct CubicResampling : Plain {
         REGKERNELS_UNROLL
         for (int i = 0; i < kTaps; ++i) {
           if (!answers) slow.weight[i] = slow.slope[i] = 0;
+          if (!at_hand(slow.index[i])) slow.index[i] = this->first_sampled;
         }
       }
     }
@@ -135,20 +138,24 @@ struct CubicResampling : Plain {
       if constexpr (D == 2) return along_y;
       return along_y * (axis == 2 ? taps[D - 1].slope[k] : taps[D - 1].weight[k]);
     }
+    // Sums begin with a negative zero, to which any term may be added without a change: a sum of
+    // one term is that term, a negative zero, too.
+    static REGKERNELS_HD T no_terms() { return T(-0.0); }
+
     // What is 0 does not count, whatever it would be multiplied by: NaN times 0 is not 0. The taps
-    // of a sample within the volume all count. A sum of one term is that term, a negative zero,
-    // too.
+    // of a sample within the volume all count. There is no branch, so that loads do not wait for
+    // one.
+    template <bool kChecked>
+    static REGKERNELS_HD void add_term(T factor, T value, T& sum) {
+      const T more = sum + factor * value;
+      sum = !kChecked || factor != 0 ? more : sum;
+    }
+
     template <bool kChecked>
     static REGKERNELS_HD T dot(const T (&weight)[kTaps], const T (&value)[kTaps]) {
-      T sum = 0;
-      bool is_first = kChecked;
+      T sum = no_terms();
       REGKERNELS_UNROLL
-      for (int i = 0; i < kTaps; ++i) {
-        if (kChecked && weight[i] == 0) continue;
-        const T term = weight[i] * value[i];
-        sum = is_first ? term : sum + term;
-        is_first = false;
-      }
+      for (int i = 0; i < kTaps; ++i) add_term<kChecked>(weight[i], value[i], sum);
       return sum;
     }
 
@@ -157,27 +164,34 @@ struct CubicResampling : Plain {
     REGKERNELS_HD void values(const Taps& taps, int channel, T (&value)[Layout::kPixel]) const {
       constexpr int kPixel = Layout::kPixel;
       const S* const data = this->input + this->self->in_layout.channel(channel);
-      T line[kPixel][kTaps] = {};
-      bool is_first = kChecked;
+      T line[kPixel][kTaps];
+      REGKERNELS_UNROLL
+      for (int i = 0; i < kTaps; ++i) {
+        REGKERNELS_UNROLL
+        for (int c = 0; c < kPixel; ++c) line[c][i] = no_terms();
+      }
+      bool any = !kChecked;
       for_each_row<kChecked>(taps, [&](int64_t offset, int j, int k) {
         const T factor = row_factor(taps, j, k);
-        if (kChecked && factor == 0) return;
+        any = any | (factor != 0);
         const S* const row = data + offset * kPixel;
         REGKERNELS_UNROLL
         for (int i = 0; i < kTaps; ++i) {
           REGKERNELS_UNROLL
           for (int c = 0; c < kPixel; ++c) {
             const int place = along_x<kChecked>(taps, i) * kPixel + c;
-            const T term = factor * to_arithmetic(row[place]);
-            line[c][i] = is_first ? term : line[c][i] + term;
+            add_term<kChecked>(factor, to_arithmetic(row[place]), line[c][i]);
           }
         }
-        is_first = false;
       });
+      if (kChecked)
+        any = any & (taps[0].weight[0] != 0 || taps[0].weight[1] != 0 || taps[0].weight[2] != 0 ||
+                     taps[0].weight[3] != 0);
       REGKERNELS_UNROLL
       for (int c = 0; c < kPixel; ++c) {
-        // Where no row counts, this is a positive zero.
-        value[c] = kChecked && is_first ? T(0) : dot<kChecked>(taps[0].weight, line[c]);
+        // Where no tap counts, this is a positive zero.
+        const T sum = dot<kChecked>(taps[0].weight, line[c]);
+        value[c] = any ? sum : T(0);
       }
     }
 
@@ -195,14 +209,6 @@ struct CubicResampling : Plain {
         g[c] = to_arithmetic(grad[this->self->out_layout.channel(channel + c)]);
       }
       for_each_row<kChecked>(taps, [&](int64_t offset, int j, int k) {
-        T factor[D];
-        bool counts = !kChecked;
-        REGKERNELS_UNROLL
-        for (int axis = 0; axis < D; ++axis) {
-          factor[axis] = row_factor(taps, j, k, axis);
-          counts = counts | (factor[axis] != 0);
-        }
-        if (!counts) return;
         const S* const row = data + offset * kPixel;
         T value[kTaps];
         REGKERNELS_UNROLL
@@ -216,9 +222,9 @@ struct CubicResampling : Plain {
         }
         REGKERNELS_UNROLL
         for (int axis = 0; axis < D; ++axis) {
-          if (kChecked && factor[axis] == 0) continue;
+          const T factor = row_factor(taps, j, k, axis);
           REGKERNELS_UNROLL
-          for (int i = 0; i < kTaps; ++i) line[axis][i] += factor[axis] * value[i];
+          for (int i = 0; i < kTaps; ++i) add_term<kChecked>(factor, value[i], line[axis][i]);
         }
       });
     }

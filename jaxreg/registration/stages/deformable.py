@@ -153,10 +153,11 @@ class Deformable(Iterative):
         """
         if self.regularisation is None:
             return jnp.zeros((), field.dtype), None
-        penalty, pull = jax.value_and_grad(self.regularisation)(field)
-        if level.loss_unit is None:
-            return penalty, pull
-        return level.loss_unit * penalty, level.loss_unit * pull
+        penalty, pull_of = jax.vjp(self.regularisation, field)
+        unit = jnp.ones_like(penalty) if level.loss_unit is None else level.loss_unit
+        # The kernel multiplies by the cotangent anyhow: the field's gradient needs no pass for it.
+        (pull,) = pull_of(unit.astype(penalty.dtype))
+        return unit * penalty, pull
 
     def objective(
         self, level: Level, moved: Weighted, target: Weighted
