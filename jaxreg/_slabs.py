@@ -186,6 +186,18 @@ class Slabs:
             begin += count
         return self.inside(own, axis)
 
+    def whole(self, x: jax.Array, axis: int) -> jax.Array:
+        """All planes, of one slab after the other, on every device: they come round a ring."""
+        x = self.inside(x, axis)
+        here = jax.lax.axis_index(self.axes)
+        shape = [n * self.devices if i == axis else n for i, n in enumerate(x.shape)]
+        joined = jnp.zeros_like(x, shape=shape)
+        for hops in range(self.devices):
+            begin = (here - hops) % self.devices * self.own
+            slab = self.moved(x, hops, round_trip=True) if hops else x
+            joined = jax.lax.dynamic_update_slice_in_dim(joined, slab, begin, axis)
+        return joined
+
     def with_edges(self, x: jax.Array, axis: int, reach: int) -> jax.Array:
         """A slab with the planes before and after it, the volume's first and last ones repeated."""
         halo = self.with_halo(x, axis, reach, reach)
@@ -597,11 +609,18 @@ def _inverse(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) 
             first=_first_planes(first - halo, first),
         )
 
+    def from_whole() -> Arrays:
+        return run(
+            arrays | {"displacement": slabs.whole(field, 2)},
+            slab=(slabs.planes, slabs.planes, slabs.own * slabs.devices),
+            first=_first_planes(jnp.zeros((), jnp.int32), first),
+        )
+
     farthest = jax.lax.pmax(longest, cut.everywhere)  # type: ignore[no-untyped-call]
     reaches, tier = _tiers(farthest, slabs)
-    # A displacement across all of the volume is an error more than a deformation.
-    halos = [*reaches, slabs.planes]
-    found: Arrays = jax.lax.switch(tier, [functools.partial(from_window, x) for x in halos])
+    # A displacement across half a slab is seldom, and each device then needs most of the field.
+    branches: list[Callable[[], Arrays]] = [functools.partial(from_window, x) for x in reaches]
+    found: Arrays = jax.lax.switch(tier, [*branches, from_whole])
     return found
 
 
