@@ -7,8 +7,8 @@ each device. Strong: a cube of N voxels a side, whatever their number. Milliseco
 are the difference between stages of 10 and of 110 iterations, divided by 100, of the shorter of two
 runs of each; the one before these, which compiles, does not count. The efficiency is the time on
 the fewest devices divided by that on more, for strong scaling times the ratio of their numbers.
-Peak memory is the largest of what XLA's allocator has handed out on any device (CUDA only). The
-loss at the end tells that the same was done.
+Peak memory is the largest of what XLA's allocator has handed out on any device (CUDA only), in a
+process of its own for each row. The loss at the end tells that the same was done.
 
 Devices of the CPU share its cores: on them the figures tell only that all of it runs.
 """
@@ -16,8 +16,13 @@ Devices of the CPU share its cores: on them the figures tell only that all of it
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import os
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 if "cpu" in sys.argv:
@@ -83,37 +88,53 @@ def peak_gigabytes(devices: list[jax.Device]) -> float:
     return max((x["peak_bytes_in_use"] / 1e9 if x else np.nan for x in found), default=np.nan)
 
 
-def measure(arguments: argparse.Namespace, record: Record, kind: str, name: str) -> None:
+def measure(
+    arguments: argparse.Namespace, record: Record, kind: str, name: str, count: int
+) -> None:
     stage = STAGES[name]
-    # From the most voxels on a device to the fewest: a peak is never forgotten.
-    counts = sorted(arguments.devices, reverse=kind == "weak")
-    found: dict[int, float] = {}
-    for count in counts:
-        devices = devices_of(arguments.device)[:count]
-        n = arguments.cube
-        pair = volumes((n * count if kind == "weak" else n, n, n))
-        seconds = {}
-        for iterations in (FEW, MANY):
-            run(stage, iterations, pair, devices)
-            # Of a run nothing is kept, so that the next one has all the memory.
-            stages = [run(stage, iterations, pair, devices).stages[0] for _ in range(2)]
-            seconds[iterations] = min(found_stage.seconds for found_stage in stages)
-        found[count] = 1e3 * (seconds[MANY] - seconds[FEW]) / (MANY - FEW)
-        loss = float(stages[0].levels[-1].losses[-1])
-        record.add(
-            f"{kind}, {name}",
-            f"{count} devices",
-            devices=count,
-            shape=list(pair[0].shape),
-            ms=found[count],
-            stage_seconds=seconds[MANY],
-            peak_gigabytes=peak_gigabytes(devices),
-            loss=loss,
-        )
-    base = min(found)
-    for count, ms in found.items():
-        share = found[base] / ms * (base / count if kind == "strong" else 1)
-        print(f"{kind}, {name}, {count} devices: {ms:.2f} ms an iteration, {100 * share:.0f} %")
+    devices = devices_of(arguments.device)[:count]
+    n = arguments.cube
+    pair = volumes((n * count if kind == "weak" else n, n, n))
+    seconds = {}
+    for iterations in (FEW, MANY):
+        run(stage, iterations, pair, devices)
+        # Of a run nothing is kept, so that the next one has all the memory.
+        stages = [run(stage, iterations, pair, devices).stages[0] for _ in range(2)]
+        seconds[iterations] = min(found_stage.seconds for found_stage in stages)
+    record.add(
+        f"{kind}, {name}",
+        f"{count} devices",
+        devices=count,
+        shape=list(pair[0].shape),
+        ms=1e3 * (seconds[MANY] - seconds[FEW]) / (MANY - FEW),
+        stage_seconds=seconds[MANY],
+        peak_gigabytes=peak_gigabytes(devices),
+        loss=float(stages[0].levels[-1].losses[-1]),
+    )
+
+
+def measure_apart(
+    arguments: argparse.Namespace, record: Record, kind: str, name: str, count: int
+) -> None:
+    """Measure in a process of its own: a peak of memory is never forgotten."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "found.json")
+        options = {"device": arguments.device, "cube": arguments.cube, "devices": count}
+        options |= {"only": kind, "stages": name, "json": file}
+        words = [str(word) for key, value in options.items() for word in (f"--{key}", value)]
+        subprocess.run([sys.executable, __file__, *words], check=True)
+        for row in json.loads(file.read_text())["rows"]:
+            record.add(**row)
+
+
+def tell(record: Record) -> None:
+    """Print the efficiencies."""
+    for work in dict.fromkeys(row["work"] for row in record.rows):
+        rows = {row["devices"]: row["ms"] for row in record.rows if row["work"] == work}
+        base = min(rows)
+        for count, ms in rows.items():
+            share = rows[base] / ms * (base / count if work.startswith("strong") else 1)
+            print(f"{work}, {count} devices: {ms:.2f} ms an iteration, {100 * share:.0f} %")
 
 
 def main() -> None:
@@ -121,9 +142,10 @@ def main() -> None:
     first = devices_of(arguments.device)[0]
     gpu = first.device_kind if arguments.device == "cuda" else ""
     record = Record("scaling", arguments, gpu, cube=arguments.cube)
-    for kind in arguments.only:
-        for name in arguments.stages:
-            measure(arguments, record, kind, name)
+    wanted = [*itertools.product(arguments.only, arguments.stages, arguments.devices)]
+    for what in wanted:
+        (measure_apart if len(wanted) > 1 else measure)(arguments, record, *what)
+    tell(record)
 
 
 if __name__ == "__main__":

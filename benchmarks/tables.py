@@ -273,9 +273,11 @@ def scaling_table(result: Result) -> str:
     return table([*heads, "peak of a device (GB)"], lines)
 
 
-# What a device sends to a neighbour in an iteration by LNCC with a window of 7, in bytes for each
-# voxel of a plane: 6 planes of two images, 5, 3 and 1 of fields with three components.
-HALO_BYTES = 6 * 2 * 4 + (5 + 3 + 1) * 3 * 4
+# What a device sends to a neighbour in an iteration of greedy by LNCC with a window of 7, in bytes
+# for each voxel of a plane: 16 planes of the moving image; 3 of two images, and 3 back of a gradient;
+# 6 of what becomes the step, 8 components; 2, 3 and 2 of a field that is composed, smoothed and
+# charged for its energy.
+HALO_BYTES = 4 * (16 + 3 * 2 + 3 + 6 * 8 + (2 + 3 + 2) * 3)
 # Bytes per second that a device sends to its neighbour: NVLink of one host, and InfiniBand (NDR)
 # between hosts.
 WITHIN_HOST, BETWEEN_HOSTS, HOST = 450e9, 50e9, 8

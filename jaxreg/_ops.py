@@ -193,12 +193,12 @@ def _kernel(
     weight = next((x.name for x in op.outputs if x.role == "weight"), None)
     reduction = Reduction(named.get("reduction", "none"), weight)
     slab_op = SLAB_OPS.get(name.removesuffix("_grad"))
-    shared, farthest = around.shared, around.farthest
+    shared, reach = around.shared, around.reach
     if shared is not None and slab_op is not None:
-        spread = on_shared_planes(run, operand_names, named, slab_op, shared, farthest)
+        spread = on_shared_planes(run, operand_names, named, slab_op, shared, reach)
     else:
         spread = spread_over_devices(
-            run, operand_names, result_shapes, reduction, named, slab_op, farthest
+            run, operand_names, result_shapes, reduction, named, slab_op, reach
         )
     mapped_call = jax.custom_batching.custom_vmap(spread)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxreg._slabs import SLAB_AXES, Cut, MeshAxes, Run, SlabOp, Slabs, axes_of_slabs
+from jaxreg._slabs import SLAB_AXES, Cut, MeshAxes, Reach, Run, SlabOp, Slabs, axes_of_slabs
 
 Operands = tuple[jax.Array | None, ...]
 Call = Callable[..., dict[str, jax.Array]]
@@ -204,7 +204,7 @@ class _Spread:
         axes: Mapping[str, MeshAxes],
         operands: Sequence[Any],
         results: Mapping[str, Any],
-        farthest: int | None,
+        reach: Reach,
     ) -> Cut | None:
         """How volumes are cut; None: they are whole on each device."""
         if not axes["planes"]:
@@ -222,7 +222,7 @@ class _Spread:
             )
             for what in SLAB_AXES
         )
-        return Cut(planes, sampled, tuple(mesh.axis_names), farthest)
+        return Cut(planes, sampled, tuple(mesh.axis_names), reach)
 
 
 def spread_over_devices(
@@ -232,7 +232,7 @@ def spread_over_devices(
     reduction: Reduction,
     attributes: Mapping[str, Any],
     slab_op: SlabOp | None,
-    farthest: int | None,
+    reach: Reach,
 ) -> Call:
     """The call, made on each device for the groups, the items and the planes that the device holds.
 
@@ -252,8 +252,8 @@ def spread_over_devices(
         Of the call.
     slab_op
         How the op works on slabs of three-dimensional volumes, if it does.
-    farthest
-        What `jaxreg._shared_planes.samples_within` was told.
+    reach
+        What is known of where samples lie.
     """
 
     def call(*arrays: jax.Array) -> dict[str, jax.Array]:
@@ -269,7 +269,7 @@ def spread_over_devices(
 
         def partition(mesh: Any, operands: Any, results: Any) -> Any:
             axes = split.mesh_axes(mesh, operands, results)
-            cut = split.cut(mesh, axes, operands, results, farthest)
+            cut = split.cut(mesh, axes, operands, results, reach)
 
             def on_slabs(*arrays: jax.Array) -> dict[str, jax.Array]:
                 assert slab_op is not None and cut is not None

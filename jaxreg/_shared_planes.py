@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 
 from jaxreg._sharding import vary_alike, varying
-from jaxreg._slabs import RANK, Cut, Run, SlabOp, Slabs
+from jaxreg._slabs import RANK, UNKNOWN, Cut, Reach, Run, SlabOp, Slabs
 from regkernels.options import plain_number
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "SharedPlanes",
     "on_shared_planes",
     "planes_over",
+    "samples_near",
     "samples_within",
     "setting",
 ]
@@ -49,7 +51,7 @@ _shared: contextvars.ContextVar[SharedPlanes | None] = contextvars.ContextVar(
 )
 
 
-_farthest: contextvars.ContextVar[int | None] = contextvars.ContextVar("farthest", default=None)
+_reach: contextvars.ContextVar[Reach] = contextvars.ContextVar("reach", default=UNKNOWN)
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,17 @@ class Setting:
     ----------
     shared
         How devices share volumes, if they do.
-    farthest
-        What `samples_within` was told.
+    reach
+        What `samples_within` or `samples_near` was told.
     """
 
     shared: SharedPlanes | None = None
-    farthest: int | None = None
+    reach: Reach = UNKNOWN
 
 
 def setting() -> Setting:
     """What a call is told that is made here."""
-    return Setting(_shared.get(), _farthest.get())
+    return Setting(_shared.get(), _reach.get())
 
 
 @contextlib.contextmanager
@@ -81,11 +83,27 @@ def samples_within(planes: int) -> Iterator[None]:
     short step. Devices that share the planes then need not find out how far samples lie. What lies
     farther all the same is sampled wrongly.
     """
-    token = _farthest.set(planes)
+    with _told(dataclasses.replace(_reach.get(), farthest=planes)):
+        yield
+
+
+@contextlib.contextmanager
+def samples_near() -> Iterator[None]:
+    """Promise that calls in the context sample where `jaxreg._slabs.lie_near` has said yes.
+
+    What lies elsewhere all the same is sampled wrongly.
+    """
+    with _told(dataclasses.replace(_reach.get(), is_near=True)):
+        yield
+
+
+@contextlib.contextmanager
+def _told(reach: Reach) -> Iterator[None]:
+    token = _reach.set(reach)
     try:
         yield
     finally:
-        _farthest.reset(token)
+        _reach.reset(token)
 
 
 @contextlib.contextmanager
@@ -159,7 +177,7 @@ def on_shared_planes(
     attributes: Mapping[str, Any],
     slab_op: SlabOp,
     shared: SharedPlanes,
-    farthest: int | None,
+    reach: Reach,
 ) -> Callable[..., dict[str, jax.Array]]:
     """The call, made by every device for its planes.
 
@@ -171,13 +189,13 @@ def on_shared_planes(
         Of the operands.
     shared
         How devices share the volumes.
-    farthest
-        What `samples_within` was told.
+    reach
+        What is known of where samples lie.
     """
 
     def call(*arrays: jax.Array) -> dict[str, jax.Array]:
         named = dict(zip(names, arrays, strict=True))
-        cut = _cut(named, attributes, slab_op, shared, farthest)
+        cut = _cut(named, attributes, slab_op, shared, reach)
         if cut is None:
             return run(named)
         alike = zip(names, vary_alike(arrays, also=(shared.axis,)), strict=True)
@@ -192,7 +210,7 @@ def _cut(
     attributes: Mapping[str, Any],
     slab_op: SlabOp,
     shared: SharedPlanes,
-    farthest: int | None,
+    reach: Reach,
 ) -> Cut | None:
     """How the volumes of a call are cut; None: every device has all of them."""
     axes = {name: place for name, place in slab_op.axes(attributes).items() if name in arrays}
@@ -228,9 +246,9 @@ def _cut(
         assert sampled is not None
         of_result = (attributes.get("out_shape") or (sampled.planes,))[0]
         planes = Slabs(of_result, (shared.axis,), shared.devices)
-    reach = slab_op.reach(attributes)
-    if planes.planes < reach:
+    least = slab_op.reach(attributes)
+    if planes.planes < least:
         name = own["planes"][0]
-        raise ValueError(f"{name}: expected at least {reach} planes to share, got {planes.planes}")
+        raise ValueError(f"{name}: expected at least {least} planes to share, got {planes.planes}")
     everywhere = frozenset().union(*map(varying, arrays.values()))
-    return Cut(planes, sampled or planes, tuple(sorted(everywhere)), farthest)
+    return Cut(planes, sampled or planes, tuple(sorted(everywhere)), reach)

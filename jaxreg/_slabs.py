@@ -267,21 +267,41 @@ class Run(Protocol):
 
 
 @dataclass(frozen=True)
+class Reach:
+    """What is known beforehand of where samples lie, so that devices need not find out.
+
+    Parameters
+    ----------
+    farthest
+        How many planes from its own a sample lies at most, where the planes that are sampled are
+        those of the samples.
+    is_near
+        Whether :func:`lie_near` holds.
+    """
+
+    farthest: int | None = None
+    is_near: bool = False
+
+
+UNKNOWN = Reach()
+"""Nothing is known."""
+
+
+@dataclass(frozen=True)
 class Cut:
     """The volumes of a call: of what is sampled, if anything is, and of everything else."""
 
     planes: Slabs
     sampled: Slabs
     everywhere: MeshAxes  # axes of the mesh over which devices have to take the same path
-    farthest: int | None = None
-    """How many planes from its own a sample lies at most, as the caller knows, if there is one
-    volume."""
+    reach: Reach
 
     @property
-    def near(self) -> int | None:
-        """That, if it is near, and the planes that are sampled are those of the samples."""
-        is_near = self.farthest is not None and self.farthest <= _NEAR
-        return self.farthest if is_near and self.sampled == self.planes else None
+    def farthest(self) -> int | None:
+        """How many planes from its own a sample lies at most, if that is known and near."""
+        farthest = self.reach.farthest
+        is_near = farthest is not None and farthest <= _LEAST_NEAR
+        return farthest if is_near and self.sampled == self.planes else None
 
 
 Rule = Callable[[Run, Arrays, Mapping[str, Any], Cut], Arrays]
@@ -313,8 +333,16 @@ def _first_planes(sampled: jax.Array, planes: jax.Array) -> jax.Array:
 
 # --- Sampling -------------------------------------------------------------------------------------
 
-_NEAR = 8
-"""Planes of a neighbour that samples mostly stay within: a step of a registration is shorter."""
+_LEAST_NEAR, _MOST_NEAR = 8, 16
+"""Planes of a neighbour that samples mostly stay within."""
+
+
+def _near(own: int) -> int:
+    """How many planes of a neighbour samples mostly stay within, beside a slab of so many.
+
+    Of large slabs they take little time.
+    """
+    return max(_LEAST_NEAR, min(own // 16, _MOST_NEAR))
 
 
 def _bits(x: jax.Array) -> jax.Array:
@@ -521,9 +549,9 @@ def _sampling(
             results["grad_v"] = results["grad_v"] + arrays["grad_output"]
         return results
 
-    known, (before, after) = cut.near, _taps(attributes)
+    known, (before, after) = cut.farthest, _taps(attributes)
     # A sample that rounding takes to a plane before its own has its first tap there.
-    near = _NEAR if known is None else known + max(before + 1, after)
+    near = _near(own) if known is None else known + max(before + 1, after)
     inner = min(3 * near, own)
 
     def by_ends() -> Arrays:
@@ -554,6 +582,8 @@ def _sampling(
     has_ends = "grad_output" not in arrays and min(own, cut.planes.own) >= 2 * near
     if known is not None:
         return finished(by_ends() if has_ends else from_window(near))
+    if cut.reach.is_near and has_ends:
+        return finished(by_ends())
     in_sizes = (in_plane[1], in_plane[0], whole)
     out_sizes = (out_plane[1], out_plane[0], cut.planes.planes)
     planes = _sampled_planes(arrays, arrays.get(field), attributes, in_sizes, out_sizes, cut)
@@ -578,17 +608,72 @@ def _strays(planes: tuple[jax.Array, jax.Array], near: int, inner: int, own: int
     planes of it, the last likewise, and all others within the slab.
     """
     lowest, highest = planes
-    plane = jnp.arange(lowest.size)
-    is_first, is_last = plane < near, plane >= lowest.size - near
-    least = jnp.where(is_first, -near, jnp.where(is_last, own - inner, 0))
-    greatest = jnp.where(is_first, inner, jnp.where(is_last, own + near, own))
+    least, greatest = _allowed(jnp.arange(lowest.size), lowest.size, near, inner, own)
     fits = (lowest >= least) & (highest <= greatest)
     return (~fits).any().astype(jnp.int32)
 
 
+def _allowed(
+    plane: jax.Array, planes: int, near: int, inner: int, own: int
+) -> tuple[jax.Array, jax.Array]:
+    """Between which planes of a slab that is sampled those of a device may be: see `_strays`."""
+    is_first, is_last = plane < near, plane >= planes - near
+    least = jnp.where(is_first, -near, jnp.where(is_last, own - inner, 0))
+    return least, jnp.where(is_first, inner, jnp.where(is_last, own + near, own))
+
+
+def lie_near(
+    affine: jax.Array | None,
+    longest: jax.Array,
+    in_shape: Sequence[int],
+    out_shape: Sequence[int],
+    devices: int,
+) -> jax.Array:
+    """Whether samples of an image lie where devices that share its planes have them at hand.
+
+    Parameters
+    ----------
+    affine
+        ``(1, 3, 4)``, as that of `jaxreg.interpolate`, which comes last; `None`: the identity.
+    longest
+        How long the displacement before it is at most along x, y and z, in normalised coordinates,
+        ``(3,)``.
+    in_shape, out_shape
+        ``(Z, Y, X)`` of the image and of the samples.
+    devices
+        That share the planes of both.
+
+    Returns
+    -------
+    bool[]
+        Whether `jaxreg._shared_planes.samples_near` may be promised of linear samples, the corners
+        aligned, that are those of the border outside of the image.
+    """
+    own, out_own = (-(-shape[0] // devices) for shape in (in_shape, out_shape))
+    near = _near(own)
+    if min(own, out_own) < 2 * near:
+        return jnp.zeros((), bool)
+    plane = jnp.arange(out_shape[0])
+    z = (plane - (out_shape[0] - 1) / 2) / max((out_shape[0] - 1) / 2, 0.5)
+    if affine is None:
+        middle, beside = z, longest[2]
+    else:
+        row = affine[0, 2].astype(jnp.float32)
+        middle = row[2] * z + row[3]
+        # Of a plane, the corners are sampled farthest away.
+        beside = jnp.abs(row[0]) + jnp.abs(row[1]) + (jnp.abs(row[:3]) * longest).sum()
+    half = (in_shape[0] - 1) / 2
+    at = [jnp.clip(half * (middle + sign * beside + 1), 0, in_shape[0] - 1) for sign in (-1, 1)]
+    first = plane // out_own * own
+    least, greatest = _allowed(plane % out_own, out_own, near, min(3 * near, own), own)
+    # A plane more on either side makes up for rounding; the upper tap is another one away.
+    fits = (at[0] - 1 - first >= least) & (at[1] + 2 - first <= greatest)
+    return fits.all()
+
+
 def _tiers(farthest: jax.Array, slabs: Slabs) -> tuple[list[int], jax.Array]:
     """Halos that are tried, and how many of them do not reach as far as samples do."""
-    near, wide = min(_NEAR, slabs.own), slabs.own // 2
+    near, wide = min(_near(slabs.own), slabs.own), slabs.own // 2
     reaches = [near] if wide <= near else [near, wide]
     too_short = [(farthest > reach).astype(jnp.int32) for reach in reaches]
     return reaches, jnp.stack(too_short).sum()

@@ -18,7 +18,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxreg
-from jaxreg._shared_planes import samples_within
+from jaxreg._shared_planes import samples_near, samples_within
+from jaxreg._slabs import lie_near
 from regkernels import table
 
 Array = np.ndarray
@@ -445,6 +446,38 @@ def test_steps_of_a_known_length_are_composed_without_a_test_of_how_far_they_rea
     spread = on_slabs(gradients(known), mesh, [FIELD, FIELD], [FIELD, FIELD])
     for gradient, expected in zip(spread(u, v), gradients(function)(u, v), strict=True):
         assert_close(gradient, expected)
+    assert "conditional" not in spread.text  # type: ignore[attr-defined]
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("turn", [0.0, 0.02, 0.3])
+@pytest.mark.parametrize("length", [0.0, 2.0, 4.5, 9.0])
+def test_samples_that_are_known_to_lie_near_are_taken_without_a_test(
+    mesh: Mesh, planes: int, length: float, turn: float
+) -> None:
+    image = random_array(1, 1, 1, planes, *IN_PLANE)
+    u = np.asarray(displacement(planes, 1.0, seed=2))
+    u *= length * 2 / (planes - 1) / np.abs(u[..., 2]).max()  # voxels along z
+    affine = np.eye(3, 4)[None] + turn * np.random.default_rng(3).uniform(-1, 1, (1, 3, 4))
+    shape = (planes, *IN_PLANE)
+    longest = np.abs(u).max((0, 1, 2, 3))
+
+    def function(image: Any, u: Any) -> Any:
+        return jaxreg.interpolate(
+            image, jnp.asarray(affine), u, affine_last=True, padding_mode="border"
+        )
+
+    def known(image: Any, u: Any) -> Any:
+        with samples_near():
+            return function(image, u)
+
+    near = bool(lie_near(jnp.asarray(affine), longest, shape, shape, mesh.devices.size))
+    own = -(-planes // mesh.devices.size)
+    assert near == (own >= 16 and length < 5 and turn < 0.1)
+    if not near:
+        return
+    spread = on_slabs(known, mesh, [IMAGE, FIELD], [IMAGE])
+    assert_same(spread(image, u), np.asarray(jax.jit(function)(image, u)))
     assert "conditional" not in spread.text  # type: ignore[attr-defined]
     assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
 

@@ -13,8 +13,10 @@ import scipy.ndimage
 from device_cases import Shared, cases
 from inputs import assert_same
 
+from jaxreg import _slabs
 from jaxreg.registration import register
-from jaxreg.registration.stages import spread
+from jaxreg.registration.stages import problem, spread
+from jaxreg.registration.stages.deformable import Deformable
 from jaxreg.registration.stages.greedy import Greedy
 from jaxreg.registration.stages.linear import Affine, Rigid
 from jaxreg.registration.stages.moments import Moments
@@ -108,6 +110,30 @@ def test_the_result_is_that_of_one_device(name: str, case: Shared) -> None:
         for level, right in zip(one.levels, other.levels, strict=True):
             assert level.converged == right.converged
             np.testing.assert_allclose(level.losses, right.losses, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("shift", "is_near"), [(0.0, True), (9.0, False)])
+@pytest.mark.parametrize("stage", [Greedy, SyN])
+def test_images_that_are_sampled_near_or_far_give_what_they_give_on_one_device(
+    monkeypatch: pytest.MonkeyPatch, stage: type[Deformable], shift: float, is_near: bool
+) -> None:
+    fixed, moving = pair(40)
+    start = np.eye(4)
+    start[2, 3] = shift
+    told: list[bool] = []
+
+    def lie_near(*arguments: Any) -> jax.Array:
+        found = _slabs.lie_near(*arguments)
+        jax.debug.callback(lambda x: told.append(bool(x)), found)
+        return found
+
+    monkeypatch.setattr(problem, "lie_near", lie_near)
+    stages = [stage(scales=(1,), iterations=(20,))]
+    expected = register(fixed, moving, stages, initial=start)
+    found = register(fixed, moving, stages, initial=start, devices=jax.devices("cpu")[:2])
+    assert voxels_apart(found.transform.displacement, expected.transform.displacement) < 2e-3
+    assert told
+    assert all(told) == is_near
 
 
 def test_masks_and_a_start_count_as_on_one_device() -> None:

@@ -21,10 +21,10 @@ from jaxreg.registration.stages.adam import (
     riemannian_adam_step,
 )
 from jaxreg.registration.stages.fields import confined, mended, smoothed, smoothing
-from jaxreg.registration.stages.iterative import Iterative, State, mean_over_channels
+from jaxreg.registration.stages.iterative import Iterate, Iterative, State, mean_over_channels
 from jaxreg.registration.stages.metrics import Metric, as_metric
 from jaxreg.registration.stages.neighbours import differences
-from jaxreg.registration.stages.problem import Alignment, Level, Weighted, charged
+from jaxreg.registration.stages.problem import Alignment, Level, Weighted, charged, sampled_near
 from jaxreg.registration.stages.pyramid import resize_field
 from jaxreg.registration.stages.regularisers import Regulariser
 from jaxreg.registration.stages.spread import spread
@@ -33,6 +33,10 @@ __all__ = ["Deformable", "Regularisation", "through_warp"]
 
 Regularisation = Callable[[jax.Array], jax.Array]
 """``penalty(field)``: a scalar that is added to the loss."""
+
+
+_Block = tuple[jax.Array, State, jax.Array]
+"""Whether a block is to run, what it changes, and its losses."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +108,47 @@ class Deformable(Iterative):
     def resized(self, state: State, shape: tuple[int, ...]) -> State:
         """Return the same on a grid of another shape."""
         return State(resize_field(state.found, shape), resize_moments(state.moments, shape))
+
+    def repeat(
+        self, level: Level, iterate: Iterate, state: State, indices: jax.Array
+    ) -> tuple[State, jax.Array]:
+        """Run the iterations of a block, where several devices share a volume with one test for all
+        of them of how far away they sample the images.
+        """
+        # No step makes a displacement longer than by its own length, and to smooth does not.
+        steps = (
+            indices.size
+            * self.learning_rate
+            / jnp.asarray([max(n - 1, 1) for n in level.shape[::-1]])
+        )
+        longest = jnp.abs(state.found).max(tuple(range(state.found.ndim - 1))) + steps
+        is_near = level.lies_near(longest)
+
+        def far(state: State, index: jax.Array) -> tuple[State, jax.Array]:
+            return iterate(state, index)
+
+        def near(state: State, index: jax.Array) -> tuple[State, jax.Array]:
+            with sampled_near():
+                return iterate(state, index)
+
+        def run(one: Iterate, state: State) -> tuple[State, jax.Array]:
+            return super(Deformable, self).repeat(level, one, state, indices)
+
+        if is_near is None:
+            return run(far, state)
+
+        def once(one: Iterate, carry: _Block) -> _Block:
+            # A loop of one turn or none: XLA would copy fields for the branches of `jax.lax.cond`.
+            def turn(carry: _Block) -> _Block:
+                return (jnp.zeros((), bool), *run(one, carry[1]))
+
+            turned: _Block = jax.lax.while_loop(lambda carry: carry[0], turn, carry)
+            return turned
+
+        losses = jnp.zeros_like(indices, state.found.dtype)
+        _, state, losses = once(near, (is_near, state, losses))
+        _, state, losses = once(far, (~is_near, state, losses))
+        return state, losses
 
     def smooth(self, field: jax.Array) -> jax.Array:
         """Smooth a field after its step."""

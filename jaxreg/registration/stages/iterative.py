@@ -20,7 +20,7 @@ from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.metrics import LNCC, MetricField
 from jaxreg.registration.stages.problem import Alignment, Level, Problem, Weighted, charged
 
-__all__ = ["Iterative", "State", "block_length", "mean_over_channels", "trend"]
+__all__ = ["Iterate", "Iterative", "State", "block_length", "mean_over_channels", "trend"]
 
 
 class State(NamedTuple):
@@ -36,6 +36,8 @@ _Carry = tuple[State, Trace]
 """What the loop over the blocks of a level carries."""
 
 _Losses = jax.Array | NDArray[np.float32]
+
+Iterate = Callable[[State, jax.Array], tuple[State, jax.Array]]
 
 _Run = Callable[["Iterative", Level, State, Trace], _Carry]
 
@@ -169,6 +171,16 @@ class Iterative(Stage):
         """Run one block of iterations; tell in the trace whether the level has converged."""
         return _advance(self, level, state, trace)
 
+    def repeat(
+        self, level: Level, iterate: Iterate, state: State, indices: jax.Array
+    ) -> tuple[State, jax.Array]:
+        """Run the iterations of a block; return the state after them, and their losses.
+
+        ``iterate(state, index)`` is one of them.
+        """
+        found: tuple[State, jax.Array] = jax.lax.scan(iterate, state, indices)
+        return found
+
     def _block_length(self, iterations: int) -> int:
         # A shorter block could not be tested by itself, and what it has spoilt would stay.
         return block_length(iterations, self.block, self.window if self.tests(iterations) else 1)
@@ -280,7 +292,8 @@ def _advance(stage: Iterative, level: Level, state: State, trace: Trace) -> _Car
         progress = index.astype(jnp.float32) / max(iterations - 1, 1)
         return stage.step(level, state, progress)
 
-    state, block = jax.lax.scan(iterate, state, trace.ran + jnp.arange(length, dtype=jnp.int32))
+    indices = trace.ran + jnp.arange(length, dtype=jnp.int32)
+    state, block = stage.repeat(level, iterate, state, indices)
     ran = trace.ran + length
     losses = jax.lax.dynamic_update_slice(trace.losses, block.astype(jnp.float32), (trace.ran,))
     last = jnp.arange(iterations) >= ran

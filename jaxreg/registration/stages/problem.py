@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import operator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -11,13 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreg import compose, gaussian_smooth, interpolate
+from jaxreg._shared_planes import samples_near
+from jaxreg._slabs import lie_near
 from jaxreg.registration.intensities import Clip, clipped, matched
 from jaxreg.registration.stages.coverage import coverage, margins
 from jaxreg.registration.stages.metrics import Metric, shrunk
 from jaxreg.registration.stages.pyramid import FEW_CHANNELS, downsample, level_shape, resize_field
-from jaxreg.registration.stages.spread import spread
+from jaxreg.registration.stages.spread import devices_of, spread
 
-__all__ = ["Alignment", "Level", "Probe", "Problem", "Weighted", "charged", "matmul"]
+__all__ = [
+    "Alignment",
+    "Level",
+    "Probe",
+    "Problem",
+    "Weighted",
+    "charged",
+    "matmul",
+    "sampled_near",
+]
 
 
 @jax.custom_vjp
@@ -227,6 +241,32 @@ class Level(NamedTuple):
         weight = found.weight if self.content is None else found.weight * self.content
         return found._replace(weight=weight)
 
+    def lies_near(self, longest: jax.Array) -> jax.Array | None:
+        """Return whether all devices have at hand what they sample of the images.
+
+        Parameters
+        ----------
+        longest
+            How long displacements of both images are at most along x, y and z, before that of the
+            level, in normalised coordinates, ``(3,)``.
+
+        Returns
+        -------
+        bool[] or None
+            For `sampled_near`; `None` where each device has all.
+        """
+        shapes = self.fixed.shape[2:], self.moving.shape[2:]
+        devices = min(map(devices_of, (self.shape, *shapes)))
+        if devices == 1:
+            return None
+        of_moving = longest
+        if self.displacement is not None:
+            of_moving = longest + jnp.abs(self.displacement).max((0, 1, 2, 3))
+        affine = self.normalised(self.matrix)
+        return lie_near(None, longest, shapes[0], self.shape, devices) & lie_near(
+            affine, of_moving, shapes[1], self.shape, devices
+        )
+
     def _sample(
         self,
         image: jax.Array,
@@ -238,17 +278,31 @@ class Level(NamedTuple):
         def sample(array: jax.Array) -> jax.Array:
             if affine is None and displacement is None:
                 return array
-            return interpolate(
-                array,
-                affine,
-                displacement,
-                affine_last=True,
-                out_shape=self.shape,
-                padding_mode="border",
-            )
+            with samples_near() if _is_near.get() else contextlib.nullcontext():
+                return interpolate(
+                    array,
+                    affine,
+                    displacement,
+                    affine_last=True,
+                    out_shape=self.shape,
+                    padding_mode="border",
+                )
 
         weight = coverage(image.shape[2:], self.shape, margin, affine, displacement, self.reach)
         return Weighted(sample(image), weight if mask is None else weight * sample(mask))
+
+
+_is_near: contextvars.ContextVar[bool] = contextvars.ContextVar("is_near", default=False)
+
+
+@contextlib.contextmanager
+def sampled_near() -> Iterator[None]:
+    """Promise that images of levels are sampled, in the context, as `Level.lies_near` has told."""
+    token = _is_near.set(True)
+    try:
+        yield
+    finally:
+        _is_near.reset(token)
 
 
 def charged(loss: jax.Array, overlap: jax.Array, reference: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["AXIS", "mesh_of", "padded", "placed", "sharding", "spread"]
+__all__ = ["AXIS", "devices_of", "mesh_of", "padded", "placed", "sharding", "spread"]
 
 AXIS = "planes"
 """The axis of the mesh that planes are spread over."""
@@ -51,12 +51,26 @@ def spread(array: jax.Array, axis: int = 2) -> jax.Array:
     axis
         That of the planes.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if AXIS not in mesh.axis_names or array.ndim != 5:
+    if AXIS not in jax.sharding.get_abstract_mesh().axis_names or array.ndim != 5:
         return array
-    sizes = array.shape[axis : axis + 3]
-    small = math.prod(sizes) < LEAST_VOXELS or sizes[0] < _LEAST_PLANES * mesh.shape[AXIS]
-    return _constrained(array, _spec(None) if small else _spec(axis))
+    is_spread = devices_of(array.shape[axis : axis + 3]) > 1
+    return _constrained(array, _spec(axis) if is_spread else _spec(None))
+
+
+def devices_of(shape: Sequence[int]) -> int:
+    """Return over how many devices a volume is spread; 1 where each has all of it.
+
+    Parameters
+    ----------
+    shape
+        ``(Z, Y, X)``.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if AXIS not in mesh.axis_names or len(shape) != 3:
+        return 1
+    devices: int = mesh.shape[AXIS]
+    small = math.prod(shape) < LEAST_VOXELS or shape[0] < _LEAST_PLANES * devices
+    return 1 if small else devices
 
 
 def placed(array: jax.Array, axis: int) -> jax.Array:
