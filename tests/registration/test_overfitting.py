@@ -26,7 +26,7 @@ from jaxreg.registration import (
     preset,
     register,
 )
-from jaxreg.registration.stages.deformable import through_warp
+from jaxreg.registration.stages.diffeomorphic import through_warp
 
 DEFORMABLE = [Greedy, SVF, SyN]
 SHAPE = (36, 40)

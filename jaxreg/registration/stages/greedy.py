@@ -31,7 +31,8 @@ from typing import ClassVar
 import jax
 
 from jaxreg import compose
-from jaxreg.registration.stages.deformable import Deformable, Regularisation
+from jaxreg.registration.stages.deformable import Regularisation
+from jaxreg.registration.stages.diffeomorphic import Diffeomorphic
 from jaxreg.registration.stages.iterative import State
 from jaxreg.registration.stages.problem import Level, Weighted
 from jaxreg.registration.stages.regularisers import Elasticity
@@ -43,8 +44,8 @@ _ELASTICITY = Elasticity(0.2)
 
 
 @dataclasses.dataclass(frozen=True)
-class Greedy(Deformable):
-    """One diffeomorphism, grown step by step. The settings are those of `Deformable`.
+class Greedy(Diffeomorphic):
+    """One diffeomorphism, grown step by step. The settings are those of `Diffeomorphic`.
 
     The regularised field is its displacement.
     """
@@ -67,6 +68,6 @@ class Greedy(Deformable):
         displacement = self.smooth(compose(displacement, step))
         return State(displacement, moments), loss + penalty
 
-    def transforms(self, found: jax.Array) -> tuple[jax.Array, None]:
+    def transforms_of_fields(self, found: jax.Array) -> tuple[jax.Array, None]:
         """Return the displacement; nothing is known of its inverse."""
         return found, None
