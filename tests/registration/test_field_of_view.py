@@ -15,6 +15,7 @@ from scipy.ndimage import gaussian_filter, shift
 
 from jaxreg.registration import (
     MI,
+    FFD,
     SVF,
     Affine,
     Alignment,
@@ -169,6 +170,7 @@ def test_a_slab_may_be_the_fixed_image() -> None:
         [Greedy()],
         [SyN()],
         [SVF()],
+        [FFD()],
         [Greedy(metric=MI())],
         preset("default"),
     ],

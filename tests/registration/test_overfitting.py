@@ -15,6 +15,7 @@ from jaxreg.registration import (
     LNCC,
     MSE,
     NCC,
+    FFD,
     SVF,
     Affine,
     CoarseToFine,
@@ -28,7 +29,7 @@ from jaxreg.registration import (
 )
 from jaxreg.registration.stages.diffeomorphic import through_warp
 
-DEFORMABLE = [Greedy, SVF, SyN]
+DEFORMABLE = [Greedy, SVF, SyN, FFD]
 SHAPE = (36, 40)
 
 

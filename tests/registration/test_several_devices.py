@@ -67,6 +67,7 @@ STAGES: dict[str, Callable[[], list[Any]]] = {
     "greedy": lambda: [Greedy(**settings())],
     "syn": lambda: [Affine(**settings()), SyN(**settings())],
     "svf": lambda: [SVF(**settings(metric="mse"))],
+    "ffd": lambda: [Affine(**settings()), FFD(**settings())],
     "greedy with mind": lambda: [Greedy(**settings(metric="mind"))],
     "greedy with mi": lambda: [Affine(**settings(metric="mi")), Greedy(**settings(metric="mi"))],
 }
