@@ -40,12 +40,8 @@ STAGES: dict[str, Stage] = {
     "affine metric=CoarseToFine(coarse=NCC(), fine=LNCC(kernel_size=5), threshold=2)": Affine(
         metric=CoarseToFine(coarse=NCC(), fine=LNCC(kernel_size=5), threshold=2)
     ),
-    "ffd spacing=10,10,2.5 unit=mm regularisation=Bending(weight=0.5) scales=2,1 iterations=9,5": FFD(
-        spacing=(10, 10, 2.5),
-        unit="mm",
-        regularisation=Bending(weight=0.5),
-        scales=(2, 1),
-        iterations=(9, 5),
+    "ffd spacing=10,10,2.5 unit=mm regularisation=Bending(weight=0.5)": FFD(
+        spacing=(10, 10, 2.5), unit="mm", regularisation=Bending(weight=0.5)
     ),
     "ffd spacing=4": FFD(spacing=4),
     "moments rotation=false": Moments(rotation=False),

@@ -14,8 +14,8 @@ from scenes import as_image, header, physical_grid, placed, scene
 from scipy.ndimage import gaussian_filter, shift
 
 from jaxreg.registration import (
-    MI,
     FFD,
+    MI,
     SVF,
     Affine,
     Alignment,

@@ -12,10 +12,10 @@ from scenes import header, physical_grid, scene, smooth_field
 
 from jaxreg import compose, convert_displacement, interpolate, lncc_loss
 from jaxreg.registration import (
+    FFD,
     LNCC,
     MSE,
     NCC,
-    FFD,
     SVF,
     Affine,
     CoarseToFine,

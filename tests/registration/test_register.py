@@ -16,8 +16,8 @@ from scenes import grainy, header, physical_grid, placed, scene, similarity
 from jaxreg import compose, convert_displacement, lncc_loss
 from jaxreg.commands.demo import load
 from jaxreg.registration import (
-    MSE,
     FFD,
+    MSE,
     SVF,
     Affine,
     Alignment,
@@ -434,7 +434,17 @@ def test_the_default_preset_finds_the_shipped_brains_wherever_they_start() -> No
 
 
 def test_a_stage_has_a_name_and_takes_its_settings() -> None:
-    names = ("moments", "translation", "rigid", "similarity", "affine", "greedy", "svf", "syn", "ffd")
+    names = (
+        "moments",
+        "translation",
+        "rigid",
+        "similarity",
+        "affine",
+        "greedy",
+        "svf",
+        "syn",
+        "ffd",
+    )
     for name in names:
         assert stage_from_name(name).name == name
         assert stage_from_name(name, metric="mse").metric == MSE()

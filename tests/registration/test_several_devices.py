@@ -15,6 +15,7 @@ from inputs import assert_same
 
 from jaxreg.registration import register
 from jaxreg.registration.stages import spread
+from jaxreg.registration.stages.ffd import FFD
 from jaxreg.registration.stages.greedy import Greedy
 from jaxreg.registration.stages.linear import Affine, Rigid
 from jaxreg.registration.stages.moments import Moments

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreg.registration.stages.adam import AdamMoments, adam_direction, no_moments
+from jaxreg.registration.stages.adam import AdamMoments
 from jaxreg.registration.stages.deformable import Deformable, Loss, Regularisation
 from jaxreg.registration.stages.iterative import Resolution, State
 from jaxreg.registration.stages.problem import Level
@@ -82,12 +82,11 @@ class FFD(Deformable):
         super().__post_init__()
         if isinstance(self.spacing, list):
             object.__setattr__(self, "spacing", tuple(self.spacing))  # a list has no hash
-        for step in self.spacing if isinstance(self.spacing, tuple) else (self.spacing,):
-            is_number = isinstance(step, int | float) and not isinstance(step, bool)
-            if not is_number or not 0 < step < math.inf:
-                raise ValueError(
-                    f"spacing: expected a positive number, or one for each axis, got {self.spacing}"
-                )
+        steps = self.spacing if isinstance(self.spacing, tuple) else (self.spacing,)
+        if not steps or not all(map(_is_length, steps)):
+            raise ValueError(
+                f"spacing: expected a positive number, or one for each axis, got {self.spacing!r}"
+            )
         if self.unit not in get_args(SpacingUnit):
             raise ValueError(
                 f"unit: expected one of {', '.join(get_args(SpacingUnit))}, got {self.unit!r}"
@@ -98,7 +97,8 @@ class FFD(Deformable):
         spacing = self._voxels(level, resolution.whole)
         lattice = Lattice(resolution.whole, spacing, self._doublings(resolution.scale))
         zero = jnp.zeros((1, *lattice.shape, level.ndim), jnp.float32)
-        return State(_ControlPoints(zero, lattice), no_moments(zero))
+        moments = AdamMoments(jnp.zeros((), jnp.int32), jnp.copy(zero), jnp.zeros((), jnp.float32))
+        return State(_ControlPoints(zero, lattice), moments)
 
     def resized(self, state: State, shape: tuple[int, ...], resolution: Resolution) -> State:
         """Return the same field, and what is known of its gradient, for control points as near.
@@ -108,12 +108,11 @@ class FFD(Deformable):
         points: _ControlPoints = state.found
         moments: AdamMoments = state.moments
         while points.lattice.doublings > self._doublings(resolution.scale):
-            coefficients, first, second = (
-                refined(field, points.lattice)
-                for field in (points.coefficients, moments.mu, moments.nu)
+            coefficients, mu = (
+                refined(field, points.lattice) for field in (points.coefficients, moments.mu)
             )
             points = _ControlPoints(coefficients, points.lattice.halved())
-            moments = AdamMoments(moments.count, first, second)
+            moments = moments._replace(mu=mu)
         return State(points, moments)
 
     def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
@@ -167,21 +166,33 @@ class FFD(Deformable):
     def _descend(
         self, level: Level, lattice: Lattice, gradient: jax.Array, moments: AdamMoments
     ) -> tuple[jax.Array, AdamMoments]:
-        """Return the step for the gradient of a mean loss, and Adam's moments after it."""
-        # The gradient of the summed loss, of the mean voxel about a control point: so `epsilon`
-        # means what it means for fields, whatever the spacing.
-        voxels = math.prod(level.shape) / lattice.voxels(level.shape)
-        per_voxel = np.asarray([max(n - 1, 1) / 2 for n in level.shape[::-1]], np.float32)
+        """Return the step for the gradient of a mean loss, and the moments after it.
+
+        The first moment is Adam's; the second is that of the control point whose gradient is the
+        longest. Were it each point's own, all would begin with steps of one length, and a strong
+        penalty cannot bear what that does to neighbours.
+        """
+        # Per voxel of the full resolution, of the loss summed over the voxels of the level and
+        # shared among the control points: its size does not depend on either.
+        per_voxel = [
+            np.asarray([max(n - 1, 1) / 2 for n in shape[::-1]], np.float32)
+            for shape in (lattice.whole, level.shape)
+        ]
+        shares = math.prod(level.shape) / lattice.voxels(level.shape)
+        wider = np.float32((per_voxel[0] / per_voxel[1]).max())
         gradient, epsilon = self.in_scale(
-            level, voxels * gradient, self.epsilon * jnp.asarray(per_voxel)
+            level, shares / per_voxel[0] * gradient, self.epsilon / wider
         )
-        direction, moments = adam_direction(
-            gradient, moments, beta1=self.beta1, beta2=self.beta2, epsilon=epsilon
-        )
+        count = moments.count + 1
+        mu = self.beta1 * moments.mu + (1 - self.beta1) * gradient
+        nu = self.beta2 * moments.nu + (1 - self.beta2) * (gradient**2).sum(axis=-1).max()
+        mean, square = mu / (1 - self.beta1**count), nu / (1 - self.beta2**count)
+        direction = mean / (jnp.sqrt(square) + epsilon)
         longest = jnp.sqrt((direction**2).sum(axis=-1).max())
         rate = self.learning_rate * jnp.minimum(1, 0.5 / jnp.maximum(longest, 0.5))
         moves = np.asarray([n > 1 for n in level.shape[::-1]], np.float32)
-        return -rate * direction * (moves / per_voxel), moments
+        step = -rate * direction * (moves / per_voxel[1])
+        return step, AdamMoments(count, mu, nu)
 
     def _doublings(self, scale: float) -> int:
         """Return how often the spacing is doubled on the level of a scale."""
@@ -212,3 +223,8 @@ class FFD(Deformable):
                 f"{self.unit}, that is {steps[::-1]} voxels"
             )
         return tuple(map(float, steps))
+
+
+def _is_length(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < float(value) < math.inf
