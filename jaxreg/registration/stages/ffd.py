@@ -35,7 +35,7 @@ __all__ = ["FFD", "SpacingUnit"]
 SpacingUnit = Literal["voxel", "mm"]
 """What control points are apart: voxels of the full resolution, or millimetres."""
 
-_BENDING = Bending(0.2)
+_BENDING = Bending(1.0)
 
 
 class _ControlPoints(NamedTuple):
@@ -74,6 +74,7 @@ class FFD(Deformable):
 
     name: ClassVar[str] = "ffd"
 
+    learning_rate: float = 1.0
     spacing: float | tuple[float, ...] = 5.0
     unit: SpacingUnit = "voxel"
     regularisation: Regularisation | None = _BENDING
@@ -179,7 +180,7 @@ class FFD(Deformable):
             for shape in (lattice.whole, level.shape)
         ]
         shares = math.prod(level.shape) / lattice.voxels(level.shape)
-        wider = np.float32((per_voxel[0] / per_voxel[1]).max())
+        wider = float((per_voxel[0] / per_voxel[1]).max())
         gradient, epsilon = self.in_scale(
             level, shares / per_voxel[0] * gradient, self.epsilon / wider
         )
