@@ -253,7 +253,7 @@ def test_without_a_gradient_there_is_no_step() -> None:
     np.testing.assert_array_equal(step, zero)
 
 
-@pytest.mark.parametrize("stage", DEFORMABLE)
+@pytest.mark.parametrize("stage", DIFFEOMORPHIC)
 @pytest.mark.parametrize("dim", [2, 3])
 def test_a_random_smooth_deformation_is_found_without_folds_and_with_its_inverse(
     stage: type, dim: int
