@@ -98,7 +98,7 @@ def test_every_op_tells_its_errors(module: str) -> None:
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-STAGES = ("moments", "translation", "rigid", "similarity", "affine", "greedy", "svf", "syn")
+STAGES = ("moments", "translation", "rigid", "similarity", "affine", "greedy", "svf", "syn", "ffd")
 
 
 def rows(text: str, heading: str) -> list[list[str]]:

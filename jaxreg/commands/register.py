@@ -104,8 +104,8 @@ def register(
         typer.Option(
             metavar="NAME,...",
             help="Stages to run, with commas between them, in the order given. Linear: moments, "
-            "translation, rigid, similarity, affine; deforming: greedy, svf, syn. By default those "
-            "of the preset.",
+            "translation, rigid, similarity, affine; deforming: greedy, svf, syn, ffd. By default "
+            "those of the preset.",
         ),
     ] = None,
     metric: Annotated[

@@ -14,6 +14,7 @@ from rich.console import Console
 from jaxreg.commands.inputs import naming
 from jaxreg.registration import (
     Deformable,
+    Diffeomorphic,
     Greedy,
     Metric,
     Moments,
@@ -165,8 +166,8 @@ def _for_descriptors(stage: Stage) -> Stage:
     """Return a stage as it serves to deform between two contrasts.
 
     Descriptors say too little of where images are that are far from each other, and too much of
-    noise for fields that are free to follow it.
+    noise for fields that are free to follow it. Of a spline the control points are far apart.
     """
-    if isinstance(stage, Deformable):
+    if isinstance(stage, Diffeomorphic):
         return dataclasses.replace(stage, gradient_sigma=3.0, field_sigma=2.0)
     return stage

@@ -40,6 +40,8 @@ from jaxreg.registration.register_images import ArrayRegistration, register_imag
 from jaxreg.registration.stages.adam import AdamMoments, riemannian_adam_step
 from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.deformable import Deformable
+from jaxreg.registration.stages.diffeomorphic import Diffeomorphic
+from jaxreg.registration.stages.ffd import FFD
 from jaxreg.registration.stages.greedy import Greedy
 from jaxreg.registration.stages.iterative import Iterative
 from jaxreg.registration.stages.linear import Affine, Linear, Rigid, Similarity, Translation
@@ -84,6 +86,7 @@ from jaxreg.registration.transforms.resampling import outside_values, resample
 from jaxreg.registration.transforms.transform import Transform
 
 __all__ = [
+    "FFD",
     "LNCC",
     "MI",
     "MIND",
@@ -100,6 +103,7 @@ __all__ = [
     "CoarseToFine",
     "Curvature",
     "Deformable",
+    "Diffeomorphic",
     "Diffusion",
     "Divergence",
     "Doubt",

@@ -236,7 +236,8 @@ def _determinant_doubts(found: _Found, mended: float) -> Iterator[Doubt]:
         "determinant",
         f"{what} (Jacobian determinant {found.lowest:.3g} to {found.highest:.3g}), which tissue "
         "does not do: align the images better before, choose the metric mi for two contrasts, "
-        "smooth more (gradient_sigma, field_sigma), or mask what only one of the images shows",
+        "smooth more (gradient_sigma, field_sigma; of ffd the spacing), or mask what only one of "
+        "the images shows",
     )
 
 

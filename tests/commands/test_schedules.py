@@ -11,6 +11,7 @@ from scenes import write_shifted_pair
 
 from jaxreg.commands.schedules import Schedule, read_schedule
 from jaxreg.registration import (
+    FFD,
     LNCC,
     MI,
     NCC,
@@ -39,6 +40,10 @@ STAGES: dict[str, Stage] = {
     "affine metric=CoarseToFine(coarse=NCC(), fine=LNCC(kernel_size=5), threshold=2)": Affine(
         metric=CoarseToFine(coarse=NCC(), fine=LNCC(kernel_size=5), threshold=2)
     ),
+    "ffd spacing=10,10,2.5 unit=mm regularisation=Bending(weight=0.5)": FFD(
+        spacing=(10, 10, 2.5), unit="mm", regularisation=Bending(weight=0.5)
+    ),
+    "ffd spacing=4": FFD(spacing=4),
     "moments rotation=false": Moments(rotation=False),
 }
 
@@ -60,6 +65,10 @@ def test_a_stage_is_written_with_its_settings(text: str) -> None:
         ("affine iterations 3", "expected settings as NAME=VALUE, got 'iterations 3'"),
         ("affine window=2 window=3", "expected each setting once"),
         ("affine learning_rate=(1,2)", "stage affine: "),
+        ("ffd spacing=0", "spacing: expected a positive number, or one for each axis, got 0"),
+        ("ffd spacing=wide", "spacing: .*expected numbers, or one of LNCC, .*got wide"),
+        ("ffd unit=cm", "unit: expected one of voxel, mm, got 'cm'"),
+        ("ffd gradient_sigma=1", "stage ffd: expected settings among .*got gradient_sigma"),
         ("affine metric=__import__('os')", "metric: expected a value"),
     ],
 )

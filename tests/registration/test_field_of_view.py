@@ -14,6 +14,7 @@ from scenes import as_image, header, physical_grid, placed, scene
 from scipy.ndimage import gaussian_filter, shift
 
 from jaxreg.registration import (
+    FFD,
     MI,
     SVF,
     Affine,
@@ -169,6 +170,7 @@ def test_a_slab_may_be_the_fixed_image() -> None:
         [Greedy()],
         [SyN()],
         [SVF()],
+        [FFD()],
         [Greedy(metric=MI())],
         preset("default"),
     ],

@@ -78,6 +78,19 @@ def test_what_is_inside_out_is_smoothed(sizes: tuple[int, ...]) -> None:
     assert after.max() <= 10
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_inside_out_at_a_face_that_points_cross_is_smoothed(seed: int) -> None:
+    field = gaussian_filter(random_array(seed, 1, 90, 91, 2), (0, 4, 4, 0), mode="nearest")
+    field *= 25 / np.abs(field).max() * 2 / (np.array([91, 90]) - 1)
+    before, after = (
+        np.stack(cell_determinants(x))
+        for x in (jnp.asarray(field, jnp.float32), mended(jnp.asarray(field, jnp.float32), 10.0)[0])
+    )
+    assert before[..., 0, :].min() < 0  # in the outermost cells, too
+    assert after.min() >= 0.1
+    assert after.max() <= 10
+
+
 def test_all_else_stays_bit_for_bit() -> None:
     sound = gaussian_filter(rough(12, 13, 14, voxels=1.0), (0, 2, 2, 2, 0))
     found, share = mended(jnp.asarray(sound), 10.0)

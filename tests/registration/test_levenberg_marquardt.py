@@ -34,6 +34,7 @@ from jaxreg.registration import (
     stage_from_name,
 )
 from jaxreg.registration.register_images import make_problem
+from jaxreg.registration.stages.iterative import Resolution
 from jaxreg.registration.stages.levenberg_marquardt import solved
 from jaxreg.registration.stages.linear import Linear
 from regkernels import Series, Volume, read_volume, rigid_motion
@@ -248,7 +249,7 @@ def test_the_matrix_is_that_of_gauss_and_newton(kind: type[Linear]) -> None:
         clip=None,
     )
     level = stage.prepared(problem.level(1, problem.start(), stage.metric))
-    state = stage.begin(level)
+    state = stage.begin(level, Resolution(problem.shape, 1))
     flat, unravel = ravel_pytree(state.found.parameters)
     place = flat + 0.01
 

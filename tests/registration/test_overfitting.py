@@ -12,6 +12,7 @@ from scenes import header, physical_grid, scene, smooth_field
 
 from jaxreg import compose, convert_displacement, interpolate, lncc_loss
 from jaxreg.registration import (
+    FFD,
     LNCC,
     MSE,
     NCC,
@@ -26,9 +27,9 @@ from jaxreg.registration import (
     preset,
     register,
 )
-from jaxreg.registration.stages.deformable import through_warp
+from jaxreg.registration.stages.diffeomorphic import through_warp
 
-DEFORMABLE = [Greedy, SVF, SyN]
+DEFORMABLE = [Greedy, SVF, SyN, FFD]
 SHAPE = (36, 40)
 
 

@@ -16,6 +16,7 @@ from scenes import grainy, header, physical_grid, placed, scene, similarity
 from jaxreg import compose, convert_displacement, lncc_loss
 from jaxreg.commands.demo import load
 from jaxreg.registration import (
+    FFD,
     MSE,
     SVF,
     Affine,
@@ -137,7 +138,7 @@ def test_a_level_that_has_stopped_repeats_its_last_loss_to_the_callback() -> Non
     )
 
 
-@pytest.mark.parametrize("deformable", [Greedy, SVF, SyN])
+@pytest.mark.parametrize("deformable", [Greedy, SVF, SyN, FFD])
 @pytest.mark.usefixtures("device")
 def test_the_same_input_gives_the_same_bits(deformable: type) -> None:
     fixed, moving = pair()
@@ -210,13 +211,14 @@ def test_volumes_that_never_overlap_are_an_error() -> None:
         register(fixed, moving, stages, **masks)
 
 
-def test_one_slice_of_a_volume_is_registered_like_a_plane() -> None:
+@pytest.mark.parametrize("deformable", [Greedy, FFD])
+def test_one_slice_of_a_volume_is_registered_like_a_plane(deformable: type) -> None:
     plane = pair()
     slices = [
         Volume.create(np.asarray(v.array)[None], (5, 5, 5), (*v.grid.origin, 0), np.eye(3))
         for v in plane
     ]
-    stages = [Greedy((1,), (20,), metric="mse", tolerance=0)]
+    stages = [deformable((1,), (20,), metric="mse", tolerance=0)]
     flat, thick = (register(*volumes, stages).transform for volumes in (plane, slices))
     np.testing.assert_allclose(thick.displacement[0, 0, ..., :2], flat.displacement[0], atol=1e-4)
     np.testing.assert_array_equal(thick.displacement[..., 2], 0)
@@ -225,14 +227,14 @@ def test_one_slice_of_a_volume_is_registered_like_a_plane() -> None:
 def test_where_there_is_nothing_to_see_nothing_moves() -> None:
     shape = (1, 16, 18)  # one slice
     volume = header(shape, (2,) * len(shape))
-    stages = [Moments(), Affine((1,), (5,)), *(s((1,), (5,)) for s in (Greedy, SVF, SyN))]
+    stages = [Moments(), Affine((1,), (5,)), *(s((1,), (5,)) for s in (Greedy, SVF, SyN, FFD))]
     result = register(volume, volume, stages)
     np.testing.assert_allclose(result.transform.matrix, np.eye(len(shape) + 1), atol=1e-5)
     np.testing.assert_array_equal(result.jacobian, np.ones(shape))
     np.testing.assert_array_equal(result.transform.inverse_displacement, 0)
 
 
-@pytest.mark.parametrize("deformable", [Greedy, SVF, SyN])
+@pytest.mark.parametrize("deformable", [Greedy, SVF, SyN, FFD])
 def test_pairs_are_registered_together_by_vmap(deformable: type) -> None:
     stages: tuple[Any, ...] = (deformable((1,), (10,), tolerance=0),)
     if deformable is Greedy:
@@ -432,7 +434,17 @@ def test_the_default_preset_finds_the_shipped_brains_wherever_they_start() -> No
 
 
 def test_a_stage_has_a_name_and_takes_its_settings() -> None:
-    names = ("moments", "translation", "rigid", "similarity", "affine", "greedy", "svf", "syn")
+    names = (
+        "moments",
+        "translation",
+        "rigid",
+        "similarity",
+        "affine",
+        "greedy",
+        "svf",
+        "syn",
+        "ffd",
+    )
     for name in names:
         assert stage_from_name(name).name == name
         assert stage_from_name(name, metric="mse").metric == MSE()

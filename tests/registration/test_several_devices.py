@@ -17,6 +17,7 @@ from jaxreg import _slabs
 from jaxreg.registration import register
 from jaxreg.registration.stages import problem, spread
 from jaxreg.registration.stages.deformable import Deformable
+from jaxreg.registration.stages.ffd import FFD
 from jaxreg.registration.stages.greedy import Greedy
 from jaxreg.registration.stages.linear import Affine, Rigid
 from jaxreg.registration.stages.moments import Moments
@@ -69,6 +70,7 @@ STAGES: dict[str, Callable[[], list[Any]]] = {
     "greedy": lambda: [Greedy(**settings())],
     "syn": lambda: [Affine(**settings()), SyN(**settings())],
     "svf": lambda: [SVF(**settings(metric="mse"))],
+    "ffd": lambda: [Affine(**settings()), FFD(**settings())],
     "greedy with mind": lambda: [Greedy(**settings(metric="mind"))],
     "greedy with mi": lambda: [Affine(**settings(metric="mi")), Greedy(**settings(metric="mi"))],
 }

@@ -26,6 +26,7 @@ from jaxreg import (
     step_gradient,
 )
 from jaxreg.registration import (
+    FFD,
     LNCC,
     MI,
     MIND,
@@ -51,13 +52,14 @@ from jaxreg.registration import (
 )
 from jaxreg.registration.register_images import make_problem
 from jaxreg.registration.stages.adam import no_moments
-from jaxreg.registration.stages.iterative import Iterative, State, block_length
+from jaxreg.registration.stages.iterative import Iterative, Resolution, State, block_length
 from jaxreg.registration.stages.linear import rotation_matrix
 from jaxreg.registration.stages.problem import Alignment, Level
 from regkernels import Volume, rigid_motion
 
 LINEAR = [Translation, Rigid, Similarity, Affine]
-DEFORMABLE = [Greedy, SVF, SyN]
+DIFFEOMORPHIC = [Greedy, SVF, SyN]
+DEFORMABLE = [*DIFFEOMORPHIC, FFD]
 
 
 def plane(transform: np.ndarray, dim: int) -> np.ndarray:
@@ -251,7 +253,7 @@ def test_without_a_gradient_there_is_no_step() -> None:
     np.testing.assert_array_equal(step, zero)
 
 
-@pytest.mark.parametrize("stage", DEFORMABLE)
+@pytest.mark.parametrize("stage", DIFFEOMORPHIC)
 @pytest.mark.parametrize("dim", [2, 3])
 def test_a_random_smooth_deformation_is_found_without_folds_and_with_its_inverse(
     stage: type, dim: int
@@ -300,7 +302,7 @@ def test_syn_treats_both_images_alike() -> None:
     assert float(jnp.abs(difference).mean()) < 0.05
 
 
-@pytest.mark.parametrize("stage", DEFORMABLE)
+@pytest.mark.parametrize("stage", DIFFEOMORPHIC)
 def test_no_point_leaves_the_volume(stage: type) -> None:
     fixed = header((20, 24), (5, 5))
     points = physical_grid(fixed)
@@ -560,10 +562,10 @@ class Scripted(Iterative):
 
     losses: tuple[float, ...] = ()
 
-    def begin(self, level: Level) -> State:
+    def begin(self, level: Level, resolution: Resolution) -> State:
         return State(jnp.zeros(()), no_moments(jnp.zeros(())))
 
-    def resized(self, state: State, shape: tuple[int, ...]) -> State:
+    def resized(self, state: State, shape: tuple[int, ...], resolution: Resolution) -> State:
         return state
 
     def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:

@@ -351,6 +351,27 @@ def spline_coefficients(
     return along_axes(float64(image), matrices, first)
 
 
+def spline_field(
+    coefficients: Array, spacing: Sequence[float], whole: Shape, shape: Shape
+) -> Array:
+    """The field of control points on a grid of a shape, with the extent of a grid ``whole``.
+
+    Of ``(N, *points, D)``, the points ``spacing`` voxels of the grid ``whole`` apart along each of
+    its axes, the middle one at its middle.
+    """
+    points = coefficients.shape[1:-1]
+    result = np.zeros((coefficients.shape[0], *shape, coefficients.shape[-1]))
+    for voxel in np.ndindex(*shape):
+        for point in np.ndindex(*points):
+            weight = 1.0
+            for axis, size in enumerate(shape):
+                place = (voxel[axis] / max(size - 1, 1) - (size > 1) / 2) * (whole[axis] - 1)
+                distance = place / spacing[axis] - (point[axis] - (points[axis] - 1) / 2)
+                weight *= cubic_kernel(np.float64(distance), "b-spline")[0] if size > 1 else 1
+            result[:, *voxel] += weight * float64(coefficients)[:, *point]
+    return result
+
+
 def spline_coefficients_vjp(
     cotangent: Array,
     image: Array,

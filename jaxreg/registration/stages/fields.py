@@ -129,6 +129,14 @@ def mended(displacement: jax.Array, volume_change: float) -> tuple[jax.Array, ja
     if not long_axes:
         return displacement, jnp.zeros((), displacement.dtype)
 
+    # A field that lets points cross a face would be torn there by zeros beyond it.
+    is_confined = (displacement == confined(displacement)).all()
+    within = _share_within(displacement.shape[1:-1]).astype(displacement.dtype)
+
+    def calmer(field: jax.Array) -> jax.Array:
+        smooth = smoothed(field, _SIGMA)
+        return jnp.where(is_confined, confined(smooth), smooth / within)
+
     # One over the weight that a Gaussian has, about, on the corners of one cell.
     full = (math.sqrt(2 * math.pi) * _SIGMA / 2) ** len(long_axes)
 
@@ -151,7 +159,7 @@ def mended(displacement: jax.Array, volume_change: float) -> tuple[jax.Array, ja
             )
         # The corners of a cell take all of the smoothed field.
         share = jnp.minimum(1, smoothed(corners[..., None], _SIGMA) * full)
-        field = field + share * (confined(smoothed(field, _SIGMA)) - field)
+        field = field + share * (calmer(field) - field)
         return field, bad_cells(field), rounds + 1
 
     def unsound(carry: _Carry) -> jax.Array:
@@ -159,3 +167,14 @@ def mended(displacement: jax.Array, volume_change: float) -> tuple[jax.Array, ja
 
     start = (displacement, bad_cells(displacement), jnp.zeros((), jnp.int32))
     return jax.lax.while_loop(unsound, smoother, start)[0], start[1].mean(dtype=displacement.dtype)
+
+
+def _share_within(shape: tuple[int, ...]) -> jax.Array:
+    """Return which share of the Gaussian about each voxel lies within a grid, ``(*shape, 1)``."""
+    share = jnp.ones((1,) * (len(shape) + 1))
+    for axis, (size, sigma) in enumerate(zip(shape, smoothing(shape, _SIGMA), strict=True)):
+        line = [size if k == axis else 1 for k in range(len(shape))]
+        of_axis = [sigma if k == axis else 0.0 for k in range(len(shape))]
+        along = gaussian_smooth(jnp.ones((1, *line, 1)), of_axis, channel_last=True)
+        share = share * along[0]
+    return share

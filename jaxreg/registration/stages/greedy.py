@@ -30,7 +30,8 @@ from typing import ClassVar
 
 import jax
 
-from jaxreg.registration.stages.deformable import Deformable, Regularisation
+from jaxreg.registration.stages.deformable import Regularisation
+from jaxreg.registration.stages.diffeomorphic import Diffeomorphic
 from jaxreg.registration.stages.iterative import State
 from jaxreg.registration.stages.problem import Level, Weighted
 from jaxreg.registration.stages.regularisers import Elasticity
@@ -42,8 +43,8 @@ _ELASTICITY = Elasticity(0.2)
 
 
 @dataclasses.dataclass(frozen=True)
-class Greedy(Deformable):
-    """One diffeomorphism, grown step by step. The settings are those of `Deformable`.
+class Greedy(Diffeomorphic):
+    """One diffeomorphism, grown step by step. The settings are those of `Diffeomorphic`.
 
     The regularised field is its displacement.
     """
@@ -65,6 +66,6 @@ class Greedy(Deformable):
         step, moments = self.descend(level, gradient, state.moments)
         return State(self.after_step(displacement, step), moments), loss + penalty
 
-    def transforms(self, found: jax.Array) -> tuple[jax.Array, None]:
+    def transforms_of_fields(self, found: jax.Array) -> tuple[jax.Array, None]:
         """Return the displacement; nothing is known of its inverse."""
         return found, None

@@ -20,7 +20,30 @@ from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.metrics import LNCC, MetricField
 from jaxreg.registration.stages.problem import Alignment, Level, Problem, Weighted, charged
 
-__all__ = ["Iterate", "Iterative", "State", "block_length", "mean_over_channels", "trend"]
+__all__ = [
+    "Iterate",
+    "Iterative",
+    "Resolution",
+    "State",
+    "block_length",
+    "mean_over_channels",
+    "trend",
+]
+
+
+class Resolution(NamedTuple):
+    """How fine a level is, beside its images: programs of levels of one shape are shared.
+
+    Attributes
+    ----------
+    whole
+        Shape of the fixed grid at full resolution, ``([Z,] Y, X)``.
+    scale
+        How many times wider a voxel of the level is.
+    """
+
+    whole: tuple[int, ...]
+    scale: float
 
 
 class State(NamedTuple):
@@ -144,12 +167,12 @@ class Iterative(Stage):
         return level
 
     @abc.abstractmethod
-    def begin(self, level: Level) -> State:
+    def begin(self, level: Level, resolution: Resolution) -> State:
         """Return what the iterations change, before the first of them."""
 
     @abc.abstractmethod
-    def resized(self, state: State, shape: tuple[int, ...]) -> State:
-        """Return the same on a grid of another shape."""
+    def resized(self, state: State, shape: tuple[int, ...], resolution: Resolution) -> State:
+        """Return the same for the next level, whose grid has a shape."""
 
     def start_of_level(self, found: Any) -> Any:
         """Return where the level started, if what is found tells; else what is found."""
@@ -210,7 +233,11 @@ class Iterative(Stage):
         for scale, iterations in zip(self.scales, self.iterations, strict=True):
             stage = self.for_scale(scale)
             level = stage.prepared(problem.level(scale, alignment, stage.metric))
-            state = self.begin(level) if state is None else self.resized(state, level.shape)
+            resolution = Resolution(problem.shape, scale)
+            if state is None:
+                state = self.begin(level, resolution)
+            else:
+                state = self.resized(state, level.shape, resolution)
             trace = _no_trace(iterations)
             if iterations == 0:
                 pass

@@ -27,6 +27,7 @@ from jaxreg.registration.stages.adam import adam_direction, no_moments
 from jaxreg.registration.stages.base import Trace
 from jaxreg.registration.stages.iterative import (
     Iterative,
+    Resolution,
     State,
     block_length,
     mean_over_channels,
@@ -156,7 +157,7 @@ class Linear(Iterative):
     def _parameters(self, ndim: int) -> _Parameters:
         """Return the parameters of no motion."""
 
-    def begin(self, level: Level) -> State:
+    def begin(self, level: Level, resolution: Resolution) -> State:
         """Return the parameters of no motion, about the fixed image's centre of mass."""
         plane = level.plane()
         parameters = self._parameters(level.ndim if plane is None else 2)
@@ -183,7 +184,7 @@ class Linear(Iterative):
             return super()._block_length(iterations)
         return block_length(iterations, self.block)
 
-    def resized(self, state: State, shape: tuple[int, ...]) -> State:
+    def resized(self, state: State, shape: tuple[int, ...], resolution: Resolution) -> State:
         """Return the same: the parameters do not depend on the grid."""
         motion: _Motion = state.found
         motion = motion._replace(start=_copy(motion.parameters))

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Literal, get_args
 
 from jaxreg.registration.stages.base import Stage
+from jaxreg.registration.stages.ffd import FFD
 from jaxreg.registration.stages.greedy import Greedy
 from jaxreg.registration.stages.linear import Affine, Rigid, Similarity, Translation
 from jaxreg.registration.stages.metrics import CoarseToFine
@@ -19,7 +20,7 @@ PresetName = Literal["affine", "fast", "default", "accurate"]
 
 _STAGES: dict[str, type[Stage]] = {
     stage.name: stage
-    for stage in (Moments, Translation, Rigid, Similarity, Affine, Greedy, SVF, SyN)
+    for stage in (Moments, Translation, Rigid, Similarity, Affine, Greedy, SVF, SyN, FFD)
 }
 
 
@@ -30,7 +31,7 @@ def stage_from_name(name: str, **settings: Any) -> Stage:
     ----------
     name
         ``"moments"``, ``"translation"``, ``"rigid"``, ``"similarity"``, ``"affine"``,
-        ``"greedy"``, ``"svf"`` or ``"syn"``.
+        ``"greedy"``, ``"svf"``, ``"syn"`` or ``"ffd"``.
     **settings
         Those of the stage; the others have their defaults.
 

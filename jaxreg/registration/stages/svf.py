@@ -16,7 +16,8 @@ from typing import ClassVar
 import jax
 
 from jaxreg import scaling_and_squaring
-from jaxreg.registration.stages.deformable import Deformable, Regularisation
+from jaxreg.registration.stages.deformable import Regularisation
+from jaxreg.registration.stages.diffeomorphic import Diffeomorphic
 from jaxreg.registration.stages.iterative import State
 from jaxreg.registration.stages.problem import Level, Weighted
 from jaxreg.registration.stages.regularisers import Elasticity
@@ -27,8 +28,8 @@ _ELASTICITY = Elasticity(0.2)
 
 
 @dataclasses.dataclass(frozen=True)
-class SVF(Deformable):
-    """The flow of one stationary velocity field; the other settings are those of `Deformable`.
+class SVF(Diffeomorphic):
+    """The flow of one stationary velocity field; the other settings are those of `Diffeomorphic`.
 
     Attributes
     ----------
@@ -40,7 +41,7 @@ class SVF(Deformable):
     Raises
     ------
     ValueError
-        As `Deformable`, or if there cannot be so many squarings.
+        As `Diffeomorphic`, or if there cannot be so many squarings.
     """
 
     name: ClassVar[str] = "svf"
@@ -67,7 +68,7 @@ class SVF(Deformable):
         step, moments = self.descend(level, gradient, state.moments)
         return State(self.smooth(velocity + step), moments), loss + penalty
 
-    def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def transforms_of_fields(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the flows of the velocity and of its negative."""
         forward, backward = (scaling_and_squaring(v, self.num_steps) for v in (found, -found))
         return forward, backward

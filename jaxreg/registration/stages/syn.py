@@ -22,7 +22,8 @@ from typing import ClassVar
 import jax
 
 from jaxreg import compose, invert_displacement
-from jaxreg.registration.stages.deformable import Deformable, Regularisation
+from jaxreg.registration.stages.deformable import Regularisation
+from jaxreg.registration.stages.diffeomorphic import Diffeomorphic
 from jaxreg.registration.stages.iterative import State
 from jaxreg.registration.stages.problem import Level, Weighted
 from jaxreg.registration.stages.regularisers import Elasticity
@@ -33,8 +34,8 @@ _ELASTICITY = Elasticity(0.5)
 
 
 @dataclasses.dataclass(frozen=True)
-class SyN(Deformable):
-    """Two diffeomorphisms that meet in the middle. The settings are those of `Deformable`.
+class SyN(Diffeomorphic):
+    """Two diffeomorphisms that meet in the middle. The settings are those of `Diffeomorphic`.
 
     The steps are those of each half. The regularised field holds the displacements of both halves,
     ``(2, [Z,] Y, X, D)``, the fixed one first.
@@ -58,7 +59,7 @@ class SyN(Deformable):
         step, moments = self.descend(level, gradient, state.moments)
         return State(self.after_step(halves, step), moments), loss + penalty
 
-    def transforms(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def transforms_of_fields(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the way from the fixed image through the middle, and the way back."""
         inverses = invert_displacement(found)
         forward = compose(found[1:], inverses[:1])

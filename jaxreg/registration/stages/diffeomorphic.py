@@ -1,0 +1,247 @@
+"""What the diffeomorphic stages have in common: how a gradient becomes a step of a field."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg import compose, step_gradient
+from jaxreg._shared_planes import samples_within
+from jaxreg.registration.stages.adam import (
+    AdamMoments,
+    no_moments,
+    resize_moments,
+    riemannian_adam_step,
+)
+from jaxreg.registration.stages.deformable import Deformable, Loss
+from jaxreg.registration.stages.fields import confined, smoothed, smoothing
+from jaxreg.registration.stages.iterative import Iterate, Resolution, State
+from jaxreg.registration.stages.neighbours import differences
+from jaxreg.registration.stages.problem import Level, Weighted, sampled_near
+from jaxreg.registration.stages.pyramid import resize_field
+from jaxreg.registration.stages.spread import spread
+
+__all__ = ["Diffeomorphic", "through_warp"]
+
+_Block = tuple[jax.Array, State, jax.Array]
+"""Whether a block is to run, what it changes, and its losses."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffeomorphic(Deformable):
+    """Settings of the stages whose deformations grow by small steps; the others as `Deformable`.
+
+    They have fields with a value at each voxel of a level.
+
+    Attributes
+    ----------
+    gradient_sigma
+        Gaussian that smooths the gradient, in voxels of the level: the larger, the more the field
+        flows like a viscous fluid.
+    field_sigma
+        Gaussian that smooths the field after each step, in voxels of the level: the larger, the
+        more it resists like an elastic body.
+
+    Raises
+    ------
+    ValueError
+        As `Deformable`.
+    """
+
+    fields: ClassVar[int] = 1
+    """How many fields the stage looks for."""
+
+    gradient_sigma: float = 1.25
+    field_sigma: float = 0.6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("gradient_sigma", "field_sigma"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+
+    def begin(self, level: Level, resolution: Resolution) -> State:
+        """Return fields of zero, ``(fields, [Z,] Y, X, D)``."""
+        zero = spread(jnp.zeros((self.fields, *level.shape, level.ndim), jnp.float32), 1)
+        return State(zero, no_moments(zero))
+
+    def resized(self, state: State, shape: tuple[int, ...], resolution: Resolution) -> State:
+        """Return the same on a grid of another shape."""
+        return State(resize_field(state.found, shape), resize_moments(state.moments, shape))
+
+    def smooth(self, field: jax.Array) -> jax.Array:
+        """Smooth a field after its step."""
+        return confined(smoothed(field, self.field_sigma))
+
+    def after_step(self, field: jax.Array, step: jax.Array) -> jax.Array:
+        """Return a field after a step of :meth:`descend` composed from the right, smooth again."""
+        with samples_within(math.ceil(self.learning_rate / 2)):
+            composed = compose(field, step)
+        return self.smooth(composed)
+
+    def repeat(
+        self, level: Level, iterate: Iterate, state: State, indices: jax.Array
+    ) -> tuple[State, jax.Array]:
+        """Run the iterations of a block.
+
+        Where several devices share a volume, how far away they sample the images is found out once
+        for all of them.
+        """
+        # A step makes no displacement longer than by its own length, and smoothing none at all.
+        voxels = jnp.asarray([max(n - 1, 1) for n in level.shape[::-1]])
+        steps = indices.size * self.learning_rate / voxels
+        longest = jnp.abs(state.found).max(tuple(range(state.found.ndim - 1))) + steps
+        is_near = level.lies_near(longest)
+
+        def far(state: State, index: jax.Array) -> tuple[State, jax.Array]:
+            return iterate(state, index)
+
+        def near(state: State, index: jax.Array) -> tuple[State, jax.Array]:
+            with sampled_near():
+                return iterate(state, index)
+
+        def run(one: Iterate, state: State) -> tuple[State, jax.Array]:
+            return super(Diffeomorphic, self).repeat(level, one, state, indices)
+
+        if is_near is None:
+            return run(far, state)
+
+        def once(one: Iterate, carry: _Block) -> _Block:
+            # A loop of one turn or none: XLA would copy fields for the branches of `jax.lax.cond`.
+            def turn(carry: _Block) -> _Block:
+                return (jnp.zeros((), bool), *run(one, carry[1]))
+
+            turned: _Block = jax.lax.while_loop(lambda carry: carry[0], turn, carry)
+            return turned
+
+        losses = jnp.zeros_like(indices, state.found.dtype)
+        _, state, losses = once(near, (is_near, state, losses))
+        _, state, losses = once(far, (~is_near, state, losses))
+        return state, losses
+
+    def descend(
+        self, level: Level, gradient: jax.Array, moments: AdamMoments
+    ) -> tuple[jax.Array, AdamMoments]:
+        """Return the step for the smooth gradient of a mean loss, and Adam's moments after it."""
+        # The loss is a mean: its sum has a gradient whose size does not depend on the grid.
+        voxels = jnp.asarray(math.prod(gradient.shape[1:-1]), gradient.dtype)
+        per_voxel = jnp.asarray([max(n - 1, 1) / 2 for n in level.shape[::-1]], gradient.dtype)
+        scale, epsilon = self.in_scale(level, voxels, self.epsilon * per_voxel)
+        return riemannian_adam_step(
+            gradient,
+            moments,
+            learning_rate=self.learning_rate,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            epsilon=epsilon,
+            scale=scale,
+            confined=True,
+        )
+
+    def loss_and_gradient(
+        self,
+        level: Level,
+        pair: Callable[[Level], tuple[Weighted, Weighted]],
+        wrt: tuple[int, ...],
+        pull: jax.Array | None,
+        displacement: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the loss of two images, and its gradient with respect to steps that warp them.
+
+        Parameters
+        ----------
+        level
+            The level.
+        pair
+            ``pair(level)``: the moved image and its target, of all channels of a level.
+        wrt
+            With respect to which steps: 0 of the moved image, 1 of its target.
+        pull
+            What is added to the gradient, of its shape, or `None`.
+        displacement
+            Through whose warp the pull is taken first: it is that on the displacement, and as for
+            the metric, the step is composed from the right, at the zero step.
+
+        Returns
+        -------
+        loss
+            A scalar.
+        gradient
+            ``(steps, [Z,] Y, X, D)``, smooth, in the order of ``wrt``.
+        """
+        if not self.takes_channels_singly(level):
+            images = pair(level)
+            objective = self.objective(level, *images)
+            loss, slopes = jax.value_and_grad(objective, wrt)(*(image.image for image in images))
+            # To put images side by side takes less than to do so with fields.
+            chosen = jnp.concatenate([images[k].image for k in wrt])
+            sigma = smoothing(chosen.shape[2:], self.gradient_sigma)
+            joined = jnp.concatenate(slopes)
+            warp = None if pull is None else displacement
+            return loss, step_gradient(chosen, joined, pull, warp, sigma=sigma)
+        moved, target = pair(level.channel(0))
+
+        def of_channel(one: Level, loss: Loss) -> tuple[jax.Array, jax.Array]:
+            images = tuple(image.image for image in pair(one))
+            value, slopes = jax.value_and_grad(loss, wrt)(*images)
+            chosen = [images[k] for k in wrt]
+            return value, step_gradient(jnp.concatenate(chosen), jnp.concatenate(slopes))
+
+        loss, gradient = self.by_channels(level, moved.weight * target.weight, of_channel)
+        if pull is not None:
+            gradient += pull if displacement is None else through_warp(displacement, pull)
+        return loss, smoothed(gradient, self.gradient_sigma)
+
+    def transforms(
+        self, shape: tuple[int, ...], found: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Return the displacement of the fields that were found, and what is known of its inverse.
+
+        Both are on a grid of a shape.
+        """
+        return self.transforms_of_fields(resize_field(found, shape))
+
+    @abc.abstractmethod
+    def transforms_of_fields(self, found: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Return the displacement of fields, and what is known of its inverse, on their grid."""
+
+
+def through_warp(displacement: jax.Array, slope: jax.Array) -> jax.Array:
+    r"""Gradient of a function of a displacement with respect to a step composed from the right.
+
+    With :math:`\psi = \mathrm{id} + d` it is :math:`D\psi^T \,\partial P / \partial d`, at the zero
+    step.
+
+    Parameters
+    ----------
+    displacement
+        :math:`d`, ``(N, [Z,] Y, X, D)``, normalised coordinates.
+    slope
+        The function's gradient with respect to it, :math:`\partial P / \partial d`.
+
+    Returns
+    -------
+    Array
+        ``(N, [Z,] Y, X, D)``. Central differences, one-sided at the borders; the displacement does
+        not change along an axis of length 1.
+    """
+    ndim = displacement.shape[-1]
+    components = []
+    for component in range(ndim):
+        axis = ndim - component  # components are in x, y, z order
+        turned = (slope * _along(displacement, axis)).sum(axis=-1)
+        components.append(slope[..., component] + turned)
+    return jnp.stack(components, axis=-1)
+
+
+def _along(array: jax.Array, axis: int) -> jax.Array:
+    """Return the derivative along an axis of a grid per unit of normalised coordinates."""
+    if array.shape[axis] == 1:
+        return jnp.zeros_like(array)
+    return differences(array, axis) * ((array.shape[axis] - 1) / 2)
