@@ -93,7 +93,8 @@ def registered(stage: type, penalty: Regulariser | None) -> Registration:
         (SyN, Elasticity(0.5)),
         (SyN, Divergence(1)),
         (SyN, Jacobian(0.5)),
-        (FFD, Bending(0.5)),
+        (FFD, Bending(5)),
+        (FFD, Elasticity(0.5)),
     ],
 )
 def test_a_penalty_lowers_the_spread_of_determinants(stage: type, penalty: Regulariser) -> None:
