@@ -92,7 +92,7 @@ def _emit(
     ]
     aliases = _in_place([name for name in op.input_names if name in arrays], operands, types)
     # XLA keeps what is in place where it is only if nothing, not even another shape, comes between.
-    grouped = not aliases or any(x.shape[0] != 1 for x in (*operands, *results))
+    grouped = any(x.shape[0] != 1 for x in (*operands, *results))
     ffi_attributes["grouped"] = np.int64(grouped)
     if not grouped:
         operands = [jax.lax.squeeze(x, (0,)) for x in operands]

@@ -230,6 +230,15 @@ class Slabs:
 
 def _with_ends(x: jax.Array, first: jax.Array, last: jax.Array, axis: int) -> jax.Array:
     """A slab with other planes at its ends, which are written in its place."""
+    if x.shape[0] == 1:
+        # The group axis is dropped in the end. XLA would do that in the kernel that writes the
+        # planes, and copy the slab for it.
+        x, first, last = (jax.lax.squeeze(part, (0,)) for part in (x, first, last))
+        return jax.lax.expand_dims(_with_ends_of_group(x, first, last, axis - 1), (0,))
+    return _with_ends_of_group(x, first, last, axis)
+
+
+def _with_ends_of_group(x: jax.Array, first: jax.Array, last: jax.Array, axis: int) -> jax.Array:
     begin = x.shape[axis] - last.shape[axis]
     x = jax.lax.dynamic_update_slice_in_dim(x, first, 0, axis)
     return jax.lax.dynamic_update_slice_in_dim(x, last, begin, axis)

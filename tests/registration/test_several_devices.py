@@ -114,14 +114,11 @@ def test_the_result_is_that_of_one_device(name: str, case: Shared) -> None:
             np.testing.assert_allclose(level.losses, right.losses, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("shift", "is_near"), [(0.0, True), (9.0, False)])
 @pytest.mark.parametrize("stage", [Greedy, SyN])
 def test_images_that_are_sampled_near_or_far_give_what_they_give_on_one_device(
-    monkeypatch: pytest.MonkeyPatch, stage: type[Deformable], shift: float, is_near: bool
+    monkeypatch: pytest.MonkeyPatch, stage: type[Deformable]
 ) -> None:
     fixed, moving = pair(40)
-    start = np.eye(4)
-    start[2, 3] = shift
     told: list[bool] = []
 
     def lie_near(*arguments: Any) -> jax.Array:
@@ -131,11 +128,15 @@ def test_images_that_are_sampled_near_or_far_give_what_they_give_on_one_device(
 
     monkeypatch.setattr(problem, "lie_near", lie_near)
     stages = [stage(scales=(1,), iterations=(20,))]
-    expected = register(fixed, moving, stages, initial=start)
-    found = register(fixed, moving, stages, initial=start, devices=jax.devices("cpu")[:2])
-    assert voxels_apart(found.transform.displacement, expected.transform.displacement) < 2e-3
-    assert told
-    assert all(told) == is_near
+    for shift, is_near in ((0.0, True), (9.0, False)):  # by one program
+        start = np.eye(4)
+        start[2, 3] = shift
+        told.clear()
+        expected = register(fixed, moving, stages, initial=start)
+        found = register(fixed, moving, stages, initial=start, devices=jax.devices("cpu")[:2])
+        assert voxels_apart(found.transform.displacement, expected.transform.displacement) < 2e-3
+        assert told
+        assert all(told) == is_near
 
 
 def test_masks_and_a_start_count_as_on_one_device() -> None:
