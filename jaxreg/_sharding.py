@@ -17,7 +17,17 @@ import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxreg._slabs import SLAB_AXES, Cut, MeshAxes, Reach, Run, SlabOp, Slabs, axes_of_slabs
+from jaxreg._slabs import (
+    SLAB_AXES,
+    UNKNOWN,
+    Cut,
+    MeshAxes,
+    Reach,
+    Run,
+    SlabOp,
+    Slabs,
+    axes_of_slabs,
+)
 
 Operands = tuple[jax.Array | None, ...]
 Call = Callable[..., dict[str, jax.Array]]
@@ -232,7 +242,7 @@ def spread_over_devices(
     reduction: Reduction,
     attributes: Mapping[str, Any],
     slab_op: SlabOp | None,
-    reach: Reach,
+    reach: Reach = UNKNOWN,
 ) -> Call:
     """The call, made on each device for the groups, the items and the planes that the device holds.
 
