@@ -274,9 +274,9 @@ def scaling_table(result: Result) -> str:
 
 
 # What a device sends to a neighbour in an iteration of greedy by LNCC with a window of 7, in bytes
-# for each voxel of a plane: 16 planes of the moving image; 3 of two images, and 3 back of a gradient;
-# 6 of what becomes the step, 8 components; 2, 3 and 2 of a field that is composed, smoothed and
-# charged for its energy.
+# for each voxel of a plane: 16 planes of the moving image; 3 of two images, and 3 back of a
+# gradient; 6 of what becomes the step, 8 components; 2, 3 and 2 of a field that is composed,
+# smoothed and charged for its energy.
 HALO_BYTES = 4 * (16 + 3 * 2 + 3 + 6 * 8 + (2 + 3 + 2) * 3)
 # Bytes per second that a device sends to its neighbour: NVLink of one host, and InfiniBand (NDR)
 # between hosts.
