@@ -21,6 +21,7 @@ from jaxreg.registration import (
     MIND,
     MSE,
     NCC,
+    NMI,
     Affine,
     Greedy,
     Moments,
@@ -193,16 +194,76 @@ def test_any_unit_of_intensities_does() -> None:
         assert error_in_mm(found.transform.matrix, truth, fixed) < 0.5
 
 
-@pytest.mark.parametrize("metric", [NCC(), LNCC()], ids=str)
-@pytest.mark.parametrize("factor", [1e-3, 1e3])
-def test_the_images_may_have_units_of_their_own(metric: Any, factor: float) -> None:
-    fixed, moving, truth = pair(3, Rigid)
+def in_units(volume: Volume, factor: float, offset: float) -> Volume:
+    """The same image, its intensities times a factor; the offset is in units of their deviation."""
+    array = np.asarray(volume.array, np.float64)
+    return volume.with_array(np.asarray(factor * (array + offset * array.std()), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("metric", "dim"),
+    [(NCC(), 2), (LNCC(), 2), (MI(), 2), (NMI(), 2), (MIND(radius=1), 2), (LNCC(), 3), (MI(), 3)],
+    ids=str,
+)
+def test_the_images_may_have_units_of_their_own(metric: Any, dim: int) -> None:
+    fixed, moving, _ = pair(dim, Rigid)
     stage = Rigid((2, 1), (16, 8), metric=metric, **SECOND_ORDER)
     alike = register(fixed, moving, [stage]).transform.matrix
-    scaled = moving.with_array(factor * np.asarray(moving.array))
-    found = register(fixed, scaled, [stage]).transform.matrix
-    assert error_in_mm(found, truth, fixed) < 0.5
-    assert error_in_mm(found, alike, fixed) < 0.05
+    # Beyond the grid a window has zeros, whatever the background: an offset is seen by LNCC.
+    offsets = (0, 0, 0) if isinstance(metric, LNCC) else (0, -2, 1)
+    for factor, offset in zip((1e3, 1e-3, 0.37), offsets, strict=True):
+        for images in (
+            (in_units(fixed, factor, offset), moving),
+            (fixed, in_units(moving, factor, offset)),
+            (in_units(fixed, factor, offset), in_units(moving, 1 / factor, -offset)),
+        ):
+            found = register(*images, [stage]).transform.matrix
+            assert error_in_mm(found, np.asarray(alike), fixed) < 0.01 * 4.5  # of a voxel
+
+
+def test_squared_differences_may_have_any_unit_in_common() -> None:
+    fixed, moving, _ = pair(2, Rigid)
+    stage = Rigid((2, 1), (16, 8), metric=MSE(), **SECOND_ORDER)
+    alike = register(fixed, moving, [stage]).transform.matrix
+    for factor, offset in ((1e3, 0), (1e-3, -2), (0.37, 1)):
+        shift = offset * float(np.asarray(fixed.array).std())
+        images = [x.with_array(np.float32(factor) * (x.array + shift)) for x in (fixed, moving)]
+        found = register(*images, [stage]).transform.matrix
+        assert error_in_mm(found, np.asarray(alike), fixed) < 0.01 * 4.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Misjudged(NCC):
+    """A metric that takes its curvature for something else."""
+
+    factor: float = 1
+    """What it is multiplied by."""
+    above: float = 1
+    """What it is multiplied by in the upper half."""
+
+    def curvature(self, moved: jax.Array, weight: jax.Array) -> jax.Array:
+        right = jnp.broadcast_to(super().curvature(moved, weight), moved.shape)
+        upper = jnp.arange(moved.shape[2]) >= moved.shape[2] // 2
+        parts = jnp.where(upper, self.above, 1.0)
+        return self.factor * right * parts.reshape(-1, *[1] * (moved.ndim - 3))
+
+
+@pytest.mark.parametrize("kind", [Rigid, Affine])
+@pytest.mark.parametrize(("factor", "above"), [(1e6, 1), (30, 1), (1e-6, 1), (1e4, 1e2)])
+def test_a_curvature_that_is_far_off_costs_steps_and_nothing_else(
+    kind: type[Linear], factor: float, above: float
+) -> None:
+    fixed, moving, _ = pair(3, kind)
+    right, found = (
+        register(
+            fixed,
+            moving,
+            [kind((2, 1), (32, 16), metric=metric, tolerance=1e-5, **SECOND_ORDER)],
+        )
+        for metric in (NCC(), Misjudged(factor=factor, above=above))
+    )
+    matrices = found.transform.matrix, np.asarray(right.transform.matrix)
+    assert error_in_mm(*matrices, fixed) < 0.05 * 4.5  # of a voxel
 
 
 def test_several_channels_count_by_their_weights_and_many_one_by_one() -> None:

@@ -9,6 +9,10 @@ the gradient changed along the last steps (BFGS, in Powell's damped form, which 
 A step solves :math:`(B + \lambda\,\mathrm{diag} B)\, p = -g`. If the loss falls it is taken and the
 damping :math:`\lambda` becomes smaller; if it does not, the damping becomes larger, and what was
 seen there corrects the matrix all the same.
+
+It has converged when little is left to be gained, and the matrix that says so has just been right:
+the trial before was foretold to gain little, too, and did not gain much more than that. Where the
+matrix alone says so, before any trial, the first one goes a good way, to see whether it is true.
 """
 
 from __future__ import annotations
@@ -31,6 +35,9 @@ _LEAST_DAMPING = 1e-4
 """Keeps the matrix far from singular in float32."""
 
 _MOST_DAMPING = 1e8
+
+_SHORTEST = 0.2
+"""So much of a first step goes one that is to see whether the matrix is right."""
 
 _FLATTEST = 1e-3
 """A parameter along which the loss is hardly curved is damped as if it were by this share of the
@@ -58,6 +65,10 @@ class Memory(NamedTuple):
     """Parameters that come next, ``(P,)``."""
     foretold: jax.Array
     """By how much the loss should fall there, a scalar."""
+    left: jax.Array
+    """By how much it should fall in all, from the best parameters so far, a scalar."""
+    surprise: jax.Array
+    """By how much more than foretold it fell at the last trial, a scalar."""
     steps: jax.Array
     changes: jax.Array
     """The last steps, and how the gradient changed along them, ``(pairs, P)``, the last one last;
@@ -69,6 +80,8 @@ class Memory(NamedTuple):
     """How often the loss was computed."""
     largest: jax.Array
     """The largest loss, in magnitude."""
+    converged: jax.Array
+    """Whether little is left to be gained, and this has been seen to be true; a scalar."""
 
 
 def nothing_known(start: jax.Array) -> Memory:
@@ -79,23 +92,40 @@ def nothing_known(start: jax.Array) -> Memory:
         Evaluation(jnp.zeros((), dtype), jnp.zeros(size, dtype), jnp.zeros((size, size), dtype)),
         jnp.copy(start),
         jnp.zeros((), dtype),
+        jnp.zeros((), dtype),
+        jnp.zeros((), dtype),
         jnp.zeros((_PAIRS, size), dtype),
         jnp.zeros((_PAIRS, size), dtype),
         jnp.full((), _DAMPING, dtype),
         jnp.full((), 2.0, dtype),
         jnp.zeros((), jnp.int32),
         jnp.zeros((), dtype),
+        jnp.zeros((), bool),
     )
 
 
-def judged(memory: Memory, found: Evaluation) -> Memory:
-    """Return what is known after the evaluation of the trial.
+def judged(memory: Memory, found: Evaluation, *, or_by_work: jax.Array) -> Memory:
+    r"""Return what is known after the evaluation of the trial.
 
     Where the loss falls the trial is the best from now on. If nothing is finite where a level
     starts, the best is not, either: so it is told.
+
+    Parameters
+    ----------
+    memory
+        With the trial.
+    found
+        What was found there.
+    or_by_work
+        Whether it is enough, a scalar, that the loss falls by what the gradient says: by its work
+        along the step :math:`p`, by the trapezoidal rule :math:`-(g_0 + g_1) \cdot p / 2`. That
+        leaves out what the gradient leaves out.
     """
     first = memory.evaluations == 0
+    step, change = memory.trial - memory.best, found.gradient - memory.at_best.gradient
+    work = -((memory.at_best.gradient + found.gradient) * step).sum() / 2
     fall = memory.at_best.loss - found.loss
+    fall = jnp.where(or_by_work, jnp.maximum(fall, work), fall)
     finite = jnp.isfinite(found.loss) & jnp.isfinite(found.gradient).all()
     better = first | (finite & (fall > 0))
     # The damping after Nielsen, "Damping parameter in Marquardt's method", IMM-REP-1999-05.
@@ -105,7 +135,6 @@ def judged(memory: Memory, found: Evaluation) -> Memory:
     damping = jnp.clip(jnp.where(better, smaller, larger), _LEAST_DAMPING, _MOST_DAMPING)
     damping = jnp.where(first, memory.damping, damping)
     growth = jnp.where(better, 2.0, 2 * memory.growth)
-    step, change = memory.trial - memory.best, found.gradient - memory.at_best.gradient
     known = finite & ~first
 
     def pushed(rows: jax.Array, row: jax.Array) -> jax.Array:
@@ -119,6 +148,7 @@ def judged(memory: Memory, found: Evaluation) -> Memory:
     return memory._replace(
         best=jnp.where(first & ~finite, jnp.nan, best),
         at_best=at_best,
+        surprise=jnp.where(known, fall - memory.foretold, 0),
         steps=pushed(memory.steps, step),
         changes=pushed(memory.changes, change),
         damping=damping,
@@ -129,7 +159,12 @@ def judged(memory: Memory, found: Evaluation) -> Memory:
 
 
 def proposed(
-    memory: Memory, *, longest: jax.Array, first: jax.Array, is_scaled: jax.Array
+    memory: Memory,
+    *,
+    longest: jax.Array,
+    first: jax.Array,
+    is_scaled: jax.Array,
+    least: jax.Array,
 ) -> Memory:
     """Return the memory with the next trial.
 
@@ -141,33 +176,58 @@ def proposed(
         How long a step may be, a scalar: the Euclidean norm of the parameters.
     first
         How long the first step is, where the unit of the Gauss-Newton matrix is not that of the
-        loss: how the gradient changes along it will tell.
+        loss: how the gradient changes along it will tell. Where it is, and the matrix says that
+        hardly anything is to be gained, a fifth of that.
     is_scaled
         Whether it is, a scalar.
+    least
+        A gain that is no longer worth an evaluation, a scalar.
 
     Returns
     -------
     Memory
-        With the trial, and by how much the loss should fall there.
+        With the trial, by how much the loss should fall there, and whether the method has
+        converged.
     """
     _, gradient, normal = memory.at_best
-    last, change = memory.steps[-1], memory.changes[-1]
-    seen, expected = (last * change).sum(), _form(normal, last)
-    usable = (seen > 0) & (expected > 0)
-    matrix = normal * jnp.where(usable, seen / jnp.where(usable, expected, 1), 1)
+    # Without a step along which the loss was curved upwards there is no unit to be had.
+    unit, has_unit = jnp.ones((), gradient.dtype), is_scaled
     for step, change in zip(memory.steps, memory.changes, strict=True):
-        matrix = _corrected(matrix, step, change)
+        seen, expected = (step * change).sum(), _form(normal, step)
+        usable = (seen > 0) & (expected > 0)
+        unit = jnp.where(usable, seen / jnp.where(usable, expected, 1), unit)
+        has_unit = has_unit | usable
+    matrix = normal * unit
+    for step, change in zip(memory.steps, memory.changes, strict=True):
+        matrix = jnp.where(has_unit, _corrected(matrix, step, change), matrix)
     diagonal = jnp.diagonal(matrix)
     scale = jnp.maximum(diagonal, _FLATTEST * diagonal.max())
     scale = jnp.where(scale > 0, scale, 1)
     step = -solved(matrix + memory.damping * jnp.diag(scale), gradient)
     length = jnp.sqrt((step**2).sum())
-    at_once = is_scaled | (last != 0).any()
-    goal = jnp.where(at_once, jnp.minimum(length, longest), jnp.minimum(first, longest))
+    # A long way off the matrix that is damped says less than is left.
+    left = -(1 + memory.damping) * (gradient * step).sum() / 2
+    left = jnp.where(has_unit | ~(length > 0), left, jnp.inf)
+    little = ~(left > least)  # a NaN is, too
+    begins = memory.evaluations == 1
+    at_once = has_unit & ~(begins & little)
+    # As long as the loss falls and is not curved upwards, steps become longer.
+    last = jnp.sqrt((memory.steps[-1] ** 2).sum())
+    refused = memory.growth > 2
+    next_one = jnp.where(last > 0, jnp.where(refused, 0.5, 2.0) * last, first)
+    probing = jnp.where(has_unit, jnp.maximum(_SHORTEST * first, length), next_one)
+    goal = jnp.minimum(jnp.where(at_once, length, probing), longest)
+    goal = jnp.where(refused & (last > 0), jnp.minimum(goal, last / 2), goal)
     step = step * (goal / jnp.where(length > 0, length, 1))
     downhill = -(gradient * step).sum()
     foretold = jnp.where(at_once, downhill - _form(matrix, step) / 2, downhill / 2)
-    return memory._replace(trial=memory.best + step, foretold=foretold)
+    confirmed = ~begins & ~(memory.left > least) & ~(memory.surprise > least)
+    return memory._replace(
+        trial=memory.best + step,
+        foretold=foretold,
+        left=left,
+        converged=little & (confirmed | jnp.isnan(left)),
+    )
 
 
 def _form(matrix: jax.Array, vector: jax.Array) -> jax.Array:

@@ -64,6 +64,9 @@ _POINTS = 2**16
 _LONGEST = 8
 """A step of second order goes at most so many times as far as one of Adam."""
 
+_NEAR = 0.5
+"""Over so many voxels the gradients at both ends of a step tell how the loss changes between."""
+
 _EPSILON = 1e-6
 """A mean loss changes by less than so much of its scale, over a voxel, only through rounding."""
 
@@ -130,9 +133,11 @@ class Linear(Iterative):
         gradient a fifth as often. The curvature is that of Gauss and Newton, from the slopes of the
         moving image at 65,536 points of the level at most, and from how the gradient changed along
         the last steps; a metric may know its own, see `Metric.curvature`. Iterations are
-        evaluations of the loss, and a trace has the least of those so far. Only steps that make
-        the loss smaller are taken. A level ends when a step is foretold to make it smaller by less
-        than ``tolerance / window`` times the largest loss of the level.
+        evaluations of the loss, and a trace has that of the best parameters so far. Only steps that
+        make the loss smaller are taken. Where it changes with what the images cover, and the
+        gradient does not (see `Metric.has_gradient_of_mask`), it is enough for a step of up to half
+        a voxel if the gradient says so. A level ends when less than ``tolerance / window`` times
+        its largest loss is left to be gained, and the step before has shown that this is true.
 
     Raises
     ------
@@ -226,12 +231,17 @@ class Linear(Iterative):
             memory: Memory = state.moments
             loss = memory.at_best.loss.astype(jnp.float32)
             losses = jnp.where(jnp.arange(iterations) >= trace.ran, loss, trace.losses)
-            least = self.tolerance / self.window * memory.largest
-            converged = ~(memory.foretold > least) & self.tests(iterations)
+            converged = memory.converged & self.tests(iterations)
             return state, Trace(losses, trace.ran + 1, converged)
 
         carry: tuple[State, Trace] = jax.lax.while_loop(unfinished, iterate, (state, trace))
-        return carry
+        state, trace = carry
+        ended = trace.converged | (trace.ran == iterations)
+        worse = ended & (trace.losses[-1] > trace.losses[0])
+        found = jax.tree.map(
+            functools.partial(jnp.where, worse), self.start_of_level(state.found), state.found
+        )
+        return state._replace(found=found), trace
 
     def _second_order_step(self, level: Level, state: State) -> State:
         """Judge the trial of the step before, and find the next one."""
@@ -241,10 +251,22 @@ class Linear(Iterative):
         memory: Memory = state.moments
         loss, gradient = self._loss_and_gradient(level, motion, unravel(memory.trial))
         normal = self._normal(level, level.probe, motion, memory.trial)
-        memory = judged(memory, Evaluation(loss, ravel_pytree(gradient)[0], normal))
-        rate = self.learning_rate * level.voxel_size() / motion.length
+        voxel = level.voxel_size() / motion.length
+        # What the images cover changes the loss, but not the gradient, of most metrics: judged by
+        # the loss, a step that follows the gradient might never be taken.
+        is_near = jnp.sqrt(((memory.trial - memory.best) ** 2).sum()) <= _NEAR * voxel
+        memory = judged(
+            memory,
+            Evaluation(loss, ravel_pytree(gradient)[0], normal),
+            or_by_work=is_near & (not self.metric.has_gradient_of_mask),
+        )
+        rate = self.learning_rate * voxel
         memory = proposed(
-            memory, longest=_LONGEST * rate, first=rate, is_scaled=level.probe.is_scaled
+            memory,
+            longest=_LONGEST * rate,
+            first=rate,
+            is_scaled=level.probe.is_scaled,
+            least=self.tolerance / self.window * memory.largest,
         )
         return State(motion._replace(parameters=unravel(memory.best)), memory)
 
