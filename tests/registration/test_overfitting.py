@@ -18,6 +18,7 @@ from jaxreg.registration import (
     NCC,
     SVF,
     Affine,
+    Bending,
     CoarseToFine,
     Elasticity,
     Greedy,
@@ -180,5 +181,6 @@ def test_a_preset_stops_before_anything_is_deformed() -> None:
 
 def test_the_default_deformations_are_held_back() -> None:
     for stage in DEFORMABLE:
-        assert isinstance(stage().regularisation, Elasticity)
+        penalty = Bending if stage is FFD else Elasticity
+        assert isinstance(stage().regularisation, penalty)
         assert stage(regularisation=None).regularisation is None
