@@ -84,16 +84,16 @@ class Slabs:
         """A slab with the planes before and after it, zeros where the volume has none."""
         x = self.inside(x, axis)
         if before == after and 0 < before <= self.own:
-            first = jax.lax.slice_in_dim(x, 0, after, axis=axis)
-            last = jax.lax.slice_in_dim(x, self.own - before, self.own, axis=axis)
+            first = _planes_of(x, 0, after, axis)
+            last = _planes_of(x, self.own - before, self.own, axis)
             lower, upper = self.swapped({"x": last}, {"x": first})
             return jnp.concatenate([lower["x"], x, upper["x"]], axis)
         parts = [x]
         for hops, count in self._hops(before):
-            own_last = jax.lax.slice_in_dim(x, self.own - count, self.own, axis=axis)
+            own_last = _planes_of(x, self.own - count, self.own, axis)
             parts.insert(0, self.moved(own_last, hops))
         for hops, count in self._hops(after):
-            own_first = jax.lax.slice_in_dim(x, 0, count, axis=axis)
+            own_first = _planes_of(x, 0, count, axis)
             parts.append(self.moved(own_first, -hops))
         return jnp.concatenate(parts, axis) if len(parts) > 1 else x
 
@@ -150,10 +150,7 @@ class Slabs:
         inside = {name: self.inside(x, axes[name]) for name, x in arrays.items()}
 
         def planes(begin: int, end: int) -> Arrays:
-            return {
-                name: jax.lax.slice_in_dim(x, begin, end, axis=axes[name])
-                for name, x in inside.items()
-            }
+            return {name: _planes_of(x, begin, end, axes[name]) for name, x in inside.items()}
 
         before, after = self.swapped(planes(self.own - reach, self.own), planes(0, reach))
         first, last = planes(0, inner), planes(self.own - inner, self.own)
@@ -167,21 +164,21 @@ class Slabs:
 
     def add_halo(self, x: jax.Array, axis: int, before: int, after: int) -> jax.Array:
         """The transpose of :meth:`with_halo`: what devices have for planes of others joins them."""
-        own = jax.lax.slice_in_dim(x, before, before + self.own, axis=axis)
+        own = _planes_of(x, before, before + self.own, axis)
         if before == after and 0 < before <= self.own:
-            to_previous = jax.lax.slice_in_dim(x, 0, before, axis=axis)
-            to_next = jax.lax.slice_in_dim(x, before + self.own, x.shape[axis], axis=axis)
+            to_previous = _planes_of(x, 0, before, axis)
+            to_next = _planes_of(x, before + self.own, x.shape[axis], axis)
             lower, upper = self.swapped({"x": to_next}, {"x": to_previous})
             own = _added(own, upper["x"], axis, self.own - before)
             return self.inside(_added(own, lower["x"], axis, 0), axis)
         end = before
         for hops, count in self._hops(before):
-            part = jax.lax.slice_in_dim(x, end - count, end, axis=axis)
+            part = _planes_of(x, end - count, end, axis)
             own = _added(own, self.moved(part, -hops), axis, self.own - count)
             end -= count
         begin = before + self.own
         for hops, count in self._hops(after):
-            part = jax.lax.slice_in_dim(x, begin, begin + count, axis=axis)
+            part = _planes_of(x, begin, begin + count, axis)
             own = _added(own, self.moved(part, hops), axis, 0)
             begin += count
         return self.inside(own, axis)
@@ -228,6 +225,16 @@ class Slabs:
         return [(hop, min(self.own, planes - (hop - 1) * self.own)) for hop in hops]
 
 
+def _planes_of(x: jax.Array, begin: int, end: int, axis: int) -> jax.Array:
+    """Some planes of a slab."""
+    if x.shape[0] == 1 and axis > 0:
+        # XLA joins this slice with one that the slab is itself, as half of the fields of SyN, if
+        # no group axis was put between them. Otherwise the slab would be copied for its planes.
+        planes = jax.lax.slice_in_dim(jax.lax.squeeze(x, (0,)), begin, end, axis=axis - 1)
+        return jax.lax.expand_dims(planes, (0,))
+    return jax.lax.slice_in_dim(x, begin, end, axis=axis)
+
+
 def _with_ends(x: jax.Array, first: jax.Array, last: jax.Array, axis: int) -> jax.Array:
     """A slab with other planes at its ends, which are written in its place."""
     if x.shape[0] == 1:
@@ -245,7 +252,7 @@ def _with_ends_of_group(x: jax.Array, first: jax.Array, last: jax.Array, axis: i
 
 
 def _added(x: jax.Array, part: jax.Array, axis: int, begin: int) -> jax.Array:
-    there = jax.lax.slice_in_dim(x, begin, begin + part.shape[axis], axis=axis)
+    there = _planes_of(x, begin, begin + part.shape[axis], axis)
     return jax.lax.dynamic_update_slice_in_dim(x, there + part, begin, axis)
 
 
@@ -571,9 +578,7 @@ def _sampling(
         for window, at, plane in zip(ends, (-near, own - inner), (0, out_own - near), strict=True):
             part = arrays | {sampled: window}
             if vectors is not None:
-                field_part = jax.lax.slice_in_dim(
-                    arrays[field], plane, plane + near, axis=field_axis
-                )
+                field_part = _planes_of(arrays[field], plane, plane + near, field_axis)
                 part = part | {field: field_part}
             parts.append(
                 run(
@@ -807,7 +812,7 @@ def _by_ends(
     if own < 2 * reach:
         halos = {name: slabs.with_halo(x, axes[name], reach, reach) for name, x in arrays.items()}
         return {
-            name: jax.lax.slice_in_dim(x, reach, reach + own, axis=axes[name])
+            name: _planes_of(x, reach, reach + own, axes[name])
             for name, x in compute(halos, -reach).items()
         }
     inside = {name: slabs.inside(x, axes[name]) for name, x in arrays.items()}
@@ -817,9 +822,7 @@ def _by_ends(
     results = {}
     for name, x in compute(inside, 0).items():
         axis = axes[name]
-        first, last = (
-            jax.lax.slice_in_dim(end[name], reach, 2 * reach, axis=axis) for end in (firsts, lasts)
-        )
+        first, last = (_planes_of(end[name], reach, 2 * reach, axis) for end in (firsts, lasts))
         results[name] = _with_ends(x, first, last, axis)
     return results
 
@@ -867,7 +870,7 @@ def _mind_ssc(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut)
     image = slabs.with_edges(arrays["image"], axis, reach)
 
     def own(x: jax.Array) -> jax.Array:
-        return jax.lax.slice_in_dim(x, reach, reach + slabs.own, axis=axis)
+        return _planes_of(x, reach, reach + slabs.own, axis)
 
     if "grad_output" in arrays:
         cotangent = slabs.alone(arrays["grad_output"], axis, reach)
@@ -946,7 +949,7 @@ def _lncc_of_halos(
     def placed(x: jax.Array, begin: int, end: int, before: int, after: int) -> jax.Array:
         """Some planes between zeros."""
         widths = [(before, after) if i == axis else (0, 0) for i in range(x.ndim)]
-        return jnp.pad(jax.lax.slice_in_dim(x, begin, end, axis=axis), widths)
+        return jnp.pad(_planes_of(x, begin, end, axis), widths)
 
     inside = {name: slabs.inside(x, axis) for name, x in arrays.items()}
     ends = slabs.ends(images, dict.fromkeys(images, axis), reach, 2 * reach)
@@ -962,15 +965,15 @@ def _lncc_of_halos(
     )
     results = {}
     gradients = [name for name in inner if name.startswith("grad_")]
-    to_next = {x: jax.lax.slice_in_dim(last[x], 2 * reach, 3 * reach, axis=axis) for x in gradients}
-    to_previous = {x: jax.lax.slice_in_dim(first[x], 0, reach, axis=axis) for x in gradients}
+    to_next = {x: _planes_of(last[x], 2 * reach, 3 * reach, axis) for x in gradients}
+    to_previous = {x: _planes_of(first[x], 0, reach, axis) for x in gradients}
     before, after = slabs.swapped(to_next, to_previous)
     for name, x in inner.items():
         if name not in gradients:
             results[name] = x + first[name] + last[name]
             continue
-        x = _added(x, jax.lax.slice_in_dim(first[name], reach, 3 * reach, axis=axis), axis, 0)
-        part = jax.lax.slice_in_dim(last[name], 0, 2 * reach, axis=axis)
+        x = _added(x, _planes_of(first[name], reach, 3 * reach, axis), axis, 0)
+        part = _planes_of(last[name], 0, 2 * reach, axis)
         x = _added(x, part, axis, own - 2 * reach)
         x = _added(x, after[name], axis, own - reach)
         results[name] = _added(x, before[name], axis, 0)
@@ -1024,7 +1027,7 @@ def _spline_coefficients(
 
     def whole(x: jax.Array) -> jax.Array:
         planes = jax.lax.all_gather(x, slabs.axes, axis=axis, tiled=True)
-        return jax.lax.slice_in_dim(planes, 0, slabs.planes, axis=axis)
+        return _planes_of(planes, 0, slabs.planes, axis)
 
     def own(x: jax.Array) -> jax.Array:
         beyond = slabs.own * slabs.devices - slabs.planes

@@ -20,7 +20,7 @@ from jaxreg.registration.stages.adam import (
     riemannian_adam_step,
 )
 from jaxreg.registration.stages.deformable import Deformable, Loss
-from jaxreg.registration.stages.fields import confined, smoothed, smoothing
+from jaxreg.registration.stages.fields import confined, longest, smoothed, smoothing
 from jaxreg.registration.stages.iterative import Iterate, Resolution, State
 from jaxreg.registration.stages.neighbours import differences
 from jaxreg.registration.stages.problem import Level, Weighted, sampled_near
@@ -96,8 +96,7 @@ class Diffeomorphic(Deformable):
         # A step makes no displacement longer than by its own length, and smoothing none at all.
         voxels = jnp.asarray([max(n - 1, 1) for n in level.shape[::-1]])
         steps = indices.size * self.learning_rate / voxels
-        longest = jnp.abs(state.found).max(tuple(range(state.found.ndim - 1))) + steps
-        is_near = level.lies_near(longest)
+        is_near = level.lies_near(longest(state.found) + steps)
 
         def far(state: State, index: jax.Array) -> tuple[State, jax.Array]:
             return iterate(state, index)

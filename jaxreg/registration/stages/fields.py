@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxreg import gaussian_smooth
 
-__all__ = ["cell_determinants", "confined", "mended", "smoothed", "smoothing"]
+__all__ = ["cell_determinants", "confined", "longest", "mended", "smoothed", "smoothing"]
 
 _Carry = tuple[jax.Array, jax.Array, jax.Array]
 """The field, its bad cells, and the number of rounds."""
@@ -53,6 +53,13 @@ def confined(field: jax.Array) -> jax.Array:
         ends = (index == 0) | (index == sizes[axis] - 1)
         on_face |= ends & (across == component)
     return jnp.where(on_face, 0, field)
+
+
+def longest(field: jax.Array) -> jax.Array:
+    """Return the greatest size of each component, ``(D,)``."""
+    # A reduction to an axis of three would have three of 32 threads of a GPU at work.
+    components = (field[..., component] for component in range(field.shape[-1]))
+    return jnp.stack([jnp.abs(component).max() for component in components])
 
 
 def cell_determinants(displacement: jax.Array) -> list[jax.Array]:

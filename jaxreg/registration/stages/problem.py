@@ -18,6 +18,7 @@ from jaxreg._shared_planes import samples_near
 from jaxreg._slabs import lie_near
 from jaxreg.registration.intensities import Clip, clipped, matched
 from jaxreg.registration.stages.coverage import coverage, margins
+from jaxreg.registration.stages.fields import longest
 from jaxreg.registration.stages.metrics import Metric, shrunk
 from jaxreg.registration.stages.pyramid import FEW_CHANNELS, downsample, level_shape, resize_field
 from jaxreg.registration.stages.spread import devices_of, spread
@@ -241,12 +242,12 @@ class Level(NamedTuple):
         weight = found.weight if self.content is None else found.weight * self.content
         return found._replace(weight=weight)
 
-    def lies_near(self, longest: jax.Array) -> jax.Array | None:
+    def lies_near(self, displaced: jax.Array) -> jax.Array | None:
         """Return whether all devices have at hand what they sample of the images.
 
         Parameters
         ----------
-        longest
+        displaced
             How long displacements of both images are at most along x, y and z, before that of the
             level, in normalised coordinates, ``(3,)``.
 
@@ -259,11 +260,11 @@ class Level(NamedTuple):
         devices = min(map(devices_of, (self.shape, *shapes)))
         if devices == 1:
             return None
-        of_moving = longest
+        of_moving = displaced
         if self.displacement is not None:
-            of_moving = longest + jnp.abs(self.displacement).max((0, 1, 2, 3))
+            of_moving = displaced + longest(self.displacement)
         affine = self.normalised(self.matrix)
-        return lie_near(None, longest, shapes[0], self.shape, devices) & lie_near(
+        return lie_near(None, displaced, shapes[0], self.shape, devices) & lie_near(
             affine, of_moving, shapes[1], self.shape, devices
         )
 
