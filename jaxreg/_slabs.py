@@ -788,6 +788,8 @@ def _by_ends(
     axes: Mapping[str, int],
     reach: int,
     slabs: Slabs,
+    *,
+    at_once: bool = True,
 ) -> Arrays:
     """What a stencil makes of a slab: it is computed as it is, and its ends again with halos.
 
@@ -805,6 +807,8 @@ def _by_ends(
         That of the planes, of the arrays and of the results.
     reach
         How many planes beyond its own a plane of a result depends on.
+    at_once
+        Whether the slab is computed while its ends travel.
     """
     own = slabs.own
     if reach == 0:
@@ -815,8 +819,13 @@ def _by_ends(
             name: _planes_of(x, reach, reach + own, axes[name])
             for name, x in compute(halos, -reach).items()
         }
+    if not at_once:
+        # So that the ends are cut from the slab, not from what its parts are written from.
+        arrays = jax.lax.optimization_barrier(arrays)
     inside = {name: slabs.inside(x, axes[name]) for name, x in arrays.items()}
     ends = slabs.ends(arrays, axes, reach, 2 * reach)
+    if not at_once:
+        inside, ends = jax.lax.optimization_barrier((inside, ends))
     firsts = compute({name: first for name, (first, _) in ends.items()}, -reach)
     lasts = compute({name: last for name, (_, last) in ends.items()}, own - 2 * reach)
     results = {}
@@ -834,7 +843,9 @@ def _smoothing_axis(attributes: Mapping[str, Any]) -> int:
 def _gaussian_smooth(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) -> Arrays:
     reach = min(math.ceil(attributes["truncate"] * attributes["sigma"][0]), cut.planes.planes - 1)
     axes = dict.fromkeys(_SMOOTHED, _smoothing_axis(attributes))
-    return _by_ends(lambda part, _: run(part), arrays, axes, reach, cut.planes)
+    # The kernel takes all of a GPU from its beginning to its end. Sending is a kernel, too, and one
+    # that comes second on either of two GPUs would hold up both for as long.
+    return _by_ends(lambda part, _: run(part), arrays, axes, reach, cut.planes, at_once=False)
 
 
 def _step_gradient(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) -> Arrays:

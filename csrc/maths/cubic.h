@@ -70,6 +70,63 @@ REGKERNELS_HD int mirrored_index(int index, int n, bool centres) {
   return static_cast<int>(m < n ? m : period - edge - m);
 }
 
+// A position that is reflected, a whole number of periods nearer; 0 if it is not a number, or
+// infinite. It is seldom that far from the volume.
+template <class T>
+REGKERNELS_HD_APART T within_period(T p, int n, bool align_corners) {
+  const T period = static_cast<T>(2 * (static_cast<int64_t>(n) - align_corners));
+  T q = p - period * floor(p / period);
+  q = q > 0 ? q : T(0);
+  return q < period ? q : T(0);
+}
+
+// Whether nothing changes along an axis: the only coordinate of one without extent is 0, whatever a
+// displacement along it says; and what a single voxel continues as is its value everywhere.
+REGKERNELS_HD bool is_constant_axis(int n, const Sampling& sampling) {
+  return n == 1 && (sampling.align_corners || sampling.padding != Padding::kZeros);
+}
+
+// Beyond these positions along an axis nothing changes any more, where nothing is reflected. Only a
+// B-spline is clamped to the border as a whole: so its values beyond are those of the border, and
+// its derivative is continuous there.
+template <class T>
+struct TapLimits {
+  T low, high;
+};
+template <class T>
+REGKERNELS_HD TapLimits<T> tap_limits(int n, const Sampling& sampling) {
+  const bool zeros = sampling.padding == Padding::kZeros;
+  const bool clamps = sampling.mode == Mode::kBSpline && !zeros;
+  return {zeros    ? T(-3)
+          : clamps ? T(0)
+                   : T(-1),
+          static_cast<T>(zeros    ? n + 1
+                         : clamps ? n - 1
+                                  : n)};
+}
+
+// The first of the taps around a position, which is `fraction` of the way from the second to the
+// third.
+template <class T>
+REGKERNELS_HD int first_tap(T position, T& fraction) {
+  const T below = fast_floor(position);
+  fraction = position - below;
+  return static_cast<int>(below) - 1;
+}
+
+// The voxel that an array goes on with at an index beyond its ends; -1 for zero. What is outside is
+// 0, the border's voxel or the mirrored one; the coefficients of a B-spline are mirrored at a
+// border that it is clamped to.
+REGKERNELS_HD int continued_index(int index, int n, const Sampling& sampling) {
+  if (unsigned(index) < unsigned(n)) return index;
+  const bool reflects = sampling.padding == Padding::kReflection;
+  if (sampling.padding == Padding::kZeros) return -1;
+  if (reflects || sampling.mode == Mode::kBSpline) {
+    return mirrored_index(index, n, !reflects || sampling.align_corners);
+  }
+  return index < 0 ? 0 : n - 1;
+}
+
 // The taps of a sample along one axis, to which the boundary rules have been applied. One that does
 // not count has the weight and the slope 0, and the index of one that may be read.
 template <class T>
@@ -80,21 +137,11 @@ struct AxisTaps {
   int nearest;  // the voxel of the volume at or below the sample, as far as there is one
 };
 
-// Applies the boundary rules along one axis, tap by tap: what is outside is 0, the border's voxel
-// or the mirrored one, and so is its coefficient. Only a B-spline is clamped to the border as a
-// whole, from where the coefficients are mirrored: so its values beyond are those of the border,
-// and its derivative is continuous there.
-//
-// A position that is not a number or infinite samples as outside: zero, or the clamped voxel.
+// Applies the boundary rules along one axis, tap by tap.
 template <class T>
 REGKERNELS_HD AxisTaps<T> locate_taps(T p, int n, const Sampling& sampling) {
   AxisTaps<T> taps;
-  const bool is_spline = sampling.mode == Mode::kBSpline;
-  const bool zeros = sampling.padding == Padding::kZeros;
-  const bool reflects = sampling.padding == Padding::kReflection;
-  // The only coordinate of an axis without extent is 0, whatever a displacement along it says; and
-  // what a single voxel continues as is its value everywhere.
-  if (n == 1 && (sampling.align_corners || !zeros)) {
+  if (is_constant_axis(n, sampling)) {
     REGKERNELS_UNROLL
     for (int i = 0; i < kTaps; ++i) {
       taps.index[i] = 0;
@@ -104,47 +151,28 @@ REGKERNELS_HD AxisTaps<T> locate_taps(T p, int n, const Sampling& sampling) {
     taps.nearest = 0;
     return taps;
   }
-  bool varies;  // with the position
+  const bool reflects = sampling.padding == Padding::kReflection;
+  // A position that is not a number or infinite samples as outside: zero, or the clamped voxel.
+  bool varies;
   if (reflects) {
-    const T limit = static_cast<T>(n + 4);
-    varies = true;
-    if (!(p > -4 && p < limit)) {
-      // Whole periods further on all is the same.
-      const T period = static_cast<T>(2 * (static_cast<int64_t>(n) - sampling.align_corners));
-      T q = p - period * floor(p / period);
-      varies = q == q;  // which is not so of infinities either
-      q = q > 0 ? q : T(0);
-      p = q < period ? q : T(0);
-    }
+    varies = p - p == 0;  // it is a number, and finite
+    if (!(p > -4 && p < static_cast<T>(n + 4))) p = within_period(p, n, sampling.align_corners);
   } else {
-    // From here on nothing changes any more.
-    const bool clamps = is_spline && !zeros;
-    const T low = zeros ? T(-3) : clamps ? T(0) : T(-1);
-    const T high = static_cast<T>(zeros ? n + 1 : clamps ? n - 1 : n);
-    varies = p > low && p < high;
-    p = p > low ? p : low;  // low also where p is not a number
-    p = p < high ? p : high;
+    const TapLimits<T> limits = tap_limits<T>(n, sampling);
+    varies = p > limits.low && p < limits.high;
+    p = p > limits.low ? p : limits.low;  // so it is where p is not a number
+    p = p < limits.high ? p : limits.high;
   }
-  const T below = fast_floor(p);
-  const T t = p - below;
-  const int first = static_cast<int>(below) - 1;
-  tap_weights(sampling.mode, t, taps.weight);
-  tap_slopes(sampling.mode, t, taps.slope);
+  T fraction;
+  const int first = first_tap(p, fraction);
+  tap_weights(sampling.mode, fraction, taps.weight);
+  tap_slopes(sampling.mode, fraction, taps.slope);
   REGKERNELS_UNROLL
   for (int i = 0; i < kTaps; ++i) {
-    int index = first + i;
-    const bool inside = unsigned(index) < unsigned(n);
-    if (!inside) {
-      if (zeros) {
-        taps.weight[i] = taps.slope[i] = 0;
-        index = index < 0 ? 0 : n - 1;
-      } else if (reflects || is_spline) {
-        index = mirrored_index(index, n, !reflects || sampling.align_corners);
-      } else {
-        index = index < 0 ? 0 : n - 1;
-      }
-    }
-    taps.index[i] = index;
+    const int index = first + i;
+    const int there = continued_index(index, n, sampling);
+    if (there < 0) taps.weight[i] = taps.slope[i] = 0;
+    taps.index[i] = there >= 0 ? there : index < 0 ? 0 : n - 1;
     if (!varies) taps.slope[i] = 0;
   }
   int nearest = first + 1;

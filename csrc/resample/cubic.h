@@ -162,36 +162,47 @@ struct CubicResampling : Plain {
     // Samples the channels that lie side by side, from `channel` on.
     template <bool kChecked>
     REGKERNELS_HD void values(const Taps& taps, int channel, T (&value)[Layout::kPixel]) const {
-      constexpr int kPixel = Layout::kPixel;
       const S* const data = this->input + this->self->in_layout.channel(channel);
-      T line[kPixel][kTaps];
-      REGKERNELS_UNROLL
-      for (int i = 0; i < kTaps; ++i) {
-        REGKERNELS_UNROLL
-        for (int c = 0; c < kPixel; ++c) line[c][i] = no_terms();
-      }
+      T line[Layout::kPixel][kTaps];
+      begin_lines(line);
       bool any = !kChecked;
       for_each_row<kChecked>(taps, [&](int64_t offset, int j, int k) {
         const T factor = row_factor(taps, j, k);
         any = any | (factor != 0);
-        const S* const row = data + offset * kPixel;
-        REGKERNELS_UNROLL
-        for (int i = 0; i < kTaps; ++i) {
-          REGKERNELS_UNROLL
-          for (int c = 0; c < kPixel; ++c) {
-            const int place = along_x<kChecked>(taps, i) * kPixel + c;
-            add_term<kChecked>(factor, to_arithmetic(row[place]), line[c][i]);
-          }
-        }
+        const S* const row = data + offset * Layout::kPixel;
+        add_row<kChecked>(
+            factor,
+            [&](int i, int c) {
+              return to_arithmetic(row[along_x<kChecked>(taps, i) * Layout::kPixel + c]);
+            },
+            line);
       });
       if (kChecked)
         any = any & (taps[0].weight[0] != 0 || taps[0].weight[1] != 0 || taps[0].weight[2] != 0 ||
                      taps[0].weight[3] != 0);
       REGKERNELS_UNROLL
-      for (int c = 0; c < kPixel; ++c) {
+      for (int c = 0; c < Layout::kPixel; ++c) {
         // Where no tap counts, this is a positive zero.
         const T sum = dot<kChecked>(taps[0].weight, line[c]);
         value[c] = any ? sum : T(0);
+      }
+    }
+
+    // The sums over rows, of each channel and tap along x: before the first row, and with one more,
+    // of which tap(i, c) are the values.
+    static REGKERNELS_HD void begin_lines(T (&line)[Layout::kPixel][kTaps]) {
+      REGKERNELS_UNROLL
+      for (int i = 0; i < kTaps; ++i) {
+        REGKERNELS_UNROLL
+        for (int c = 0; c < Layout::kPixel; ++c) line[c][i] = no_terms();
+      }
+    }
+    template <bool kChecked, class Tap>
+    static REGKERNELS_HD void add_row(T factor, const Tap& tap, T (&line)[Layout::kPixel][kTaps]) {
+      REGKERNELS_UNROLL
+      for (int i = 0; i < kTaps; ++i) {
+        REGKERNELS_UNROLL
+        for (int c = 0; c < Layout::kPixel; ++c) add_term<kChecked>(factor, tap(i, c), line[c][i]);
       }
     }
 
@@ -279,23 +290,30 @@ struct CubicForward {
       const R& r = self->resampling;
       const Vec<T, D> u = source.vector(voxel);
       const Vec<T, D> p = source.position(voxel, u);
+      source.sample(p, [&](const auto& taps, auto checked) {
+        const int channels = R::Layout::kLast ? 1 : r.in_layout.count();
+        REGKERNELS_NO_UNROLL
+        for (int channel = 0; channel < channels; ++channel) {
+          T value[R::Layout::kPixel];
+          source.template values<decltype(checked)::value>(taps, channel, value);
+          store(voxel, u, channel, value);
+        }
+      });
+    }
+
+    // Writes the samples of the channels that lie side by side, from `channel` on, at a voxel whose
+    // vector is u. Every lane of the warp must take part.
+    REGKERNELS_HD void store(const Voxel& voxel, const Vec<T, D>& u, int channel,
+                             const T (&value)[R::Layout::kPixel]) const {
+      const R& r = self->resampling;
       if constexpr (R::Layout::kLast) {
-        Vec<T, D> value;
-        source.sample(p, [&](const auto& taps, auto checked) {
-          source.template values<decltype(checked)::value>(taps, 0, value.v);
-        });
+        Vec<T, D> sum;
         REGKERNELS_UNROLL
-        for (int k = 0; k < D; ++k) value[k] += self->add_field ? u[k] : T(0);
-        store_packed(output + voxel.row(r.map.out.size) * D, voxel, value);
-      } else {
-        S* target = source.template out_pointer<1>(output, voxel);
-        source.sample(p, [&](const auto& taps, auto checked) {
-          for_each_channel(r.in_layout, [&](auto channel) {
-            T value[1];
-            source.template values<decltype(checked)::value>(taps, channel, value);
-            if (voxel.active) target[r.out_layout.channel(channel)] = to_storage<S>(value[0]);
-          });
-        });
+        for (int k = 0; k < D; ++k) sum[k] = value[k] + (self->add_field ? u[k] : T(0));
+        store_packed(output + voxel.row(r.map.out.size) * D, voxel, sum);
+      } else if (voxel.active) {
+        source.template out_pointer<1>(output, voxel)[r.out_layout.channel(channel)] =
+            to_storage<S>(value[0]);
       }
     }
   };

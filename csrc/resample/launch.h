@@ -38,6 +38,12 @@ void with_sampler(const ResampleCall& call, const Body& body) {
   });
 }
 
+// How samples are computed where nothing better is known: see cubic_tiles.h.
+template <class Device, class Forward>
+void sample_voxels(const Device& device, const VoxelSpace& space, const Forward& body) {
+  for_each_voxel(device, space, body);
+}
+
 template <bool kChannelsLast, bool kCubic = false, class Device>
 void resample_forward(const Device& device, const ResampleCall& call, const Tensor& output) {
   if (output.shape.count() == 0) return;
@@ -45,8 +51,8 @@ void resample_forward(const Device& device, const ResampleCall& call, const Tens
   with_sampler<kChannelsLast, kCubic>(call, [&](const auto& resampling) {
     using R = std::decay_t<decltype(resampling)>;
     using Forward = std::conditional_t<kCubic, CubicForward<R>, ResampleForward<R>>;
-    for_each_voxel(device, space,
-                   Forward{resampling, Operand<typename R::S>(output), call.add_field});
+    sample_voxels(device, space,
+                  Forward{resampling, Operand<typename R::S>(output), call.add_field});
   });
 }
 

@@ -1,5 +1,6 @@
 #include "ops/compose/kernels.h"
 #include "resample/cubic.h"
+#include "resample/cubic_tiles.h"
 #include "resample/scatter_cubic.h"
 
 namespace regkernels {
