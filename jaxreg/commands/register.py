@@ -19,7 +19,7 @@ from rich.table import Table
 
 from jaxreg.commands import devices
 from jaxreg.commands.command import Command
-from jaxreg.commands.compilation import Cache, NoCache, keep_compiled
+from jaxreg.commands.compilation import Cache, NoCache, keep_compiled, keep_registrations
 from jaxreg.commands.devices import Device
 from jaxreg.commands.doubts import tell_doubts
 from jaxreg.commands.inputs import (
@@ -52,6 +52,7 @@ from jaxreg.commands.transform_files import chains
 from jaxreg.registration import Registration, Stage, Transform, outside_values
 from jaxreg.registration.channels import is_resampled
 from jaxreg.registration.intensities import Clip
+from jaxreg.registration.programs import Compiler
 from jaxreg.registration.report.page import write_report
 from jaxreg.registration.transforms.resampling import Outside
 from jaxreg.warp import INVERSE_TOLERANCE
@@ -272,7 +273,11 @@ def register(
         device,
         several,
     )
-    keep_compiled(cache, no_cache)
+    if several == "1":
+        compiler = Compiler(keep_registrations(cache, no_cache))
+    else:  # the program of a stage is one, and JAX keeps it
+        keep_compiled(cache, no_cache)
+        compiler = Compiler()
     files = {
         "FIXED": fixed,
         "MOVING": moving,
@@ -289,14 +294,15 @@ def register(
         ways = [*given, *(name for name, value in beside.items() if value)]
         if ways:
             raise ValueError(f"--pairs: expected no {ways[0]} beside it")
-        return _register_study(pairs, output, asked, jobs)
+        return _register_study(pairs, output, asked, jobs, compiler)
     for name in ("FIXED", "MOVING"):
         if name not in given:
             raise ValueError(f"missing argument {name}")
     console = Console(quiet=not devices.is_leader())
     others = also or []
     inputs = _Inputs(given, list(zip(others[::2], others[1::2], strict=True)), initial or [])
-    done = _register_pair(inputs, output, asked, console, stopwatch)
+    with compiler.working():
+        done = _register_pair(inputs, output, asked, console, stopwatch)
     if not devices.is_leader():
         return {}
     console.print(
@@ -400,7 +406,9 @@ class _Done(NamedTuple):
 _JUDGING = ("--fixed-labels", "--moving-labels", "--fixed-points", "--moving-points")
 
 
-def _register_study(table: Path, output: Path, asked: _Asked, jobs: int) -> list[dict[str, Any]]:
+def _register_study(
+    table: Path, output: Path, asked: _Asked, jobs: int, compiler: Compiler
+) -> list[dict[str, Any]]:
     with naming("--pairs"):
         pairs = read_pairs(table)
     arguments = {"fixed": "FIXED", "moving": "MOVING"}
@@ -413,7 +421,8 @@ def _register_study(table: Path, output: Path, asked: _Asked, jobs: int) -> list
         }
         initial = [str(path) for column, path in pair.files.items() if column == "initial"]
         inputs, console = _Inputs(files, pair.also, initial), Console(quiet=True)
-        return _register_pair(inputs, folder, asked, console, Stopwatch()).record
+        with compiler.working():
+            return _register_pair(inputs, folder, asked, console, Stopwatch()).record
 
     asked = asked._replace(wanted=asked.wanted | {RECORD})
     return register_pairs(pairs, output, register, asked.settings(), jobs)

@@ -47,7 +47,7 @@ def across(
     memory of the host, and of every host if there are several.
     """
     if devices is None:
-        return function(*(None if array is None else jnp.asarray(array) for array in arrays))
+        return function(*(None if array is None else jax.device_put(array) for array in arrays))
     mesh = mesh_of(devices)
     planes = [0 if x is None else np.shape(x)[axis] for x, axis in zip(arrays, axes, strict=True)]
 

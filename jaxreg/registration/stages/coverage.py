@@ -30,7 +30,7 @@ def margins(whole: Sequence[int], shape: Sequence[int]) -> jax.Array:
         smoothed from lies beyond the image, and was made up; of the next one nearly nothing was.
     """
     coarser = [old != new for old, new in zip(whole, shape, strict=True)]
-    return jnp.asarray(np.array(coarser[::-1], np.float32))
+    return jax.device_put(np.array(coarser[::-1], np.float32))
 
 
 def coverage(

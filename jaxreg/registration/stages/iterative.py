@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxreg.registration.programs import Program, changed_fields
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.metrics import LNCC, MetricField
@@ -36,8 +37,6 @@ _Carry = tuple[State, Trace]
 """What the loop over the blocks of a level carries."""
 
 _Losses = jax.Array | NDArray[np.float32]
-
-_Run = Callable[["Iterative", Level, State, Trace], _Carry]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,24 +196,26 @@ class Iterative(Stage):
         done, total = 0, sum(self.iterations)
         for scale, iterations in zip(self.scales, self.iterations, strict=True):
             stage = self.for_scale(scale)
-            level = stage.prepared(problem.level(scale, alignment, stage.metric))
-            state = self.begin(level) if state is None else self.resized(state, level.shape)
+            level = problem.level(scale, alignment, stage.metric)
+            added, state = _begun(stage, level, state)
+            level = level._replace(**added)
             trace = _no_trace(iterations)
             if iterations == 0:
                 pass
             elif callback is None:
-                state, trace = _jitted(_run_level, level)(stage, level, state, trace)
+                state, trace = _run_level(stage, level, state, trace)
             else:
                 for first in range(0, iterations, length := self._block_length(iterations)):
-                    state, trace = _jitted(_run_block, level)(stage, level, state, trace)
-                    losses = trace.losses[first : first + length]
+                    start = np.asarray(first, np.int32)
+                    state, trace, losses = _run_block(stage, level, state, trace, start)
                     callback(Progress(self.name, scale, done + first + length, total, losses))
             done += iterations
             traces.append(trace)
         assert state is not None  # there is a level
         found = state.found
         del state  # the moments need not be there while the inverse is found
-        return self.finish(problem.shape, alignment, found), tuple(traces)
+        changed = _finished(self, alignment, found, shape=problem.shape)
+        return alignment._replace(**changed), tuple(traces)
 
 
 def mean_over_channels(function: Callable[[jax.Array], Any], channels: int) -> Any:
@@ -250,24 +251,25 @@ def block_length(iterations: int, block: int, least: int = 1) -> int:
 def _no_trace(iterations: int) -> Trace:
     # Of arrays of the host no program has to be made.
     return Trace(
-        jnp.asarray(np.zeros(iterations, np.float32)),
-        jnp.asarray(np.int32(0)),
-        jnp.asarray(np.bool_(False)),
+        jax.device_put(np.zeros(iterations, np.float32)),
+        jax.device_put(np.int32(0)),
+        jax.device_put(np.bool_(False)),
     )
 
 
-@functools.cache
-def _jit(run: _Run, donate: bool) -> _Run:
-    jitted: _Run = jax.jit(run, donate_argnames=("state", "trace") if donate else ())
-    return jitted
+@Program
+def _begun(stage: Iterative, level: Level, state: State | None) -> tuple[dict[str, Any], State]:
+    """Return what a stage adds to a level before its iterations, and their state."""
+    prepared = stage.prepared(level)
+    begun = stage.begin(level) if state is None else stage.resized(state, level.shape)
+    return changed_fields(level, prepared), begun
 
 
-def _jitted(run: _Run, level: Level) -> _Run:
-    """Compile a function so that it writes the fields where they are, if it may.
-
-    Within a transformation it may not: under ``vmap`` the first fields are those of all pairs.
-    """
-    return _jit(run, donate=not isinstance(level.fixed, jax.core.Tracer))
+@functools.partial(Program, static=("shape",))
+def _finished(
+    stage: Iterative, alignment: Alignment, found: Any, *, shape: tuple[int, ...]
+) -> dict[str, Any]:
+    return changed_fields(alignment, stage.finish(shape, alignment, found))
 
 
 def _advance(stage: Iterative, level: Level, state: State, trace: Trace) -> _Carry:
@@ -328,6 +330,7 @@ def _converged(stage: Iterative, losses: jax.Array, ran: jax.Array) -> jax.Array
     return ~(change >= stage.tolerance * jnp.abs(losses).max())
 
 
+@functools.partial(Program, donated=("state", "trace"))
 def _run_level(stage: Iterative, level: Level, state: State, trace: Trace) -> _Carry:
     """Run a level until it has converged or its iterations are used up."""
     iterations = trace.losses.size
@@ -348,8 +351,14 @@ def _run_level(stage: Iterative, level: Level, state: State, trace: Trace) -> _C
     return carry
 
 
-def _run_block(stage: Iterative, level: Level, state: State, trace: Trace) -> _Carry:
-    """Run one block of a level, unless it has converged."""
+@functools.partial(Program, donated=("state", "trace"))
+def _run_block(
+    stage: Iterative, level: Level, state: State, trace: Trace, first: jax.Array
+) -> tuple[State, Trace, jax.Array]:
+    """Run one block of a level, from its iteration ``first`` on, unless it has converged.
+
+    The losses of the block come last.
+    """
 
     def advance(state: State, trace: Trace) -> _Carry:
         return stage.advance(level, state, trace)
@@ -358,4 +367,6 @@ def _run_block(stage: Iterative, level: Level, state: State, trace: Trace) -> _C
         return state, trace
 
     carry: _Carry = jax.lax.cond(trace.converged, rest, advance, state, trace)
-    return carry
+    state, trace = carry
+    length = stage._block_length(trace.losses.size)
+    return state, trace, jax.lax.dynamic_slice(trace.losses, (first,), (length,))
