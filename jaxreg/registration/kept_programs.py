@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.experimental import serialize_executable
 
 import jaxreg
@@ -60,13 +60,14 @@ class Entry(NamedTuple):
     def load(self, device: jax.Device) -> Executable:
         """Return the program for a device."""
         _prepare(device.platform)
-        return serialize_executable.deserialize_and_load(
+        loaded: Executable = serialize_executable.deserialize_and_load(
             self.executable,
             self.in_tree,
             self.out_tree,
             backend=device.client,
             execution_devices=[device],
         )
+        return loaded
 
 
 def digest(about: Any, device: jax.Device) -> str | None:
@@ -104,7 +105,7 @@ def _prepare(platform: str) -> None:
 @functools.cache
 def _find_lapack(platform: str) -> None:
     if platform == "cpu":  # there linear algebra is told where LAPACK is when it is lowered
-        jax.jit(jax.lax.linalg.cholesky).lower(jax.ShapeDtypeStruct((1, 1), jnp.float32))
+        jax.jit(jax.lax.linalg.cholesky).lower(np.ones((1, 1), np.float32))
 
 
 def read(path: Path) -> dict[Hashable, Entry]:

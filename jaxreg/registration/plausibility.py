@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from jaxreg import interpolate, jacobian_determinant
 from jaxreg.registration.across import across
-from jaxreg.registration.programs import Program
+from jaxreg.registration.programs import Program, on_device
 from jaxreg.registration.stages.coverage import coverage
 from jaxreg.registration.stages.deformable import Deformable
 from jaxreg.registration.stages.iterative import Iterative, trend
@@ -130,8 +130,8 @@ def _found(result: Registration) -> _Found:
     )
     measured = functools.partial(_measured, shape=fixed.shape, source=moving.shape)
     numbers = (
-        chain[None, :-1].astype(np.float32),
-        np.float32(_voxels(matrix, fixed, moving)),
+        on_device(chain[None, :-1].astype(np.float32)),
+        on_device(np.float32(_voxels(matrix, fixed, moving))),
     )
     masks = _weights(result.fixed_mask), _weights(result.moving_mask)
     found = jax.device_get(

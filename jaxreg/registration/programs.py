@@ -26,6 +26,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 import jax
 import jax.monitoring
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxreg.registration import kept_programs
 from jaxreg.registration.kept_programs import Entry, Executable
@@ -38,6 +39,7 @@ __all__ = [
     "Work",
     "changed_fields",
     "compiling",
+    "on_device",
     "rehearse",
     "shapes_of",
 ]
@@ -54,7 +56,8 @@ _R = TypeVar("_R")
 class Fixed:
     """An argument of a rehearsed function that is no array: a pytree without leaves."""
 
-    value: Hashable
+    value: Any
+    """It has a hash."""
 
 
 class Program(Generic[_P, _R]):
@@ -94,14 +97,16 @@ class Program(Generic[_P, _R]):
             noted.append(_Call(self, shapes_of(args), static))
             token = _rehearsal.set(None)  # what is called within is a part of this program
             try:
-                return self.jitted(*args, **static)
+                result: _R = self.jitted(*args, **static)
+                return result
             finally:
                 _rehearsal.reset(token)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
-            return self._within(*args, **static)
+            result = self._within(*args, **static)
+            return result
         work = _work.get()
         found = None if work is None else work.find(_Call(self, args, static))
-        result: _R = self.jitted(*args, **static) if found is None else found(*args)
+        result = self.jitted(*args, **static) if found is None else found(*args)
         return result
 
 
@@ -111,6 +116,12 @@ def changed_fields(before: Any, after: Any) -> dict[str, Any]:
     A program returns a copy of what it was given; so it returns nothing of that.
     """
     return {name: x for name, x in after._asdict().items() if x is not getattr(before, name)}
+
+
+def on_device(array: ArrayLike) -> jax.Array:
+    """Bring an array to the device; for one of the host's no program has to be made."""
+    found: jax.Array = jax.device_put(array)
+    return found
 
 
 class _Call(NamedTuple):
@@ -142,7 +153,8 @@ class _Call(NamedTuple):
 def _kind(array: Any) -> jax.ShapeDtypeStruct:
     weak = bool(getattr(array, "weak_type", False))
     dtype = jax.dtypes.canonicalize_dtype(array.dtype)
-    return jax.ShapeDtypeStruct(np.shape(array), dtype, weak_type=weak)
+    kind = jax.ShapeDtypeStruct(np.shape(array), dtype, weak_type=weak)  # type: ignore[no-untyped-call]
+    return kind
 
 
 def shapes_of(arrays: Any) -> Any:

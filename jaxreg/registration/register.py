@@ -18,7 +18,7 @@ from jaxreg.registration.across import across
 from jaxreg.registration.channels import on_one_grid
 from jaxreg.registration.intensities import Clip, check_clip
 from jaxreg.registration.plausibility import Doubt, find_doubts
-from jaxreg.registration.programs import Program, compiling
+from jaxreg.registration.programs import Program, compiling, on_device
 from jaxreg.registration.progress import Callback
 from jaxreg.registration.register_images import check_stages
 from jaxreg.registration.running import OneDevice, SeveralDevices, check_devices, is_finite
@@ -547,6 +547,5 @@ def _field_on(field: jax.Array, source: Grid, target: Grid) -> jax.Array:
     return jnp.einsum("...i,ji->...j", sampled, back, precision=jax.lax.Precision.HIGHEST)
 
 
-def _float32(array: NDArray[np.float64]) -> jax.Array:
-    # Of arrays of the host, converted there, no program has to be made.
-    return jax.device_put(array.astype(np.float32))
+def _float32(array: NDArray[Any]) -> jax.Array:
+    return on_device(array.astype(np.float32))

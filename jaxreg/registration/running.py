@@ -113,19 +113,27 @@ _ARRAYS = (
 """The operands of `make_problem` that are arrays."""
 
 
+class _Options(NamedTuple):
+    """The other ones."""
+
+    moving_ratio: float
+    clip: Clip
+    match_histogram: bool
+
+
 def _rehearse(
     operands: dict[str, Any], alignment: Alignment, stages: Sequence[Stage], watched: bool
 ) -> None:
     """Have the programs of a registration compiled, or loaded if they are kept."""
     arrays = {name: operands[name] for name in _ARRAYS}
-    settings = tuple((name, x) for name, x in operands.items() if name not in _ARRAYS)
+    options = _Options(**{name: operands[name] for name in _Options._fields})
     if any(getattr(x, "committed", False) for x in jax.tree.leaves((arrays, alignment))):
         return  # to devices that somebody has chosen
     shapes, start = shapes_of(arrays), shapes_of(alignment)
     with compiling() as work:
-        if work.is_kept(shapes, settings, start, tuple(stages), watched):
+        if work.is_kept(shapes, options, start, tuple(stages), watched):
             return
-        problem = rehearse(_make, shapes, Fixed(settings))
+        problem = rehearse(_make, shapes, Fixed(options))
         for stage in stages:
             if problem is None:
                 return
@@ -133,8 +141,8 @@ def _rehearse(
         rehearse(_overlap_of, problem, start)
 
 
-def _make(arrays: dict[str, jax.Array], settings: Fixed) -> Problem:
-    return make_problem(**arrays, **dict(settings.value))
+def _make(arrays: dict[str, Any], options: Fixed) -> Problem:
+    return make_problem(**arrays, **options.value._asdict())
 
 
 def _stage(

@@ -13,9 +13,10 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
-from jaxreg.registration.programs import Program, changed_fields
+from jaxreg.registration.programs import Program, changed_fields, on_device
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.metrics import LNCC, MetricField
@@ -251,9 +252,9 @@ def block_length(iterations: int, block: int, least: int = 1) -> int:
 def _no_trace(iterations: int) -> Trace:
     # Of arrays of the host no program has to be made.
     return Trace(
-        jax.device_put(np.zeros(iterations, np.float32)),
-        jax.device_put(np.int32(0)),
-        jax.device_put(np.bool_(False)),
+        on_device(np.zeros(iterations, np.float32)),
+        on_device(np.int32(0)),
+        on_device(np.bool_(False)),
     )
 
 
@@ -353,7 +354,7 @@ def _run_level(stage: Iterative, level: Level, state: State, trace: Trace) -> _C
 
 @functools.partial(Program, donated=("state", "trace"))
 def _run_block(
-    stage: Iterative, level: Level, state: State, trace: Trace, first: jax.Array
+    stage: Iterative, level: Level, state: State, trace: Trace, first: ArrayLike
 ) -> tuple[State, Trace, jax.Array]:
     """Run one block of a level, from its iteration ``first`` on, unless it has converged.
 
@@ -369,4 +370,4 @@ def _run_block(
     carry: _Carry = jax.lax.cond(trace.converged, rest, advance, state, trace)
     state, trace = carry
     length = stage._block_length(trace.losses.size)
-    return state, trace, jax.lax.dynamic_slice(trace.losses, (first,), (length,))
+    return state, trace, jax.lax.dynamic_slice(trace.losses, (jnp.asarray(first),), (length,))

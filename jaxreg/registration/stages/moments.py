@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreg.registration.intensities import background
-from jaxreg.registration.programs import Program
+from jaxreg.registration.programs import Program, on_device
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.metrics import NCC, MetricField
@@ -78,7 +78,7 @@ class Moments(Stage):
         matrix, losses = _best(stage, problem.level(self.scale, alignment, stage.metric))
         if callback is not None:
             callback(Progress(self.name, self.scale, 1, 1, losses))
-        trace = Trace(losses, jax.device_put(np.int32(2)), jax.device_put(np.bool_(True)))
+        trace = Trace(losses, on_device(np.int32(2)), on_device(np.bool_(True)))
         return alignment._replace(matrix=matrix), (trace,)
 
 

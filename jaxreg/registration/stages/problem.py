@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxreg import compose, gaussian_smooth, interpolate
 from jaxreg.registration.intensities import Clip, clipped, matched
-from jaxreg.registration.programs import Program, changed_fields
+from jaxreg.registration.programs import Program, changed_fields, on_device
 from jaxreg.registration.stages.coverage import coverage, margins
 from jaxreg.registration.stages.metrics import Metric, shrunk
 from jaxreg.registration.stages.pyramid import FEW_CHANNELS, downsample, level_shape, resize_field
@@ -469,8 +469,8 @@ class Problem:
             reach=None,
             content=None,
             fixed_weight=None,
-            overlap=jax.device_put(np.float32(0)),
-            metric_scale=jax.device_put(np.float32(0)),
+            overlap=on_device(np.float32(0)),
+            metric_scale=on_device(np.float32(0)),
         )
         return level._replace(**_attention(level, None if is_here else displacement, metric=metric))
 
@@ -506,7 +506,8 @@ def _seen(
 
 @Program
 def _inverse(matrix: jax.Array) -> jax.Array:
-    return jnp.linalg.inv(matrix)
+    inverse: jax.Array = jnp.linalg.inv(matrix)
+    return inverse
 
 
 def _coarser(

@@ -106,7 +106,8 @@ class Chain(NamedTuple):
 
 def chain_on(parts: Sequence[Part | ArrayLike], grid: Grid) -> Chain:
     """Return what there is to know of a chain before its fields are sampled on a grid."""
-    matrix, steps, is_on_grid = np.eye(grid.ndim + 1), [], False
+    matrix, is_on_grid = np.eye(grid.ndim + 1), False
+    steps: list[Step] = []
     to_physical = grid.normalised_to_physical(align_corners=False)
     to_normalised = _linear(inverse_matrix(to_physical))
     for part in map(as_part, parts):

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from jaxreg import interpolate, interpolate_labels
 from jaxreg.registration.across import across
 from jaxreg.registration.intensities import background
-from jaxreg.registration.programs import Program
+from jaxreg.registration.programs import Program, on_device
 from jaxreg.registration.stages.spread import spread
 from jaxreg.registration.transforms.parts import (
     Step,
@@ -33,7 +33,9 @@ __all__ = ["Interpolation", "Outside", "outside_values", "resample"]
 
 Interpolation = Literal["linear", "nearest", "labels", "cubic", "b-spline"]
 
-_SMOOTH: dict[Interpolation, Literal["bilinear", "cubic", "b-spline"]] = {
+_Smooth = Literal["bilinear", "cubic", "b-spline"]
+
+_SMOOTH: dict[Interpolation, _Smooth] = {
     "linear": "bilinear",
     "cubic": "cubic",
     "b-spline": "b-spline",
@@ -141,11 +143,10 @@ def resample(
 class _Sampler(NamedTuple):
     """How an image is sampled."""
 
-    kind: str
+    kind: Literal["bilinear", "nearest", "cubic", "b-spline", "labels", "coverage"]
     """A mode of `interpolate`; ``"labels"``; or ``"coverage"``, by the nearest voxels."""
-    background: int | None = None
-    """The label outside of the image; of other kinds anything: that there is something else than 0
-    outside of it."""
+    background: int = 0
+    """What is outside of the image: the label, or for other kinds 0 or not 0."""
 
 
 class _Way(NamedTuple):
@@ -163,7 +164,7 @@ def _sampled(
     image: jax.Array,
     fields: Sequence[jax.Array],
     way: _Way,
-    outside: jax.Array | None,
+    outside: NDArray[np.float32] | None,
     *,
     sampler: _Sampler,
     is_on_grid: bool,
@@ -189,7 +190,7 @@ def _sampled(
     if kind == "coverage":
         return _coverage(image, where, mode="nearest")
     found = interpolate(image, mode=kind, **where)
-    if background is None or outside is None:
+    if background == 0 or outside is None:
         return found
     # What the image covers is exact: the rounding of weights does not bring in the outside.
     missing = 1 - _coverage(image, where, mode=kind)
@@ -248,7 +249,7 @@ def _background(image: NDArray[Any], *, exact: bool) -> NDArray[Any]:
     nothing = np.zeros(len(channels), image.dtype)
     if (channels.min(axis=1) == channels.max(axis=1)).all() or _are_labels(channels):
         return nothing
-    value, _, clear = map(np.asarray, background(np.asarray(image, np.float32)))
+    value, _, clear = map(np.asarray, background(on_device(np.asarray(image, np.float32))))
     if not clear.all():
         return nothing
     if not exact:
@@ -296,9 +297,9 @@ _Sampled = Callable[[_Sampler, NDArray[Any]], NDArray[Any]]
 
 
 def _sample_smooth(
-    image: NDArray[Any], outside: NDArray[np.float32], sampled: _Sampled, mode: str
+    image: NDArray[Any], outside: NDArray[np.float32], sampled: _Sampled, mode: _Smooth
 ) -> NDArray[np.float32]:
-    sampler = _Sampler(mode, 1 if outside.any() else None)
+    sampler = _Sampler(mode, int(outside.any()))
     return sampled(sampler, np.asarray(image, np.float32))
 
 

@@ -408,4 +408,6 @@ def _inverted(displacement: jax.Array) -> jax.Array:
 def _there_and_back(forward: jax.Array, back: jax.Array) -> jax.Array:
     """Return how many voxels points are from where they started, ``(1, *S)``."""
     both = compose(forward.astype(jnp.float32), back.astype(jnp.float32))
-    return jnp.linalg.norm(convert_displacement(both, "normalised", "voxel"), axis=-1)
+    voxels = convert_displacement(both, "normalised", "voxel")
+    length: jax.Array = jnp.linalg.norm(voxels, axis=-1)
+    return length
