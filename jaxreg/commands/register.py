@@ -274,10 +274,10 @@ def register(
         several,
     )
     if several == "1":
-        compiler = Compiler(keep_registrations(cache, no_cache))
+        kept = keep_registrations(cache, no_cache)
     else:  # the program of a stage is one, and JAX keeps it
+        kept = None
         keep_compiled(cache, no_cache)
-        compiler = Compiler()
     files = {
         "FIXED": fixed,
         "MOVING": moving,
@@ -294,14 +294,15 @@ def register(
         ways = [*given, *(name for name, value in beside.items() if value)]
         if ways:
             raise ValueError(f"--pairs: expected no {ways[0]} beside it")
-        return _register_study(pairs, output, asked, jobs, compiler)
+        with Compiler(kept) as compiler:
+            return _register_study(pairs, output, asked, jobs, compiler)
     for name in ("FIXED", "MOVING"):
         if name not in given:
             raise ValueError(f"missing argument {name}")
     console = Console(quiet=not devices.is_leader())
     others = also or []
     inputs = _Inputs(given, list(zip(others[::2], others[1::2], strict=True)), initial or [])
-    with compiler.working():
+    with Compiler(kept) as compiler, compiler.working():
         done = _register_pair(inputs, output, asked, console, stopwatch)
     if not devices.is_leader():
         return {}

@@ -21,7 +21,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, Self, TypeVar
 
 import jax
 import jax.monitoring
@@ -230,7 +230,10 @@ class Compiler:
         self.programs: dict[Hashable, Future[_Compiled]] = {}
         self.kept: dict[Path, dict[Hashable, Entry]] = {}
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """End. What has not been begun is not compiled any more."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
@@ -340,12 +343,8 @@ def compiling() -> Iterator[Work]:
     if work is not None:
         yield work
         return
-    compiler = Compiler()
-    try:
-        with compiler.working() as work:
-            yield work
-    finally:
-        compiler.close()
+    with Compiler() as compiler, compiler.working() as work:
+        yield work
 
 
 def _device() -> jax.Device:

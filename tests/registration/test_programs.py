@@ -127,10 +127,8 @@ def test_kept_programs_are_loaded_by_another_compiler_and_compute_the_same(
     results = []
     jax.clear_caches()  # what has run cannot be kept any more, on a CPU
     for _ in range(2):
-        compiler = Compiler(tmp_path)
-        with compiler.working():
+        with Compiler(tmp_path) as compiler, compiler.working():
             results.append(register(*pair(), STAGES))
-        compiler.close()
         jax.clear_caches()
         compiled.append(("end", True))
     assert compiled.index(("end", True)) == len(compiled) - 2 > 10  # the second compiles nothing
@@ -144,10 +142,8 @@ def test_what_follows_from_functions_of_others_is_not_kept(tmp_path: Path) -> No
         return ((pred - target) ** 2).mean()
 
     for metric, count in ((own, 0), (MSE(), 1)):
-        compiler = Compiler(tmp_path)
-        with compiler.working():
+        with Compiler(tmp_path) as compiler, compiler.working():
             register(*pair(), [Affine((2,), (2,), metric=metric)])
-        compiler.close()
         assert len(list(tmp_path.iterdir())) == count
 
 
