@@ -24,7 +24,7 @@ import typer
 
 from jaxreg.commands.inputs import naming
 from jaxreg.registration.kept_programs import processor
-from jaxreg.registration.programs import WAITED
+from jaxreg.registration.programs import LOADED, WAITED
 from jaxreg_cli.telling import detail
 
 __all__ = [
@@ -83,6 +83,8 @@ def _listen(event: str, duration_secs: float, **about: str | int) -> None:
         loaded, _own.loading = _own.loading, None
         how = "compiled" if loaded is None else "found in the cache"
         detail(f"program {about.get('fun_name', '')}: {how}, {duration_secs:.3f} s")
+    if event == LOADED:
+        detail(f"program {about.get('fun_name', '')}: found in the cache, {duration_secs:.3f} s")
     if event in _EVENTS:
         end = time.perf_counter()
         start = end - duration_secs

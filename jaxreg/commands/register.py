@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ from jaxreg.commands.outputs import (
     Composite,
     Outputs,
     choose_outputs,
+    rehearse_images,
     write_images,
 )
 from jaxreg.commands.progress_bars import register_watched
@@ -52,7 +54,7 @@ from jaxreg.commands.transform_files import chains
 from jaxreg.registration import Registration, Stage, Transform, outside_values
 from jaxreg.registration.channels import is_resampled
 from jaxreg.registration.intensities import Clip
-from jaxreg.registration.programs import Compiler
+from jaxreg.registration.programs import Compiler, Work
 from jaxreg.registration.report.page import write_report
 from jaxreg.registration.transforms.resampling import Outside
 from jaxreg.warp import INVERSE_TOLERANCE
@@ -302,8 +304,8 @@ def register(
     console = Console(quiet=not devices.is_leader())
     others = also or []
     inputs = _Inputs(given, list(zip(others[::2], others[1::2], strict=True)), initial or [])
-    with Compiler(kept) as compiler, compiler.working():
-        done = _register_pair(inputs, output, asked, console, stopwatch)
+    with Compiler(kept) as compiler, compiler.working() as work:
+        done = _register_pair(inputs, output, asked, console, stopwatch, work)
     if not devices.is_leader():
         return {}
     console.print(
@@ -422,15 +424,20 @@ def _register_study(
         }
         initial = [str(path) for column, path in pair.files.items() if column == "initial"]
         inputs, console = _Inputs(files, pair.also, initial), Console(quiet=True)
-        with compiler.working():
-            return _register_pair(inputs, folder, asked, console, Stopwatch()).record
+        with compiler.working() as work:
+            return _register_pair(inputs, folder, asked, console, Stopwatch(), work).record
 
     asked = asked._replace(wanted=asked.wanted | {RECORD})
     return register_pairs(pairs, output, register, asked.settings(), jobs)
 
 
 def _register_pair(
-    inputs: _Inputs, output: Path, asked: _Asked, console: Console, stopwatch: Stopwatch
+    inputs: _Inputs,
+    output: Path,
+    asked: _Asked,
+    console: Console,
+    stopwatch: Stopwatch,
+    work: Work,
 ) -> _Done:
     """Register two images, and write what is wanted into a folder."""
     images = [(name, path) for name, path in inputs.files.items() if name not in _JUDGING]
@@ -463,6 +470,7 @@ def _register_pair(
         stack.enter_context(jax.default_device(target))
         parts = read_chain("--initial", inputs.initial, fixed.grid, moving.grid)
         start = Transform.from_parts(fixed.grid, parts)
+        work.afterwards = functools.partial(rehearse_images, fixed, moving, asked.wanted)
         with stopwatch.phase("stages"):
             result = register_watched(
                 fixed,

@@ -42,13 +42,19 @@ _KNOWN = {*_PACKAGES, "builtins", "collections", "copyreg", "jaxreg", "regkernel
 class Entry(NamedTuple):
     """A compiled program as it is kept."""
 
-    key: Hashable
+    key: tuple[Any, ...]
+    """Begins with the name of the function, in its module."""
     executable: bytes
     in_tree: Any
     out_tree: Any
 
+    @property
+    def name(self) -> str:
+        """That of the function."""
+        return str(self.key[0]).rpartition(".")[2]
+
     @classmethod
-    def of(cls, key: Hashable, compiled: Any) -> Entry | None:
+    def of(cls, key: tuple[Any, ...], compiled: Any) -> Entry | None:
         """Return a program as it is kept; `None` if it cannot be."""
         try:
             entry = cls(key, *serialize_executable.serialize(compiled))

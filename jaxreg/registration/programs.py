@@ -32,6 +32,7 @@ from jaxreg.registration import kept_programs
 from jaxreg.registration.kept_programs import Entry, Executable
 
 __all__ = [
+    "LOADED",
     "WAITED",
     "Compiler",
     "Fixed",
@@ -43,6 +44,9 @@ __all__ = [
     "rehearse",
     "shapes_of",
 ]
+
+LOADED = "/jaxreg/program_load_duration"
+"""The event of `jax.monitoring` that tells how long it took to load a program that was kept."""
 
 WAITED = "/jaxreg/waited_for_program_duration"
 """The event of `jax.monitoring` that tells how long a thread waited for what another compiles."""
@@ -131,7 +135,7 @@ class _Call(NamedTuple):
     args: tuple[Any, ...]
     static: dict[str, Any]
 
-    def key(self) -> Hashable | None:
+    def key(self) -> tuple[Any, ...] | None:
         """Return what tells the compiled program from all others.
 
         There is none for what is on devices that somebody has chosen.
@@ -180,8 +184,8 @@ def rehearse(function: Callable[..., Any], *args: Any) -> Any:
     Returns
     -------
     Any
-        The shapes of what the function returns; `None` if it fails. When it is called in earnest,
-        it fails again, and tells.
+        The shapes of what the function returns; `None` if it fails, or asks for values. What it has
+        called by then is compiled, and when it is called in earnest it tells what failed.
     """
     noted: list[_Call] = []
     token = _rehearsal.set(noted)
@@ -203,14 +207,18 @@ class _Compiled(NamedTuple):
     """What is kept of it, if anything is."""
 
     @classmethod
-    def of(cls, key: Hashable, lowered: jax.stages.Lowered, keep: bool) -> _Compiled:
+    def of(cls, key: tuple[Any, ...], lowered: jax.stages.Lowered, keep: bool) -> _Compiled:
         executable = lowered.compile()
         # Once it has run, the CPU's compiler does not give the bytes of every program any more.
         return cls(executable, Entry.of(key, executable) if keep else None)
 
     @classmethod
     def loaded(cls, entry: Entry, device: jax.Device) -> _Compiled:
-        return cls(entry.load(device), entry)
+        began = time.perf_counter()
+        executable = entry.load(device)
+        seconds = time.perf_counter() - began
+        jax.monitoring.record_event_duration_secs(LOADED, seconds, fun_name=entry.name)
+        return cls(executable, entry)
 
 
 class Compiler:
@@ -256,6 +264,9 @@ class Work:
         self._compiler = compiler
         self._path: Path | None = None
         self._used: dict[Hashable, None] = {}
+        self.afterwards: Callable[[Any, Any], None] | None = None
+        """Rehearses what comes after the stages, for the shapes of the displacement that they find
+        and of its inverse."""
 
     def is_kept(self, *about: Any) -> bool:
         """Begin to load what an earlier registration has left, if one was like this.

@@ -139,6 +139,8 @@ def _rehearse(
                 return
             problem, start = rehearse(_stage, stage, problem, start, Fixed(watched)) or (None, None)
         rehearse(_overlap_of, problem, start)
+        if work.afterwards is not None and start is not None:
+            work.afterwards(start.displacement, start.inverse_displacement)
 
 
 def _make(arrays: dict[str, Any], options: Fixed) -> Problem:
