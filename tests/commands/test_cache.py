@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,13 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.monitoring
 import numpy as np
 import pytest
 from command import run
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxreg.commands import compilation
-from regkernels import Volume, write_volume
+from regkernels import Volume, read_volume, write_volume
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,22 @@ def test_of_a_folder_that_is_too_large_what_was_used_last_is_left(tmp_path: Path
     assert [path.name for path in kept(tmp_path)] == [f"{age}-cache" for age in range(4)]
 
 
+@contextlib.contextmanager
+def compiled_programs() -> Iterator[list[str]]:
+    """The names of the programs that JAX traces, compiles or loads meanwhile, in any thread."""
+    names: list[str] = []
+
+    def listen(event: str, seconds: float, **about: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(str(about.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.fixture
 def forgetful() -> Iterator[None]:
     """JAX without what it has compiled, before and after, and with the options that it had."""
@@ -132,10 +150,40 @@ def test_a_registration_finds_what_was_compiled_in_the_folder_that_it_is_told(
     compiled = []
     for out in ("first", "second"):
         jax.clear_caches()  # as in another process
-        arguments = ["register", image, image, "--stages", "moments", "--device", "cpu"]
-        assert run(*arguments, "-o", tmp_path / out, "--cache", tmp_path / "cache") == 0
-        compiled.append(len(kept(tmp_path / "cache")))
-    assert compiled[0] == compiled[1] > 0
+        with compiled_programs() as programs:
+            arguments = ["register", image, image, "--stages", "moments,rigid", "--device", "cpu"]
+            assert run(*arguments, "-o", tmp_path / out, "--cache", tmp_path / "cache") == 0
+        compiled.append(len(programs))
+        assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert compiled[0] > 5 and compiled[1] == 0
+    for name in ("moved.nii.gz", "affine.tfm"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_a_registration_of_another_shape_or_by_other_stages_finds_nothing_of_the_first(
+    image: Path, tmp_path: Path, forgetful: None
+) -> None:
+    folder = tmp_path / "cache"
+    write_volume(read_volume(image).with_array(np.ones((5, 6)) * np.arange(6)), tmp_path / "b.nii")
+    for stages in ("moments", "rigid"):
+        arguments = ["register", image, tmp_path / "b.nii", "--stages", stages, "--device", "cpu"]
+        assert run(*arguments, "-o", tmp_path / stages, "--cache", folder) == 0
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"nothing that was pickled"])
+def test_a_registration_that_was_kept_and_damaged_is_compiled_again(
+    image: Path, tmp_path: Path, forgetful: None, damage: bytes
+) -> None:
+    folder = tmp_path / "cache"
+    arguments = ["register", image, image, "--stages", "moments", "--device", "cpu"]
+    assert run(*arguments, "-o", tmp_path / "first", "--cache", folder) == 0
+    (file,) = folder.iterdir()
+    whole = file.stat().st_size
+    file.write_bytes(damage)
+    jax.clear_caches()
+    assert run(*arguments, "-o", tmp_path / "second", "--cache", folder) == 0
+    assert file.stat().st_size == pytest.approx(whole, rel=0.01)
     for name in ("moved.nii.gz", "affine.tfm"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxreg.registration.programs import on_device
+
 __all__ = ["coverage", "margins"]
 
 
@@ -30,7 +32,7 @@ def margins(whole: Sequence[int], shape: Sequence[int]) -> jax.Array:
         smoothed from lies beyond the image, and was made up; of the next one nearly nothing was.
     """
     coarser = [old != new for old, new in zip(whole, shape, strict=True)]
-    return jnp.asarray(np.array(coarser[::-1], np.float32))
+    return on_device(np.array(coarser[::-1], np.float32))
 
 
 def coverage(
