@@ -23,7 +23,7 @@ import jax.monitoring
 import typer
 
 from jaxreg.commands.inputs import naming
-from jaxreg.registration.kept_programs import processor
+from jaxreg.registration.kept_programs import SUFFIX, processor
 from jaxreg.registration.programs import LOADED, WAITED
 from jaxreg_cli.telling import detail
 
@@ -201,7 +201,9 @@ def describe_kept() -> str:
         return "not kept: JAX_ENABLE_COMPILATION_CACHE is off"
     size = sum(file.size for file in files) / 2**20
     limit = "" if users else f" of at most {_LARGEST / 2**20:.0f}"
-    return f"{folder}\n{len(files)} files, {size:.1f}{limit} MiB"
+    registrations = sum(file.path.endswith(SUFFIX) for file in files)
+    those = f"; {registrations} with all programs of a registration" if registrations else ""
+    return f"{folder}\n{len(files)} files, {size:.1f}{limit} MiB{those}"
 
 
 def _setting(name: str) -> Any:

@@ -304,8 +304,9 @@ def register(
     console = Console(quiet=not devices.is_leader())
     others = also or []
     inputs = _Inputs(given, list(zip(others[::2], others[1::2], strict=True)), initial or [])
-    with Compiler(kept) as compiler, compiler.working() as work:
-        done = _register_pair(inputs, output, asked, console, stopwatch, work)
+    run = functools.partial(_register_pair, inputs, output, asked, console, stopwatch)
+    with Compiler(kept) as compiler:
+        done = compiler.run(run)
     if not devices.is_leader():
         return {}
     console.print(
@@ -424,8 +425,8 @@ def _register_study(
         }
         initial = [str(path) for column, path in pair.files.items() if column == "initial"]
         inputs, console = _Inputs(files, pair.also, initial), Console(quiet=True)
-        with compiler.working() as work:
-            return _register_pair(inputs, folder, asked, console, Stopwatch(), work).record
+        run = functools.partial(_register_pair, inputs, folder, asked, console, Stopwatch())
+        return compiler.run(run).record
 
     asked = asked._replace(wanted=asked.wanted | {RECORD})
     return register_pairs(pairs, output, register, asked.settings(), jobs)

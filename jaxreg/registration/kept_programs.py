@@ -18,7 +18,7 @@ import re
 import threading
 import time
 import types
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +30,20 @@ import jaxreg
 import regkernels
 from regkernels.files.atomic import atomic_path
 
-__all__ = ["Entry", "Executable", "digest", "processor", "read", "write"]
+__all__ = ["SUFFIX", "Entry", "Executable", "Key", "digest", "processor", "read", "write"]
 
 Executable = Callable[..., Any]
+
+Key = tuple[Any, ...]
+"""What tells a program from all others."""
+
+SUFFIX = "-registration"
+"""Of the names of files."""
+
+_HEAD = b"programs of regkernels\n"
+"""The first bytes of a file; then come a digest of the others, and those."""
+
+_DIGEST = hashlib.sha256().digest_size
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "optax")
 _KNOWN = {*_PACKAGES, "builtins", "collections", "copyreg", "jaxreg", "regkernels"}
@@ -42,7 +53,7 @@ _KNOWN = {*_PACKAGES, "builtins", "collections", "copyreg", "jaxreg", "regkernel
 class Entry(NamedTuple):
     """A compiled program as it is kept."""
 
-    key: tuple[Any, ...]
+    key: Key
     """Begins with the name of the function, in its module."""
     executable: bytes
     in_tree: Any
@@ -54,7 +65,7 @@ class Entry(NamedTuple):
         return str(self.key[0]).rpartition(".")[2]
 
     @classmethod
-    def of(cls, key: tuple[Any, ...], compiled: Any) -> Entry | None:
+    def of(cls, key: Key, compiled: Any) -> Entry | None:
         """Return a program as it is kept; `None` if it cannot be."""
         try:
             entry = cls(key, *serialize_executable.serialize(compiled))
@@ -93,7 +104,7 @@ def digest(about: Any, device: jax.Device) -> str | None:
     """
     where = device.platform, device.device_kind, device.id, device.client.platform_version
     try:
-        text = _pickled((about, where, _surroundings()))
+        text = _pickled((about, where, _surroundings(device)))
     except (pickle.PicklingError, AttributeError, TypeError):
         return None
     return hashlib.sha256(text).hexdigest()
@@ -114,20 +125,28 @@ def _find_lapack(platform: str) -> None:
         jax.jit(jax.lax.linalg.cholesky).lower(np.ones((1, 1), np.float32))
 
 
-def read(path: Path) -> dict[Hashable, Entry]:
-    """Return the programs of a file; none if there is no such file, or it cannot be read."""
+def read(path: Path) -> dict[Key, Entry]:
+    """Return the programs of a file; none if there is no such file, or it is damaged."""
     try:
-        entries = [Entry(*entry) for entry in pickle.loads(path.read_bytes())]
-        os.utime(path, (time.time(), path.stat().st_mtime))  # what was used last is removed last
-    except Exception:  # a damaged pickle may raise anything
+        content = path.read_bytes()
+        start = len(_HEAD) + _DIGEST
+        text = memoryview(content)[start:]
+        # XLA would take a program whose bytes have changed for one, and run it.
+        if content[:start] != _HEAD + hashlib.sha256(text).digest():
+            return {}
+        entries = [Entry(*entry) for entry in pickle.loads(text)]
+    except Exception:  # what a pickle refers to may be there no more, or be something else
         return {}
+    with contextlib.suppress(OSError):  # what was used last is removed last
+        os.utime(path, (time.time(), path.stat().st_mtime))
     return {entry.key: entry for entry in entries}
 
 
-def write(path: Path, entries: Mapping[Hashable, Entry]) -> None:
+def write(path: Path, entries: Mapping[Key, Entry]) -> None:
     """Write programs into a file; do without where there is no writing."""
+    text = _pickled([tuple(entry) for entry in entries.values()])
     with contextlib.suppress(OSError), atomic_path(path) as beside:
-        beside.write_bytes(_pickled([tuple(entry) for entry in entries.values()]))
+        beside.write_bytes(_HEAD + hashlib.sha256(text).digest() + text)
 
 
 class _Pickler(pickle.Pickler):
@@ -147,11 +166,23 @@ def _pickled(value: Any) -> bytes:
         return file.getvalue()
 
 
-def _surroundings() -> tuple[Any, ...]:
+def _surroundings(device: jax.Device) -> tuple[Any, ...]:
     """Return what else decides how a program is traced and compiled."""
     options = {name: repr(value) for name, value in jax.config.values.items()}
     flags = {name: value for name, value in os.environ.items() if name.startswith("XLA_")}
-    return _sources(), processor(), sorted(options.items()), sorted(flags.items())
+    in_file = flags.get("XLA_FLAGS", "-").strip()
+    if not in_file.startswith("-"):
+        with contextlib.suppress(OSError):
+            flags["in file"] = Path(in_file).read_text(errors="replace")
+    # For a CPU work is divided into as many parts as there are cores; for a GPU its driver may
+    # take part in the compilation.
+    cores, driver = len(os.sched_getaffinity(0)), ""
+    if device.platform != "cpu":
+        cores = 0
+        with contextlib.suppress(OSError):
+            driver = Path("/proc/driver/nvidia/version").read_text(errors="replace")
+    about = processor(), cores, driver
+    return _sources(), about, sorted(options.items()), sorted(flags.items())
 
 
 @functools.cache

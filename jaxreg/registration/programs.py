@@ -17,7 +17,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
@@ -29,7 +29,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxreg.registration import kept_programs
-from jaxreg.registration.kept_programs import Entry, Executable
+from jaxreg.registration.kept_programs import Entry, Executable, Key
 
 __all__ = [
     "LOADED",
@@ -50,6 +50,9 @@ LOADED = "/jaxreg/program_load_duration"
 
 WAITED = "/jaxreg/waited_for_program_duration"
 """The event of `jax.monitoring` that tells how long a thread waited for what another compiles."""
+
+_MOST = 128
+"""So many programs of one registration are kept, at most: some follow from what is in files."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -108,9 +111,18 @@ class Program(Generic[_P, _R]):
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
             result = self._within(*args, **static)
             return result
-        work = _work.get()
-        found = None if work is None else work.find(_Call(self, args, static))
-        result = self.jitted(*args, **static) if found is None else found(*args)
+        work, call = _work.get(), _Call(self, args, static)
+        found = None if work is None else work.find(call)
+        if work is None or found is None:
+            result = self.jitted(*args, **static)
+            return result
+        try:
+            result = found(*args)
+        except Exception:
+            anew = work.anew(call)
+            if anew is None:
+                raise
+            result = anew(*args)
         return result
 
 
@@ -135,7 +147,7 @@ class _Call(NamedTuple):
     args: tuple[Any, ...]
     static: dict[str, Any]
 
-    def key(self) -> tuple[Any, ...] | None:
+    def key(self) -> Key | None:
         """Return what tells the compiled program from all others.
 
         There is none for what is on devices that somebody has chosen.
@@ -144,7 +156,13 @@ class _Call(NamedTuple):
         if any(not hasattr(x, "dtype") or getattr(x, "committed", False) for x in leaves):
             return None
         kinds = tuple((x.shape, x.dtype.name, x.weak_type) for x in map(_kind, leaves))
-        return self.program.name, tuple(sorted(self.static.items())), tree, kinds
+        is_wide = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+        return self.program.name, tuple(sorted(self.static.items())), tree, kinds, is_wide
+
+    def has_its_arguments(self) -> bool:
+        """Whether no program has written to their memory."""
+        arrays = (x for x in jax.tree.leaves(self.args) if isinstance(x, jax.Array))
+        return not any(array.is_deleted() for array in arrays)
 
     def lowered(self) -> jax.stages.Lowered:
         """Return the program in the form that XLA compiles."""
@@ -197,7 +215,8 @@ def rehearse(function: Callable[..., Any], *args: Any) -> Any:
         _rehearsal.reset(token)
     if (work := _work.get()) is not None:
         for call in noted:
-            work.begin(call)
+            with contextlib.suppress(Exception):
+                work.begin(call)
     return found
 
 
@@ -207,7 +226,7 @@ class _Compiled(NamedTuple):
     """What is kept of it, if anything is."""
 
     @classmethod
-    def of(cls, key: tuple[Any, ...], lowered: jax.stages.Lowered, keep: bool) -> _Compiled:
+    def of(cls, key: Key, lowered: jax.stages.Lowered, keep: bool) -> _Compiled:
         executable = lowered.compile()
         # Once it has run, the CPU's compiler does not give the bytes of every program any more.
         return cls(executable, Entry.of(key, executable) if keep else None)
@@ -233,17 +252,19 @@ class Compiler:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
-        self.pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "compiler")
-        self.lock = threading.Lock()
-        self.programs: dict[Hashable, Future[_Compiled]] = {}
-        self.kept: dict[Path, dict[Hashable, Entry]] = {}
+        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "compiler")
+        self._lock = threading.Lock()
+        self._programs: dict[Key, Future[_Compiled]] = {}
+        self._loaded: set[Key] = set()
+        """Those that come from a file."""
+        self._kept: dict[Path, dict[Key, Entry]] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         """End. What has not been begun is not compiled any more."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     @contextlib.contextmanager
     def working(self) -> Iterator[Work]:
@@ -256,6 +277,93 @@ class Compiler:
         finally:
             _work.reset(token)
 
+    def run(self, function: Callable[[Work], _R]) -> _R:
+        """Return what a function returns whose programs are compiled, and in the end kept.
+
+        A device tells only later what is wrong with a program, when others have been called. So if
+        one fails, and some had been loaded, the function runs again without those.
+        """
+        with self.working() as work:
+            try:
+                return function(work)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" in str(error) or not work.forget():
+                    raise
+        return self.run(function)
+
+    def load(self, path: Path, device: jax.Device) -> bool:
+        """Begin to load the programs of a file; return whether there are any."""
+        with self._lock:
+            if path not in self._kept:
+                self._kept[path] = kept_programs.read(path)
+                for key, entry in self._kept[path].items():
+                    if key not in self._programs:
+                        self._programs[key] = self._pool.submit(_Compiled.loaded, entry, device)
+                        self._loaded.add(key)
+            return bool(self._kept[path])
+
+    def begin(self, key: Key, call: _Call, *, keep: bool) -> None:
+        """Begin to compile a program, unless that is done."""
+        with self._lock:
+            if key not in self._programs:
+                self._programs[key] = self._pool.submit(_Compiled.of, key, call.lowered(), keep)
+
+    def get(self, key: Key | None) -> Future[_Compiled] | None:
+        """Return what will be a program, if it was begun."""
+        return None if key is None else self._programs.get(key)
+
+    def replace(self, key: Key, failed: Future[_Compiled]) -> bool:
+        """Forget what was loaded and has failed; return whether it may be begun anew."""
+        with self._lock:
+            if self._programs.get(key) is not failed:  # another thread has done so
+                return True
+            if key not in self._loaded:
+                return False
+            self._forget([key])
+            return True
+
+    def forget(self, keys: Collection[Key], path: Path) -> bool:
+        """Forget those of the programs that were loaded, and a file; return whether any was."""
+        with self._lock:
+            loaded = self._loaded.intersection(keys)
+            if not loaded:
+                return False
+            self._forget(loaded)
+            self._kept[path] = {}
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            return True
+
+    def _forget(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            self._loaded.discard(key)
+            self._programs.pop(key, None)
+            for entries in self._kept.values():
+                entries.pop(key, None)
+
+    def keep(self, path: Path, keys: Iterable[Key]) -> None:
+        """Write programs to a file, if it does not have all of them."""
+        with self._lock:
+            entries, has_more = self._kept[path], False
+            for key in keys:
+                entry = entries.pop(key, None)
+                if entry is None:
+                    entry = _entry(self._programs.get(key))
+                    has_more |= entry is not None
+                if entry is not None:
+                    entries[key] = entry  # what was used last is at the end
+            if has_more:
+                for key in list(entries)[:-_MOST]:
+                    del entries[key]
+                kept_programs.write(path, entries)
+
+
+def _entry(future: Future[_Compiled] | None) -> Entry | None:
+    is_there = future is not None and future.done() and not future.cancelled()
+    if future is None or not is_there or future.exception() is not None:
+        return None
+    return future.result().entry
+
 
 class Work:
     """What a thread has compiled for a registration."""
@@ -263,7 +371,7 @@ class Work:
     def __init__(self, compiler: Compiler) -> None:
         self._compiler = compiler
         self._path: Path | None = None
-        self._used: dict[Hashable, None] = {}
+        self._used: dict[Key, None] = {}
         self.afterwards: Callable[[Any, Any], None] | None = None
         """Rehearses what comes after the stages, for the shapes of the displacement that they find
         and of its inverse."""
@@ -281,67 +389,60 @@ class Work:
         bool
             Whether anything is there. Otherwise it will be.
         """
-        compiler = self._compiler
-        if compiler.folder is None:
+        folder = self._compiler.folder
+        if folder is None:
             return False
         device = _device()
         digest = kept_programs.digest(about, device)
         if digest is None:
             return False
-        path = self._path = compiler.folder / f"{digest}-registration"
-        with compiler.lock:
-            if path not in compiler.kept:
-                compiler.kept[path] = kept_programs.read(path)
-                for key, entry in compiler.kept[path].items():
-                    if key not in compiler.programs:
-                        submitted = compiler.pool.submit(_Compiled.loaded, entry, device)
-                        compiler.programs[key] = submitted
-            return bool(compiler.kept[path])
+        self._path = folder / f"{digest}{kept_programs.SUFFIX}"
+        return self._compiler.load(self._path, device)
 
     def begin(self, call: _Call) -> None:
         """Have a program compiled, if it is not yet."""
-        key, compiler = call.key(), self._compiler
-        if key is None:
-            return
-        self._used[key] = None
-        with compiler.lock:
-            if key not in compiler.programs:
-                compiler.programs[key] = compiler.pool.submit(
-                    _Compiled.of, key, call.lowered(), self._path is not None
-                )
+        key = call.key()
+        if key is not None:
+            self._compiler.begin(key, call, keep=self._path is not None)
+            self._used[key] = None
 
     def find(self, call: _Call) -> Executable | None:
         """Return a program that was begun, or is to be kept; wait for it."""
         key = call.key()
         if self._path is not None:
             self.begin(call)
-        future = self._compiler.programs.get(key)
-        if future is None:
+        future = self._compiler.get(key)
+        if key is None or future is None:
             return None
         self._used[key] = None
         if not future.done():
             began = time.perf_counter()
             future.exception()
             jax.monitoring.record_event_duration_secs(WAITED, time.perf_counter() - began)
-        # What fails there fails again where it is called as ever, and tells.
-        return None if future.exception() is not None else future.result().executable
+        if future.exception() is None:
+            return future.result().executable
+        # What does not compile fails again where it is called as ever, and tells.
+        return self.find(call) if self._compiler.replace(key, future) else None
+
+    def anew(self, call: _Call) -> Executable | None:
+        """Return what is compiled in place of a program that was loaded, and failed.
+
+        `None` if it was not loaded, or has written to its arguments.
+        """
+        key = call.key()
+        future = self._compiler.get(key)
+        if key is None or future is None or not call.has_its_arguments():
+            return None
+        return self.find(call) if self._compiler.replace(key, future) else None
+
+    def forget(self) -> bool:
+        """Forget what was loaded, and its file; return whether anything was used of it."""
+        return self._path is not None and self._compiler.forget(self._used, self._path)
 
     def keep(self) -> None:
         """Write what was used, if that is more than what was there."""
-        compiler, path = self._compiler, self._path
-        if path is None:
-            return
-        with compiler.lock:
-            entries = compiler.kept[path]
-            before = len(entries)
-            for key in self._used:
-                future = compiler.programs[key]
-                if key not in entries and future.done() and future.exception() is None:
-                    entry = future.result().entry
-                    if entry is not None:
-                        entries[key] = entry
-            if len(entries) > before:
-                kept_programs.write(path, entries)
+        if self._path is not None:
+            self._compiler.keep(self._path, self._used)
 
 
 _work: ContextVar[Work | None] = ContextVar("work", default=None)
