@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +18,13 @@ import numpy as np
 import pytest
 from scenes import header, physical_grid, scene
 
-from jaxreg.registration import MSE, Affine, Greedy, Moments, Progress, register
+from jaxreg import compose
+from jaxreg.registration import FFD, MSE, Affine, Greedy, Moments, Progress, programs, register
+from jaxreg.registration.kept_programs import Entry, read, write
 from jaxreg.registration.programs import (
     Compiler,
     Program,
+    Work,
     changed_fields,
     compiling,
     rehearse,
@@ -148,6 +155,186 @@ def test_what_follows_from_functions_of_others_is_not_kept(tmp_path: Path) -> No
         with Compiler(tmp_path) as compiler, compiler.working():
             register(*pair(), [Affine((2,), (2,), metric=metric)])
         assert len(list(tmp_path.iterdir())) == count
+
+
+def kept_doubling(folder: Path, function: Callable[[jax.Array], jax.Array]) -> Path:
+    """A file with the program of a function of three numbers, as a registration leaves it."""
+    with Compiler(folder) as compiler, compiler.working() as work:
+        assert not work.is_kept("a registration")
+        function(np.ones(3, np.float32))
+    (file,) = folder.iterdir()
+    jax.clear_caches()
+    return file
+
+
+def failing(error: Exception) -> Callable[..., Any]:
+    def run(*args: jax.Array) -> jax.Array:
+        raise error
+
+    return run
+
+
+def test_a_program_that_was_loaded_and_fails_is_compiled_and_kept_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[tuple[str, bool]]
+) -> None:
+    @Program
+    def doubled(x: jax.Array) -> jax.Array:
+        return 2 * x
+
+    file = kept_doubling(tmp_path, doubled)
+    content = file.read_bytes()
+    file.write_bytes(content)
+    changed = file.stat().st_mtime_ns
+    compiled.clear()
+    with monkeypatch.context() as patch:
+        error = jax.errors.JaxRuntimeError("INTERNAL: of a device")
+        patch.setattr(Entry, "load", lambda *_: failing(error))
+        with Compiler(tmp_path) as compiler, compiler.working() as work:
+            assert work.is_kept("a registration")
+            np.testing.assert_array_equal(doubled(np.ones(3, np.float32)), [2, 2, 2])
+            np.testing.assert_array_equal(doubled(np.ones(3, np.float32)), [2, 2, 2])
+    assert compiled == [("jit(doubled)", False)]
+    assert file.stat().st_mtime_ns > changed
+    jax.clear_caches()
+    with Compiler(tmp_path) as compiler, compiler.working() as work:
+        assert work.is_kept("a registration")
+        np.testing.assert_array_equal(doubled(np.ones(3, np.float32)), [2, 2, 2])
+    assert len(compiled) == 1
+
+
+def test_an_error_of_a_program_that_has_written_to_its_arguments_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @functools.partial(Program, donated=("x",))
+    def doubled(x: jax.Array) -> jax.Array:
+        return 2 * x
+
+    def written(x: jax.Array) -> jax.Array:
+        x.delete()
+        raise jax.errors.JaxRuntimeError("INTERNAL: of a device")
+
+    kept_doubling(tmp_path, doubled)
+    monkeypatch.setattr(Entry, "load", lambda *_: written)
+    with Compiler(tmp_path) as compiler, compiler.working() as work:
+        assert work.is_kept("a registration")
+        with pytest.raises(jax.errors.JaxRuntimeError, match="of a device"):
+            doubled(jax.device_put(np.ones(3, np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("message", "runs"), [("INTERNAL: a kernel", 2), ("RESOURCE_EXHAUSTED: of memory", 1)]
+)
+def test_what_fails_later_runs_again_without_what_was_loaded(
+    tmp_path: Path, message: str, runs: int
+) -> None:
+    @Program
+    def doubled(x: jax.Array) -> jax.Array:
+        return 2 * x
+
+    file = kept_doubling(tmp_path, doubled)
+    ran = []
+
+    def registration(work: Work) -> Any:
+        was_kept = work.is_kept("a registration")
+        ran.append(was_kept)
+        found = np.asarray(doubled(np.ones(3, np.float32)))
+        if was_kept:  # as a device tells it that has run other programs meanwhile
+            raise jax.errors.JaxRuntimeError(message)
+        return found
+
+    with Compiler(tmp_path) as compiler:
+        if runs == 1:
+            with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+                compiler.run(registration)
+        else:
+            np.testing.assert_array_equal(compiler.run(registration), [2, 2, 2])
+    assert ran == [True, False][:runs]
+    assert read(file) != {}
+
+
+def test_an_error_that_nothing_loaded_has_part_in_is_raised_at_once(tmp_path: Path) -> None:
+    ran = []
+
+    def registration(work: Work) -> None:
+        ran.append(work.is_kept("a registration"))
+        raise jax.errors.JaxRuntimeError("INTERNAL: of a device")
+
+    with Compiler(tmp_path) as compiler, pytest.raises(jax.errors.JaxRuntimeError):
+        compiler.run(registration)
+    assert ran == [False]
+
+
+def test_a_file_holds_what_was_used_last_and_not_more_than_so_many_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @Program
+    def doubled(x: jax.Array) -> jax.Array:
+        return 2 * x
+
+    monkeypatch.setattr(programs, "_MOST", 3)
+    for sizes in ([1, 2, 3], [1, 4]):
+        with Compiler(tmp_path) as compiler, compiler.working() as work:
+            work.is_kept("a registration")
+            for size in sizes:
+                doubled(np.ones(size, np.float32))
+        jax.clear_caches()
+    (file,) = tmp_path.iterdir()
+    assert [key[3][0][0] for key in read(file)] == [(3,), (1,), (4,)]
+
+
+def test_a_reader_finds_what_one_of_several_writers_has_written(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    def entries(writer: int) -> dict[Any, Entry]:
+        found = (Entry((f"program {n}", writer), bytes(10_000), None, None) for n in range(50))
+        return {entry.key: entry for entry in found}
+
+    def write_often(writer: int) -> None:
+        for _ in range(30):
+            write(path, entries(writer))
+
+    write(path, entries(0))
+    with ThreadPoolExecutor(3) as pool:
+        writing = [pool.submit(write_often, writer) for writer in range(3)]
+        while not all(future.done() for future in writing):
+            found = read(path)
+            assert len(found) == 50
+            assert len({writer for _, writer in found}) == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_process_that_has_traced_nothing_runs_the_ops_that_it_loads(tmp_path: Path) -> None:
+    """The kernels have to be registered by the import of what loads: no tracing does it."""
+
+    @Program
+    def composed(x: jax.Array) -> jax.Array:
+        return compose(x, x) + jnp.linalg.inv(jnp.eye(2, dtype=x.dtype)).sum()
+
+    field = np.full((1, 4, 5, 2), 0.25, np.float32)
+    (tmp_path / "kept").mkdir()
+    with Compiler(tmp_path / "kept") as compiler, compiler.working() as work:
+        work.is_kept("a registration")
+        expected = np.asarray(composed(field))
+    (file,) = (tmp_path / "kept").iterdir()
+    code = """
+import pathlib, sys
+from jaxreg.registration.kept_programs import read
+import jax, numpy as np
+(entry,) = read(pathlib.Path(sys.argv[1])).values()
+program = entry.load(jax.devices("cpu")[0])
+np.save(sys.argv[2], program(np.full((1, 4, 5, 2), 0.25, np.float32)))
+"""
+    found = tmp_path / "found.npy"
+    subprocess.run([sys.executable, "-c", code, file, found], cwd=tmp_path, check=True)
+    np.testing.assert_array_equal(np.load(found), expected)
+
+
+def test_programs_of_control_points_in_millimetres_are_compiled_ahead(
+    compiled: list[tuple[str, bool]],
+) -> None:
+    register(*pair(), [FFD((2, 1), (3, 2), spacing=20, unit="mm")])
+    assert len(compiled) > 5
+    assert [name for name, here in compiled if here] == []
 
 
 def test_changed_fields_are_those_that_are_other_arrays() -> None:
