@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import os
 import signal
@@ -23,6 +24,9 @@ _NEEDED = ("jax", "optax", "SimpleITK", "typer", "rich", "matplotlib")
 
 _COMPLETING = "_JAXREG_COMPLETE"
 """The variable in which the script of a shell's completion says what it wants."""
+
+_COMPUTING = ("register", "template", "motion", "apply", "demo")
+"""What runs on a device."""
 
 _OF_THE_COMMAND_ITSELF = ("--help", "--version", "--install-completion", "--show-completion")
 
@@ -94,9 +98,44 @@ def _app(arguments: Sequence[str] | None) -> typer.Typer:
         from jaxreg_cli.outline import describing_app
 
         return describing_app()
-    from jaxreg.commands import app
-
+    with _without_collections():
+        if _wants_a_device(typed):
+            _begin_to_find_devices()
+        from jaxreg.commands import app
     return app
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Import packages without looking for garbage, which takes a sixth of the time they take.
+
+    What they make stays to the end, and is not looked at later, either.
+    """
+    if "jaxreg.commands" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
+
+
+def _wants_a_device(typed: Sequence[str]) -> bool:
+    """Whether a command computes, on devices that need not be joined with others before."""
+    return typed[0] in _COMPUTING and not {"--help", "--distributed"}.intersection(typed)
+
+
+def _begin_to_find_devices() -> None:
+    """Have JAX start its devices while the rest is imported: that of a GPU takes as long."""
+    import jax
+
+    def find() -> None:
+        with contextlib.suppress(Exception):  # whoever asks for a device gets the error again
+            jax.local_devices()
+
+    threading.Thread(target=find, name="devices").start()
 
 
 class _Ended(BaseException):
