@@ -25,7 +25,10 @@ _NEEDED = ("jax", "optax", "SimpleITK", "typer", "rich", "matplotlib")
 _COMPLETING = "_JAXREG_COMPLETE"
 """The variable in which the script of a shell's completion says what it wants."""
 
-_COMPUTING = ("register", "template", "motion", "apply", "demo")
+_COMPUTING = (
+    *("register", "template", "motion", "demo"),
+    *("apply", "apply-points", "invert", "compare"),
+)
 """What runs on a device."""
 
 _OF_THE_COMMAND_ITSELF = ("--help", "--version", "--install-completion", "--show-completion")

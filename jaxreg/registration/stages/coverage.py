@@ -6,6 +6,7 @@ a continuous function of the place, and a metric is differentiated through it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -35,9 +36,11 @@ def margins(whole: Sequence[int], shape: Sequence[int]) -> jax.Array:
     return on_device(np.array(coarser[::-1], np.float32))
 
 
+# Traced once for all its calls in the programs of a registration, which are many.
+@functools.partial(jax.jit, static_argnames=("source", "shape"), inline=True)
 def coverage(
-    source: Sequence[int],
-    shape: Sequence[int],
+    source: tuple[int, ...],
+    shape: tuple[int, ...],
     margin: jax.Array,
     affine: jax.Array | None,
     displacement: jax.Array | None,
