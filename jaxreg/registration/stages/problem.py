@@ -215,7 +215,7 @@ class Level(NamedTuple):
 
         ``affine`` is that of `jaxreg.interpolate`, and the displacement is on that grid.
         """
-        weight = coverage(
+        weight: jax.Array = coverage(
             self.moving.shape[2:], shape, self.moving_margin, affine, displacement, None
         )
         if self.moving_mask is None:
