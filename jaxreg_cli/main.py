@@ -49,12 +49,31 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     arguments
         Without the program's name; the process's own by default.
     """
-    with logs(sys.argv[1:] if arguments is None else arguments):
-        try:
-            with _ended_by_signals():
-                _run(arguments)
-        except _Ended as ended:
-            _fail(ended.reason, ended.status)
+    try:
+        with logs(sys.argv[1:] if arguments is None else arguments):
+            try:
+                with _ended_by_signals():
+                    _run(arguments)
+            except _Ended as ended:
+                _fail(ended.reason, ended.status)
+    except SystemExit as end:
+        if arguments is None and end.code is not None:
+            _leave_compilation(int(end.code))
+        raise
+
+
+def _leave_compilation(status: int) -> None:
+    """End an interrupted process at once where XLA compiles a program, which takes it seconds.
+
+    Nothing interrupts that, and Python would wait for its threads. What is to be written or removed
+    has been by now.
+    """
+    compiling = (thread for thread in threading.enumerate() if thread.name.startswith("compiler"))
+    if status >= 128 and any(thread.is_alive() for thread in compiling):
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
 
 
 def _run(arguments: Sequence[str] | None) -> NoReturn:
