@@ -85,6 +85,7 @@ def main() -> None:
             # What there is to apply need not be found with much effort.
             once = ["--stages", "moments,greedy", "--preset", "fast"]
             run([*register, "-o", "found", *once], folder, folder / "another-cache")
+        run(["compare", "fixed.nii.gz", "fixed.nii.gz", *where], folder, folder / "another-cache")
         for work, words in wanted.items():
             measure(record, work, words, folder, arguments.repeats)
 
@@ -177,7 +178,9 @@ def run(words: Sequence[str], folder: Path, cache: Path) -> dict[str, float]:
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "XDG_CACHE_HOME": str(cache),
     }
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    # What is installed is there as bytecode, too.
+    for name in ("JAX_COMPILATION_CACHE_DIR", "PYTHONDONTWRITEBYTECODE"):
+        environment.pop(name, None)
     before, began = os.times(), time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "jaxreg_cli", *words],

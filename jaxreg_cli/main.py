@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import os
 import signal
@@ -24,6 +25,12 @@ _NEEDED = ("jax", "optax", "SimpleITK", "typer", "rich", "matplotlib")
 _COMPLETING = "_JAXREG_COMPLETE"
 """The variable in which the script of a shell's completion says what it wants."""
 
+_COMPUTING = (
+    *("register", "template", "motion", "demo"),
+    *("apply", "apply-points", "invert", "compare"),
+)
+"""What runs on a device."""
+
 _OF_THE_COMMAND_ITSELF = ("--help", "--version", "--install-completion", "--show-completion")
 
 _BAD_INPUT, _FAILED, _INTERRUPTED = 2, 1, 130
@@ -42,12 +49,31 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     arguments
         Without the program's name; the process's own by default.
     """
-    with logs(sys.argv[1:] if arguments is None else arguments):
-        try:
-            with _ended_by_signals():
-                _run(arguments)
-        except _Ended as ended:
-            _fail(ended.reason, ended.status)
+    try:
+        with logs(sys.argv[1:] if arguments is None else arguments):
+            try:
+                with _ended_by_signals():
+                    _run(arguments)
+            except _Ended as ended:
+                _fail(ended.reason, ended.status)
+    except SystemExit as end:
+        if arguments is None and end.code is not None:
+            _leave_compilation(int(end.code))
+        raise
+
+
+def _leave_compilation(status: int) -> None:
+    """End an interrupted process at once where XLA compiles a program, which takes it seconds.
+
+    Nothing interrupts that, and Python would wait for its threads. What is to be written or removed
+    has been by now.
+    """
+    compiling = (thread for thread in threading.enumerate() if thread.name.startswith("compiler"))
+    if status >= 128 and any(thread.is_alive() for thread in compiling):
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
 
 
 def _run(arguments: Sequence[str] | None) -> NoReturn:
@@ -94,9 +120,44 @@ def _app(arguments: Sequence[str] | None) -> typer.Typer:
         from jaxreg_cli.outline import describing_app
 
         return describing_app()
-    from jaxreg.commands import app
-
+    with _without_collections():
+        if _wants_a_device(typed):
+            _begin_to_find_devices()
+        from jaxreg.commands import app
     return app
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Import packages without looking for garbage, which takes a sixth of the time they take.
+
+    What they make stays to the end, and is not looked at later, either.
+    """
+    if "jaxreg.commands" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
+
+
+def _wants_a_device(typed: Sequence[str]) -> bool:
+    """Whether a command computes, on devices that need not be joined with others before."""
+    return typed[0] in _COMPUTING and not {"--help", "--distributed"}.intersection(typed)
+
+
+def _begin_to_find_devices() -> None:
+    """Have JAX start its devices while the rest is imported: that of a GPU takes as long."""
+    import jax
+
+    def find() -> None:
+        with contextlib.suppress(Exception):  # whoever asks for a device gets the error again
+            jax.local_devices()
+
+    threading.Thread(target=find, name="devices").start()
 
 
 class _Ended(BaseException):

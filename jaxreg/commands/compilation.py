@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import platform
-import re
 import tempfile
 import threading
 import time
@@ -25,9 +23,18 @@ import jax.monitoring
 import typer
 
 from jaxreg.commands.inputs import naming
+from jaxreg.registration.kept_programs import SUFFIX, processor
+from jaxreg.registration.programs import LOADED, WAITED
 from jaxreg_cli.telling import detail
 
-__all__ = ["Cache", "NoCache", "compile_seconds", "describe_kept", "keep_compiled"]
+__all__ = [
+    "Cache",
+    "NoCache",
+    "compile_seconds",
+    "describe_kept",
+    "keep_compiled",
+    "keep_registrations",
+]
 
 Cache = Annotated[
     Path | None,
@@ -46,43 +53,57 @@ _LARGEST = 512 * 2**20
 """Bytes that our own folder may hold when a command starts; a registration adds about a
 hundredth of it."""
 
+_COMPILED = "/jax/core/compile/backend_compile_duration"
 _EVENTS = (
     "/jax/core/compile/jaxpr_trace_duration",
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
-    "/jax/core/compile/backend_compile_duration",
+    _COMPILED,
+    WAITED,
 )
 _LOADED = "/jax/compilation_cache/cache_retrieval_time_sec"
 
-_spans: list[tuple[float, float]] = []
-"""When something was compiled, from and to, without overlaps."""
+
+class _OfThread(threading.local):
+    """What is known of the programs of a thread."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[float, float]] = []
+        """When it compiled something, or waited for that, from and to, without overlaps."""
+        self.loading: float | None = None
+        """Seconds, where the program that it asked for last came from the cache."""
 
 
-_loading = threading.local()
-"""Has ``seconds`` where the program that this thread asked for last came from the cache."""
+_own = _OfThread()
 
 
 def _listen(event: str, duration_secs: float, **about: str | int) -> None:
     if event == _LOADED:
-        _loading.seconds = duration_secs
-    if event == _EVENTS[-1]:
-        loaded = vars(_loading).pop("seconds", None)
+        _own.loading = duration_secs
+    if event == _COMPILED:
+        loaded, _own.loading = _own.loading, None
         how = "compiled" if loaded is None else "found in the cache"
         detail(f"program {about.get('fun_name', '')}: {how}, {duration_secs:.3f} s")
+    if event == LOADED:
+        detail(f"program {about.get('fun_name', '')}: found in the cache, {duration_secs:.3f} s")
     if event in _EVENTS:
         end = time.perf_counter()
         start = end - duration_secs
         # A function is traced within another one, of whose time it is a part.
-        while _spans and _spans[-1][1] > start:
-            start = min(start, _spans.pop()[0])
-        _spans.append((start, end))
+        spans = _own.spans
+        while spans and spans[-1][1] > start:
+            start = min(start, spans.pop()[0])
+        spans.append((start, end))
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def compile_seconds() -> float:
-    """Return the seconds that programs were traced, compiled or loaded since this was imported."""
-    return sum(end - start for start, end in _spans)
+    """Return the seconds that this thread has compiled programs, or waited until they were.
+
+    Tracing and loading them is part of that; what other threads compile meanwhile is not.
+    """
+    return sum(end - start for start, end in _own.spans)
 
 
 def keep_compiled(folder: Path | None, no_cache: bool = False) -> None:
@@ -103,31 +124,69 @@ def keep_compiled(folder: Path | None, no_cache: bool = False) -> None:
     ValueError
         If the folder cannot be made, or not be written to, or if nothing is to be kept in it.
     """
-    if no_cache:
-        if folder is not None:
-            raise ValueError(f"--no-cache: expected no --cache beside it, got {folder}")
-        jax.config.update("jax_enable_compilation_cache", False)
+    where = _where_to_keep(folder, no_cache)
+    jax.config.update("jax_enable_compilation_cache", where is not None)
+    if where is None:
         return
     # An entry that another process has just begun to write, or a full disk: it is compiled then.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+    jax.config.update("jax_compilation_cache_dir", where)
+    # By default what compiles within a second is not kept; here that is most of it.
+    for name in ("min_compile_time_secs", "min_entry_size_bytes"):
+        if f"JAX_PERSISTENT_CACHE_{name.upper()}" not in os.environ:
+            jax.config.update(f"jax_persistent_cache_{name}", 0)
+
+
+def keep_registrations(folder: Path | None, no_cache: bool = False) -> Path | None:
+    """Return the folder for the programs of registrations, which are found there without tracing.
+
+    JAX keeps nothing then: the CPU's compiler does not give all of a program that JAX has loaded.
+    Where the folder is no place of this machine, JAX keeps what it compiles, as by `keep_compiled`.
+
+    Parameters
+    ----------
+    folder, no_cache
+        As for `keep_compiled`.
+
+    Returns
+    -------
+    Path or None
+        `None`: there is none.
+
+    Raises
+    ------
+    ValueError
+        As `keep_compiled`.
+    """
+    where = _where_to_keep(folder, no_cache)
+    if where is not None and "://" in where:
+        keep_compiled(folder, no_cache)
+        return None
+    jax.config.update("jax_enable_compilation_cache", False)
+    return None if where is None else Path(where)
+
+
+def _where_to_keep(folder: Path | None, no_cache: bool) -> str | None:
+    if no_cache:
+        if folder is not None:
+            raise ValueError(f"--no-cache: expected no --cache beside it, got {folder}")
+        return None
     if folder is not None:
         with naming("--cache"):
             _check_writing(folder)
-        jax.config.update("jax_enable_compilation_cache", True)
-    elif _setting("compilation_cache_dir") is None and _setting("enable_compilation_cache"):
+    elif not _setting("enable_compilation_cache"):
+        return None
+    elif (users := _setting("compilation_cache_dir")) is not None:
+        return str(users)
+    else:
         try:
             folder = _own_folder()
             _check_writing(folder)
             _remove_oldest(folder, _LARGEST)
         except OSError:
-            return
-    if folder is not None:
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        detail(f"compiled programs are kept in {folder}")
-    # By default what compiles within a second is not kept; here that is most of it.
-    for name in ("min_compile_time_secs", "min_entry_size_bytes"):
-        if f"JAX_PERSISTENT_CACHE_{name.upper()}" not in os.environ:
-            jax.config.update(f"jax_persistent_cache_{name}", 0)
+            return None
+    detail(f"compiled programs are kept in {folder}")
+    return str(folder)
 
 
 def describe_kept() -> str:
@@ -142,7 +201,9 @@ def describe_kept() -> str:
         return "not kept: JAX_ENABLE_COMPILATION_CACHE is off"
     size = sum(file.size for file in files) / 2**20
     limit = "" if users else f" of at most {_LARGEST / 2**20:.0f}"
-    return f"{folder}\n{len(files)} files, {size:.1f}{limit} MiB"
+    registrations = sum(file.path.endswith(SUFFIX) for file in files)
+    those = f"; {registrations} with all programs of a registration" if registrations else ""
+    return f"{folder}\n{len(files)} files, {size:.1f}{limit} MiB{those}"
 
 
 def _setting(name: str) -> Any:
@@ -150,21 +211,14 @@ def _setting(name: str) -> Any:
 
 
 def _own_folder() -> Path:
-    """Return our folder in the user's cache folder, by the rules of XDG.
-
-    Homes are shared by machines. A program for a processor may stop another one, which lacks some
-    of its instructions, and JAX does not tell them apart.
-    """
+    """Return our folder for this processor in the user's cache folder, by the rules of XDG."""
     users = os.environ.get("XDG_CACHE_HOME", "")
     try:
         root = Path(users) if os.path.isabs(users) else Path.home() / ".cache"
     except RuntimeError as error:
         raise OSError(str(error)) from error
-    cpu = platform.machine() + platform.processor()
-    with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text(errors="replace")
-        cpu += "".join(re.findall(r"(?m)^(?:model name|flags|Features)\s*:.*", text)[:2])
-    return root / "regkernels" / f"xla-{hashlib.sha256(cpu.encode()).hexdigest()[:12]}"
+    digest = hashlib.sha256(processor().encode()).hexdigest()
+    return root / "regkernels" / f"xla-{digest[:12]}"
 
 
 def _check_writing(folder: Path) -> None:

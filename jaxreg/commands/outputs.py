@@ -6,15 +6,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from jaxreg.commands.timing import Stopwatch
 from jaxreg.commands.transform_files import AFFINE, INVERSE_WARP, WARP
-from jaxreg.registration import Registration
+from jaxreg.registration import Registration, Transform, outside_values
+from jaxreg.registration.programs import rehearse
 from jaxreg_cli.telling import detail
-from regkernels import write_affine, write_composite, write_displacement, write_volume
+from regkernels import Volume, write_affine, write_composite, write_displacement, write_volume
 
 __all__ = [
     "FILES",
@@ -25,6 +27,7 @@ __all__ = [
     "Composite",
     "Outputs",
     "choose_outputs",
+    "rehearse_images",
     "write_images",
 ]
 
@@ -97,6 +100,42 @@ def choose_outputs(text: str | None, *, report: bool, composite: bool) -> frozen
             )
     wanted += [name for name, is_wanted in more.items() if is_wanted]
     return frozenset(file for name in wanted for file in _OUTPUTS[name])
+
+
+def rehearse_images(
+    fixed: Volume, moving: Volume, wanted: frozenset[str], displacement: Any, inverse: Any
+) -> None:
+    """Have the programs of `write_images` compiled, while those of the stages run.
+
+    Parameters
+    ----------
+    fixed, moving
+        The images.
+    wanted
+        The files.
+    displacement, inverse
+        The shapes of the displacement that will be found and of its inverse, or `None`.
+    """
+    matrix = np.diag([*[2.0] * fixed.ndim, 1.0])  # any that is not the identity
+
+    def result(displacement: Any, inverse: Any) -> Registration:
+        transform = Transform(fixed.grid, matrix, displacement, inverse)
+        return Registration(fixed, moving, transform, (), outside=0.0)
+
+    def rehearse_one(ask: Callable[[Registration], Any]) -> None:
+        rehearse(lambda *fields: ask(result(*fields)), displacement, inverse)
+
+    if displacement is not None:
+        rehearse_one(lambda found: found.transform.displacement_field())
+        rehearse_one(lambda found: found.jacobian)
+        rehearse_one(lambda found: found.inverse_residual)
+    rehearse_one(lambda found: outside_values(found.fixed))
+    rehearse_one(lambda found: outside_values(found.moving))
+    if MOVED in wanted or REPORT in wanted:
+        rehearse_one(lambda found: found.moved)
+    if FIXED_MOVED in wanted:
+        rehearse_one(lambda found: found.fixed_moved)
+    rehearse_one(lambda found: found.doubts)
 
 
 def write_images(

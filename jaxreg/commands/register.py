@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from rich.table import Table
 
 from jaxreg.commands import devices
 from jaxreg.commands.command import Command
-from jaxreg.commands.compilation import Cache, NoCache, keep_compiled
+from jaxreg.commands.compilation import Cache, NoCache, keep_compiled, keep_registrations
 from jaxreg.commands.devices import Device
 from jaxreg.commands.doubts import tell_doubts
 from jaxreg.commands.inputs import (
@@ -41,6 +42,7 @@ from jaxreg.commands.outputs import (
     Composite,
     Outputs,
     choose_outputs,
+    rehearse_images,
     write_images,
 )
 from jaxreg.commands.progress_bars import register_watched
@@ -52,6 +54,7 @@ from jaxreg.commands.transform_files import chains
 from jaxreg.registration import Registration, Stage, Transform, outside_values
 from jaxreg.registration.channels import is_resampled
 from jaxreg.registration.intensities import Clip
+from jaxreg.registration.programs import Compiler, Work
 from jaxreg.registration.report.page import write_report
 from jaxreg.registration.transforms.resampling import Outside
 from jaxreg.warp import INVERSE_TOLERANCE
@@ -272,7 +275,11 @@ def register(
         device,
         several,
     )
-    keep_compiled(cache, no_cache)
+    if several == "1":
+        kept = keep_registrations(cache, no_cache)
+    else:  # the program of a stage is one, and JAX keeps it
+        kept = None
+        keep_compiled(cache, no_cache)
     files = {
         "FIXED": fixed,
         "MOVING": moving,
@@ -289,14 +296,17 @@ def register(
         ways = [*given, *(name for name, value in beside.items() if value)]
         if ways:
             raise ValueError(f"--pairs: expected no {ways[0]} beside it")
-        return _register_study(pairs, output, asked, jobs)
+        with Compiler(kept) as compiler:
+            return _register_study(pairs, output, asked, jobs, compiler)
     for name in ("FIXED", "MOVING"):
         if name not in given:
             raise ValueError(f"missing argument {name}")
     console = Console(quiet=not devices.is_leader())
     others = also or []
     inputs = _Inputs(given, list(zip(others[::2], others[1::2], strict=True)), initial or [])
-    done = _register_pair(inputs, output, asked, console, stopwatch)
+    run = functools.partial(_register_pair, inputs, output, asked, console, stopwatch)
+    with Compiler(kept) as compiler:
+        done = compiler.run(run)
     if not devices.is_leader():
         return {}
     console.print(
@@ -400,7 +410,9 @@ class _Done(NamedTuple):
 _JUDGING = ("--fixed-labels", "--moving-labels", "--fixed-points", "--moving-points")
 
 
-def _register_study(table: Path, output: Path, asked: _Asked, jobs: int) -> list[dict[str, Any]]:
+def _register_study(
+    table: Path, output: Path, asked: _Asked, jobs: int, compiler: Compiler
+) -> list[dict[str, Any]]:
     with naming("--pairs"):
         pairs = read_pairs(table)
     arguments = {"fixed": "FIXED", "moving": "MOVING"}
@@ -413,14 +425,20 @@ def _register_study(table: Path, output: Path, asked: _Asked, jobs: int) -> list
         }
         initial = [str(path) for column, path in pair.files.items() if column == "initial"]
         inputs, console = _Inputs(files, pair.also, initial), Console(quiet=True)
-        return _register_pair(inputs, folder, asked, console, Stopwatch()).record
+        run = functools.partial(_register_pair, inputs, folder, asked, console, Stopwatch())
+        return compiler.run(run).record
 
     asked = asked._replace(wanted=asked.wanted | {RECORD})
     return register_pairs(pairs, output, register, asked.settings(), jobs)
 
 
 def _register_pair(
-    inputs: _Inputs, output: Path, asked: _Asked, console: Console, stopwatch: Stopwatch
+    inputs: _Inputs,
+    output: Path,
+    asked: _Asked,
+    console: Console,
+    stopwatch: Stopwatch,
+    work: Work,
 ) -> _Done:
     """Register two images, and write what is wanted into a folder."""
     images = [(name, path) for name, path in inputs.files.items() if name not in _JUDGING]
@@ -453,6 +471,7 @@ def _register_pair(
         stack.enter_context(jax.default_device(target))
         parts = read_chain("--initial", inputs.initial, fixed.grid, moving.grid)
         start = Transform.from_parts(fixed.grid, parts)
+        work.afterwards = functools.partial(rehearse_images, fixed, moving, asked.wanted)
         with stopwatch.phase("stages"):
             result = register_watched(
                 fixed,

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
+from jaxreg.registration.programs import on_device
 from jaxreg.registration.stages.spread import mesh_of, padded, placed, sharding
 
 __all__ = ["across", "cut", "extended", "put", "whole"]
@@ -47,7 +48,8 @@ def across(
     memory of the host, and of every host if there are several.
     """
     if devices is None:
-        return function(*(None if array is None else jnp.asarray(array) for array in arrays))
+        given = [x if x is None or isinstance(x, jax.Array) else np.asarray(x) for x in arrays]
+        return function(*(None if x is None else on_device(x) for x in given))
     mesh = mesh_of(devices)
     planes = [0 if x is None else np.shape(x)[axis] for x, axis in zip(arrays, axes, strict=True)]
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxreg.registration.programs import Program
+
 __all__ = ["Background", "Clip", "background", "check_clip", "clipped", "matched"]
 
 Clip = Literal["outliers"] | tuple[float, float] | None
@@ -42,7 +44,7 @@ class Background(NamedTuple):
     clear: jax.Array
 
 
-@jax.jit
+@Program
 def background(image: jax.Array) -> Background:
     """Return the background of an image.
 

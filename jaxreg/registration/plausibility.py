@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from jaxreg import interpolate, jacobian_determinant
 from jaxreg.registration.across import across
+from jaxreg.registration.programs import Program, on_device
 from jaxreg.registration.stages.coverage import coverage
 from jaxreg.registration.stages.deformable import Deformable
 from jaxreg.registration.stages.iterative import Iterative, trend
@@ -127,10 +128,10 @@ def _found(result: Registration) -> _Found:
     chain = np.linalg.solve(
         moving.normalised_to_physical(), matrix @ fixed.normalised_to_physical()
     )
-    measured = functools.partial(_measured, fixed.shape, moving.shape)
+    measured = functools.partial(_measured, shape=fixed.shape, source=moving.shape)
     numbers = (
-        jnp.asarray(chain[None, :-1], jnp.float32),
-        jnp.float32(_voxels(matrix, fixed, moving)),
+        on_device(chain[None, :-1].astype(np.float32)),
+        on_device(np.float32(_voxels(matrix, fixed, moving))),
     )
     masks = _weights(result.fixed_mask), _weights(result.moving_mask)
     found = jax.device_get(
@@ -155,15 +156,16 @@ def _voxels(matrix: Matrix, fixed: Grid, moving: Grid) -> float:
     return float(abs(np.linalg.det(chain[:-1, :-1])))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(Program, static=("shape", "source"))
 def _measured(
-    shape: tuple[int, ...],
-    source: tuple[int, ...],
     affine: jax.Array,
     voxels: jax.Array,
     fixed_mask: jax.Array | None,
     moving_mask: jax.Array | None,
     displacement: jax.Array | None,
+    *,
+    shape: tuple[int, ...],
+    source: tuple[int, ...],
 ) -> tuple[jax.Array, ...]:
     """Compare the images on the fixed grid, of a shape; return what `_Found` holds.
 

@@ -18,9 +18,10 @@ from jaxreg.registration.across import across
 from jaxreg.registration.channels import on_one_grid
 from jaxreg.registration.intensities import Clip, check_clip
 from jaxreg.registration.plausibility import Doubt, find_doubts
+from jaxreg.registration.programs import Program, compiling, on_device
 from jaxreg.registration.progress import Callback
 from jaxreg.registration.register_images import check_stages
-from jaxreg.registration.running import OneDevice, SeveralDevices, check_devices
+from jaxreg.registration.running import OneDevice, SeveralDevices, check_devices, is_finite
 from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.presets import preset
 from jaxreg.registration.stages.problem import Alignment
@@ -183,7 +184,7 @@ class Registration:
         if self.transform.displacement is None:
             return np.ones(self.fixed.shape, np.float32)
         determinant = across(
-            self.transform.devices, jacobian_determinant, (self.transform.displacement,), (1,), 1
+            self.transform.devices, _determinant, (self.transform.displacement,), (1,), 1
         )
         array: NDArray[np.float32] = np.asarray(determinant)[0]
         return array
@@ -208,6 +209,7 @@ class Registration:
         )
 
 
+@compiling()
 def register(
     fixed: Volume,
     moving: Volume,
@@ -342,12 +344,12 @@ def register(
     )
     matrix, *fields = _initial(initial, fixed.grid)
     start = _float32(np.linalg.solve(centre, matrix @ centre))
-    alignment = work.begin(Alignment(start, *fields))
+    alignment = work.begin(Alignment(start, *fields), stages, watched=callback is not None)
     records = []
     for stage in stages:
         began = time.perf_counter()
         alignment, traces = work.run(stage, alignment, callback)
-        finite = _is_finite(alignment).block_until_ready()
+        finite = is_finite(alignment).block_until_ready()
         seconds = time.perf_counter() - began
         # A loss that is finite at first and not later comes from places that are not. It may also
         # stay finite there: a sample whose place is not finite is 0, and a penalty may be none.
@@ -442,10 +444,9 @@ def _check_intensities(**volumes: Volume) -> None:
             )
 
 
-@jax.jit
-def _is_finite(alignment: Alignment) -> jax.Array:
-    """Return whether the matrix and the fields hold neither NaN nor infinity, a scalar."""
-    return jnp.stack([jnp.isfinite(array).all() for array in jax.tree.leaves(alignment)]).all()
+@Program
+def _determinant(displacement: jax.Array) -> jax.Array:
+    return jacobian_determinant(displacement)
 
 
 def _levels(stage: Stage, fixed: Volume, traces: tuple[Trace, ...]) -> tuple[LevelRecord, ...]:
@@ -546,5 +547,5 @@ def _field_on(field: jax.Array, source: Grid, target: Grid) -> jax.Array:
     return jnp.einsum("...i,ji->...j", sampled, back, precision=jax.lax.Precision.HIGHEST)
 
 
-def _float32(array: ArrayLike) -> jax.Array:
-    return jnp.asarray(array, jnp.float32)
+def _float32(array: NDArray[Any]) -> jax.Array:
+    return on_device(array.astype(np.float32))

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from jaxreg.registration.intensities import Clip, check_clip
+from jaxreg.registration.programs import on_device
 from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.problem import Alignment, Problem
 from regkernels.grid import normalised_to_voxel
@@ -162,7 +163,7 @@ def _image(name: str, image: ArrayLike) -> jax.Array:
     array = _float32(image)
     if array.ndim not in (3, 4) or array.size == 0:
         raise ValueError(f"{name}: expected an array (C, [Z,] Y, X), got shape {array.shape}")
-    return jnp.asarray(array[None])
+    return on_device(array[None])
 
 
 def _float32(array: ArrayLike) -> jax.Array | NDArray[np.float32]:
@@ -177,7 +178,7 @@ def _float32(array: ArrayLike) -> jax.Array | NDArray[np.float32]:
 def _mask(name: str, mask: ArrayLike | None, image: jax.Array) -> jax.Array | None:
     if mask is None:
         return None
-    array = jnp.asarray(mask, jnp.float32)
+    array = on_device(_float32(mask))
     if array.shape != image.shape[2:]:
         raise ValueError(f"{name}: expected shape {image.shape[2:]}, got {array.shape}")
     return array[None, None]
@@ -189,7 +190,7 @@ def _geometry(name: str, matrix: ArrayLike | None, image: jax.Array) -> jax.Arra
         to_voxel = normalised_to_voxel(image.shape[2:])
         to_voxel[:-1, -1] = 0
         matrix = np.asarray(to_voxel)
-    array = jnp.asarray(_float32(matrix))
+    array = on_device(_float32(matrix))
     if array.shape != (ndim + 1, ndim + 1):
         raise ValueError(f"{name}: expected shape {(ndim + 1, ndim + 1)}, got {array.shape}")
     return array

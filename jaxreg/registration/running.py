@@ -20,13 +20,14 @@ from numpy.typing import ArrayLike
 
 from jaxreg.registration.across import cut, extended, put, whole
 from jaxreg.registration.intensities import Clip
+from jaxreg.registration.programs import Fixed, Program, compiling, rehearse, shapes_of
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.register_images import make_problem
 from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.problem import Alignment, Problem
 from jaxreg.registration.stages.spread import mesh_of
 
-__all__ = ["OneDevice", "SeveralDevices", "check_devices"]
+__all__ = ["OneDevice", "SeveralDevices", "check_devices", "is_finite"]
 
 _IMAGE, _MASK, _FIELD = 1, 0, 1
 """The axis of the planes."""
@@ -71,10 +72,23 @@ class OneDevice:
     """Runs stages on the default device; the operands are those of `make_problem`."""
 
     def __init__(self, **operands: Any) -> None:
-        self._problem = make_problem(**operands)
+        self._operands = operands
 
-    def begin(self, alignment: Alignment) -> Alignment:
-        """Return the alignment."""
+    def begin(self, alignment: Alignment, stages: Sequence[Stage], *, watched: bool) -> Alignment:
+        """Return the alignment; the programs of the stages are compiled from now on.
+
+        Parameters
+        ----------
+        alignment
+            Where to start.
+        stages
+            What will run.
+        watched
+            Whether there will be a callback.
+        """
+        _rehearse(self._operands, alignment, stages, watched)
+        self._problem = make_problem(**self._operands)
+        del self._operands
         return alignment
 
     def run(
@@ -85,11 +99,77 @@ class OneDevice:
 
     def overlap(self, alignment: Alignment) -> float:
         """Return how many voxels count at an alignment."""
-        return float(self._problem.whole(alignment).overlap)
+        return float(_overlap_of(self._problem, alignment))
 
     def end(self, alignment: Alignment) -> Alignment:
         """Return the alignment."""
         return alignment
+
+
+_ARRAYS = (
+    *("fixed", "moving", "fixed_mask", "moving_mask"),
+    *("fixed_to_physical", "moving_to_physical"),
+)
+"""The operands of `make_problem` that are arrays."""
+
+
+class _Options(NamedTuple):
+    """The other ones."""
+
+    moving_ratio: float
+    clip: Clip
+    match_histogram: bool
+
+
+def _rehearse(
+    operands: dict[str, Any], alignment: Alignment, stages: Sequence[Stage], watched: bool
+) -> None:
+    """Have the programs of a registration compiled, or loaded if they are kept."""
+    arrays = {name: operands[name] for name in _ARRAYS}
+    options = _Options(**{name: operands[name] for name in _Options._fields})
+    if any(getattr(x, "committed", False) for x in jax.tree.leaves((arrays, alignment))):
+        return  # to devices that somebody has chosen
+    shapes, start = shapes_of(arrays), shapes_of(alignment)
+    shape, to_physical = shapes["fixed"].shape[1:], np.asarray(arrays["fixed_to_physical"])
+    # As `make_problem` makes them, so that the programs are those that will be asked for.
+    stages = tuple(stage.for_grid(shape, np.float32(to_physical)) for stage in stages)
+    with compiling() as work:
+        if work.is_kept(shapes, options, start, stages, watched):
+            return
+        problem = rehearse(_make, shapes, Fixed(options))
+        for stage in stages:
+            if problem is None:
+                return
+            problem, start = rehearse(_stage, stage, problem, start, Fixed(watched)) or (None, None)
+        rehearse(_overlap_of, problem, start)
+        if work.afterwards is not None and start is not None:
+            work.afterwards(start.displacement, start.inverse_displacement)
+
+
+def _make(arrays: dict[str, Any], options: Fixed) -> Problem:
+    return make_problem(**arrays, **options.value._asdict())
+
+
+def _stage(
+    stage: Stage, problem: Problem, alignment: Alignment, watched: Fixed
+) -> tuple[Problem, Alignment]:
+    alignment, _ = stage.run(problem, alignment, _ignore if watched.value else None)
+    is_finite(alignment)
+    return problem, alignment
+
+
+def _ignore(progress: Progress) -> None:
+    pass
+
+
+def _overlap_of(problem: Problem, alignment: Alignment) -> jax.Array:
+    return problem.whole(alignment).overlap
+
+
+@Program
+def is_finite(alignment: Alignment) -> jax.Array:
+    """Return whether the matrix and the fields hold neither NaN nor infinity, a scalar."""
+    return jnp.stack([jnp.isfinite(array).all() for array in jax.tree.leaves(alignment)]).all()
 
 
 class SeveralDevices:
@@ -132,7 +212,7 @@ class SeveralDevices:
         """Spread an array over the devices, of which none gets all."""
         return put(np.asarray(array, np.float32), axis, self._mesh)
 
-    def begin(self, alignment: Alignment) -> Alignment:
+    def begin(self, alignment: Alignment, stages: Sequence[Stage], *, watched: bool) -> Alignment:
         """Return an alignment that is spread over the devices."""
         return _on_fields(lambda field: self._put(field, _FIELD), alignment)
 

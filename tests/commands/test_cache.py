@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import jax.monitoring
 import numpy as np
 import pytest
 from command import run
 from jax.experimental.compilation_cache import compilation_cache
+from scipy.ndimage import gaussian_filter
 
 from jaxreg.commands import compilation
-from regkernels import Volume, write_volume
+from jaxreg.registration import kept_programs
+from regkernels import Volume, read_volume, write_volume
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +96,18 @@ def test_info_tells_where_programs_are_kept(
     jax.config.update("jax_enable_compilation_cache", True)
     try:
         assert run("info") == 0
+        told = capsys.readouterr().out
+        folder = compilation._own_folder()
+        folder.mkdir(parents=True)
+        for name, size in (("jit_f-cache", 2**20), ("0123-registration", 2**21)):
+            (folder / name).write_bytes(bytes(size))
+        assert run("info") == 0
     finally:
         jax.config.update("jax_enable_compilation_cache", False)
-    told = capsys.readouterr().out
     assert str(tmp_path / "regkernels" / "xla-") in told
     assert "0 files, 0.0 of at most 512 MiB" in told
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "2 files, 3.0 of at most 512 MiB; 1 with all programs of a registration" in told
 
 
 def test_of_a_folder_that_is_too_large_what_was_used_last_is_left(tmp_path: Path) -> None:
@@ -106,6 +119,22 @@ def test_of_a_folder_that_is_too_large_what_was_used_last_is_left(tmp_path: Path
     assert len(kept(tmp_path)) == 8
     compilation._remove_oldest(tmp_path, 600)
     assert [path.name for path in kept(tmp_path)] == [f"{age}-cache" for age in range(4)]
+
+
+@contextlib.contextmanager
+def compiled_programs() -> Iterator[list[str]]:
+    """The names of the programs that JAX traces, compiles or loads meanwhile, in any thread."""
+    names: list[str] = []
+
+    def listen(event: str, seconds: float, **about: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(str(about.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture
@@ -132,12 +161,100 @@ def test_a_registration_finds_what_was_compiled_in_the_folder_that_it_is_told(
     compiled = []
     for out in ("first", "second"):
         jax.clear_caches()  # as in another process
-        arguments = ["register", image, image, "--stages", "moments", "--device", "cpu"]
-        assert run(*arguments, "-o", tmp_path / out, "--cache", tmp_path / "cache") == 0
-        compiled.append(len(kept(tmp_path / "cache")))
-    assert compiled[0] == compiled[1] > 0
-    for name in ("moved.nii.gz", "affine.tfm"):
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+        with compiled_programs() as programs:
+            arguments = ["register", image, image, "--stages", "moments,rigid", "--device", "cpu"]
+            assert run(*arguments, "-o", tmp_path / out, "--cache", tmp_path / "cache") == 0
+        compiled.append(len(programs))
+        assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert compiled[0] > 5 and compiled[1] == 0
+    assert files(tmp_path / "first") == files(tmp_path / "second")
+
+
+def test_a_registration_of_another_shape_or_by_other_stages_finds_nothing_of_the_first(
+    image: Path, tmp_path: Path, forgetful: None
+) -> None:
+    folder = tmp_path / "cache"
+    write_volume(read_volume(image).with_array(np.ones((5, 6)) * np.arange(6)), tmp_path / "b.nii")
+    for stages in ("moments", "rigid"):
+        arguments = ["register", image, tmp_path / "b.nii", "--stages", stages, "--device", "cpu"]
+        assert run(*arguments, "-o", tmp_path / stages, "--cache", folder) == 0
+    assert len(list(folder.iterdir())) == 2
+
+
+def without_the_end(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def with_another_bit(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def of_something_else(content: bytes) -> bytes:
+    """A file that is whole, and has other things in it."""
+    text = pickle.dumps([("a", "list"), 3])
+    return kept_programs._HEAD + hashlib.sha256(text).digest() + text
+
+
+def of_what_is_no_program(content: bytes) -> bytes:
+    """A file that is whole, and whose programs are none."""
+    entries = pickle.loads(content[len(kept_programs._HEAD) + kept_programs._DIGEST :])
+    text = pickle.dumps([(key, b"no program", *trees) for key, _, *trees in entries])
+    return kept_programs._HEAD + hashlib.sha256(text).digest() + text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: b"nothing that was pickled",
+        without_the_end,
+        with_another_bit,
+        of_something_else,
+        of_what_is_no_program,
+    ],
+)
+def test_a_registration_that_was_kept_and_damaged_is_compiled_again(
+    image: Path, tmp_path: Path, forgetful: None, damage: Callable[[bytes], bytes]
+) -> None:
+    folder = tmp_path / "cache"
+    arguments = ["register", image, image, "--stages", "moments", "--device", "cpu"]
+    assert run(*arguments, "-o", tmp_path / "first", "--cache", folder) == 0
+    (file,) = folder.iterdir()
+    whole = file.stat().st_size
+    file.write_bytes(damage(file.read_bytes()))
+    jax.clear_caches()
+    assert run(*arguments, "-o", tmp_path / "second", "--cache", folder) == 0
+    assert file.stat().st_size == pytest.approx(whole, rel=0.01)
+    assert files(tmp_path / "first") == files(tmp_path / "second")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What a command has written, by the names of the files, without the record of its times."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"}
+
+
+def test_what_is_compiled_loaded_and_not_to_be_kept_gives_the_same_bits(
+    tmp_path: Path, forgetful: None
+) -> None:
+    rng = np.random.default_rng(0)
+    names = ("fixed.nii", "moving.nii")
+    for name in names:
+        array = gaussian_filter(rng.normal(size=(12, 14, 16)), 2).astype(np.float32)
+        write_volume(Volume.create(array), tmp_path / name)
+    stages = ["moments", "affine scales=2,1 iterations=6,4", "syn scales=2,1 iterations=6,4"]
+    arguments = [tmp_path / name for name in names] + ["--device", "cpu"]
+    arguments += [word for stage in stages for word in ("--stage", stage)]
+    for out in ("compiled", "loaded", "not kept"):
+        jax.clear_caches()
+        cache = ["--no-cache"] if out == "not kept" else ["--cache", tmp_path / "cache"]
+        with compiled_programs() as programs:
+            assert run("register", *arguments, "-o", tmp_path / out, *cache) == 0
+        assert (programs == []) == (out == "loaded")
+    first = files(tmp_path / "compiled")
+    assert {"moved.nii", "warp.nii", "affine.tfm"} <= {name.removesuffix(".gz") for name in first}
+    assert first == files(tmp_path / "loaded") == files(tmp_path / "not kept")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_a_folder_and_no_folder_at_once_is_refused(

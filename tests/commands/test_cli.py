@@ -813,6 +813,35 @@ def test_a_process_that_is_terminated_leaves_no_file(pair: Path, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
+def test_an_interrupted_process_does_not_wait_for_programs_that_are_compiled(
+    tmp_path: Path,
+) -> None:
+    code = """
+import importlib, signal, sys, threading, time
+main = importlib.import_module("jaxreg_cli.main")
+
+def interrupted(**_):
+    threading.Thread(target=time.sleep, args=(300,), name="compiler_0").start()
+    signal.raise_signal(int(sys.argv[1]))
+
+main._app = lambda arguments: interrupted
+main.main()
+"""
+    for number, status, told in (
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(int(number))],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert (done.returncode, done.stderr) == (status, f"jaxreg: error: {told}\n")
+
+
 @pytest.mark.parametrize("bug", [TypeError("unsupported operand"), KeyError("fixed")])
 def test_a_bug_is_not_taken_for_bad_input(
     bug: Exception, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

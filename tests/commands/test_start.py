@@ -13,7 +13,7 @@ from command import run
 from jaxreg import commands
 from jaxreg_cli import outline
 
-LARGE = {"jax", "jaxreg", "torch", "matplotlib", "SimpleITK", "scipy"}
+LARGE = {"jax", "jaxreg", "optax", "torch", "matplotlib", "SimpleITK", "scipy"}
 
 
 def imported_by(tmp_path: Path, *arguments: object) -> set[str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeVar
 
 import jax
-import optax
+import jax.numpy as jnp
 
 import jaxreg
 from jaxreg.registration.stages.pyramid import resize_field
@@ -18,14 +18,26 @@ __all__ = [
     "riemannian_adam_step",
 ]
 
-AdamMoments: TypeAlias = optax.ScaleByAdamState
-"""Adam's running means of the gradients, ``mu``, and of their squares, ``nu``."""
+
+class AdamMoments(NamedTuple):
+    """Adam's running means. The fields are those of `optax.ScaleByAdamState`."""
+
+    count: jax.Array  # type: ignore[assignment]  # of tuples that is a method
+    """How many steps were taken, a scalar, int32."""
+    mu: Any
+    """The mean of the gradients, shaped like them."""
+    nu: Any
+    """The mean of their squares."""
+
+
+_Moments = TypeVar("_Moments", bound=tuple[Any, ...])
+"""`AdamMoments`, or the state of optax."""
 
 
 def no_moments(like: Any) -> AdamMoments:
     """Return the moments before the first step for gradients shaped like a pytree."""
-    moments: AdamMoments = optax.scale_by_adam().init(like)
-    return moments
+    zeros = [jax.tree.map(jnp.zeros_like, like) for _ in range(2)]
+    return AdamMoments(jnp.zeros((), jnp.int32), *zeros)
 
 
 def resize_moments(moments: AdamMoments, shape: tuple[int, ...]) -> AdamMoments:
@@ -69,14 +81,16 @@ def adam_direction(
     Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, with the bias
     corrections of its algorithm 1.
     """
+    import optax  # takes a tenth of a second, which a command whose programs are kept need not wait
+
     adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon)
-    direction, moments = adam.update(gradient, moments)
-    return direction, moments
+    direction, after = adam.update(gradient, optax.ScaleByAdamState(*moments))
+    return direction, AdamMoments(*after)
 
 
 def riemannian_adam_step(
     gradient: jax.Array,
-    moments: AdamMoments,
+    moments: _Moments,
     *,
     learning_rate: float,
     beta1: float = 0.9,
@@ -84,7 +98,7 @@ def riemannian_adam_step(
     epsilon: float | jax.Array = 1e-8,
     scale: float | jax.Array | None = None,
     confined: bool = False,
-) -> tuple[jax.Array, AdamMoments]:
+) -> tuple[jax.Array, _Moments]:
     """Turn a gradient into the displacement to compose with: `jaxreg.riemannian_adam_step`.
 
     Parameters
@@ -93,7 +107,8 @@ def riemannian_adam_step(
         Gradient of the loss summed over voxels and items with respect to the step, ``(N, [Z,] Y,
         X, D)``, in normalised coordinates.
     moments
-        From the previous step; ``optax.scale_by_adam().init(gradient)`` before the first.
+        From the previous step; ``optax.scale_by_adam().init(gradient)`` before the first, or
+        `AdamMoments` with zeros in the shapes of that.
     learning_rate, beta1, beta2, epsilon, scale, confined
         As for `jaxreg.riemannian_adam_step`.
 
@@ -102,13 +117,14 @@ def riemannian_adam_step(
     step
         ``(N, [Z,] Y, X, D)``, normalised coordinates.
     moments
-        For the next step.
+        For the next step, of the type of those that were given.
     """
+    given: Any = moments
     step, mu, nu = jaxreg.riemannian_adam_step(
         gradient,
-        moments.mu,
-        moments.nu,
-        moments.count,
+        given.mu,
+        given.nu,
+        given.count,
         learning_rate=learning_rate,
         beta1=beta1,
         beta2=beta2,
@@ -116,4 +132,4 @@ def riemannian_adam_step(
         scale=scale,
         confined=confined,
     )
-    return step, AdamMoments(moments.count + 1, mu, nu)
+    return step, given._replace(count=given.count + 1, mu=mu, nu=nu)

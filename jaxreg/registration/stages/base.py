@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
+from jax.typing import ArrayLike
 
 from jaxreg.registration.progress import Callback
 from jaxreg.registration.stages.metrics import Metric, MetricLike, function_name
@@ -92,6 +93,18 @@ class Stage(abc.ABC):
     def for_scale(self, scale: float) -> Self:
         """Return the stage with the metric that its level of a scale uses; see `Metric`."""
         return self.with_metric(self.metric.for_scale(scale))
+
+    def for_grid(self, shape: tuple[int, ...], to_physical: ArrayLike) -> Self:
+        """Return the stage with settings that depend on where voxels are told in voxels.
+
+        Parameters
+        ----------
+        shape
+            Of the fixed grid, ``([Z,] Y, X)``.
+        to_physical
+            ``(D + 1, D + 1)``, from normalised to physical coordinates.
+        """
+        return self
 
     def with_metric(self, metric: MetricLike) -> Self:
         """Return the stage with another metric, given as to the stage itself."""

@@ -6,11 +6,14 @@ a continuous function of the place, and a metric is differentiated through it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxreg.registration.programs import on_device
 
 __all__ = ["coverage", "margins"]
 
@@ -30,12 +33,14 @@ def margins(whole: Sequence[int], shape: Sequence[int]) -> jax.Array:
         smoothed from lies beyond the image, and was made up; of the next one nearly nothing was.
     """
     coarser = [old != new for old, new in zip(whole, shape, strict=True)]
-    return jnp.asarray(np.array(coarser[::-1], np.float32))
+    return on_device(np.array(coarser[::-1], np.float32))
 
 
+# Traced once for all its calls in the programs of a registration, which are many.
+@functools.partial(jax.jit, static_argnames=("source", "shape"), inline=True)
 def coverage(
-    source: Sequence[int],
-    shape: Sequence[int],
+    source: tuple[int, ...],
+    shape: tuple[int, ...],
     margin: jax.Array,
     affine: jax.Array | None,
     displacement: jax.Array | None,

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxreg.registration.stages.adam import AdamMoments
 from jaxreg.registration.stages.deformable import Deformable, Loss, Regularisation
@@ -93,9 +94,30 @@ class FFD(Deformable):
                 f"unit: expected one of {', '.join(get_args(SpacingUnit))}, got {self.unit!r}"
             )
 
+    def for_grid(self, shape: tuple[int, ...], to_physical: ArrayLike) -> Self:
+        """Return the stage with a spacing in voxels."""
+        found, steps = self, self._steps(len(shape))
+        if self.unit == "mm":
+            if isinstance(to_physical, jax.core.Tracer):
+                raise ValueError(
+                    "unit: expected 'voxel' within jax.jit and jax.vmap and on several devices, "
+                    "where millimetres are not known when the program is made, got 'mm'"
+                )
+            edges = np.linalg.norm(np.asarray(to_physical, np.float64)[:-1, :-1], axis=0)
+            widths = [2 * e / max(n - 1, 1) for e, n in zip(edges[::-1], shape, strict=True)]
+            # So headers that differ by rounding share their programs.
+            steps = tuple(float(f"{s / w:.5g}") for s, w in zip(steps, widths, strict=True))
+            found = dataclasses.replace(self, spacing=steps[::-1], unit="voxel")
+        if any(step < 1 and size > 1 for step, size in zip(steps, shape, strict=True)):
+            raise ValueError(
+                f"spacing: expected at least a voxel of the fixed image, got {self.spacing} "
+                f"{self.unit}, that is {steps[::-1]} voxels"
+            )
+        return found
+
     def begin(self, level: Level, resolution: Resolution) -> State:
         """Return control points that do not move anything."""
-        spacing = self._voxels(level, resolution.whole)
+        spacing = tuple(map(float, self._steps(level.ndim)))
         lattice = Lattice(resolution.whole, spacing, self._doublings(resolution.scale))
         zero = jnp.zeros((1, *lattice.shape, level.ndim), jnp.float32)
         moments = AdamMoments(jnp.zeros((), jnp.int32), jnp.copy(zero), jnp.zeros((), jnp.float32))
@@ -199,31 +221,14 @@ class FFD(Deformable):
         """Return how often the spacing is doubled on the level of a scale."""
         return max(0, round(math.log2(scale / min(self.scales))))
 
-    def _voxels(self, level: Level, whole: tuple[int, ...]) -> tuple[float, ...]:
-        """Return the spacing on the finest level in voxels, in the order of the axes."""
-        ndim = level.ndim
+    def _steps(self, ndim: int) -> tuple[float, ...]:
+        """Return the spacing on the finest level in the order of the axes, in its unit."""
         steps = self.spacing if isinstance(self.spacing, tuple) else (self.spacing,) * ndim
         if len(steps) != ndim:
             raise ValueError(
                 f"spacing: expected one number, or {ndim} in {'xyz'[:ndim]} order, got {steps}"
             )
-        steps = steps[::-1]
-        if self.unit == "mm":
-            if isinstance(level.to_physical, jax.core.Tracer):
-                raise ValueError(
-                    "unit: expected 'voxel' within jax.jit and jax.vmap and on several devices, "
-                    "where millimetres are not known when the program is made, got 'mm'"
-                )
-            edges = np.linalg.norm(np.asarray(level.to_physical, np.float64)[:-1, :-1], axis=0)
-            widths = [2 * e / max(n - 1, 1) for e, n in zip(edges[::-1], whole, strict=True)]
-            # So headers that differ by rounding share their programs.
-            steps = tuple(float(f"{s / w:.5g}") for s, w in zip(steps, widths, strict=True))
-        if any(step < 1 and size > 1 for step, size in zip(steps, whole, strict=True)):
-            raise ValueError(
-                f"spacing: expected at least a voxel of the fixed image, got {self.spacing} "
-                f"{self.unit}, that is {steps[::-1]} voxels"
-            )
-        return tuple(map(float, steps))
+        return steps[::-1]
 
 
 def _is_length(value: Any) -> bool:

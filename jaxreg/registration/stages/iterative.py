@@ -13,8 +13,10 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
+from jaxreg.registration.programs import Program, changed_fields, on_device
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.metrics import LNCC, MetricField
@@ -61,8 +63,6 @@ _Carry = tuple[State, Trace]
 _Losses = jax.Array | NDArray[np.float32]
 
 Iterate = Callable[[State, jax.Array], tuple[State, jax.Array]]
-
-_Run = Callable[["Iterative", Level, State, Trace], _Carry]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,33 +227,33 @@ class Iterative(Stage):
         self, problem: Problem, alignment: Alignment, callback: Callback | None = None
     ) -> tuple[Alignment, tuple[Trace, ...]]:
         """Run all levels from an alignment; return the one that they find, and their traces."""
+        chosen = self.for_grid(problem.shape, problem.to_physical)
         state: State | None = None
         traces = []
         done, total = 0, sum(self.iterations)
         for scale, iterations in zip(self.scales, self.iterations, strict=True):
-            stage = self.for_scale(scale)
-            level = stage.prepared(problem.level(scale, alignment, stage.metric))
+            stage = chosen.for_scale(scale)
+            level = problem.level(scale, alignment, stage.metric)
             resolution = Resolution(problem.shape, scale)
-            if state is None:
-                state = self.begin(level, resolution)
-            else:
-                state = self.resized(state, level.shape, resolution)
+            added, state = _begun(stage, level, state, resolution=resolution)
+            level = level._replace(**added)
             trace = _no_trace(iterations)
             if iterations == 0:
                 pass
             elif callback is None:
-                state, trace = _jitted(_run_level, level)(stage, level, state, trace)
+                state, trace = _run_level(stage, level, state, trace)
             else:
                 for first in range(0, iterations, length := self._block_length(iterations)):
-                    state, trace = _jitted(_run_block, level)(stage, level, state, trace)
-                    losses = trace.losses[first : first + length]
+                    start = np.asarray(first, np.int32)
+                    state, trace, losses = _run_block(stage, level, state, trace, start)
                     callback(Progress(self.name, scale, done + first + length, total, losses))
             done += iterations
             traces.append(trace)
         assert state is not None  # there is a level
         found = state.found
         del state  # the moments need not be there while the inverse is found
-        return self.finish(problem.shape, alignment, found), tuple(traces)
+        changed = _finished(chosen, alignment, found, shape=problem.shape)
+        return alignment._replace(**changed), tuple(traces)
 
 
 def mean_over_channels(function: Callable[[jax.Array], Any], channels: int) -> Any:
@@ -289,24 +289,30 @@ def block_length(iterations: int, block: int, least: int = 1) -> int:
 def _no_trace(iterations: int) -> Trace:
     # Of arrays of the host no program has to be made.
     return Trace(
-        jnp.asarray(np.zeros(iterations, np.float32)),
-        jnp.asarray(np.int32(0)),
-        jnp.asarray(np.bool_(False)),
+        on_device(np.zeros(iterations, np.float32)),
+        on_device(np.int32(0)),
+        on_device(np.bool_(False)),
     )
 
 
-@functools.cache
-def _jit(run: _Run, donate: bool) -> _Run:
-    jitted: _Run = jax.jit(run, donate_argnames=("state", "trace") if donate else ())
-    return jitted
+@functools.partial(Program, static=("resolution",))
+def _begun(
+    stage: Iterative, level: Level, state: State | None, *, resolution: Resolution
+) -> tuple[dict[str, Any], State]:
+    """Return what a stage adds to a level before its iterations, and their state."""
+    prepared = stage.prepared(level)
+    if state is None:
+        begun = stage.begin(prepared, resolution)
+    else:
+        begun = stage.resized(state, level.shape, resolution)
+    return changed_fields(level, prepared), begun
 
 
-def _jitted(run: _Run, level: Level) -> _Run:
-    """Compile a function so that it writes the fields where they are, if it may.
-
-    Within a transformation it may not: under ``vmap`` the first fields are those of all pairs.
-    """
-    return _jit(run, donate=not isinstance(level.fixed, jax.core.Tracer))
+@functools.partial(Program, static=("shape",))
+def _finished(
+    stage: Iterative, alignment: Alignment, found: Any, *, shape: tuple[int, ...]
+) -> dict[str, Any]:
+    return changed_fields(alignment, stage.finish(shape, alignment, found))
 
 
 def _advance(stage: Iterative, level: Level, state: State, trace: Trace) -> _Carry:
@@ -368,6 +374,7 @@ def _converged(stage: Iterative, losses: jax.Array, ran: jax.Array) -> jax.Array
     return ~(change >= stage.tolerance * jnp.abs(losses).max())
 
 
+@functools.partial(Program, donated=("state", "trace"))
 def _run_level(stage: Iterative, level: Level, state: State, trace: Trace) -> _Carry:
     """Run a level until it has converged or its iterations are used up."""
     iterations = trace.losses.size
@@ -388,8 +395,14 @@ def _run_level(stage: Iterative, level: Level, state: State, trace: Trace) -> _C
     return carry
 
 
-def _run_block(stage: Iterative, level: Level, state: State, trace: Trace) -> _Carry:
-    """Run one block of a level, unless it has converged."""
+@functools.partial(Program, donated=("state", "trace"))
+def _run_block(
+    stage: Iterative, level: Level, state: State, trace: Trace, first: ArrayLike
+) -> tuple[State, Trace, jax.Array]:
+    """Run one block of a level, from its iteration ``first`` on, unless it has converged.
+
+    The losses of the block come last.
+    """
 
     def advance(state: State, trace: Trace) -> _Carry:
         return stage.advance(level, state, trace)
@@ -398,4 +411,6 @@ def _run_block(stage: Iterative, level: Level, state: State, trace: Trace) -> _C
         return state, trace
 
     carry: _Carry = jax.lax.cond(trace.converged, rest, advance, state, trace)
-    return carry
+    state, trace = carry
+    length = stage._block_length(trace.losses.size)
+    return state, trace, jax.lax.dynamic_slice(trace.losses, (jnp.asarray(first),), (length,))

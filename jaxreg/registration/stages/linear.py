@@ -178,7 +178,9 @@ class Linear(Iterative):
 
     def prepared(self, level: Level) -> Level:
         """Return a level with what its curvature is computed from, if the stage looks at it."""
-        return level if self.optimiser == "adam" else _probed(self.metric, level)
+        if self.optimiser == "adam":
+            return level
+        return level._replace(probe=_probe(self.metric, level))
 
     def tests(self, iterations: int) -> bool:
         """Whether convergence is tested on a level with so many iterations."""
@@ -429,8 +431,8 @@ class Affine(Linear):
 
 
 @functools.partial(jax.jit, static_argnames="metric")
-def _probed(metric: Metric, level: Level) -> Level:
-    """Return a level with the points at which its curvature is looked at."""
+def _probe(metric: Metric, level: Level) -> Probe:
+    """Return the points at which the curvature of a level is looked at."""
     moved, target = level.moved(level.matrix, level.displacement), level.target()
     weight = target.weight
     # The slopes are those of the moving image: so are the units of its intensities.
@@ -444,7 +446,7 @@ def _probed(metric: Metric, level: Level) -> Level:
     shape = level_shape(level.shape, factor, minimum=8)
     counts = resize_image(jnp.broadcast_to(counts, level.fixed.shape), shape)
     field = None if level.displacement is None else resize_field(level.displacement, shape)
-    return level._replace(probe=Probe(counts, is_scaled, field))
+    return Probe(counts, is_scaled, field)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreg.registration.intensities import background
+from jaxreg.registration.programs import Program, on_device
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.metrics import NCC, MetricField
@@ -77,11 +78,11 @@ class Moments(Stage):
         matrix, losses = _best(stage, problem.level(self.scale, alignment, stage.metric))
         if callback is not None:
             callback(Progress(self.name, self.scale, 1, 1, losses))
-        trace = Trace(losses, jnp.asarray(np.int32(2)), jnp.asarray(np.bool_(True)))
+        trace = Trace(losses, on_device(np.int32(2)), on_device(np.bool_(True)))
         return alignment._replace(matrix=matrix), (trace,)
 
 
-@jax.jit
+@Program
 def _best(stage: Moments, level: Level) -> tuple[jax.Array, jax.Array]:
     fixed = centre_and_covariance(level.fixed, level.fixed_mask, level.to_physical)
     moving = centre_and_covariance(level.moving, level.moving_mask, jnp.linalg.inv(level.to_moving))

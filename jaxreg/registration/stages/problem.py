@@ -6,8 +6,8 @@ import contextlib
 import contextvars
 import functools
 import operator
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxreg import compose, gaussian_smooth, interpolate
 from jaxreg._shared_planes import samples_near
 from jaxreg._slabs import lie_near
 from jaxreg.registration.intensities import Clip, clipped, matched
+from jaxreg.registration.programs import Program, changed_fields, on_device
 from jaxreg.registration.stages.coverage import coverage, margins
 from jaxreg.registration.stages.fields import longest
 from jaxreg.registration.stages.metrics import Metric, shrunk
@@ -215,7 +216,7 @@ class Level(NamedTuple):
 
         ``affine`` is that of `jaxreg.interpolate`, and the displacement is on that grid.
         """
-        weight = coverage(
+        weight: jax.Array = coverage(
             self.moving.shape[2:], shape, self.moving_margin, affine, displacement, None
         )
         if self.moving_mask is None:
@@ -328,22 +329,25 @@ def charged(loss: jax.Array, overlap: jax.Array, reference: jax.Array) -> jax.Ar
     return jnp.where(loss < 0, loss * kept, loss / jnp.maximum(kept, 1e-3))
 
 
-class _Attention(NamedTuple):
-    """What a metric looks at of a level: these fields of it."""
+@functools.partial(Program, static=("metric",))
+def _attention(
+    level: Level, displacement: jax.Array | None, *, metric: Metric | None
+) -> dict[str, Any]:
+    """Return what a metric looks at of a level: those fields that are others than before.
 
-    fixed_mask: jax.Array | None
-    moving_mask: jax.Array | None
-    reach: jax.Array | None
-    content: jax.Array | None
-    fixed_weight: jax.Array
-    overlap: jax.Array
-    metric_scale: jax.Array
-    fixed: jax.Array
-    moving: jax.Array
+    Parameters
+    ----------
+    level
+        The level.
+    displacement
+        Its displacement, if that is on another grid.
+    metric
+        `None`: nothing but what overlaps is asked for.
+    """
+    before = level
+    if displacement is not None:
+        level = level._replace(displacement=resize_field(displacement, level.shape))
 
-
-@functools.partial(jax.jit, static_argnames="metric")
-def _attention(level: Level, metric: Metric | None) -> _Attention:
     def overlap(level: Level) -> jax.Array:
         moved, target = level.moved(level.matrix, level.displacement), level.target()
         total: jax.Array = (moved.weight * target.weight).sum()
@@ -374,15 +378,7 @@ def _attention(level: Level, metric: Metric | None) -> _Attention:
     if metric is not None:
         level = _in_units(level, metric)
         level = level._replace(metric_scale=metric.scale(level.fixed, level.moving))
-    return _Attention(
-        *_looked_at(level),
-        level.content,
-        level.target().weight,
-        overlap(level),
-        level.metric_scale,
-        level.fixed,
-        level.moving,
-    )
+    return changed_fields(before, level._replace(overlap=overlap(level)))
 
 
 def _in_units(level: Level, metric: Metric) -> Level:
@@ -472,12 +468,12 @@ class Problem:
         clip: Clip = "outliers",
         match_histogram: bool = False,
     ) -> None:
-        self._fixed = spread(clipped(fixed, clip))
-        moving = clipped(moving, clip)
-        self._moving = spread(matched(moving, self._fixed) if match_histogram else moving)
+        if clip is not None or match_histogram:
+            fixed, moving = _seen(fixed, moving, clip=clip, match_histogram=match_histogram)
+        self._fixed, self._moving = spread(fixed), spread(moving)
         self._masks = fixed_mask, moving_mask
         self._to_physical = fixed_to_physical
-        self._to_moving = jnp.linalg.inv(moving_to_physical)
+        self._to_moving = _inverse(moving_to_physical)
         self._moving_ratio = moving_ratio
         self._pyramids: dict[float, _Images] = {}
 
@@ -485,6 +481,11 @@ class Problem:
     def shape(self) -> tuple[int, ...]:
         """Shape of the fixed grid at full resolution, ``([Z,] Y, X)``."""
         return self._fixed.shape[2:]
+
+    @property
+    def to_physical(self) -> jax.Array:
+        """``(D + 1, D + 1)``, fixed normalised -> physical."""
+        return self._to_physical
 
     def start(self) -> Alignment:
         """Return the alignment that trusts the places of the images: the identity."""
@@ -498,13 +499,9 @@ class Problem:
         shape = level_shape(self.shape, scale)
         if scale not in self._pyramids:
             other = level_shape(self._moving.shape[2:], max(scale * self._moving_ratio, 1.0))
-            masks = _smaller_mask(self._masks[0], shape), _smaller_mask(self._masks[1], other)
-            images = downsample(self._fixed, shape), downsample(self._moving, other)
-            fixed, moving = (
-                spread(image if mask is None else _continued(image, mask))
-                for image, mask in zip(images, masks, strict=True)
-            )
-            self._pyramids[scale] = (fixed, moving, *masks)
+            fixed, fixed_mask = _coarser(self._fixed, self._masks[0], shape)
+            moving, moving_mask = _coarser(self._moving, self._masks[1], other)
+            self._pyramids[scale] = fixed, moving, fixed_mask, moving_mask
         return self._level(self._pyramids[scale], shape, alignment, metric)
 
     def whole(self, alignment: Alignment) -> Level:
@@ -519,25 +516,79 @@ class Problem:
         metric: Metric | None,
     ) -> Level:
         displacement = alignment.displacement
+        is_here = displacement is None or displacement.shape[1:-1] == shape
         level = Level(
             *images,
             self._to_physical,
             self._to_moving,
             alignment.matrix,
-            None if displacement is None else resize_field(displacement, shape),
+            displacement if is_here else None,
             margins(self._fixed.shape[2:], images[0].shape[2:]),
             margins(self._moving.shape[2:], images[1].shape[2:]),
             reach=None,
             content=None,
             fixed_weight=None,
-            overlap=jnp.asarray(np.float32(0)),
-            metric_scale=jnp.asarray(np.float32(0)),
+            overlap=on_device(np.float32(0)),
+            metric_scale=on_device(np.float32(0)),
         )
-        attention = _attention(level, metric)
-        return level._replace(**attention._asdict())
+        return level._replace(**_attention(level, None if is_here else displacement, metric=metric))
 
 
-@jax.jit
+def _flatten(problem: Problem) -> tuple[tuple[Any, ...], Any]:
+    state = dict(vars(problem))
+    ratio = state.pop("_moving_ratio")
+    pyramids = state.pop("_pyramids")
+    return (*state.values(), *pyramids.values()), (tuple(state), tuple(pyramids), ratio)
+
+
+def _unflatten(about: Any, children: Iterable[Any]) -> Problem:
+    names, scales, ratio = about
+    problem = object.__new__(Problem)
+    values = list(children)
+    vars(problem).update(zip(names, values[: len(names)], strict=True))
+    problem._moving_ratio = ratio
+    problem._pyramids = dict(zip(scales, values[len(names) :], strict=True))
+    return problem
+
+
+jax.tree_util.register_pytree_node(Problem, _flatten, _unflatten)
+
+
+@functools.partial(Program, static=("clip", "match_histogram"))
+def _seen(
+    fixed: jax.Array, moving: jax.Array, *, clip: Clip, match_histogram: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Return the images with the intensities that metrics see."""
+    fixed, moving = spread(clipped(fixed, clip)), clipped(moving, clip)
+    return fixed, spread(matched(moving, fixed) if match_histogram else moving)
+
+
+@Program
+def _inverse(matrix: jax.Array) -> jax.Array:
+    inverse: jax.Array = jnp.linalg.inv(matrix)
+    return inverse
+
+
+def _coarser(
+    image: jax.Array, mask: jax.Array | None, shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return an image on the grid of a level, and its mask."""
+    # What is at full resolution stays the same array: it is large enough to be there once.
+    if mask is not None and mask.shape[2:] != shape:
+        mask = _coarser_mask(mask, shape=shape)
+    if mask is None and image.shape[2:] == shape:
+        return spread(image), None
+    return _coarser_image(image, mask, shape=shape), mask
+
+
+@functools.partial(Program, static=("shape",))
+def _coarser_image(
+    image: jax.Array, mask: jax.Array | None, *, shape: tuple[int, ...]
+) -> jax.Array:
+    coarser = downsample(image, shape)
+    return spread(coarser if mask is None else _continued(coarser, mask))
+
+
 def _continued(image: jax.Array, mask: jax.Array) -> jax.Array:
     """Return an image in which what a mask leaves out continues what is beside it.
 
@@ -550,9 +601,8 @@ def _continued(image: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where((counts > 0) | (near == 0), image, mean)
 
 
-def _smaller_mask(mask: jax.Array | None, shape: tuple[int, ...]) -> jax.Array | None:
-    if mask is None or mask.shape[2:] == shape:
-        return mask
+@functools.partial(Program, static=("shape",))
+def _coarser_mask(mask: jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
     # The continuation by point reflection may undershoot, but a weight is at least 0.
     weight = jnp.maximum(downsample(mask, shape), 0)
     # At the edge of a mask half of a smoothed voxel is what the mask leaves out. A mask that is

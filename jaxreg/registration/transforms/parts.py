@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +12,24 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import interpolate, invert_displacement
+from jaxreg.registration.programs import Program
 from jaxreg.warp import INVERSE_TOLERANCE
 from regkernels import AffineMap, DisplacementField, Grid
 from regkernels.grid import Matrix, inverse_matrix
 from regkernels.maps import Part, as_part
 
 __all__ = [
+    "Chain",
+    "Step",
     "affine_between",
+    "chain_on",
     "compose_parts",
+    "displacements",
     "fields_of",
     "invert_part",
     "matrix_of",
     "rotate",
-    "with_fields",
+    "turned",
 ]
 
 Residual = NDArray[np.float32]
@@ -78,11 +83,83 @@ def _(part: DisplacementField, *, tolerance: float = INVERSE_TOLERANCE) -> tuple
     return DisplacementField(grid, inverse), np.asarray(residual)[0]
 
 
-_Chain = tuple[Matrix, jax.Array | None]
-"""``p -> A(p + v(p))``: ``A``, and ``v`` in millimetres at the voxels of a grid or `None`."""
+class Step(NamedTuple):
+    """What takes a chain through a displacement field, in float32."""
+
+    to_normalised: NDArray[np.float32]
+    """From millimetres to the normalised coordinates of the grid that the chain is on, linear."""
+    affine: NDArray[np.float32]
+    """The ``affine`` of `interpolate` to the field."""
+    back: NDArray[np.float32]
+    """What undoes the affine maps before the field, linear."""
 
 
-def compose_parts(parts: Sequence[Part | ArrayLike], grid: Grid) -> _Chain:
+class Chain(NamedTuple):
+    """A chain on a grid, without the vectors of its fields."""
+
+    matrix: Matrix
+    steps: tuple[Step, ...]
+    """One for each field."""
+    is_on_grid: bool
+    """Whether the first field is on the grid of the chain, and comes first."""
+
+
+def chain_on(parts: Sequence[Part | ArrayLike], grid: Grid) -> Chain:
+    """Return what there is to know of a chain before its fields are sampled on a grid."""
+    matrix, is_on_grid = np.eye(grid.ndim + 1), False
+    steps: list[Step] = []
+    to_physical = grid.normalised_to_physical(align_corners=False)
+    to_normalised = _linear(inverse_matrix(to_physical))
+    for part in map(as_part, parts):
+        if isinstance(part, AffineMap):
+            matrix = np.asarray(part.matrix, np.float64) @ matrix
+            continue
+        affine = affine_between(part.grid, matrix @ to_physical)
+        if not steps:
+            same = np.allclose(affine, np.eye(*affine.shape[1:]), 0, 1e-7)
+            is_on_grid = part.grid.shape == grid.shape and same
+        back = _linear(inverse_matrix(matrix))
+        steps.append(Step(to_normalised, affine.astype(np.float32), back))
+    return Chain(matrix, tuple(steps), is_on_grid)
+
+
+@functools.partial(Program, static=("is_on_grid", "shape"))
+def displacements(
+    fields: Sequence[jax.Array],
+    steps: Sequence[Step],
+    *,
+    is_on_grid: bool,
+    shape: tuple[int, ...],
+) -> jax.Array:
+    """Return how a chain displaces the voxels of a grid before its affine maps.
+
+    Parameters
+    ----------
+    fields
+        The vectors of its fields, one or more.
+    steps, is_on_grid
+        See `Chain`.
+    shape
+        That of the grid.
+
+    Returns
+    -------
+    float32[*S, D]
+        Millimetres, LPS.
+    """
+    vectors: jax.Array | None = None
+    for field, step in zip(fields, steps, strict=True):
+        found = jnp.asarray(field, jnp.float32)
+        if vectors is not None or not is_on_grid:  # else sampling would give the same
+            before = None if vectors is None else turned(step.to_normalised, vectors)[None]
+            found = _sample_vectors(found, step.affine, before, shape)
+        shift = turned(step.back, found)
+        vectors = shift if vectors is None else vectors + shift
+    assert vectors is not None
+    return vectors
+
+
+def compose_parts(parts: Sequence[Part | ArrayLike], grid: Grid) -> tuple[Matrix, jax.Array | None]:
     """Write a chain on a grid as ``p -> A(p + v(p))``.
 
     Parameters
@@ -107,10 +184,12 @@ def compose_parts(parts: Sequence[Part | ArrayLike], grid: Grid) -> _Chain:
     ValueError
         If a matrix has another shape.
     """
-    chain: _Chain = np.eye(grid.ndim + 1), None
-    for part in map(as_part, parts):
-        chain = _followed_by(part, chain, grid)
-    return chain
+    chain = chain_on(parts, grid)
+    if not chain.steps:
+        return chain.matrix, None
+    fields = fields_of([as_part(part) for part in parts])
+    found = displacements(fields, chain.steps, is_on_grid=chain.is_on_grid, shape=grid.shape)
+    return chain.matrix, found
 
 
 def matrix_of(parts: Sequence[Part], ndim: int) -> Matrix:
@@ -124,53 +203,15 @@ def fields_of(parts: Sequence[Part]) -> list[Any]:
     return [part.vectors for part in parts if isinstance(part, DisplacementField)]
 
 
-def with_fields(parts: Sequence[Part], fields: Sequence[jax.Array]) -> list[Part]:
-    """Return a chain with other vectors in its displacement fields, as in a traced program."""
-    others = iter(fields)
-    return [
-        DisplacementField(part.grid, next(others)) if isinstance(part, DisplacementField) else part
-        for part in parts
-    ]
-
-
-@functools.singledispatch
-def _followed_by(part: Part, chain: _Chain, grid: Grid) -> _Chain:
-    raise NotImplementedError(type(part))
-
-
-@_followed_by.register
-def _(part: AffineMap, chain: _Chain, grid: Grid) -> _Chain:
-    matrix, vectors = chain
-    return np.asarray(part.matrix, dtype=np.float64) @ matrix, vectors
-
-
-@_followed_by.register
-def _(part: DisplacementField, chain: _Chain, grid: Grid) -> _Chain:
-    matrix, vectors = chain
-    to_physical = grid.normalised_to_physical(align_corners=False)
-    before = None if vectors is None else rotate(inverse_matrix(to_physical), vectors)[None]
-    affine = affine_between(part.grid, matrix @ to_physical)
-    same = part.grid.shape == grid.shape and np.allclose(affine, np.eye(*affine.shape[1:]), 0, 1e-7)
-    if same and before is None:
-        # Sampling would give the same and take memory.
-        found = jnp.asarray(part.vectors, jnp.float32)
-    else:
-        field = jnp.asarray(part.vectors, jnp.float32)
-        found = _sample_vectors(field, np.float32(affine), before, grid.shape)
-    step = rotate(inverse_matrix(matrix), found)
-    return matrix, step if vectors is None else vectors + step
-
-
 def affine_between(sampled: Grid, to_physical: Matrix) -> Matrix:
     """Return the ``affine`` of `interpolate` from a matrix to physical space, ``(1, D, D + 1)``."""
     to_normalised = inverse_matrix(sampled.normalised_to_physical(align_corners=False))
     return (to_normalised @ to_physical)[None, :-1]
 
 
-@functools.partial(jax.jit, static_argnames="shape")
 def _sample_vectors(
     field: jax.Array,
-    affine: NDArray[np.float32],
+    affine: NDArray[np.float32] | jax.Array,
     before: jax.Array | None,
     shape: tuple[int, ...],
 ) -> jax.Array:
@@ -192,6 +233,15 @@ def _sample_vectors(
 
 def rotate(matrix: Matrix, vectors: jax.Array) -> jax.Array:
     """Multiply vectors ``(..., D)`` by the linear part of a homogeneous matrix."""
-    linear = jnp.asarray(matrix[:-1, :-1], jnp.float32)
+    return turned(_linear(matrix), vectors)
+
+
+def turned(linear: NDArray[np.float32] | jax.Array, vectors: jax.Array) -> jax.Array:
+    """Multiply vectors ``(..., D)`` by a matrix ``(D, D)``."""
     # By default a GPU rounds the factors of a product to fewer bits.
     return jnp.einsum("ij,...j->...i", linear, vectors, precision=jax.lax.Precision.HIGHEST)
+
+
+def _linear(matrix: Matrix) -> NDArray[np.float32]:
+    linear: NDArray[np.float32] = np.asarray(matrix)[:-1, :-1].astype(np.float32)
+    return linear

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,15 @@ from numpy.typing import ArrayLike, NDArray
 from jaxreg import interpolate, interpolate_labels
 from jaxreg.registration.across import across
 from jaxreg.registration.intensities import background
+from jaxreg.registration.programs import Program, on_device
 from jaxreg.registration.stages.spread import spread
 from jaxreg.registration.transforms.parts import (
+    Step,
     affine_between,
-    compose_parts,
+    chain_on,
+    displacements,
     fields_of,
-    rotate,
-    with_fields,
+    turned,
 )
 from regkernels import Grid, Volume
 from regkernels.grid import inverse_matrix
@@ -30,7 +33,9 @@ __all__ = ["Interpolation", "Outside", "outside_values", "resample"]
 
 Interpolation = Literal["linear", "nearest", "labels", "cubic", "b-spline"]
 
-_SMOOTH: dict[Interpolation, Literal["bilinear", "cubic", "b-spline"]] = {
+_Smooth = Literal["bilinear", "cubic", "b-spline"]
+
+_SMOOTH: dict[Interpolation, _Smooth] = {
     "linear": "bilinear",
     "cubic": "cubic",
     "b-spline": "b-spline",
@@ -101,14 +106,28 @@ def resample(
     chain = [as_part(part) for part in parts]
     fields = fields_of(chain)
 
-    def sampled(sample: _Sample, image: NDArray[Any]) -> NDArray[Any]:
+    # Between outer edges an axis of one voxel has a length, and leaving it is noticed.
+    to_physical = grid.normalised_to_physical(align_corners=False)
+    on_grid = chain_on(chain, grid)
+    way = _Way(
+        affine_between(volume.grid, on_grid.matrix @ to_physical).astype(np.float32),
+        inverse_matrix(to_physical)[:-1, :-1].astype(np.float32),
+        on_grid.steps,
+    )
+
+    beyond = around if interpolation in _SMOOTH else None
+
+    def sampled(sampler: _Sampler, image: NDArray[Any]) -> NDArray[Any]:
         """Sample an image ``(1, C, *S)`` with other types of values than the volume's, maybe."""
 
-        def on_grid(image: jax.Array, *fields: jax.Array) -> jax.Array:
-            return sample(image, _where(volume.grid, grid, with_fields(chain, fields)))
+        def found(image: jax.Array, *fields: jax.Array) -> jax.Array:
+            is_on_grid, shape = on_grid.is_on_grid, grid.shape
+            return _sampled(
+                image, fields, way, beyond, sampler=sampler, is_on_grid=is_on_grid, shape=shape
+            )
 
         axes = [_IMAGE, *[0] * len(fields)]
-        return np.asarray(across(devices, on_grid, (image, *fields), axes, _IMAGE))
+        return np.asarray(across(devices, found, (image, *fields), axes, _IMAGE))
 
     values = np.asarray(volume.array)
     batch = values.reshape(1, volume.channels, *volume.shape)
@@ -121,20 +140,62 @@ def resample(
     return Volume.on_grid(grid, found.reshape(*values.shape[: -volume.ndim], *grid.shape))
 
 
-def _where(source: Grid, grid: Grid, parts: Sequence[Part]) -> dict[str, Any]:
-    """Return what tells `interpolate` where to sample an image of a grid for another grid."""
-    # Between outer edges an axis of one voxel has a length, and leaving it is noticed.
-    to_physical = grid.normalised_to_physical(align_corners=False)
-    matrix, vectors = compose_parts(parts, grid)
-    affine = affine_between(source, matrix @ to_physical)
-    displacement = None if vectors is None else rotate(inverse_matrix(to_physical), vectors)[None]
-    return {
-        "affine": jnp.asarray(np.float32(affine)),
+class _Sampler(NamedTuple):
+    """How an image is sampled."""
+
+    kind: Literal["bilinear", "nearest", "cubic", "b-spline", "labels", "coverage"]
+    """A mode of `interpolate`; ``"labels"``; or ``"coverage"``, by the nearest voxels."""
+    background: int = 0
+    """What is outside of the image: the label, or for other kinds 0 or not 0."""
+
+
+class _Way(NamedTuple):
+    """From the voxels of a grid to an image."""
+
+    affine: NDArray[np.float32]
+    """As that of `interpolate`."""
+    to_normalised: NDArray[np.float32]
+    """From millimetres to the normalised coordinates of the grid, linear."""
+    steps: tuple[Step, ...]
+
+
+@functools.partial(Program, static=("sampler", "is_on_grid", "shape"))
+def _sampled(
+    image: jax.Array,
+    fields: Sequence[jax.Array],
+    way: _Way,
+    outside: NDArray[np.float32] | None,
+    *,
+    sampler: _Sampler,
+    is_on_grid: bool,
+    shape: tuple[int, ...],
+) -> jax.Array:
+    """Sample an image for a grid of a shape; see `displacements`."""
+    displacement = None
+    if fields:
+        vectors = displacements(fields, way.steps, is_on_grid=is_on_grid, shape=shape)
+        displacement = turned(way.to_normalised, vectors)[None]
+    where: dict[str, Any] = {
+        "affine": jnp.asarray(way.affine),
         "grid": displacement,
         "affine_last": True,
-        "out_shape": grid.shape,
+        "out_shape": shape,
         "align_corners": False,
     }
+    kind, background = sampler
+    if kind == "labels":
+        found = interpolate_labels(image, background=background, **where)
+        assert isinstance(found, jax.Array)  # and no weights, which are not asked for
+        return found
+    if kind == "coverage":
+        return _coverage(image, where, mode="nearest")
+    found = interpolate(image, mode=kind, **where)
+    if background == 0 or outside is None:
+        return found
+    # What the image covers is exact: the rounding of weights does not bring in the outside.
+    missing = 1 - _coverage(image, where, mode=kind)
+    around = outside.reshape(1, -1, *(1,) * (image.ndim - 2))
+    return jnp.where(jnp.abs(missing) > _ROUNDING, found + around * missing, found)
 
 
 def outside_values(
@@ -188,7 +249,7 @@ def _background(image: NDArray[Any], *, exact: bool) -> NDArray[Any]:
     nothing = np.zeros(len(channels), image.dtype)
     if (channels.min(axis=1) == channels.max(axis=1)).all() or _are_labels(channels):
         return nothing
-    value, _, clear = map(np.asarray, background(jnp.asarray(np.asarray(image, np.float32))))
+    value, _, clear = map(np.asarray, background(on_device(np.asarray(image, np.float32))))
     if not clear.all():
         return nothing
     if not exact:
@@ -232,36 +293,22 @@ def _checked(outside: Any, channels: int, dtype: np.dtype[Any], *, whole: bool) 
     return np.array([dtype.type(number) for number in numbers]).repeat(channels // len(numbers))
 
 
-_Sample = Callable[[jax.Array, dict[str, Any]], jax.Array]
-_Sampled = Callable[[_Sample, NDArray[Any]], NDArray[Any]]
+_Sampled = Callable[[_Sampler, NDArray[Any]], NDArray[Any]]
 
 
 def _sample_smooth(
-    image: NDArray[Any],
-    outside: NDArray[np.float32],
-    sampled: _Sampled,
-    mode: Literal["bilinear", "cubic", "b-spline"],
+    image: NDArray[Any], outside: NDArray[np.float32], sampled: _Sampled, mode: _Smooth
 ) -> NDArray[np.float32]:
-    def sample(image: jax.Array, where: dict[str, Any]) -> jax.Array:
-        found = interpolate(image, mode=mode, **where)
-        if not outside.any():
-            return found
-        # What the image covers is exact: the rounding of weights does not bring in the outside.
-        missing = 1 - _coverage(image, where, mode=mode)
-        around = outside.reshape(1, -1, *(1,) * (image.ndim - 2))
-        return jnp.where(jnp.abs(missing) > _ROUNDING, found + around * missing, found)
-
-    return sampled(sample, np.asarray(image, np.float32))
+    sampler = _Sampler(mode, int(outside.any()))
+    return sampled(sampler, np.asarray(image, np.float32))
 
 
 def _sample_nearest(image: NDArray[Any], outside: NDArray[Any], sampled: _Sampled) -> NDArray[Any]:
     codes, decode = _encode(image)
-    found = decode(sampled(lambda image, where: interpolate(image, mode="nearest", **where), codes))
+    found = decode(sampled(_Sampler("nearest"), codes))
     if outside.any():
         around = outside.reshape(1, -1, *(1,) * (image.ndim - 2))
-        covered = sampled(
-            lambda image, where: _coverage(image, where, mode="nearest"), codes[:, :1]
-        )
+        covered = sampled(_Sampler("coverage"), codes[:, :1])
         found = np.where(covered > 0, found, around)
     return found
 
@@ -279,16 +326,10 @@ def _sample_labels(labels: NDArray[Any], outside: NDArray[Any], sampled: _Sample
         if not np.array_equal(whole, labels):
             raise ValueError("volume: expected labels, which are integers, got other numbers")
 
-    def sample(background: int) -> _Sample:
-        def labels(image: jax.Array, where: dict[str, Any]) -> jax.Array:
-            found = interpolate_labels(image, background=background, **where)
-            assert isinstance(found, jax.Array)  # and no weights, which are not asked for
-            return found
-
-        return labels
-
     with jax.enable_x64(whole.dtype.itemsize == 8):
-        channels = [sampled(sample(int(o)), whole[:, [k]]) for k, o in enumerate(outside)]
+        channels = [
+            sampled(_Sampler("labels", int(o)), whole[:, [k]]) for k, o in enumerate(outside)
+        ]
     return np.concatenate(channels, axis=1).astype(labels.dtype)
 
 

@@ -19,12 +19,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import compose, convert_displacement, invert_displacement
 from jaxreg.registration.across import across
+from jaxreg.registration.programs import Program
 from jaxreg.registration.transforms.parts import (
-    compose_parts,
+    Step,
+    chain_on,
+    displacements,
     fields_of,
     matrix_of,
     rotate,
-    with_fields,
+    turned,
 )
 from jaxreg.registration.transforms.resampling import Interpolation, Outside, resample
 from regkernels import AffineMap, DisplacementField, Grid, Volume, move_points
@@ -103,10 +106,14 @@ class Transform:
         if not fields:
             return cls(grid, matrix, devices=shared)
 
+        on_grid = chain_on(chain, grid)
+        to_normalised = _linear(inverse_matrix(grid.normalised_to_physical()))
+
         def displacement(*fields: jax.Array) -> jax.Array:
-            _, vectors = compose_parts(with_fields(chain, fields), grid)
-            assert vectors is not None
-            return _to_normalised(vectors, grid)
+            is_on_grid, shape = on_grid.is_on_grid, grid.shape
+            return _chained(
+                fields, on_grid.steps, to_normalised, is_on_grid=is_on_grid, shape=shape
+            )
 
         found = across(shared, displacement, fields, [0] * len(fields), _PLANES)
         return cls(grid, matrix, found, devices=shared)
@@ -119,7 +126,7 @@ class Transform:
         """
         if self.displacement is None:
             return self
-        inverse = self._computed(invert_displacement, self.displacement)
+        inverse = self._computed(_inverted, self.displacement)
         return dataclasses.replace(self, inverse_displacement=inverse)
 
     @property
@@ -208,8 +215,10 @@ class Transform:
         if self.displacement is None:
             return jnp.asarray(affine_part)
 
+        scales = _scales(self.grid)
+
         def whole(displacement: jax.Array, affine_part: jax.Array) -> jax.Array:
-            return affine_part + rotate(matrix, _to_physical(displacement, self.grid))
+            return affine_part + rotate(matrix, _in_millimetres(displacement, *scales))
 
         operands = self.displacement, affine_part
         vectors: _Field = across(self.devices, whole, operands, (_PLANES, 0), 0)
@@ -235,17 +244,17 @@ class Transform:
     def _to_physical(self, displacement: ArrayLike | None) -> _Field:
         if displacement is None:
             return jnp.zeros((*self.grid.shape, self.grid.ndim), jnp.float32)
-        convert = functools.partial(_to_physical, grid=self.grid)
-        vectors: _Field = across(self.devices, convert, (displacement,), (_PLANES,), 0)
+        scales = _scales(self.grid)
+
+        def converted(displacement: jax.Array) -> jax.Array:
+            return _in_millimetres(displacement, *scales)
+
+        vectors: _Field = across(self.devices, converted, (displacement,), (_PLANES,), 0)
         return vectors
 
     def _computed(self, function: Callable[..., jax.Array], *fields: ArrayLike) -> Any:
-        """Return what a function makes of fields of the grid, in float32: a field."""
-
-        def computed(*fields: jax.Array) -> jax.Array:
-            return function(*(field.astype(jnp.float32) for field in fields))
-
-        return across(self.devices, computed, fields, [_PLANES] * len(fields), _PLANES)
+        """Return what a function makes of fields of the grid: one of as many planes."""
+        return across(self.devices, function, fields, [_PLANES] * len(fields), _PLANES)
 
     def inverse_residual(self) -> NDArray[np.float32]:
         """Return how far points are from where they started after the inverse and the deformation.
@@ -265,12 +274,8 @@ class Transform:
             return np.zeros(self.grid.shape, np.float32)
         if self.inverse_displacement is None:
             raise ValueError("inverse_displacement: expected a field to invert with, got None")
-
-        def there_and_back(forward: jax.Array, back: jax.Array) -> jax.Array:
-            return convert_displacement(compose(forward, back), "normalised", "voxel")
-
-        voxels = self._computed(there_and_back, self.displacement, self.inverse_displacement)
-        lengths: NDArray[np.float32] = np.linalg.norm(np.asarray(voxels)[0], axis=-1)
+        found = self._computed(_there_and_back, self.displacement, self.inverse_displacement)
+        lengths: NDArray[np.float32] = np.asarray(found)[0]
         return lengths
 
     def inverse(self, grid: Grid) -> Transform:
@@ -360,13 +365,49 @@ class Transform:
         return resample(fixed, reference, parts, interpolation, outside, devices=self.devices)
 
 
-def _to_physical(displacement: jax.Array, grid: Grid) -> jax.Array:
-    """Turn ``(1, *S, D)`` in normalised coordinates into ``(*S, D)`` in millimetres."""
-    # For an axis of one voxel this is 0: displacements along it have no effect.
-    voxels = jnp.asarray((np.array(grid.shape[::-1]) - 1) / 2, jnp.float32)
-    return rotate(grid.voxel_to_physical(), displacement.astype(jnp.float32)[0] * voxels)
+_Numbers = NDArray[np.float32]
 
 
-def _to_normalised(vectors: jax.Array, grid: Grid) -> jax.Array:
-    """Turn ``(*S, D)`` in millimetres into ``(1, *S, D)`` in normalised coordinates."""
-    return rotate(inverse_matrix(grid.normalised_to_physical()), vectors)[None]
+def _linear(matrix: NDArray[np.float64]) -> _Numbers:
+    return matrix[:-1, :-1].astype(np.float32)
+
+
+def _scales(grid: Grid) -> tuple[_Numbers, _Numbers]:
+    """Return the voxels per unit of normalised coordinates, and the linear part to millimetres."""
+    # For an axis of one voxel the former is 0: displacements along it have no effect.
+    voxels = (np.array(grid.shape[::-1]) - 1) / 2
+    return voxels.astype(np.float32), _linear(grid.voxel_to_physical())
+
+
+@Program
+def _in_millimetres(displacement: jax.Array, voxels: _Numbers, linear: _Numbers) -> jax.Array:
+    """Turn ``(1, *S, D)`` in normalised coordinates into ``(*S, D)``; see `_scales`."""
+    return turned(linear, displacement.astype(jnp.float32)[0] * voxels)
+
+
+@functools.partial(Program, static=("is_on_grid", "shape"))
+def _chained(
+    fields: Sequence[jax.Array],
+    steps: Sequence[Step],
+    to_normalised: _Numbers,
+    *,
+    is_on_grid: bool,
+    shape: tuple[int, ...],
+) -> jax.Array:
+    """Return a chain as one displacement, ``(1, *S, D)``, normalised; see `displacements`."""
+    vectors = displacements(fields, steps, is_on_grid=is_on_grid, shape=shape)
+    return turned(to_normalised, vectors)[None]
+
+
+@Program
+def _inverted(displacement: jax.Array) -> jax.Array:
+    return invert_displacement(displacement.astype(jnp.float32))
+
+
+@Program
+def _there_and_back(forward: jax.Array, back: jax.Array) -> jax.Array:
+    """Return how many voxels points are from where they started, ``(1, *S)``."""
+    both = compose(forward.astype(jnp.float32), back.astype(jnp.float32))
+    voxels = convert_displacement(both, "normalised", "voxel")
+    length: jax.Array = jnp.linalg.norm(voxels, axis=-1)
+    return length

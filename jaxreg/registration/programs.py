@@ -1,0 +1,465 @@
+"""Programs of a registration, compiled or loaded by several threads before they are called.
+
+XLA compiles and loads without Python's lock, so that programs which are known beforehand take as
+long as the slowest of them in place of all together. They become known by a rehearsal: the code of
+a registration runs once with shapes in place of arrays, and what it calls is compiled meanwhile.
+
+To trace a program and to lower it takes Python longer than XLA takes to load it. So what a command
+has compiled for a registration is kept in one file, and the next registration that is like it
+traces nothing; see `jaxreg.registration.kept_programs`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, ParamSpec, Self, TypeVar
+
+import jax
+import jax.monitoring
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxreg.registration import kept_programs
+from jaxreg.registration.kept_programs import Entry, Executable, Key
+
+__all__ = [
+    "LOADED",
+    "WAITED",
+    "Compiler",
+    "Fixed",
+    "Program",
+    "Work",
+    "changed_fields",
+    "compiling",
+    "on_device",
+    "rehearse",
+    "shapes_of",
+]
+
+LOADED = "/jaxreg/program_load_duration"
+"""The event of `jax.monitoring` that tells how long it took to load a program that was kept."""
+
+WAITED = "/jaxreg/waited_for_program_duration"
+"""The event of `jax.monitoring` that tells how long a thread waited for what another compiles."""
+
+_MOST = 128
+"""So many programs of one registration are kept, at most: some follow from what is in files."""
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """An argument of a rehearsed function that is no array: a pytree without leaves."""
+
+    value: Any
+    """It has a hash."""
+
+
+class Program(Generic[_P, _R]):
+    """A function that runs as one program, as by `jax.jit`.
+
+    Within a rehearsal it is noted, to be compiled; what a thread's `Work` has compiled is called.
+
+    Parameters
+    ----------
+    function
+        Of arrays by their positions, and of what it is compiled for by names.
+    static
+        These names.
+    donated
+        Arguments whose memory the program may write to. Within a transformation it may not: under
+        ``vmap`` the first fields are those of all pairs.
+    """
+
+    def __init__(
+        self,
+        function: Callable[_P, _R],
+        *,
+        static: Sequence[str] = (),
+        donated: Sequence[str] = (),
+    ) -> None:
+        functools.update_wrapper(self, function)
+        self.name = f"{function.__module__}.{function.__qualname__}"
+        self._within = jax.jit(function, static_argnames=static)
+        self.jitted = self._within
+        if donated:
+            self.jitted = jax.jit(function, static_argnames=static, donate_argnames=donated)
+
+    def __call__(self, *args: _P.args, **static: _P.kwargs) -> _R:
+        """Run the program."""
+        noted = _rehearsal.get()
+        if noted is not None:
+            noted.append(_Call(self, shapes_of(args), static))
+            token = _rehearsal.set(None)  # what is called within is a part of this program
+            try:
+                result: _R = self.jitted(*args, **static)
+                return result
+            finally:
+                _rehearsal.reset(token)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
+            result = self._within(*args, **static)
+            return result
+        work, call = _work.get(), _Call(self, args, static)
+        found = None if work is None else work.find(call)
+        if work is None or found is None:
+            result = self.jitted(*args, **static)
+            return result
+        try:
+            result = found(*args)
+        except Exception:
+            anew = work.anew(call)
+            if anew is None:
+                raise
+            result = anew(*args)
+        return result
+
+
+def changed_fields(before: Any, after: Any) -> dict[str, Any]:
+    """Return the fields of a named tuple that are other arrays than before, by their names.
+
+    A program returns a copy of what it was given; so it returns nothing of that.
+    """
+    return {name: x for name, x in after._asdict().items() if x is not getattr(before, name)}
+
+
+def on_device(array: ArrayLike) -> jax.Array:
+    """Bring an array to the device; for one of the host's no program has to be made."""
+    found: jax.Array = jax.device_put(array)
+    return found
+
+
+class _Call(NamedTuple):
+    """A program with its arguments, or with their shapes."""
+
+    program: Program[Any, Any]
+    args: tuple[Any, ...]
+    static: dict[str, Any]
+
+    def key(self) -> Key | None:
+        """Return what tells the compiled program from all others.
+
+        There is none for what is on devices that somebody has chosen.
+        """
+        leaves, tree = jax.tree.flatten(self.args)
+        if any(not hasattr(x, "dtype") or getattr(x, "committed", False) for x in leaves):
+            return None
+        kinds = tuple((x.shape, x.dtype.name, x.weak_type) for x in map(_kind, leaves))
+        is_wide = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+        return self.program.name, tuple(sorted(self.static.items())), tree, kinds, is_wide
+
+    def has_its_arguments(self) -> bool:
+        """Whether no program has written to their memory."""
+        arrays = (x for x in jax.tree.leaves(self.args) if isinstance(x, jax.Array))
+        return not any(array.is_deleted() for array in arrays)
+
+    def lowered(self) -> jax.stages.Lowered:
+        """Return the program in the form that XLA compiles."""
+        lowered: jax.stages.Lowered = self.program.jitted.lower(
+            *shapes_of(self.args), **self.static
+        )
+        return lowered
+
+
+def _kind(array: Any) -> jax.ShapeDtypeStruct:
+    weak = bool(getattr(array, "weak_type", False))
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    kind = jax.ShapeDtypeStruct(np.shape(array), dtype, weak_type=weak)  # type: ignore[no-untyped-call]
+    return kind
+
+
+def shapes_of(arrays: Any) -> Any:
+    """Return a pytree with shapes, of `jax.ShapeDtypeStruct`, in place of its arrays."""
+    return jax.tree.map(_kind, arrays)
+
+
+_rehearsal: ContextVar[list[_Call] | None] = ContextVar("rehearsal", default=None)
+"""The programs that have been met so far, in a rehearsal."""
+
+
+def rehearse(function: Callable[..., Any], *args: Any) -> Any:
+    """Run a function with shapes in place of arrays, and have compiled what it calls.
+
+    Parameters
+    ----------
+    function
+        Of pytrees of arrays. JAX remembers a rehearsal: the next one of the same function with the
+        same shapes meets nothing.
+    *args
+        Arrays, or `jax.ShapeDtypeStruct` in their places.
+
+    Returns
+    -------
+    Any
+        The shapes of what the function returns; `None` if it fails, or asks for values. What it has
+        called by then is compiled, and when it is called in earnest it tells what failed.
+    """
+    noted: list[_Call] = []
+    token = _rehearsal.set(noted)
+    try:
+        found = jax.eval_shape(function, *args)
+    except Exception:
+        found = None
+    finally:
+        _rehearsal.reset(token)
+    if (work := _work.get()) is not None:
+        for call in noted:
+            with contextlib.suppress(Exception):
+                work.begin(call)
+    return found
+
+
+class _Compiled(NamedTuple):
+    executable: Executable
+    entry: Entry | None
+    """What is kept of it, if anything is."""
+
+    @classmethod
+    def of(cls, key: Key, lowered: jax.stages.Lowered, keep: bool) -> _Compiled:
+        executable = lowered.compile()
+        # Once it has run, the CPU's compiler does not give the bytes of every program any more.
+        return cls(executable, Entry.of(key, executable) if keep else None)
+
+    @classmethod
+    def loaded(cls, entry: Entry, device: jax.Device) -> _Compiled:
+        began = time.perf_counter()
+        executable = entry.load(device)
+        seconds = time.perf_counter() - began
+        jax.monitoring.record_event_duration_secs(LOADED, seconds, fun_name=entry.name)
+        return cls(executable, entry)
+
+
+class Compiler:
+    """Compiles programs, or loads them from a folder, in threads of its own.
+
+    Parameters
+    ----------
+    folder
+        Where what it has compiled is kept, if anywhere. Who can write there can have this process
+        run what they like.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "compiler")
+        self._lock = threading.Lock()
+        self._programs: dict[Key, Future[_Compiled]] = {}
+        self._loaded: set[Key] = set()
+        """Those that come from a file."""
+        self._kept: dict[Path, dict[Key, Entry]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End. What has not been begun is not compiled any more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[Work]:
+        """Have what this thread calls compiled; in the end it is kept."""
+        work = Work(self)
+        token = _work.set(work)
+        try:
+            yield work
+            work.keep()
+        finally:
+            _work.reset(token)
+
+    def run(self, function: Callable[[Work], _R]) -> _R:
+        """Return what a function returns whose programs are compiled, and in the end kept.
+
+        A device tells only later what is wrong with a program, when others have been called. So if
+        one fails, and some had been loaded, the function runs again without those.
+        """
+        with self.working() as work:
+            try:
+                return function(work)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" in str(error) or not work.forget():
+                    raise
+        return self.run(function)
+
+    def load(self, path: Path, device: jax.Device) -> bool:
+        """Begin to load the programs of a file; return whether there are any."""
+        with self._lock:
+            if path not in self._kept:
+                self._kept[path] = kept_programs.read(path)
+                for key, entry in self._kept[path].items():
+                    if key not in self._programs:
+                        self._programs[key] = self._pool.submit(_Compiled.loaded, entry, device)
+                        self._loaded.add(key)
+            return bool(self._kept[path])
+
+    def begin(self, key: Key, call: _Call, *, keep: bool) -> None:
+        """Begin to compile a program, unless that is done."""
+        with self._lock:
+            if key not in self._programs:
+                self._programs[key] = self._pool.submit(_Compiled.of, key, call.lowered(), keep)
+
+    def get(self, key: Key | None) -> Future[_Compiled] | None:
+        """Return what will be a program, if it was begun."""
+        return None if key is None else self._programs.get(key)
+
+    def replace(self, key: Key, failed: Future[_Compiled]) -> bool:
+        """Forget what was loaded and has failed; return whether it may be begun anew."""
+        with self._lock:
+            if self._programs.get(key) is not failed:  # another thread has done so
+                return True
+            if key not in self._loaded:
+                return False
+            self._forget([key])
+            return True
+
+    def forget(self, keys: Collection[Key], path: Path) -> bool:
+        """Forget those of the programs that were loaded, and a file; return whether any was."""
+        with self._lock:
+            loaded = self._loaded.intersection(keys)
+            if not loaded:
+                return False
+            self._forget(loaded)
+            self._kept[path] = {}
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            return True
+
+    def _forget(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            self._loaded.discard(key)
+            self._programs.pop(key, None)
+            for entries in self._kept.values():
+                entries.pop(key, None)
+
+    def keep(self, path: Path, keys: Iterable[Key]) -> None:
+        """Write programs to a file, if it does not have all of them."""
+        with self._lock:
+            entries, has_more = self._kept[path], False
+            for key in keys:
+                entry = entries.pop(key, None)
+                if entry is None:
+                    entry = _entry(self._programs.get(key))
+                    has_more |= entry is not None
+                if entry is not None:
+                    entries[key] = entry  # what was used last is at the end
+            if has_more:
+                for key in list(entries)[:-_MOST]:
+                    del entries[key]
+                kept_programs.write(path, entries)
+
+
+def _entry(future: Future[_Compiled] | None) -> Entry | None:
+    is_there = future is not None and future.done() and not future.cancelled()
+    if future is None or not is_there or future.exception() is not None:
+        return None
+    return future.result().entry
+
+
+class Work:
+    """What a thread has compiled for a registration."""
+
+    def __init__(self, compiler: Compiler) -> None:
+        self._compiler = compiler
+        self._path: Path | None = None
+        self._used: dict[Key, None] = {}
+        self.afterwards: Callable[[Any, Any], None] | None = None
+        """Rehearses what comes after the stages, for the shapes of the displacement that they find
+        and of its inverse."""
+
+    def is_kept(self, *about: Any) -> bool:
+        """Begin to load what an earlier registration has left, if one was like this.
+
+        Parameters
+        ----------
+        *about
+            All that its programs follow from, but for this package and where it runs.
+
+        Returns
+        -------
+        bool
+            Whether anything is there. Otherwise it will be.
+        """
+        folder = self._compiler.folder
+        if folder is None:
+            return False
+        device = _device()
+        digest = kept_programs.digest(about, device)
+        if digest is None:
+            return False
+        self._path = folder / f"{digest}{kept_programs.SUFFIX}"
+        return self._compiler.load(self._path, device)
+
+    def begin(self, call: _Call) -> None:
+        """Have a program compiled, if it is not yet."""
+        key = call.key()
+        if key is not None:
+            self._compiler.begin(key, call, keep=self._path is not None)
+            self._used[key] = None
+
+    def find(self, call: _Call) -> Executable | None:
+        """Return a program that was begun, or is to be kept; wait for it."""
+        key = call.key()
+        if self._path is not None:
+            self.begin(call)
+        future = self._compiler.get(key)
+        if key is None or future is None:
+            return None
+        self._used[key] = None
+        if not future.done():
+            began = time.perf_counter()
+            future.exception()
+            jax.monitoring.record_event_duration_secs(WAITED, time.perf_counter() - began)
+        if future.exception() is None:
+            return future.result().executable
+        # What does not compile fails again where it is called as ever, and tells.
+        return self.find(call) if self._compiler.replace(key, future) else None
+
+    def anew(self, call: _Call) -> Executable | None:
+        """Return what is compiled in place of a program that was loaded, and failed.
+
+        `None` if it was not loaded, or has written to its arguments.
+        """
+        key = call.key()
+        future = self._compiler.get(key)
+        if key is None or future is None or not call.has_its_arguments():
+            return None
+        return self.find(call) if self._compiler.replace(key, future) else None
+
+    def forget(self) -> bool:
+        """Forget what was loaded, and its file; return whether anything was used of it."""
+        return self._path is not None and self._compiler.forget(self._used, self._path)
+
+    def keep(self) -> None:
+        """Write what was used, if that is more than what was there."""
+        if self._path is not None:
+            self._compiler.keep(self._path, self._used)
+
+
+_work: ContextVar[Work | None] = ContextVar("work", default=None)
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[Work]:
+    """Have what this thread calls compiled ahead: by the work that it does already, or by one."""
+    work = _work.get()
+    if work is not None:
+        yield work
+        return
+    with Compiler() as compiler, compiler.working() as work:
+        yield work
+
+
+def _device() -> jax.Device:
+    """Return the device that programs run on by default."""
+    (device,) = jax.device_put(np.float32(0)).devices()
+    return device

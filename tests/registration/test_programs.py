@@ -1,0 +1,345 @@
+"""Programs of a registration are compiled ahead, by several threads, and each of them once."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scenes import header, physical_grid, scene
+
+from jaxreg import compose
+from jaxreg.registration import FFD, MSE, Affine, Greedy, Moments, Progress, programs, register
+from jaxreg.registration.kept_programs import Entry, read, write
+from jaxreg.registration.programs import (
+    Compiler,
+    Program,
+    Work,
+    changed_fields,
+    compiling,
+    rehearse,
+    shapes_of,
+)
+from jaxreg.registration.stages.problem import Alignment
+from regkernels import Volume
+
+# Settings that no other test has, so that nothing is compiled when one of these begins.
+STAGES = (Moments(scale=2), Affine((2, 1), (6, 4)), Greedy((1,), (4,), learning_rate=0.4))
+
+
+def pair() -> tuple[Volume, Volume]:
+    fixed = header((26, 34), (4, 4))
+    points = physical_grid(fixed)
+    return fixed.with_array(scene(points)), fixed.with_array(scene(points + 3))
+
+
+@pytest.fixture
+def compiled() -> Iterator[list[tuple[str, bool]]]:
+    """The programs that XLA compiles from now on, and whether the thread of the test does it."""
+    found: list[tuple[str, bool]] = []
+    for thread in threading.enumerate():  # what a registration that failed has begun
+        if thread.name.startswith("compiler"):
+            thread.join()
+
+    def listen(event: str, seconds: float, **about: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            here = threading.current_thread() is threading.main_thread()
+            found.append((str(about.get("fun_name")), here))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_all_programs_of_the_stages_are_compiled_ahead_and_none_of_them_twice(
+    compiled: list[tuple[str, bool]], watched: bool
+) -> None:
+    jax.clear_caches()
+    told: list[Progress] = []
+    first = register(*pair(), STAGES, callback=told.append if watched else None)
+    assert [name for name, here in compiled if here] == []
+    assert len(compiled) > 10
+    compiled.clear()
+    again = register(*pair(), STAGES, callback=told.append if watched else None)
+    assert compiled == []
+    np.testing.assert_array_equal(first.transform.displacement, again.transform.displacement)
+    assert bool(told) == watched
+
+
+def test_what_is_compiled_ahead_gives_the_bits_of_what_is_compiled_when_it_is_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ahead = register(*pair(), STAGES)
+    jax.clear_caches()
+    monkeypatch.setattr("jaxreg.registration.running._rehearse", lambda *_: None)
+    plain = register(*pair(), STAGES)
+    np.testing.assert_array_equal(ahead.transform.matrix, plain.transform.matrix)
+    np.testing.assert_array_equal(ahead.transform.displacement, plain.transform.displacement)
+
+
+def test_an_error_of_a_metric_is_raised_where_it_is_used_and_as_it_is() -> None:
+    def wrong(pred: jax.Array, target: jax.Array) -> jax.Array:
+        raise ZeroDivisionError("of the metric")
+
+    with pytest.raises(ZeroDivisionError, match="of the metric"):
+        register(*pair(), [Affine((2,), (2,), metric=wrong)])
+
+
+def test_a_rehearsal_computes_nothing_and_has_compiled_what_is_called_later(
+    compiled: list[tuple[str, bool]],
+) -> None:
+    ran = []
+
+    @Program
+    def doubled(x: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda: ran.append(1))
+        return 2 * x
+
+    with compiling():
+        shape = rehearse(lambda x: doubled(doubled(x)), shapes_of(np.ones(3, np.float32)))
+        assert (shape.shape, shape.dtype) == ((3,), np.float32)
+        result = doubled(np.ones(3, np.float32))
+    jax.effects_barrier()
+    assert (len(ran), compiled) == (1, [("jit(doubled)", False)])
+    np.testing.assert_array_equal(result, [2, 2, 2])
+
+
+def test_a_program_within_another_is_a_part_of_that(compiled: list[tuple[str, bool]]) -> None:
+    @Program
+    def inner(x: jax.Array) -> jax.Array:
+        return x + 1
+
+    @Program
+    def outer(x: jax.Array) -> jax.Array:
+        return 3 * inner(x)
+
+    with compiling():
+        rehearse(outer, shapes_of(np.ones(2, np.float32)))
+        outer(np.ones(2, np.float32))
+    assert compiled == [("jit(outer)", False)]
+    np.testing.assert_array_equal(jax.vmap(outer)(jnp.ones((2, 2))), 6 * np.ones((2, 2)))
+
+
+def test_kept_programs_are_loaded_by_another_compiler_and_compute_the_same(
+    tmp_path: Path, compiled: list[tuple[str, bool]]
+) -> None:
+    results = []
+    jax.clear_caches()  # what has run cannot be kept any more, on a CPU
+    for _ in range(2):
+        with Compiler(tmp_path) as compiler, compiler.working():
+            results.append(register(*pair(), STAGES))
+        jax.clear_caches()
+        compiled.append(("end", True))
+    assert compiled.index(("end", True)) == len(compiled) - 2 > 10  # the second compiles nothing
+    first, second = (result.transform for result in results)
+    np.testing.assert_array_equal(first.matrix, second.matrix)
+    np.testing.assert_array_equal(first.displacement, second.displacement)
+
+
+def test_what_follows_from_functions_of_others_is_not_kept(tmp_path: Path) -> None:
+    def own(pred: jax.Array, target: jax.Array) -> jax.Array:
+        return ((pred - target) ** 2).mean()
+
+    for metric, count in ((own, 0), (MSE(), 1)):
+        with Compiler(tmp_path) as compiler, compiler.working():
+            register(*pair(), [Affine((2,), (2,), metric=metric)])
+        assert len(list(tmp_path.iterdir())) == count
+
+
+def kept_doubling(folder: Path, function: Callable[[jax.Array], jax.Array]) -> Path:
+    """A file with the program of a function of three numbers, as a registration leaves it."""
+    with Compiler(folder) as compiler, compiler.working() as work:
+        assert not work.is_kept("a registration")
+        function(np.ones(3, np.float32))
+    (file,) = folder.iterdir()
+    jax.clear_caches()
+    return file
+
+
+def failing(error: Exception) -> Callable[..., Any]:
+    def run(*args: jax.Array) -> jax.Array:
+        raise error
+
+    return run
+
+
+def test_a_program_that_was_loaded_and_fails_is_compiled_and_kept_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[tuple[str, bool]]
+) -> None:
+    @Program
+    def doubled(x: jax.Array) -> jax.Array:
+        return 2 * x
+
+    file = kept_doubling(tmp_path, doubled)
+    content = file.read_bytes()
+    file.write_bytes(content)
+    changed = file.stat().st_mtime_ns
+    compiled.clear()
+    with monkeypatch.context() as patch:
+        error = jax.errors.JaxRuntimeError("INTERNAL: of a device")
+        patch.setattr(Entry, "load", lambda *_: failing(error))
+        with Compiler(tmp_path) as compiler, compiler.working() as work:
+            assert work.is_kept("a registration")
+            np.testing.assert_array_equal(doubled(np.ones(3, np.float32)), [2, 2, 2])
+            np.testing.assert_array_equal(doubled(np.ones(3, np.float32)), [2, 2, 2])
+    assert compiled == [("jit(doubled)", False)]
+    assert file.stat().st_mtime_ns > changed
+    jax.clear_caches()
+    with Compiler(tmp_path) as compiler, compiler.working() as work:
+        assert work.is_kept("a registration")
+        np.testing.assert_array_equal(doubled(np.ones(3, np.float32)), [2, 2, 2])
+    assert len(compiled) == 1
+
+
+def test_an_error_of_a_program_that_has_written_to_its_arguments_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @functools.partial(Program, donated=("x",))
+    def doubled(x: jax.Array) -> jax.Array:
+        return 2 * x
+
+    def written(x: jax.Array) -> jax.Array:
+        x.delete()
+        raise jax.errors.JaxRuntimeError("INTERNAL: of a device")
+
+    kept_doubling(tmp_path, doubled)
+    monkeypatch.setattr(Entry, "load", lambda *_: written)
+    with Compiler(tmp_path) as compiler, compiler.working() as work:
+        assert work.is_kept("a registration")
+        with pytest.raises(jax.errors.JaxRuntimeError, match="of a device"):
+            doubled(jax.device_put(np.ones(3, np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("message", "runs"), [("INTERNAL: a kernel", 2), ("RESOURCE_EXHAUSTED: of memory", 1)]
+)
+def test_what_fails_later_runs_again_without_what_was_loaded(
+    tmp_path: Path, message: str, runs: int
+) -> None:
+    @Program
+    def doubled(x: jax.Array) -> jax.Array:
+        return 2 * x
+
+    file = kept_doubling(tmp_path, doubled)
+    ran = []
+
+    def registration(work: Work) -> Any:
+        was_kept = work.is_kept("a registration")
+        ran.append(was_kept)
+        found = np.asarray(doubled(np.ones(3, np.float32)))
+        if was_kept:  # as a device tells it that has run other programs meanwhile
+            raise jax.errors.JaxRuntimeError(message)
+        return found
+
+    with Compiler(tmp_path) as compiler:
+        if runs == 1:
+            with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+                compiler.run(registration)
+        else:
+            np.testing.assert_array_equal(compiler.run(registration), [2, 2, 2])
+    assert ran == [True, False][:runs]
+    assert read(file) != {}
+
+
+def test_an_error_that_nothing_loaded_has_part_in_is_raised_at_once(tmp_path: Path) -> None:
+    ran = []
+
+    def registration(work: Work) -> None:
+        ran.append(work.is_kept("a registration"))
+        raise jax.errors.JaxRuntimeError("INTERNAL: of a device")
+
+    with Compiler(tmp_path) as compiler, pytest.raises(jax.errors.JaxRuntimeError):
+        compiler.run(registration)
+    assert ran == [False]
+
+
+def test_a_file_holds_what_was_used_last_and_not_more_than_so_many_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @Program
+    def doubled(x: jax.Array) -> jax.Array:
+        return 2 * x
+
+    monkeypatch.setattr(programs, "_MOST", 3)
+    for sizes in ([1, 2, 3], [1, 4]):
+        with Compiler(tmp_path) as compiler, compiler.working() as work:
+            work.is_kept("a registration")
+            for size in sizes:
+                doubled(np.ones(size, np.float32))
+        jax.clear_caches()
+    (file,) = tmp_path.iterdir()
+    assert [key[3][0][0] for key in read(file)] == [(3,), (1,), (4,)]
+
+
+def test_a_reader_finds_what_one_of_several_writers_has_written(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    def entries(writer: int) -> dict[Any, Entry]:
+        found = (Entry((f"program {n}", writer), bytes(10_000), None, None) for n in range(50))
+        return {entry.key: entry for entry in found}
+
+    def write_often(writer: int) -> None:
+        for _ in range(30):
+            write(path, entries(writer))
+
+    write(path, entries(0))
+    with ThreadPoolExecutor(3) as pool:
+        writing = [pool.submit(write_often, writer) for writer in range(3)]
+        while not all(future.done() for future in writing):
+            found = read(path)
+            assert len(found) == 50
+            assert len({writer for _, writer in found}) == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_process_that_has_traced_nothing_runs_the_ops_that_it_loads(tmp_path: Path) -> None:
+    """The kernels have to be registered by the import of what loads: no tracing does it."""
+
+    @Program
+    def composed(x: jax.Array) -> jax.Array:
+        return compose(x, x) + jnp.linalg.inv(jnp.eye(2, dtype=x.dtype)).sum()
+
+    field = np.full((1, 4, 5, 2), 0.25, np.float32)
+    (tmp_path / "kept").mkdir()
+    with Compiler(tmp_path / "kept") as compiler, compiler.working() as work:
+        work.is_kept("a registration")
+        expected = np.asarray(composed(field))
+    (file,) = (tmp_path / "kept").iterdir()
+    code = """
+import pathlib, sys
+from jaxreg.registration.kept_programs import read
+import jax, numpy as np
+(entry,) = read(pathlib.Path(sys.argv[1])).values()
+program = entry.load(jax.devices("cpu")[0])
+np.save(sys.argv[2], program(np.full((1, 4, 5, 2), 0.25, np.float32)))
+"""
+    found = tmp_path / "found.npy"
+    subprocess.run([sys.executable, "-c", code, file, found], cwd=tmp_path, check=True)
+    np.testing.assert_array_equal(np.load(found), expected)
+
+
+def test_programs_of_control_points_in_millimetres_are_compiled_ahead(
+    compiled: list[tuple[str, bool]],
+) -> None:
+    register(*pair(), [FFD((2, 1), (3, 2), spacing=20, unit="mm")])
+    assert len(compiled) > 5
+    assert [name for name, here in compiled if here] == []
+
+
+def test_changed_fields_are_those_that_are_other_arrays() -> None:
+    matrix, field = np.eye(3), np.zeros((1, 2, 2, 2))
+    before = Alignment(matrix, field)
+    assert changed_fields(before, Alignment(matrix, field)) == {}
+    changed = changed_fields(before, before._replace(displacement=field + 1))
+    assert list(changed) == ["displacement"]
