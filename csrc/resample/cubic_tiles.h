@@ -115,7 +115,7 @@ struct CubicBox {
       const int x = continued_index(index, boundary.size[0], boundary.sampling);
       for (int row = threadIdx.y; row < count; row += kRowsPerBlock) {
         const T* const line = from[row];
-        if (line != nullptr && x == index) continue;
+        if (line != nullptr && x >= 0 && x == index) continue;
         data[row * kRow + e] = line != nullptr && x >= 0 ? line[x * kPixel + e % kPixel] : T(0);
       }
     }
