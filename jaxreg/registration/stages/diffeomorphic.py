@@ -20,7 +20,7 @@ from jaxreg.registration.stages.adam import (
     riemannian_adam_step,
 )
 from jaxreg.registration.stages.deformable import Deformable, Loss
-from jaxreg.registration.stages.fields import confined, smoothed, smoothing
+from jaxreg.registration.stages.fields import confined_in_place, smoothed, smoothing
 from jaxreg.registration.stages.iterative import Iterate, Resolution, State
 from jaxreg.registration.stages.neighbours import differences
 from jaxreg.registration.stages.problem import Level, Weighted, sampled_near
@@ -77,7 +77,7 @@ class Diffeomorphic(Deformable):
 
     def smooth(self, field: jax.Array) -> jax.Array:
         """Smooth a field after its step."""
-        return confined(smoothed(field, self.field_sigma))
+        return confined_in_place(smoothed(field, self.field_sigma))
 
     def after_step(self, field: jax.Array, step: jax.Array) -> jax.Array:
         """Return a field after a step of :meth:`descend` composed from the right, smooth again."""
