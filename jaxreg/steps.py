@@ -131,6 +131,8 @@ def step_gradient(
     *,
     sigma: float | Sequence[float] = 0.0,
     truncate: float = 4.0,
+    slope_scale: float | jax.Array | None = None,
+    pull_scale: float | jax.Array | None = None,
 ) -> jax.Array:
     r"""Gradient of a loss with respect to a step that a warp is composed with, at the zero step.
 
@@ -159,6 +161,8 @@ def step_gradient(
         order. 0 leaves an axis as it is.
     truncate
         The window reaches ``ceil(truncate * sigma)`` voxels to either side.
+    slope_scale, pull_scale : float or float[] or float[N], optional
+        What the slope and the pull are multiplied by first.
 
     Returns
     -------
@@ -176,6 +180,13 @@ def step_gradient(
         A dtype or an argument's type that is not supported. Also an operand that is
         differentiated.
     """
-    operands = (moved, slope, pull, displacement)
+    operands = (
+        moved,
+        slope,
+        pull,
+        displacement,
+        _of_items(slope_scale, moved),
+        _of_items(pull_scale, moved),
+    )
     attributes = {"sigma": static_tuple(sigma), "truncate": truncate}
     return apply("step_gradient", operands, attributes)

@@ -132,6 +132,8 @@ def step_gradient(
     *,
     sigma: float | Sequence[float] = 0.0,
     truncate: float = 4.0,
+    slope_scale: float | torch.Tensor | None = None,
+    pull_scale: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""Gradient of a loss with respect to a step that a warp is composed with, at the zero step.
 
@@ -160,6 +162,8 @@ def step_gradient(
         order. 0 leaves an axis as it is.
     truncate
         The window reaches ``ceil(truncate * sigma)`` voxels to either side.
+    slope_scale, pull_scale : float or float[] or float[N], optional
+        What the slope and the pull are multiplied by first.
 
     Returns
     -------
@@ -176,6 +180,13 @@ def step_gradient(
     TypeError
         A dtype or an argument's type that is not supported.
     """
-    operands = (moved, slope, pull, displacement)
+    operands = (
+        moved,
+        slope,
+        pull,
+        displacement,
+        _of_items(slope_scale, moved),
+        _of_items(pull_scale, moved),
+    )
     attributes = {"sigma": static_tuple(sigma), "truncate": truncate}
     return apply_for(("output",), "step_gradient", operands, attributes)[0]

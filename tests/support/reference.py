@@ -672,9 +672,18 @@ def step_gradient(
     *,
     sigma: float | Sequence[float] = 0.0,
     truncate: float = 4.0,
+    slope_scale: float | Array | None = None,
+    pull_scale: float | Array | None = None,
 ) -> Array:
     """The slope of a loss times that of the moved image, and the pull, smoothed."""
     shape, dim = moved.shape[2:], moved.ndim - 2
+
+    def scaled(x: Array, scale: float | Array | None) -> Array:
+        factor = np.asarray(1 if scale is None else scale, np.float64)
+        return x * factor.reshape(-1, *[1] * (x.ndim - 1))
+
+    slope = scaled(slope, slope_scale)
+    pull = None if pull is None else scaled(pull, pull_scale)
 
     def slopes(x: Array) -> Array:
         """Along x, y and z, per unit of normalised coordinates, on the last axis."""

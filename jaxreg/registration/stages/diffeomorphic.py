@@ -19,7 +19,7 @@ from jaxreg.registration.stages.adam import (
     resize_moments,
     riemannian_adam_step,
 )
-from jaxreg.registration.stages.deformable import Deformable, Loss
+from jaxreg.registration.stages.deformable import Deformable, Loss, Penalty
 from jaxreg.registration.stages.fields import confined_in_place, smoothed, smoothing
 from jaxreg.registration.stages.iterative import Iterate, Resolution, State
 from jaxreg.registration.stages.neighbours import differences
@@ -149,7 +149,7 @@ class Diffeomorphic(Deformable):
         level: Level,
         pair: Callable[[Level], tuple[Weighted, Weighted]],
         wrt: tuple[int, ...],
-        pull: jax.Array | None,
+        penalty: Penalty,
         displacement: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Return the loss of two images, and its gradient with respect to steps that warp them.
@@ -162,11 +162,11 @@ class Diffeomorphic(Deformable):
             ``pair(level)``: the moved image and its target, of all channels of a level.
         wrt
             With respect to which steps: 0 of the moved image, 1 of its target.
-        pull
-            What is added to the gradient, of its shape, or `None`.
+        penalty
+            Whose gradient, of the shape of the result, is added.
         displacement
-            Through whose warp the pull is taken first: it is that on the displacement, and as for
-            the metric, the step is composed from the right, at the zero step.
+            Through whose warp that is taken first: it is the one with respect to the displacement,
+            and as for the metric, the step is composed from the right, at the zero step.
 
         Returns
         -------
@@ -177,14 +177,21 @@ class Diffeomorphic(Deformable):
         """
         if not self.takes_channels_singly(level):
             images = pair(level)
-            objective = self.objective(level, *images)
-            loss, slopes = jax.value_and_grad(objective, wrt)(*(image.image for image in images))
+            loss, slopes, rate = self.loss_and_slopes(level, *images, wrt)
             # To put images side by side takes less than to do so with fields.
             chosen = jnp.concatenate([images[k].image for k in wrt])
             sigma = smoothing(chosen.shape[2:], self.gradient_sigma)
             joined = jnp.concatenate(slopes)
-            warp = None if pull is None else displacement
-            return loss, step_gradient(chosen, joined, pull, warp, sigma=sigma)
+            gradient = step_gradient(
+                chosen,
+                joined,
+                penalty.gradient,
+                None if penalty.gradient is None else displacement,
+                sigma=sigma,
+                slope_scale=rate,
+                pull_scale=penalty.unit,
+            )
+            return loss, gradient
         moved, target = pair(level.channel(0))
 
         def of_channel(one: Level, loss: Loss) -> tuple[jax.Array, jax.Array]:
@@ -194,7 +201,7 @@ class Diffeomorphic(Deformable):
             return value, step_gradient(jnp.concatenate(chosen), jnp.concatenate(slopes))
 
         loss, gradient = self.by_channels(level, moved.weight * target.weight, of_channel)
-        if pull is not None:
+        if (pull := penalty.pull) is not None:
             gradient += pull if displacement is None else through_warp(displacement, pull)
         return loss, smoothed(gradient, self.gradient_sigma)
 
