@@ -14,6 +14,7 @@ from inputs import SHAPES, assert_close, assert_same, random_array
 
 import jaxreg
 import torchreg
+from jaxreg._shared_planes import overwriting
 
 Array = np.ndarray
 
@@ -150,3 +151,41 @@ def test_it_says_that_it_cannot_be_differentiated() -> None:
     tensors = [torch.tensor(x, requires_grad=k == 1) for k, x in enumerate(given)]
     with pytest.raises(ValueError, match=r"step_gradient: slope: expected"):
         torchreg.step_gradient(*tensors)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("shape", [(5, 40), (9, 10, 41)])
+def test_a_pull_that_nobody_needs_may_be_overwritten(
+    backend: Backend, shape: tuple[int, ...], channels: int
+) -> None:
+    if backend.framework != "jax":
+        pytest.skip("PyTorch has memory for each result")
+    given = [backend.array(x) for x in operands(shape, channels)]
+    scales = {"slope_scale": 0.7, "pull_scale": 3.0}
+
+    def apart(*given: Any) -> Any:
+        return jaxreg.step_gradient(*given, **scales)
+
+    def in_place(*given: Any) -> Any:
+        with overwriting():
+            return jaxreg.step_gradient(*given, **scales)
+
+    compiled = [
+        jax.jit(call, donate_argnums=2).lower(*given).compile() for call in (apart, in_place)
+    ]
+    needed = [x.memory_analysis().temp_size_in_bytes for x in compiled]
+    assert needed[1] <= needed[0]
+    assert "output_to_operand_aliasing" in compiled[1].as_text()
+    assert "output_to_operand_aliasing" not in compiled[0].as_text()
+    # The same pull twice, and once more afterwards.
+    expected = apart(*given)
+
+    @jax.jit
+    def twice(*given: Any) -> Any:
+        return in_place(*given), in_place(*given), given[2] + 1
+
+    for found in twice(*given)[:2]:
+        assert_same(np.asarray(found), np.asarray(expected))
+    assert_same(np.asarray(twice(*given)[2]), np.asarray(given[2] + 1))
+    copies = [*given[:2], jax.numpy.copy(given[2]), given[3]]
+    assert_same(np.asarray(compiled[1](*copies)), np.asarray(expected))

@@ -99,7 +99,8 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
                                  plane + static_cast<int64_t>(from_y) * space.x * 3,
                                  (tile_x - W::kHaloX) * 3, 3 * space.x, by_four);
         }
-        if (y < space.y) {
+        // What other blocks have of the pull may be overwritten already.
+        if (y < space.y && z >= z_begin && z < z_end) {
           fetch_row<kWarp * 3>(place(z) + W::kPull + threadIdx.y * (kWarp * 3),
                                item.pull + (z * plane_size + static_cast<int64_t>(y) * space.x) * 3,
                                tile_x * 3, 3 * space.x, by_four);

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg import compose, step_gradient
-from jaxreg._shared_planes import samples_within
+from jaxreg._shared_planes import overwriting, samples_within
 from jaxreg.registration.stages.adam import (
     AdamMoments,
     no_moments,
@@ -25,7 +25,7 @@ from jaxreg.registration.stages.iterative import Iterate, Resolution, State
 from jaxreg.registration.stages.neighbours import differences
 from jaxreg.registration.stages.problem import Level, Weighted, sampled_near
 from jaxreg.registration.stages.pyramid import resize_field
-from jaxreg.registration.stages.spread import spread
+from jaxreg.registration.stages.spread import devices_of, spread
 
 __all__ = ["Diffeomorphic", "through_warp"]
 
@@ -180,18 +180,23 @@ class Diffeomorphic(Deformable):
             loss, slopes, rate = self.loss_and_slopes(level, *images, wrt)
             # To put images side by side takes less than to do so with fields.
             chosen = jnp.concatenate([images[k].image for k in wrt])
-            sigma = smoothing(chosen.shape[2:], self.gradient_sigma)
             joined = jnp.concatenate(slopes)
-            gradient = step_gradient(
-                chosen,
-                joined,
-                penalty.gradient,
-                None if penalty.gradient is None else displacement,
-                sigma=sigma,
-                slope_scale=rate,
-                pull_scale=penalty.unit,
-            )
-            return loss, gradient
+            through = None if penalty.gradient is None else displacement
+            # A product that looks at a warp is smoothed by another kernel in any case. It is in
+            # the place of the pull then, and so the images are gone when it is smoothed. Devices
+            # that share a volume send each other the ends of both, which takes longer.
+            apart = through is not None and devices_of(level.shape) == 1
+            with overwriting():
+                gradient = step_gradient(
+                    chosen,
+                    joined,
+                    penalty.gradient,
+                    through,
+                    sigma=0.0 if apart else smoothing(level.shape, self.gradient_sigma),
+                    slope_scale=rate,
+                    pull_scale=penalty.unit,
+                )
+            return loss, smoothed(gradient, self.gradient_sigma) if apart else gradient
         moved, target = pair(level.channel(0))
 
         def of_channel(one: Level, loss: Loss) -> tuple[jax.Array, jax.Array]:
