@@ -74,7 +74,8 @@ struct GradientProduct {
     T slope_scale, pull_scale;
   };
   REGKERNELS_HD Item item(int64_t group, int64_t item) const {
-    return {moved.at(group, item), slope.at(group, item),
+    return {moved.at(group, item),
+            slope.at(group, item),
             pull.data == nullptr ? nullptr : pull.at(group, item),
             displacement.data == nullptr ? nullptr : displacement.at(group, item),
             slope_scale.data == nullptr ? T(1) : *slope_scale.at(group, item),
@@ -98,7 +99,8 @@ struct GradientProduct {
       const T* const at = item.displacement + voxel * D;
       REGKERNELS_UNROLL
       for (int j = 0; j < D; ++j) {
-        sum += item.pull_scale * pull[j] * ((at[along.high * D + j] - at[along.low * D + j]) * along.factor);
+        sum += item.pull_scale * pull[j] *
+               ((at[along.high * D + j] - at[along.low * D + j]) * along.factor);
       }
     }
     return sum + item.pull_scale * pull[k];

@@ -148,12 +148,10 @@ class Deformable(Iterative):
         rate
             What the slopes have still to be multiplied by, a scalar.
         """
-        weight = self.weight_of_both(moved, target)
+        metric, weight = as_metric(self.metric), self.weight_of_both(moved, target)
 
         def of_images(pred: jax.Array, image: jax.Array) -> jax.Array:
-            return self.metric.loss_of_level(
-                pred, image, weight, fixed=level.fixed, moving=level.moving
-            )
+            return metric.loss_of_level(pred, image, weight, fixed=level.fixed, moving=level.moving)
 
         loss, slopes = jax.value_and_grad(of_images, wrt)(moved.image, target.image)
         loss, rate = jax.value_and_grad(charged)(loss, weight.sum(), level.overlap)
