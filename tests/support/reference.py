@@ -700,6 +700,19 @@ def step_gradient(
     return gaussian_smooth(gradient, sigma, truncate=truncate, channel_last=True)
 
 
+def dithered_bfloat16(x: Array, count: int, *, first: bool) -> Array:
+    """Numbers rounded to 8 bits as moments are, the first or the second, for one batch item."""
+    place = np.arange(x.size, dtype=np.uint32).reshape(x.shape)
+    with np.errstate(over="ignore"):
+        bits = place * np.uint32(0x9E3779B1) + np.uint32(count) * np.uint32(0xC2B2AE3D)
+        bits = (bits ^ bits >> 16) * np.uint32(0x7FEB352D)
+        bits = (bits ^ bits >> 15) * np.uint32(0x846CA68B)
+    bits ^= bits >> 16
+    dither = bits >> 16 if first else bits & np.uint32(0xFFFF)
+    rounded = x.astype(np.float32).view(np.uint32) + dither & np.uint32(0xFFFF0000)
+    return rounded.view(np.float32)
+
+
 def riemannian_adam_step(
     gradient: Array,
     mu: Array,
