@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 import optax
 
 import jaxreg
@@ -34,7 +35,10 @@ def resize_moments(moments: AdamMoments, shape: tuple[int, ...]) -> AdamMoments:
     They are in normalised coordinates. There a gradient of the sum loss has the same size on every
     level, so that nothing but the sampling changes.
     """
-    first, second = (resize_field(field, shape) for field in (moments.mu, moments.nu))
+    first, second = (
+        resize_field(field.astype(np.float32), shape).astype(field.dtype)
+        for field in (moments.mu, moments.nu)
+    )
     return AdamMoments(moments.count, first, second)
 
 

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,9 @@ class Diffeomorphic(Deformable):
     field_sigma
         Gaussian that smooths the field after each step, in voxels of the level: the larger, the
         more it resists like an elastic body.
+    moments_dtype
+        What Adam's moments are kept in, ``"float32"`` or ``"bfloat16"``: 12 bytes a voxel and field
+        less, for volumes that need all the memory there is. Arithmetic stays in float32.
 
     Raises
     ------
@@ -59,17 +62,22 @@ class Diffeomorphic(Deformable):
 
     gradient_sigma: float = 1.25
     field_sigma: float = 0.6
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("gradient_sigma", "field_sigma"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if self.moments_dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"moments_dtype: expected float32 or bfloat16, got {self.moments_dtype!r}"
+            )
 
     def begin(self, level: Level, resolution: Resolution) -> State:
         """Return fields of zero, ``(fields, [Z,] Y, X, D)``."""
         zero = spread(jnp.zeros((self.fields, *level.shape, level.ndim), jnp.float32), 1)
-        return State(zero, no_moments(zero))
+        return State(zero, no_moments(zero.astype(self.moments_dtype)))
 
     def resized(self, state: State, shape: tuple[int, ...], resolution: Resolution) -> State:
         """Return the same on a grid of another shape."""
