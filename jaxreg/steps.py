@@ -29,7 +29,7 @@ def _of_items(value: Any, like: Any, *sizes: int) -> Any:
 def _moments(moments: tuple[Any, Any], *others: Any) -> tuple[Any, Any]:
     """Moments as the op takes them: in bfloat16, or in the dtype that it computes in."""
     dtypes = [str(getattr(x, "dtype", None)) for x in (*moments, *others)]
-    is_wide = "float64" in dtypes and jnp.zeros((), float).dtype == np.float64
+    is_wide = "float64" in dtypes and jax.dtypes.canonicalize_dtype(np.float64) == np.float64
     if not is_wide and dtypes[0] == dtypes[1] == "bfloat16":
         return moments
 
