@@ -72,6 +72,8 @@ def _emit(
     arrays: Mapping[str, jax.Array],
     slab: Sequence[int] = (),
     first: jax.Array | None = None,
+    *,
+    overwrites: bool = False,
 ) -> dict[str, jax.Array]:
     """Emit the custom call of an op for operands by name; for ``slab``, see `jaxreg._slabs`."""
     attributes = {name: attributes[name] for name in op.attribute_names}
@@ -90,7 +92,8 @@ def _emit(
         like.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False)
         for dtype, shape in types.values()
     ]
-    aliases = _in_place([name for name in op.input_names if name in arrays], operands, types)
+    there = [name for name in op.input_names if name in arrays]
+    aliases = _in_place(op, there, operands, types, overwrites)
     # XLA keeps what is in place where it is only if nothing, not even another shape, comes between.
     grouped = any(x.shape[0] != 1 for x in (*operands, *results))
     ffi_attributes["grouped"] = np.int64(grouped)
@@ -121,20 +124,31 @@ def _infer(
     return {x: spec for x, spec in zip(op.output_names, outputs, strict=True) if spec}
 
 
+_OVERWRITTEN = {"step_gradient": "pull"}
+"""The operand that an op reads voxel by voxel, and whose memory its result may take if asked to."""
+
+
 def _in_place(
+    op: Op,
     names: Sequence[str],
     operands: Sequence[jax.Array],
     results: Mapping[str, tuple[str, tuple[int, ...]]],
+    overwrites: bool,
 ) -> dict[int, int]:
     """Which results may take the memory of which operands, by their places.
 
     What an op calls ``next_x`` it may write in the place of ``x``. In a loop whose state it is,
     neither is then copied.
     """
+    pairs = {name: name[5:] for name in results if name.startswith("next_")}
+    # Where there is a workspace, results are not made voxel by voxel.
+    if overwrites and not _workspaces(op) & results.keys() and op.name in _OVERWRITTEN:
+        pairs["output"] = _OVERWRITTEN[op.name]
+    places = {name: place for place, name in enumerate(results)}
     return {
-        names.index(name.removeprefix("next_")): place
-        for place, (name, spec) in enumerate(results.items())
-        if name.startswith("next_") and spec == _spec(operands[names.index(name[5:])])
+        names.index(operand): places[result]
+        for result, operand in pairs.items()
+        if operand in names and results[result] == _spec(operands[names.index(operand)])
     }
 
 
@@ -149,6 +163,7 @@ class _Run:
     op: Op
     attributes: Mapping[str, Any]
     wanted: int
+    overwrites: bool = False
 
     @property
     def results(self) -> frozenset[str]:
@@ -167,7 +182,9 @@ class _Run:
     ) -> dict[str, jax.Array]:
         changed = {**self.attributes, **(attributes or {})}
         if step is None:
-            return _emit(self.op, changed, self.wanted, arrays, slab, first)
+            # Of a slab the ends are computed again, from the same operands.
+            overwrites = self.overwrites and not slab
+            return _emit(self.op, changed, self.wanted, arrays, slab, first, overwrites=overwrites)
         return _emit(OPS[step], changed, OPS[step].mask(results), arrays, slab, first)
 
 
@@ -184,7 +201,7 @@ def _kernel(
     named = dict(zip(op.attribute_names, attributes, strict=True))
     operand_names = [x for x, there in zip(op.input_names, present, strict=True) if there]
 
-    run = _Run(op, named, wanted)
+    run = _Run(op, named, wanted, around.overwrites)
 
     def result_shapes(*arrays: jax.Array) -> dict[str, tuple[int, ...]]:
         specs = _infer(op, named, wanted, dict(zip(operand_names, arrays, strict=True)))

@@ -1,4 +1,7 @@
-"""Volumes whose planes devices share in ``shard_map``, where the user says so."""
+"""What calls are told by the contexts that they are made in.
+
+That is above all that devices share the planes of volumes in ``shard_map``, where the user says so.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ __all__ = [
     "Setting",
     "SharedPlanes",
     "on_shared_planes",
+    "overwriting",
     "planes_over",
     "samples_near",
     "samples_within",
@@ -54,6 +58,9 @@ _shared: contextvars.ContextVar[SharedPlanes | None] = contextvars.ContextVar(
 _reach: contextvars.ContextVar[Reach] = contextvars.ContextVar("reach", default=UNKNOWN)
 
 
+_overwrites: contextvars.ContextVar[bool] = contextvars.ContextVar("overwrites", default=False)
+
+
 @dataclass(frozen=True)
 class Setting:
     """What calls are told by the contexts that they are made in.
@@ -64,15 +71,32 @@ class Setting:
         How devices share volumes, if they do.
     reach
         What `samples_within` or `samples_near` was told.
+    overwrites
+        Whether results may take the memory of operands: see `overwriting`.
     """
 
     shared: SharedPlanes | None = None
     reach: Reach = UNKNOWN
+    overwrites: bool = False
 
 
 def setting() -> Setting:
     """What a call is told that is made here."""
-    return Setting(_shared.get(), _reach.get())
+    return Setting(_shared.get(), _reach.get(), _overwrites.get())
+
+
+@contextlib.contextmanager
+def overwriting() -> Iterator[None]:
+    """Let results of calls in the context take the memory of operands that nobody needs after them.
+
+    An operand that is needed all the same is copied first: results are the same. Outside of the
+    context that would cost whoever calls an op by itself.
+    """
+    token = _overwrites.set(True)
+    try:
+        yield
+    finally:
+        _overwrites.reset(token)
 
 
 @contextlib.contextmanager

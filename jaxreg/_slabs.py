@@ -821,11 +821,11 @@ def _by_ends(
         }
     if not at_once:
         # So that the ends are cut from the slab, not from what its parts are written from.
-        arrays = jax.lax.optimization_barrier(arrays)
+        arrays = jax.lax.optimization_barrier(arrays)  # type: ignore[no-untyped-call]
     inside = {name: slabs.inside(x, axes[name]) for name, x in arrays.items()}
     ends = slabs.ends(arrays, axes, reach, 2 * reach)
     if not at_once:
-        inside, ends = jax.lax.optimization_barrier((inside, ends))
+        inside, ends = jax.lax.optimization_barrier((inside, ends))  # type: ignore[no-untyped-call]
     firsts = compute({name: first for name, (first, _) in ends.items()}, -reach)
     lasts = compute({name: last for name, (_, last) in ends.items()}, own - 2 * reach)
     results = {}
@@ -853,13 +853,15 @@ def _step_gradient(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut:
     # The Gaussian reaches so many planes, and the differences in the last of them one more.
     reach = min(math.ceil(attributes["truncate"] * attributes["sigma"][0]), slabs.planes - 1) + 1
     slab = (slabs.planes, slabs.planes, 0)
+    axes = {name: axis for name, (_, axis) in _STEP_GRADIENT.items()}
+    fields = {name: x for name, x in arrays.items() if name in axes}
+    numbers = {name: x for name, x in arrays.items() if name not in axes}
 
     def compute(part: Arrays, begin: int) -> Arrays:
         first = slabs.first() + begin
-        return run(part, slab=slab, first=_first_planes(first, first))
+        return run(part | numbers, slab=slab, first=_first_planes(first, first))
 
-    axes = {name: axis for name, (_, axis) in _STEP_GRADIENT.items()}
-    return _by_ends(compute, arrays, axes, reach, slabs)
+    return _by_ends(compute, fields, axes, reach, slabs)
 
 
 def _jacobian_determinant(run: Run, arrays: Arrays, _: Mapping[str, Any], cut: Cut) -> Arrays:

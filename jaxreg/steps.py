@@ -26,6 +26,20 @@ def _of_items(value: Any, like: Any, *sizes: int) -> Any:
     return jnp.broadcast_to(value, (1, *sizes)) if value.ndim == 0 else jnp.asarray(value)[None]
 
 
+def _moments(moments: tuple[Any, Any], *others: Any) -> tuple[Any, Any]:
+    """Moments as the op takes them: in bfloat16, or in the dtype that it computes in."""
+    dtypes = [str(getattr(x, "dtype", None)) for x in (*moments, *others)]
+    is_wide = "float64" in dtypes and jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+    if not is_wide and dtypes[0] == dtypes[1] == "bfloat16":
+        return moments
+
+    def widened(x: Any) -> Any:
+        is_float = getattr(x, "dtype", None) in (jnp.bfloat16, np.float16, np.float32)
+        return jnp.asarray(x, np.float64 if is_wide else np.float32) if is_float else x
+
+    return widened(moments[0]), widened(moments[1])
+
+
 def riemannian_adam_step(
     gradient: jax.Array,
     mu: jax.Array,
@@ -53,7 +67,8 @@ def riemannian_adam_step(
     gradient : float[N, *S, D]
         Gradient of the loss summed over voxels with respect to the step, in normalised coordinates.
     mu, nu : float[N, *S, D]
-        Adam's running means of the gradient and of its square; zeros before the first step.
+        Adam's running means of the gradient and of its square; zeros before the first step. In
+        bfloat16, both of them, they take half the memory, and are computed with in float32.
     count : int or int32[] or int32[N]
         How many steps there have been.
     learning_rate
@@ -80,7 +95,10 @@ def riemannian_adam_step(
     float[N, *S, D]
         ``mu`` for the next step.
     float[N, *S, D]
-        ``nu`` for the next step. All are float64 where an operand is, else float32.
+        ``nu`` for the next step. All are float64 where an operand is, else float32, but moments
+        that came in bfloat16 stay so. They are rounded up as often as their lower bits are large
+        beside others that depend on the voxel and ``count``: to the nearest, what changes by less
+        than half a last place in a step would stand still.
 
     Raises
     ------
@@ -105,14 +123,8 @@ def riemannian_adam_step(
     if isinstance(steps, jax.Array | np.ndarray) and steps.ndim == 0:
         steps = steps[None]
     components = gradient.shape[-1] if getattr(gradient, "ndim", 0) else 1
-    operands = (
-        gradient,
-        mu,
-        nu,
-        steps,
-        _of_items(epsilon, gradient, components),
-        _of_items(scale, gradient),
-    )
+    numbers = _of_items(epsilon, gradient, components), _of_items(scale, gradient)
+    operands = (gradient, *_moments((mu, nu), gradient, *numbers), steps, *numbers)
     attributes = {
         "learning_rate": learning_rate,
         "beta1": beta1,
@@ -131,6 +143,8 @@ def step_gradient(
     *,
     sigma: float | Sequence[float] = 0.0,
     truncate: float = 4.0,
+    slope_scale: float | jax.Array | None = None,
+    pull_scale: float | jax.Array | None = None,
 ) -> jax.Array:
     r"""Gradient of a loss with respect to a step that a warp is composed with, at the zero step.
 
@@ -159,6 +173,8 @@ def step_gradient(
         order. 0 leaves an axis as it is.
     truncate
         The window reaches ``ceil(truncate * sigma)`` voxels to either side.
+    slope_scale, pull_scale : float or float[] or float[N], optional
+        What the slope and the pull are multiplied by first.
 
     Returns
     -------
@@ -176,6 +192,13 @@ def step_gradient(
         A dtype or an argument's type that is not supported. Also an operand that is
         differentiated.
     """
-    operands = (moved, slope, pull, displacement)
+    operands = (
+        moved,
+        slope,
+        pull,
+        displacement,
+        _of_items(slope_scale, moved),
+        _of_items(pull_scale, moved),
+    )
     attributes = {"sigma": static_tuple(sigma), "truncate": truncate}
     return apply("step_gradient", operands, attributes)

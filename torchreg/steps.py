@@ -24,6 +24,20 @@ def _of_items(value: Any, like: Any, *sizes: int) -> Any:
     return value.expand(1, *sizes) if value.ndim == 0 else value[None]
 
 
+def _moments(moments: tuple[Any, Any], *others: Any) -> tuple[Any, Any]:
+    """Moments as the op takes them: in bfloat16, or in the dtype that it computes in."""
+    dtypes = [getattr(x, "dtype", None) for x in (*moments, *others)]
+    is_wide = torch.float64 in dtypes
+    if not is_wide and dtypes[0] == dtypes[1] == torch.bfloat16:
+        return moments
+
+    def widened(x: Any) -> Any:
+        is_float = getattr(x, "dtype", None) in (torch.bfloat16, torch.float16, torch.float32)
+        return x.to(torch.float64 if is_wide else torch.float32) if is_float else x
+
+    return widened(moments[0]), widened(moments[1])
+
+
 def riemannian_adam_step(
     gradient: torch.Tensor,
     mu: torch.Tensor,
@@ -51,7 +65,8 @@ def riemannian_adam_step(
     gradient : float[N, *S, D]
         Gradient of the loss summed over voxels with respect to the step, in normalised coordinates.
     mu, nu : float[N, *S, D]
-        Adam's running means of the gradient and of its square; zeros before the first step.
+        Adam's running means of the gradient and of its square; zeros before the first step. In
+        bfloat16, both of them, they take half the memory, and are computed with in float32.
     count : int or int32[] or int32[N]
         How many steps there have been.
     learning_rate
@@ -77,7 +92,10 @@ def riemannian_adam_step(
     float[N, *S, D]
         ``mu`` for the next step.
     float[N, *S, D]
-        ``nu`` for the next step. All are float64 where an operand is, else float32.
+        ``nu`` for the next step. All are float64 where an operand is, else float32, but moments
+        that came in bfloat16 stay so. They are rounded up as often as their lower bits are large
+        beside others that depend on the voxel and ``count``: to the nearest, what changes by less
+        than half a last place in a step would stand still.
 
     Raises
     ------
@@ -106,14 +124,8 @@ def riemannian_adam_step(
     if isinstance(steps, torch.Tensor) and steps.ndim == 0:
         steps = steps[None]
     components = gradient.shape[-1] if getattr(gradient, "ndim", 0) else 1
-    operands = (
-        gradient,
-        mu,
-        nu,
-        steps,
-        _of_items(epsilon, gradient, components),
-        _of_items(scale, gradient),
-    )
+    numbers = _of_items(epsilon, gradient, components), _of_items(scale, gradient)
+    operands = (gradient, *_moments((mu, nu), gradient, *numbers), steps, *numbers)
     attributes = {
         "learning_rate": learning_rate,
         "beta1": beta1,
@@ -132,6 +144,8 @@ def step_gradient(
     *,
     sigma: float | Sequence[float] = 0.0,
     truncate: float = 4.0,
+    slope_scale: float | torch.Tensor | None = None,
+    pull_scale: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""Gradient of a loss with respect to a step that a warp is composed with, at the zero step.
 
@@ -160,6 +174,8 @@ def step_gradient(
         order. 0 leaves an axis as it is.
     truncate
         The window reaches ``ceil(truncate * sigma)`` voxels to either side.
+    slope_scale, pull_scale : float or float[] or float[N], optional
+        What the slope and the pull are multiplied by first.
 
     Returns
     -------
@@ -176,6 +192,13 @@ def step_gradient(
     TypeError
         A dtype or an argument's type that is not supported.
     """
-    operands = (moved, slope, pull, displacement)
+    operands = (
+        moved,
+        slope,
+        pull,
+        displacement,
+        _of_items(slope_scale, moved),
+        _of_items(pull_scale, moved),
+    )
     attributes = {"sigma": static_tuple(sigma), "truncate": truncate}
     return apply_for(("output",), "step_gradient", operands, attributes)[0]

@@ -44,6 +44,7 @@ STAGES: dict[str, Stage] = {
         spacing=(10, 10, 2.5), unit="mm", regularisation=Bending(weight=0.5)
     ),
     "ffd spacing=4": FFD(spacing=4),
+    "greedy moments_dtype=bfloat16": Greedy(moments_dtype="bfloat16"),
     "moments rotation=false": Moments(rotation=False),
 }
 
@@ -67,6 +68,7 @@ def test_a_stage_is_written_with_its_settings(text: str) -> None:
         ("affine learning_rate=(1,2)", "stage affine: "),
         ("ffd spacing=0", "spacing: expected a positive number, or one for each axis, got 0"),
         ("ffd spacing=wide", "spacing: .*expected numbers, or one of LNCC, .*got wide"),
+        ("greedy moments_dtype=float16", "moments_dtype: expected float32 or bfloat16, got"),
         ("ffd unit=cm", "unit: expected one of voxel, mm, got 'cm'"),
         ("ffd gradient_sigma=1", "stage ffd: expected settings among .*got gradient_sigma"),
         ("affine metric=__import__('os')", "metric: expected a value"),

@@ -758,15 +758,16 @@ def test_step_gradient_gives_the_bits_of_one_device(mesh: Mesh, planes: int, sig
     pull = random_array(3, 2, planes, *IN_PLANE, 3)
     every = moved, slope, pull, random_array(4, 1, planes, *IN_PLANE, 3)
     for operands in (every[:2], every):
-        function = functools.partial(jaxreg.step_gradient, sigma=sigma)
+        scales = {"slope_scale": 0.7, "pull_scale": 0.3} if operands is every else {}
+        function = functools.partial(jaxreg.step_gradient, sigma=sigma, **scales)
         spread = on_slabs(function, mesh, [IMAGE, IMAGE, FIELD, FIELD][: len(operands)], [FIELD])
         assert_same(spread(*operands), np.asarray(jax.jit(function)(*operands)))
         assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("plane", [0, 7, -1])
+@pytest.mark.parametrize(("plane", "dtype"), [(0, "float32"), (7, "bfloat16"), (-1, "float32")])
 def test_riemannian_adam_step_gives_the_bits_of_one_device(
-    mesh: Mesh, planes: int, plane: int
+    mesh: Mesh, planes: int, plane: int, dtype: str
 ) -> None:
     """Whichever device has the longest vector."""
     gradient, mu, root = (random_array(k, 2, planes, *IN_PLANE, 3) for k in (1, 2, 3))
@@ -774,7 +775,9 @@ def test_riemannian_adam_step_gives_the_bits_of_one_device(
 
     def function(gradient: Any, mu: Any, nu: Any) -> Any:
         options = {"learning_rate": 0.4, "epsilon": jnp.asarray([1.0, 2.0, 0.1]), "confined": True}
-        return jaxreg.riemannian_adam_step(gradient, mu, nu, 3, **options)
+        mu, nu = mu.astype(dtype), nu.astype(dtype)
+        step, mu, nu = jaxreg.riemannian_adam_step(gradient, mu, nu, 3, **options)
+        return step, mu.astype("float32"), nu.astype("float32")
 
     operands = gradient, mu, root**2
     spread = on_slabs(function, mesh, [FIELD] * 3, [FIELD] * 3)

@@ -302,6 +302,14 @@ ONE_BY_ONE = [
     bad_value("step_gradient", "truncate", 0, "0"),
     bad_type("step_gradient", "pull", None, "None"),
     *[
+        bad
+        for name in ("slope_scale", "pull_scale")
+        for bad in (
+            bad_value("step_gradient", name, zeros(2, 3, 3), numbers(2, 3, 3)),
+            bad_type("step_gradient", name, "large", "str"),
+        )
+    ],
+    *[
         Bad("interpolate_labels", "background", ValueError, f"{label}", {"background": label} | x)
         for dtype, label in [("bool", 2), ("uint8", 256), ("uint16", -1), ("int8", -129)]
         for x in [{"labels": zeros(2, 2, 3, 4, 5, dtype=dtype)}]

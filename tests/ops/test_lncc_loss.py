@@ -16,6 +16,7 @@ from backends import BACKENDS, Backend
 from inputs import HALVES, SHAPES, assert_close, assert_same, random_array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from scipy.ndimage import gaussian_filter
 
 import jaxreg
 import torchreg
@@ -726,3 +727,33 @@ def test_the_loss_falls_along_its_negative_gradient() -> None:
         optimiser.step()
         values.append(value.item())
     assert values[-1] < values[0] - 0.3
+
+
+def faded(seed: int, shape: tuple[int, ...], faint: float) -> np.ndarray:
+    """An object whose edge fades into what is exactly 0, or into faint values before that."""
+    axes = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
+    radius = np.sqrt(sum(x**2 for x in axes))
+    texture = gaussian_filter(np.random.default_rng(seed).standard_normal(shape), 2)
+    texture /= texture.std()
+    around = np.where(radius < 0.9, faint * (3 + texture), 0)
+    image = np.where(radius < 0.6, 1 + 0.2 * texture, around)
+    if faint == 0:
+        image = gaussian_filter(image, 1.5, truncate=3)
+    return image[None, None].astype(np.float32)
+
+
+@pytest.mark.parametrize("faint", [0.0, 1e-3])
+@pytest.mark.parametrize("kernel_size", [5, 7, 11])
+@pytest.mark.parametrize("shape", [(45, 60), (24, 36, 40)])
+def test_faint_windows_beside_exact_zeros_keep_their_gradients(
+    backend: Backend, shape: tuple[int, ...], kernel_size: int, faint: float
+) -> None:
+    """They vary by little about nearly 0, and have the largest gradients of all."""
+    pair = faded(1, shape, faint), faded(2, shape, faint)
+    options = {"kernel_size": kernel_size}
+    cotangent = np.ones((), np.float32)
+    expected = reference.lncc_loss_vjp(cotangent, *pair, **options)
+    loss, gradients = backend.value_and_vjp("lncc_loss", pair, cotangent, (0, 1), **options)
+    assert loss == pytest.approx(reference.lncc_loss(*pair, **options), rel=1e-4)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert np.abs(gradient - wanted).max() < 1e-4 * np.abs(wanted).max()

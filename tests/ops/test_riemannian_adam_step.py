@@ -253,3 +253,85 @@ def test_it_says_that_it_cannot_be_differentiated() -> None:
         torchreg.riemannian_adam_step(
             torch.tensor(gradient), tensor, torch.tensor(nu), 0, learning_rate=0.4
         )
+
+
+def stored(backend: Backend, *moments: np.ndarray) -> tuple[Any, ...]:
+    """Moments in bfloat16 as the framework has them."""
+    if backend.framework == "jax":
+        return tuple(jnp.asarray(x, jnp.bfloat16) for x in moments)
+    return tuple(backend.array(x).to(torch.bfloat16) for x in moments)
+
+
+def as_float32(x: Any) -> np.ndarray:
+    return x.float().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x, np.float32)
+
+
+@pytest.mark.parametrize("shape", [(9, 40), (6, 7, 33)])
+@pytest.mark.parametrize("count", [0, 6])
+def test_moments_in_bfloat16_are_those_of_float32_rounded(
+    backend: Backend, shape: tuple[int, ...], count: int
+) -> None:
+    gradient, *moments = operands(shape, batch=1)
+    exact = [as_float32(x) for x in stored(backend, *moments)]
+    options = {"learning_rate": 0.4, "epsilon": 1e-3, "confined": True}
+    function = backend.function(OP)
+    given = backend.array(gradient), *stored(backend, *moments)
+    step, *found = function(*given, count, **options)
+    assert str(step.dtype).endswith("float32")
+    wanted = reference.riemannian_adam_step(gradient, *exact, count, **options)
+    rounded = []
+    for k in range(2):
+        assert str(found[k].dtype).endswith("bfloat16")
+        expected = reference.dithered_bfloat16(wanted[1 + k][0], count, first=k == 0)[None]
+        value = as_float32(found[k])
+        # Sums in float32 may lie on the other side of a number that rounding tells apart.
+        assert (value == expected).mean() > 0.99
+        assert np.abs(value - expected).max() <= (2**-7 * np.abs(expected)).max()
+        rounded.append(value)
+    # The step is that of the moments as they are stored.
+    frozen = {"beta1": 0.9, "beta2": 0.99}
+    scales = [(1 - frozen["beta1"] ** (count + 1)), (1 - frozen["beta2"] ** (count + 1))]
+    direction = rounded[0] / scales[0] / (np.sqrt(rounded[1] / scales[1]) + 1e-3)
+    longest = np.sqrt((direction**2).sum(-1)).max()
+    voxel = np.array([2 / (n - 1) for n in reversed(shape)])
+    expected = -0.4 * min(1, 0.5 / longest) * voxel * direction
+    inside = (slice(None), *[slice(1, -1)] * len(shape))
+    assert_close(as_float32(step)[inside], expected[inside], np.float32)
+
+
+def test_moments_in_bfloat16_follow_what_changes_them_by_less_than_their_last_place(
+    backend: Backend,
+) -> None:
+    """In a thousandth a step, which is an eighth of the last place; on average it arrives."""
+    function = backend.function(OP)
+    shape = (1, 20, 30, 2)
+    gradient = backend.array(np.full(shape, 2.0, np.float32))
+    mu, nu = stored(backend, np.full(shape, 1.0, np.float32), np.full(shape, 1.0, np.float32))
+    steps = 400
+    if backend.framework == "jax":
+        function = jax.jit(function, static_argnames=("learning_rate", "beta1", "beta2"))
+    options = {"learning_rate": 0.4, "beta1": 0.999, "beta2": 0.999}
+    for count in range(steps):
+        _, mu, nu = function(gradient, mu, nu, count, **options)
+    share = 1 - 0.999**steps
+    for moment, last in ((mu, 2.0), (nu, 4.0)):
+        assert as_float32(moment).mean() == pytest.approx(1 + (last - 1) * share, rel=5e-3)
+
+
+def test_moments_in_bfloat16_have_to_go_together(backend: Backend) -> None:
+    gradient, mu, nu = operands((5, 6))
+    half = stored(backend, mu)[0]
+    function = backend.function(OP)
+    found = function(backend.array(gradient), half, backend.array(nu), 0, learning_rate=0.4)
+    assert all(str(x.dtype).endswith("float32") for x in found)
+
+
+def test_what_is_not_finite_stays_so_in_bfloat16(backend: Backend) -> None:
+    gradient, *moments = (np.zeros((1, 4, 5, 2), np.float32) for _ in range(3))
+    gradient[0, 0, 0, 0], gradient[0, 1, 1, 1] = np.nan, np.inf
+    _, mu, nu = backend.function(OP)(
+        backend.array(gradient), *stored(backend, *moments), 3, learning_rate=0.4
+    )
+    for moment in map(as_float32, (mu, nu)):
+        assert np.isnan(moment[0, 0, 0, 0]) and moment[0, 1, 1, 1] == np.inf
+        assert np.isfinite(moment).sum() == moment.size - 2

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from inputs import random_array
+from inputs import assert_same, random_array
 from scipy.ndimage import gaussian_filter
 
 from jaxreg.registration import Greedy, SyN, register
+from jaxreg.registration.stages import fields
 from jaxreg.registration.stages.fields import cell_determinants, mended
 from regkernels import Volume
 
@@ -139,3 +141,28 @@ def test_a_stage_leaves_nothing_inside_out(stage: type[SyN] | type[Greedy]) -> N
     assert result.mended > 1e-3
     assert "determinant" in [doubt.code for doubt in result.doubts]
     assert found[float("inf")].min() > 0
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (1, 6), (4, 5, 6), (2, 1, 7), (1, 1, 1)])
+def test_a_field_confined_where_it_is_has_the_bits_of_one_confined_in_a_pass(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fields, "_MANY_VOXELS", 1)
+    field = random_array(1, 2, *shape, len(shape))
+    field[..., 0] *= np.inf  # a face is 0 whatever was there
+    for call in (fields.confined_in_place, jax.vmap(fields.confined_in_place)):
+        given = field if call is fields.confined_in_place else field[None]
+        expected = np.asarray(fields.confined(field)).reshape(given.shape)
+        assert_same(np.asarray(jax.jit(call)(given)), expected)
+
+
+def test_a_large_field_is_confined_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fields, "_MANY_VOXELS", 1000)
+    lowered = [
+        jax.jit(fields.confined_in_place, donate_argnums=0).lower(
+            jax.ShapeDtypeStruct((1, planes, 10, 10, 3), np.float32)
+        )
+        for planes in (9, 10)
+    ]
+    assert ["dynamic_update_slice" in one.as_text() for one in lowered] == [False, True]
+    assert lowered[1].compile().memory_analysis().temp_size_in_bytes < 10 * 10 * 10

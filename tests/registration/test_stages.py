@@ -286,6 +286,29 @@ def test_a_random_smooth_deformation_is_found_without_folds_and_with_its_inverse
         assert error.max() < 1
 
 
+@pytest.mark.parametrize("stage", DIFFEOMORPHIC)
+def test_moments_in_bfloat16_find_what_those_in_float32_do(stage: Any) -> None:
+    fixed = header((36, 40), (5, 5))
+    points = physical_grid(fixed)
+    fixed = fixed.with_array(scene(points))
+    moving = fixed.with_array(scene(points + 6 * np.sin(points[..., ::-1] / 18)))
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        one = stage((2, 1), (20, 20), metric="mse", tolerance=0, moments_dtype=dtype)
+        found.append(register(fixed, moving, [one]))
+        problem_shape = (36, 40)
+        zero = jnp.zeros((one.fields, *problem_shape, 2))
+        moments = no_moments(zero.astype(dtype))
+        state = one.resized(State(zero, moments), (18, 20), Resolution(problem_shape, 2))
+        assert {str(x.dtype) for x in (state.moments.mu, state.moments.nu)} == {dtype}
+        assert state.found.dtype == np.float32
+    exact, rounded = (result.stages[0].levels[1].losses for result in found)
+    start = found[0].stages[0].levels[0].losses[0]
+    assert exact[-1] < 0.1 * start  # else a step in any direction would do
+    assert abs(rounded[-1] - exact[-1]) < 0.01 * start
+    assert not np.array_equal(exact, rounded)
+
+
 def test_syn_treats_both_images_alike() -> None:
     fixed = header((36, 40), (5, 5))
     points = physical_grid(fixed)

@@ -672,9 +672,18 @@ def step_gradient(
     *,
     sigma: float | Sequence[float] = 0.0,
     truncate: float = 4.0,
+    slope_scale: float | Array | None = None,
+    pull_scale: float | Array | None = None,
 ) -> Array:
     """The slope of a loss times that of the moved image, and the pull, smoothed."""
     shape, dim = moved.shape[2:], moved.ndim - 2
+
+    def scaled(x: Array, scale: float | Array | None) -> Array:
+        factor = np.asarray(1 if scale is None else scale, np.float64)
+        return x * factor.reshape(-1, *[1] * (x.ndim - 1))
+
+    slope = scaled(slope, slope_scale)
+    pull = None if pull is None else scaled(pull, pull_scale)
 
     def slopes(x: Array) -> Array:
         """Along x, y and z, per unit of normalised coordinates, on the last axis."""
@@ -689,6 +698,19 @@ def step_gradient(
         gradient = gradient + sum(turned)
     gradient = gradient if pull is None else gradient + pull
     return gaussian_smooth(gradient, sigma, truncate=truncate, channel_last=True)
+
+
+def dithered_bfloat16(x: Array, count: int, *, first: bool) -> Array:
+    """Numbers rounded to 8 bits as moments are, the first or the second, for one batch item."""
+    place = np.arange(x.size, dtype=np.uint32).reshape(x.shape)
+    with np.errstate(over="ignore"):
+        bits = place * np.uint32(0x9E3779B1) + np.uint32(count) * np.uint32(0xC2B2AE3D)
+        bits = (bits ^ bits >> 16) * np.uint32(0x7FEB352D)
+        bits = (bits ^ bits >> 15) * np.uint32(0x846CA68B)
+    bits ^= bits >> 16
+    dither = bits >> 16 if first else bits & np.uint32(0xFFFF)
+    rounded = x.astype(np.float32).view(np.uint32) + dither & np.uint32(0xFFFF0000)
+    return rounded.view(np.float32)
 
 
 def riemannian_adam_step(

@@ -200,19 +200,21 @@ class Ring {
   T* data_;
 };
 
-// A value that is typical of an image: the mean of some of its voxels.
+// A value that is typical of an image: the mean of some of its voxels, or 0.
 template <class T>
 T typical(const T* image, int64_t count) {
   constexpr int64_t kSamples = 1024;
   const int64_t step = std::max<int64_t>(1, count / kSamples);
   double sum = 0;
-  int64_t samples = 0;
+  int64_t samples = 0, zeros = 0;
   for (int64_t i = step / 2; i < count; i += step) {
     if (std::isfinite(image[i])) {
       sum += image[i];
+      zeros += image[i] == 0;
       ++samples;
     }
   }
+  if (fades_to_zero(zeros, samples)) return 0;
   return static_cast<T>(samples > 0 ? sum / samples : 0);
 }
 

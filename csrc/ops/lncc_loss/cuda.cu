@@ -131,19 +131,32 @@ __device__ __forceinline__ void sum_column(const Window<T>& window, const T* in,
   sum_windows<kColumn, kWindow, kBox>(window, value, sum);
 }
 
-// A value that is typical of an image about a tile, the same for all threads.
+// A value that is typical of an image about a tile in the planes from z_first on and before z_stop,
+// of which some may be outside, the same for all threads.
 template <class T>
-__device__ T typical(const LnccArguments<T>& arguments, const T* image, int x0, int y0, int z,
-                     const LnccTile& tile, T* shared) {
+__device__ T typical(const LnccArguments<T>& arguments, const T* image, int x0, int y0, int z_first,
+                     int z_stop, const LnccTile& tile, T* shared) {
   if (threadIdx.x < kWarp) {
-    const int lane = threadIdx.x;
-    // The values are evenly spread over the part of the tile that lies inside.
-    const int columns = min(tile.columns, arguments.nx - x0),
-              rows = min(tile.rows, arguments.ny - y0);
-    const int x = x0 + (2 * (lane % 8) + 1) * columns / 16;
-    const int y = y0 + (2 * (lane / 8) + 1) * rows / 8;
-    const T value = image[(static_cast<int64_t>(z) * arguments.ny + y) * arguments.nx + x];
-    const T sum = warp_sum(isfinite(value) ? value / kWarp : T(0));
+    const int lane = threadIdx.x, around = tile.halo() + tile.radius;
+    // The values are evenly spread over what the block reads of the image.
+    const int x_low = max(x0 - around, 0), y_low = max(y0 - around, 0), z_low = max(z_first, 0);
+    const int columns = min(x0 + tile.columns + around, arguments.nx) - x_low,
+              rows = min(y0 + tile.rows + around, arguments.ny) - y_low,
+              planes = min(z_stop, arguments.nz) - z_low;
+    const int x = x_low + (2 * (lane % 8) + 1) * columns / 16;
+    const int y = y_low + (2 * (lane / 8) + 1) * rows / 8;
+    constexpr int kSamples = 4;  // of a lane, each a quarter of the planes after the one before
+    T sum = 0, zeros = 0;
+    REGKERNELS_NO_UNROLL
+    for (int k = 0; k < kSamples; ++k) {
+      const int place = (lane * 5 + k * (kWarp / kSamples)) % kWarp;
+      const int64_t z = z_low + (2 * place + 1) * static_cast<int64_t>(planes) / (2 * kWarp);
+      const T value = image[(z * arguments.ny + y) * arguments.nx + x];
+      sum += isfinite(value) ? value / (kSamples * kWarp) : T(0);
+      zeros += value == 0 ? T(1) : T(0);
+    }
+    sum = warp_sum(sum);
+    if (fades_to_zero(warp_sum(zeros), T(kSamples * kWarp))) sum = 0;
     if (lane == 0) *shared = sum;
   }
   __syncthreads();
@@ -250,9 +263,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int64_t item = first_item; item < first_item + items_here; ++item) {
       const T* const image_i = arguments.image_i.at(group, item, channel);
       const T* const image_j = arguments.image_j.at(group, item, channel);
-      const int middle = (z_begin + z_end) / 2;
-      const T pivot_i = typical(arguments, image_i, x0, y0, middle, layout, scratch);
-      const T pivot_j = typical(arguments, image_j, x0, y0, middle, layout, scratch);
+      const int z_first = z_begin - reach, z_stop = z_end + reach;
+      const T pivot_i = typical(arguments, image_i, x0, y0, z_first, z_stop, layout, scratch);
+      const T pivot_j = typical(arguments, image_j, x0, y0, z_first, z_stop, layout, scratch);
       const T* const mask =
           arguments.mask.present() ? arguments.mask.at(group, item, channel) : nullptr;
       const T* const cotangent =
@@ -261,8 +274,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       T* const grad_j = kFields == 5 ? arguments.grad_j.at(group, item, channel) : nullptr;
       T* const map = arguments.map.present() ? arguments.map.at(group, item, channel) : nullptr;
       const bool is_special = mask != nullptr || cotangent != nullptr || map != nullptr;
-
-      const int z_first = z_begin - reach, z_stop = z_end + reach;
 
       auto exists = [&](int z) { return z >= 0 && z < arguments.nz; };
       // Where there are no voxels, images are 0.

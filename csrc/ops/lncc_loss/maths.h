@@ -75,6 +75,14 @@ struct Correlation {
   T variance_i, variance_j;
 };
 
+// Whether 0 is what the sums are taken about, rather than the mean of some samples: images that are
+// exactly 0 somewhere fade into that. Windows there vary by little about nearly 0, so that their
+// correlations have the largest slopes of all, and would be lost beside any other pivot.
+template <class Count>
+REGKERNELS_HD bool fades_to_zero(Count zeros, Count samples) {
+  return zeros > 0 && zeros * 32 >= samples;
+}
+
 // The pivot that the sums are taken about, from a typical value of an image.
 template <class T>
 REGKERNELS_HD T pivot_near(T typical, const Window<T>& window) {

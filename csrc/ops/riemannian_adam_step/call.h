@@ -7,6 +7,7 @@ namespace regkernels {
 // What a checked call amounts to.
 struct AdamCall {
   DType dtype;
+  DType moments;  // what they are stored in: dtype, or bfloat16 where that is float32
   int dimensions;
   Sizes sizes;     // of what the call is for: a slab's own planes alone
   int64_t planes;  // of the whole volume

@@ -35,7 +35,7 @@ T* repeated(Scratch& scratch, const T* vector, int count, int64_t size) {
   return result;
 }
 
-template <class T, int D>
+template <class T, class M, int D>
 class Moments {
  public:
   using Bits = typename BitsOf<T>::type;
@@ -66,9 +66,10 @@ class Moments {
           with_vector_code([&] {
             for (int64_t row = first; row < last; ++row) {
               const int64_t at = row * size;
-              update(rule, size, epsilon, gradient_.at(group, item) + at, mu_.at(group, item) + at,
-                     nu_.at(group, item) + at, next_mu_.at(group, item) + at,
-                     next_nu_.at(group, item) + at, squares);
+              const int64_t in_volume = at + first_plane_() * checked_.sizes.y * size;
+              update(rule, in_volume, size, epsilon, gradient_.at(group, item) + at,
+                     mu_.at(group, item) + at, nu_.at(group, item) + at,
+                     next_mu_.at(group, item) + at, next_nu_.at(group, item) + at, squares);
               // The planes beyond the end of a volume do not count.
               if (row / checked_.sizes.y + first_plane_() >= checked_.planes) continue;
               greatest = std::max(greatest, greatest_of(squares, counts, size));
@@ -82,18 +83,22 @@ class Moments {
   }
 
  private:
-  static inline __attribute__((always_inline)) void update(const AdamRule<T> rule, int64_t size,
+  static inline __attribute__((always_inline)) void update(const AdamRule<T> rule,
+                                                           int64_t in_volume, int64_t size,
                                                            const T* epsilon, const T* gradient,
-                                                           const T* mu, const T* nu, T* next_mu,
-                                                           T* next_nu, T* squares) {
+                                                           const M* mu, const M* nu, M* next_mu,
+                                                           M* next_nu, T* squares) {
     // What is written in place is read first.
 #pragma GCC ivdep
     for (int64_t e = 0; e < size; ++e) {
-      const T first = rule.mean(gradient[e], mu[e]);
-      const T second = rule.mean_square(gradient[e], nu[e]);
+      const uint32_t dither = std::is_same_v<M, T> ? 0 : dither_bits(in_volume + e, rule.count);
+      const M first = stored_moment<M>(rule.mean(gradient[e], to_arithmetic(mu[e])), dither >> 16);
+      const M second =
+          stored_moment<M>(rule.mean_square(gradient[e], to_arithmetic(nu[e])), dither);
       next_mu[e] = first;
       next_nu[e] = second;
-      const T direction = rule.direction(first, second, epsilon[e]);
+      // The step is made of what is stored.
+      const T direction = rule.direction(to_arithmetic(first), to_arithmetic(second), epsilon[e]);
       squares[e] = direction * direction;
     }
   }
@@ -113,62 +118,66 @@ class Moments {
 
   const AdamCall& checked_;
   const AdamRules<T> rules_;
-  const Operand<const T> gradient_, mu_, nu_;
-  const Operand<T> next_mu_, next_nu_;
+  const Operand<const T> gradient_;
+  const Operand<const M> mu_, nu_;
+  const Operand<M> next_mu_, next_nu_;
   T* const longest_;
   const FirstPlane first_plane_;
   std::mutex mutex_;
 };
 
-template <class T, int D>
+template <class T, class M, int D>
 void write_step(const Call& call, const AdamCall& checked, const Tensor& mu, const Tensor& nu,
                 const Tensor& longest) {
   const AdamRules<T> rules(call, checked, Tensor());
   const StepScale<T, D> scale(checked);
-  const Operand<const T> of_mu(mu), of_nu(nu), of_longest(longest);
+  const Operand<const M> of_mu(mu), of_nu(nu);
+  const Operand<const T> of_longest(longest);
   const Operand<T> output(call.output("output"));
   const FirstPlane first_plane(call.slab);
   const int64_t voxels = checked.sizes.x, size = voxels * D;
-  for_each_run_of_rows(
-      checked, [&](Scratch& scratch, int64_t group, int64_t item, int64_t first, int64_t last) {
-        const AdamRule<T> rule = rules.of(group, item);
-        const T* const epsilon = repeated(scratch, rules.epsilon.at(group, item), D, size);
-        const T length = scale.length(*of_longest.at(group, item));
-        const T* const voxel = repeated(scratch, scale.voxel, D, size);
-        with_vector_code([&] {
-          for (int64_t row = first; row < last; ++row) {
-            const T* const from_mu = of_mu.at(group, item) + row * size;
-            const T* const from_nu = of_nu.at(group, item) + row * size;
-            T* const to = output.at(group, item) + row * size;
-            const AdamRule<T> local = rule;  // nobody changes what is local
+  for_each_run_of_rows(checked, [&](Scratch& scratch, int64_t group, int64_t item, int64_t first,
+                                    int64_t last) {
+    const AdamRule<T> rule = rules.of(group, item);
+    const T* const epsilon = repeated(scratch, rules.epsilon.at(group, item), D, size);
+    const T length = scale.length(*of_longest.at(group, item));
+    const T* const voxel = repeated(scratch, scale.voxel, D, size);
+    with_vector_code([&] {
+      for (int64_t row = first; row < last; ++row) {
+        const M* const from_mu = of_mu.at(group, item) + row * size;
+        const M* const from_nu = of_nu.at(group, item) + row * size;
+        T* const to = output.at(group, item) + row * size;
+        const AdamRule<T> local = rule;  // nobody changes what is local
 #pragma GCC ivdep
-            for (int64_t e = 0; e < size; ++e) {
-              to[e] = length * voxel[e] * local.direction(from_mu[e], from_nu[e], epsilon[e]);
-            }
-            if (!checked.confined) continue;
-            to[0] = to[size - D] = 0;
-            const int64_t y = row % checked.sizes.y, z = row / checked.sizes.y + first_plane();
-            const bool on_face[3] = {false, y == 0 || y == checked.sizes.y - 1,
-                                     z == 0 || z == checked.planes - 1};
-            for (int k = 1; k < D; ++k) {
-              for (int64_t x = 0; on_face[k] && x < voxels; ++x) to[x * D + k] = 0;
-            }
-          }
-        });
-      });
+        for (int64_t e = 0; e < size; ++e) {
+          to[e] = length * voxel[e] *
+                  local.direction(to_arithmetic(from_mu[e]), to_arithmetic(from_nu[e]), epsilon[e]);
+        }
+        if (!checked.confined) continue;
+        to[0] = to[size - D] = 0;
+        const int64_t y = row % checked.sizes.y, z = row / checked.sizes.y + first_plane();
+        const bool on_face[3] = {false, y == 0 || y == checked.sizes.y - 1,
+                                 z == 0 || z == checked.planes - 1};
+        for (int k = 1; k < D; ++k) {
+          for (int64_t x = 0; on_face[k] && x < voxels; ++x) to[x * D + k] = 0;
+        }
+      }
+    });
+  });
 }
 
 void find_moments(const Call& call, const Tensor& longest) {
-  with_adam(call, [&](const AdamCall& checked, auto type, auto dimensions) {
-    Moments<typename decltype(type)::type, decltype(dimensions)::value>(call, checked, longest)
+  with_adam(call, [&](const AdamCall& checked, auto type, auto stored, auto dimensions) {
+    Moments<typename decltype(type)::type, typename decltype(stored)::type,
+            decltype(dimensions)::value>(call, checked, longest)
         .run();
   });
 }
 
 void find_step(const Call& call, const Tensor& mu, const Tensor& nu, const Tensor& longest) {
-  with_adam(call, [&](const AdamCall& checked, auto type, auto dimensions) {
-    write_step<typename decltype(type)::type, decltype(dimensions)::value>(call, checked, mu, nu,
-                                                                           longest);
+  with_adam(call, [&](const AdamCall& checked, auto type, auto stored, auto dimensions) {
+    write_step<typename decltype(type)::type, typename decltype(stored)::type,
+               decltype(dimensions)::value>(call, checked, mu, nu, longest);
   });
 }
 

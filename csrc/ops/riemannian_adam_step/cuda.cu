@@ -16,11 +16,12 @@ __device__ __forceinline__ int component_of(int k) {
   return (k * kWarp + static_cast<int>(threadIdx.x)) % D;
 }
 
-template <class T, int D>
+template <class T, class M, int D>
 struct Moments {
   AdamRules<T> rules;
-  Operand<const T> gradient, mu, nu;
-  Operand<T> next_mu, next_nu;
+  Operand<const T> gradient;
+  Operand<const M> mu, nu;
+  Operand<M> next_mu, next_nu;
   T* longest;
   int64_t items, batch;
   int64_t voxels;  // of an item
@@ -31,9 +32,9 @@ struct Moments {
 
 // The result is a maximum, so that its bits depend neither on the number of blocks nor on their
 // order.
-template <class T, int D>
+template <class T, class M, int D>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
-    adam_moments_kernel(const __grid_constant__ Moments<T, D> moments) {
+    adam_moments_kernel(const __grid_constant__ Moments<T, M, D> moments) {
   using Bits = typename BitsOf<T>::type;
   constexpr int kUnroll = 2;
   __shared__ T squares[kRowsPerBlock][kUnroll][kWarp * D];
@@ -41,15 +42,16 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
   const int lane = threadIdx.x;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
   const int64_t size = moments.voxels * D;
+  const int64_t before = moments.first_plane() * moments.plane_voxels * D;  // of the whole volume
   const int64_t counted =
       min(moments.voxels, (moments.planes - moments.first_plane()) * moments.plane_voxels);
   for (int64_t b = blockIdx.y; b < moments.batch; b += gridDim.y) {
     const int64_t group = b / moments.items, item = b - group * moments.items;
     const AdamRule<T> rule = moments.rules.of(group, item);
     const T* const gradient = moments.gradient.at(group, item);
-    const T *const mu = moments.mu.at(group, item), *const nu = moments.nu.at(group, item);
-    T* const next_mu = moments.next_mu.at(group, item);
-    T* const next_nu = moments.next_nu.at(group, item);
+    const M *const mu = moments.mu.at(group, item), *const nu = moments.nu.at(group, item);
+    M* const next_mu = moments.next_mu.at(group, item);
+    M* const next_nu = moments.next_nu.at(group, item);
     T epsilon[D];
     REGKERNELS_UNROLL
     for (int k = 0; k < D; ++k) {
@@ -69,8 +71,8 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
           const int64_t e = start + (part * D + k) * kWarp;
           const bool inside = e < size;
           g[part][k] = inside ? gradient[e] : T(0);
-          m[part][k] = inside ? mu[e] : T(0);
-          n[part][k] = inside ? nu[e] : T(0);
+          m[part][k] = inside ? to_arithmetic(mu[e]) : T(0);
+          n[part][k] = inside ? to_arithmetic(nu[e]) : T(0);
         }
       }
       __syncwarp();  // the squares of the tile before have been read
@@ -79,13 +81,17 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
         REGKERNELS_UNROLL
         for (int k = 0; k < D; ++k) {
           const int64_t e = start + (part * D + k) * kWarp;
-          const T first_moment = rule.mean(g[part][k], m[part][k]);
-          const T second_moment = rule.mean_square(g[part][k], n[part][k]);
+          const uint32_t dither = std::is_same_v<M, T> ? 0 : dither_bits(before + e, rule.count);
+          const M first_moment = stored_moment<M>(rule.mean(g[part][k], m[part][k]), dither >> 16);
+          const M second_moment =
+              stored_moment<M>(rule.mean_square(g[part][k], n[part][k]), dither);
           if (e < size) {
             next_mu[e] = first_moment;
             next_nu[e] = second_moment;
           }
-          const T direction = rule.direction(first_moment, second_moment, epsilon[k]);
+          // The step is made of what is stored.
+          const T direction =
+              rule.direction(to_arithmetic(first_moment), to_arithmetic(second_moment), epsilon[k]);
           squares[threadIdx.y][part][k * kWarp + lane] = direction * direction;
         }
       }
@@ -115,25 +121,25 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
   }
 }
 
-template <class T, int D>
+template <class T, class M, int D>
 void find_moments(const Cuda& device, const Call& call, const AdamCall& checked,
                   const Tensor& longest) {
   clear(device, longest);
   const int64_t batch = checked.batch.groups * checked.batch.items;
   if (batch == 0) return;
-  Moments<T, D> moments{AdamRules<T>(call, checked, call.input("scale")),
-                        Operand<const T>(call.input("gradient")),
-                        Operand<const T>(call.input("mu")),
-                        Operand<const T>(call.input("nu")),
-                        Operand<T>(call.output("next_mu")),
-                        Operand<T>(call.output("next_nu")),
-                        longest.as<T>(),
-                        checked.batch.items,
-                        batch,
-                        checked.sizes.voxels(),
-                        checked.sizes.y * checked.sizes.x,
-                        checked.planes,
-                        FirstPlane(call.slab)};
+  Moments<T, M, D> moments{AdamRules<T>(call, checked, call.input("scale")),
+                           Operand<const T>(call.input("gradient")),
+                           Operand<const M>(call.input("mu")),
+                           Operand<const M>(call.input("nu")),
+                           Operand<M>(call.output("next_mu")),
+                           Operand<M>(call.output("next_nu")),
+                           longest.as<T>(),
+                           checked.batch.items,
+                           batch,
+                           checked.sizes.voxels(),
+                           checked.sizes.y * checked.sizes.x,
+                           checked.planes,
+                           FirstPlane(call.slab)};
   const int64_t most = multiprocessors() * int64_t{8};
   const int64_t needed = (moments.voxels + 511) / 512;
   const dim3 grid(static_cast<unsigned>(std::min(needed, most)),
@@ -142,11 +148,12 @@ void find_moments(const Cuda& device, const Call& call, const AdamCall& checked,
   check_launch();
 }
 
-template <class T, int D>
+template <class T, class M, int D>
 struct Step {
   AdamRules<T> rules;
   StepScale<T, D> scale;
-  Operand<const T> mu, nu, longest;
+  Operand<const M> mu, nu;
+  Operand<const T> longest;
   Operand<T> output;
   int64_t items, batch;
   int64_t voxels;  // of an item
@@ -156,9 +163,9 @@ struct Step {
   FirstPlane first_plane;
 };
 
-template <class T, int D>
+template <class T, class M, int D>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
-    adam_step_kernel(const __grid_constant__ Step<T, D> step) {
+    adam_step_kernel(const __grid_constant__ Step<T, M, D> step) {
   constexpr int kUnroll = 2;
   const int lane = threadIdx.x;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
@@ -168,7 +175,7 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
   for (int64_t b = blockIdx.y; b < step.batch; b += gridDim.y) {
     const int64_t group = b / step.items, item = b - group * step.items;
     const AdamRule<T> rule = step.rules.of(group, item);
-    const T *const mu = step.mu.at(group, item), *const nu = step.nu.at(group, item);
+    const M *const mu = step.mu.at(group, item), *const nu = step.nu.at(group, item);
     T* const output = step.output.at(group, item);
     const T length = step.scale.length(*step.longest.at(group, item));
     T epsilon[D], factor[D];  // of the lane's numbers
@@ -187,8 +194,8 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
       REGKERNELS_UNROLL
       for (int i = 0; i < kUnroll * D; ++i) {
         const int64_t e = start + i * kWarp;
-        m[i] = e < numbers ? mu[e] : T(0);
-        n[i] = e < numbers ? nu[e] : T(0);
+        m[i] = e < numbers ? to_arithmetic(mu[e]) : T(0);
+        n[i] = e < numbers ? to_arithmetic(nu[e]) : T(0);
       }
       // Where the tile begins.
       const int64_t row = first / step.size[0];
@@ -221,24 +228,24 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
   }
 }
 
-template <class T, int D>
+template <class T, class M, int D>
 void write_step(const Cuda& device, const Call& call, const AdamCall& checked, const Tensor& mu,
                 const Tensor& nu, const Tensor& longest) {
   const VoxelSpace space = voxel_space(checked.batch.groups, checked.batch.items, checked.sizes);
   if (space.empty()) return;
-  const Step<T, D> step{AdamRules<T>(call, checked, Tensor()),
-                        StepScale<T, D>(checked),
-                        Operand<const T>(mu),
-                        Operand<const T>(nu),
-                        Operand<const T>(longest),
-                        Operand<T>(call.output("output")),
-                        checked.batch.items,
-                        space.batch(),
-                        checked.sizes.voxels(),
-                        {space.x, space.y, space.z},
-                        checked.planes,
-                        checked.confined,
-                        FirstPlane(call.slab)};
+  const Step<T, M, D> step{AdamRules<T>(call, checked, Tensor()),
+                           StepScale<T, D>(checked),
+                           Operand<const M>(mu),
+                           Operand<const M>(nu),
+                           Operand<const T>(longest),
+                           Operand<T>(call.output("output")),
+                           checked.batch.items,
+                           space.batch(),
+                           checked.sizes.voxels(),
+                           {space.x, space.y, space.z},
+                           checked.planes,
+                           checked.confined,
+                           FirstPlane(call.slab)};
   const int64_t most = multiprocessors() * int64_t{8};
   const int64_t needed = (step.voxels + 511) / 512;
   const dim3 grid(static_cast<unsigned>(std::min(needed, most)),
@@ -248,17 +255,17 @@ void write_step(const Cuda& device, const Call& call, const AdamCall& checked, c
 }
 
 void find_moments(const Cuda& device, const Call& call, const Tensor& longest) {
-  with_adam(call, [&](const AdamCall& checked, auto type, auto dimensions) {
-    find_moments<typename decltype(type)::type, decltype(dimensions)::value>(device, call, checked,
-                                                                             longest);
+  with_adam(call, [&](const AdamCall& checked, auto type, auto stored, auto dimensions) {
+    find_moments<typename decltype(type)::type, typename decltype(stored)::type,
+                 decltype(dimensions)::value>(device, call, checked, longest);
   });
 }
 
 void find_step(const Cuda& device, const Call& call, const Tensor& mu, const Tensor& nu,
                const Tensor& longest) {
-  with_adam(call, [&](const AdamCall& checked, auto type, auto dimensions) {
-    write_step<typename decltype(type)::type, decltype(dimensions)::value>(device, call, checked,
-                                                                           mu, nu, longest);
+  with_adam(call, [&](const AdamCall& checked, auto type, auto stored, auto dimensions) {
+    write_step<typename decltype(type)::type, typename decltype(stored)::type,
+               decltype(dimensions)::value>(device, call, checked, mu, nu, longest);
   });
 }
 

@@ -3,8 +3,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "core/dispatch.h"
+#include "core/half.h"
 #include "core/host_device.h"
 #include "core/operand.h"
 #include "maths/fast_math.h"
@@ -41,12 +43,42 @@ REGKERNELS_HD T value_of_bits(typename BitsOf<T>::type bits) {
   return value;
 }
 
+// 32 bits that look random, for a component of a vector of the whole volume in a step.
+REGKERNELS_HD uint32_t dither_bits(int64_t component, int32_t count) {
+  uint32_t bits = static_cast<uint32_t>(component) * 0x9e3779b1u +
+                  static_cast<uint32_t>(component >> 32) * 0x85ebca77u +
+                  static_cast<uint32_t>(count) * 0xc2b2ae3du;
+  bits = (bits ^ (bits >> 16)) * 0x7feb352du;
+  bits = (bits ^ (bits >> 15)) * 0x846ca68bu;
+  return bits ^ (bits >> 16);
+}
+
+// A moment as it is stored. What changes by less than half a last place in a step would not change
+// at all if it were rounded to the nearest; so it is rounded up as often as its lower bits are
+// large beside 16 others, which hit all numbers alike from step to step.
+template <class M, class T>
+REGKERNELS_HD M stored_moment(T value, uint32_t dither) {
+  if constexpr (std::is_same_v<M, T>) {
+    return value;
+  } else {
+    static_assert(std::is_same_v<M, BFloat16> && std::is_same_v<T, float>);
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof(bits));
+    // What is not finite keeps its upper bits, of which those of a NaN may not become 0.
+    const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+    const bool is_nan = !finite && (bits & 0x007fffffu) != 0;
+    return {static_cast<uint16_t>((bits + (finite ? dither & 0xffffu : 0u)) >> 16 |
+                                  (is_nan ? 0x40u : 0u))};
+  }
+}
+
 // The operands of one batch item that are the same for all of its voxels.
 template <class T>
 struct AdamRule {
   T beta1, beta2;
   T first, second;  // what the moments are multiplied by so that they are without bias
   T scale;          // of the gradient
+  int32_t count;
 
   REGKERNELS_HD T mean(T gradient, T mu) const {
     return (1 - beta1) * (scale * gradient) + beta1 * mu;
@@ -85,6 +117,7 @@ struct AdamRules {
     const T step = static_cast<T>(*count.at(group, item)) + 1;
     rule.first = -1 / expm1(step * static_cast<T>(log_beta1));
     rule.second = -1 / expm1(step * static_cast<T>(log_beta2));
+    rule.count = *count.at(group, item);
     rule.scale = scale.data == nullptr ? T(1) : *scale.at(group, item);
     return rule;
   }
@@ -109,13 +142,20 @@ struct StepScale {
   }
 };
 
-// Calls body(checked, TypeTag<T>, IntTag<D>) with the types for this call.
+// Calls body(checked, TypeTag<T>, TypeTag<M>, IntTag<D>) with the types for this call; moments are
+// stored as M.
 template <class Body>
 void with_adam(const Call& call, const Body& body) {
   const auto& checked = call.checked<AdamCall>();
   dispatch_dtype(checked.dtype, [&](auto type) {
-    dispatch_dimensions(checked.dimensions,
-                        [&](auto dimensions) { body(checked, type, dimensions); });
+    dispatch_dimensions(checked.dimensions, [&](auto dimensions) {
+      if constexpr (std::is_same_v<typename decltype(type)::type, float>) {
+        if (checked.moments == DType::kBFloat16) {
+          return body(checked, type, TypeTag<BFloat16>{}, dimensions);
+        }
+      }
+      body(checked, type, type, dimensions);
+    });
   });
 }
 

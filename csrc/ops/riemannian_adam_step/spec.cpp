@@ -34,6 +34,16 @@ AdamCall check(Call& call, const char* field, const std::vector<const char*>& ot
       fail_shape(call, other, concat("with the spatial axes of ", field));
     }
   }
+  for (const char* name : {"mu", "nu"}) {
+    if (call.input(name).dtype == DType::kFloat16) {
+      fail_type(call, name, "float32, float64 or bfloat16", "float16");
+    }
+  }
+  checked.moments = call.input("mu").dtype;
+  if (call.input("nu").dtype != checked.moments) {
+    fail_type(call, "nu", concat(dtype_name(checked.moments), " like mu"),
+              dtype_name(call.input("nu").dtype));
+  }
   checked.planes = call.slab.present() ? call.slab.planes : checked.sizes.z;
   const Tensor& count = call.input("count");
   if (count.dtype != DType::kInt32) fail_type(call, "count", "int32", dtype_name(count.dtype));
@@ -58,11 +68,17 @@ void check_step(const Call& call, AdamCall& checked) {
   }
 }
 
-Tensor field_spec(const AdamCall& checked) {
+Tensor field_spec(const AdamCall& checked, DType dtype) {
   Shape shape = {checked.batch.groups, checked.batch.items};
   append_sizes(shape, checked.sizes, checked.dimensions);
   shape.append(checked.dimensions);
-  return tensor_spec(checked.dtype, shape);
+  return tensor_spec(dtype, shape);
+}
+
+void set_moments(Call& call, const AdamCall& checked) {
+  for (const char* name : {"next_mu", "next_nu"}) {
+    call.set(name, field_spec(checked, checked.moments));
+  }
 }
 
 Tensor longest_spec(const AdamCall& checked) {
@@ -74,7 +90,8 @@ void infer(Call& call) {
   check_number_of_item(call, "scale");
   check_step(call, checked);
   // The step is made of the moments, so that they are written whether or not they are asked for.
-  for (const char* name : {"output", "next_mu", "next_nu"}) call.set(name, field_spec(checked));
+  call.set("output", field_spec(checked, checked.dtype));
+  set_moments(call, checked);
   call.set("longest", longest_spec(checked));
   call.keep(checked);
 }
@@ -83,7 +100,7 @@ void infer_moments(Call& call) {
   const AdamCall checked = check(call, "gradient", {"mu", "nu"});
   check_number_of_item(call, "scale");
   call.set("output", longest_spec(checked));
-  for (const char* name : {"next_mu", "next_nu"}) call.set(name, field_spec(checked));
+  set_moments(call, checked);
   call.keep(checked);
 }
 
@@ -91,7 +108,7 @@ void infer_step(Call& call) {
   AdamCall checked = check(call, "mu", {"nu"});
   check_number_of_item(call, "longest");
   check_step(call, checked);
-  call.set("output", field_spec(checked));
+  call.set("output", field_spec(checked, checked.dtype));
   call.keep(checked);
 }
 
@@ -103,9 +120,9 @@ std::vector<Op> riemannian_adam_step_ops() {
                                          {"beta2", AttrKind::kFloat},
                                          {"learning_rate", AttrKind::kFloat},
                                          {"confined", AttrKind::kBool}};
-  const std::vector<InputSpec> inputs = {{"gradient"}, {"mu"},
-                                         {"nu"},       {"count", false, InputKind::kCounts},
-                                         {"epsilon"},  {"scale", true}};
+  const InputSpec mu = {"mu", false, InputKind::kImage}, nu = {"nu", false, InputKind::kImage};
+  const InputSpec count = {"count", false, InputKind::kCounts};
+  const std::vector<InputSpec> inputs = {{"gradient"}, mu, nu, count, {"epsilon"}, {"scale", true}};
   return {
       {"riemannian_adam_step",
        nullptr,
@@ -126,7 +143,7 @@ std::vector<Op> riemannian_adam_step_ops() {
        true},
       {"adam_step_of_longest",
        nullptr,
-       {{"mu"}, {"nu"}, {"count", false, InputKind::kCounts}, {"epsilon"}, {"longest"}},
+       {mu, nu, count, {"epsilon"}, {"longest"}},
        {{"output"}},
        of_step,
        infer_step,

@@ -11,22 +11,25 @@ namespace regkernels {
 
 namespace {
 
-// Adds slope * (high - low) * factor to a row of sums.
+// Adds scale * slope * (high - low) * factor to a row of sums.
 template <class T>
-inline __attribute__((always_inline)) void add_products(const T* slope, const T* high, const T* low,
-                                                        T factor, int64_t first, int64_t last,
-                                                        T* __restrict__ sums) {
-  for (int64_t x = first; x < last; ++x) sums[x] += slope[x] * ((high[x] - low[x]) * factor);
+inline __attribute__((always_inline)) void add_products(T scale, const T* slope, const T* high,
+                                                        const T* low, T factor, int64_t first,
+                                                        int64_t last, T* __restrict__ sums) {
+  for (int64_t x = first; x < last; ++x) {
+    sums[x] += scale * slope[x] * ((high[x] - low[x]) * factor);
+  }
 }
 
-// Adds the pull times the slope of the displacement, (high - low) * factor, to a row of sums.
+// Adds scale times the pull times the slope of the displacement, (high - low) * factor, to a row of
+// sums.
 template <int D, class T>
-inline __attribute__((always_inline)) void add_turned(const T* pull, const T* high, const T* low,
-                                                      T factor, int64_t first, int64_t last,
-                                                      T* __restrict__ products,
+inline __attribute__((always_inline)) void add_turned(T scale, const T* pull, const T* high,
+                                                      const T* low, T factor, int64_t first,
+                                                      int64_t last, T* __restrict__ products,
                                                       T* __restrict__ sums) {
   for (int64_t e = first * D; e < last * D; ++e) {
-    products[e] = pull[e] * ((high[e] - low[e]) * factor);
+    products[e] = scale * pull[e] * ((high[e] - low[e]) * factor);
   }
   for (int64_t x = first; x < last; ++x) {
     for (int j = 0; j < D; ++j) sums[x] += products[x * D + j];
@@ -57,12 +60,13 @@ inline __attribute__((always_inline)) void write_row(const Product& product,
       for (int64_t c = 0; c < product.channels; ++c) {
         const T* const slope = item.slope + (c * product.volume + row);
         const T* const image = item.moved + (c * product.volume + row);
-        add_products(slope, image + along.high, image + along.low, along.factor, first, last, own);
+        add_products(item.slope_scale, slope, image + along.high, image + along.low, along.factor,
+                     first, last, own);
       }
       if (item.displacement == nullptr) continue;
       const T* const at = item.displacement + row * D;
-      add_turned<D>(item.pull + row * D, at + along.high * D, at + along.low * D, along.factor,
-                    first, last, products, own);
+      add_turned<D>(item.pull_scale, item.pull + row * D, at + along.high * D, at + along.low * D,
+                    along.factor, first, last, products, own);
     }
   }
   T* const to = output + row * D;
@@ -73,7 +77,9 @@ inline __attribute__((always_inline)) void write_row(const Product& product,
     }
   } else {
     for (int x = 0; x < size; ++x) {
-      for (int k = 0; k < D; ++k) to[x * D + k] = sums[k * size + x] + pull[x * D + k];
+      for (int k = 0; k < D; ++k) {
+        to[x * D + k] = sums[k * size + x] + item.pull_scale * pull[x * D + k];
+      }
     }
   }
 }

@@ -99,7 +99,8 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
                                  plane + static_cast<int64_t>(from_y) * space.x * 3,
                                  (tile_x - W::kHaloX) * 3, 3 * space.x, by_four);
         }
-        if (y < space.y) {
+        // What other blocks have of the pull may be overwritten already.
+        if (y < space.y && z >= z_begin && z < z_end) {
           fetch_row<kWarp * 3>(place(z) + W::kPull + threadIdx.y * (kWarp * 3),
                                item.pull + (z * plane_size + static_cast<int64_t>(y) * space.x) * 3,
                                tile_x * 3, 3 * space.x, by_four);
@@ -137,10 +138,11 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
       moved[2] = moved_at(z + 1);
       const T* const at = displacement_at(z);
       const T* const image = item.moved + z * plane_size + in_plane;
-      const T slope = item.slope[z * plane_size + in_plane];
+      const T slope = item.slope_scale * item.slope[z * plane_size + in_plane];
       // A lane past the end of the row has no pull of its own; nobody stores what it computes.
       const T* const in_stage = place(z) + W::kPull + (threadIdx.y * kWarp + threadIdx.x) * 3;
-      const T pull[3] = {in_stage[0], in_stage[1], in_stage[2]};
+      const T pull[3] = {item.pull_scale * in_stage[0], item.pull_scale * in_stage[1],
+                         item.pull_scale * in_stage[2]};
       Vec<T, 3> value;
       REGKERNELS_UNROLL
       for (int k = 0; k < 3; ++k) {
@@ -294,7 +296,7 @@ struct StagedProductSource {
             x >= 0 && x < product.frame.size[0] && y >= 0 && y < product.frame.size[1];
         const auto along_x = product.neighbours(0, x, y, z),
                    along_y = product.neighbours(1, x, y, z);
-        const T weight = slopes[row * (width | 1) + k];
+        const T weight = item_.slope_scale * slopes[row * (width | 1) + k];
         const T own = here[at];
         const auto component = [&](const auto& along, T low, T high) {
           // A product with 0 would let through what is not finite.
@@ -305,7 +307,9 @@ struct StagedProductSource {
                                component(along_y, here[at - stride], here[at + stride]),
                                component(along_z, before[at], after[at])};
         REGKERNELS_UNROLL
-        for (int c = 0; c < D; ++c) value[c] = adds ? gradient[c] + value[c] : gradient[c];
+        for (int c = 0; c < D; ++c) {
+          value[c] = adds ? gradient[c] + item_.pull_scale * value[c] : gradient[c];
+        }
       }
     }
 

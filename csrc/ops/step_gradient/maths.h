@@ -16,6 +16,7 @@ struct GradientProduct {
   using T = Scalar;
   static constexpr int D = Dimensions;
   Operand<const T> moved, slope, pull, displacement;
+  Operand<const T> slope_scale, pull_scale;
   int64_t channels, volume;  // of an image; voxels of a channel
   Frame<T, D> frame;         // of the whole volume
   int planes;                // at hand
@@ -26,6 +27,8 @@ struct GradientProduct {
         slope(call.input("slope")),
         pull(call.input("pull")),
         displacement(call.input("displacement")),
+        slope_scale(call.input("slope_scale")),
+        pull_scale(call.input("pull_scale")),
         first_plane(call.slab) {
     const auto& checked = call.checked<StepGradientCall>();
     const int64_t sizes[3] = {checked.sizes.x, checked.sizes.y, checked.planes};
@@ -68,11 +71,15 @@ struct GradientProduct {
     const T* slope;
     const T* pull;          // may be null
     const T* displacement;  // likewise
+    T slope_scale, pull_scale;
   };
   REGKERNELS_HD Item item(int64_t group, int64_t item) const {
-    return {moved.at(group, item), slope.at(group, item),
+    return {moved.at(group, item),
+            slope.at(group, item),
             pull.data == nullptr ? nullptr : pull.at(group, item),
-            displacement.data == nullptr ? nullptr : displacement.at(group, item)};
+            displacement.data == nullptr ? nullptr : displacement.at(group, item),
+            slope_scale.data == nullptr ? T(1) : *slope_scale.at(group, item),
+            pull_scale.data == nullptr ? T(1) : *pull_scale.at(group, item)};
   }
 
   // One component at a voxel, whose number is `voxel`.
@@ -82,7 +89,7 @@ struct GradientProduct {
     if (along.low != along.high) {
       for (int64_t c = 0; c < channels; ++c) {
         const T* const image = item.moved + (c * volume + voxel);
-        sum += item.slope[c * volume + voxel] *
+        sum += item.slope_scale * item.slope[c * volume + voxel] *
                ((image[along.high] - image[along.low]) * along.factor);
       }
     }
@@ -92,10 +99,11 @@ struct GradientProduct {
       const T* const at = item.displacement + voxel * D;
       REGKERNELS_UNROLL
       for (int j = 0; j < D; ++j) {
-        sum += pull[j] * ((at[along.high * D + j] - at[along.low * D + j]) * along.factor);
+        sum += item.pull_scale * pull[j] *
+               ((at[along.high * D + j] - at[along.low * D + j]) * along.factor);
       }
     }
-    return sum + pull[k];
+    return sum + item.pull_scale * pull[k];
   }
 };
 

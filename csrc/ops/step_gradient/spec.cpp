@@ -6,6 +6,13 @@ namespace regkernels {
 
 namespace {
 
+void check_number_of_item(const Call& call, const char* name) {
+  const Tensor& number = call.input(name);
+  if (number.present && number.shape.rank() != 2) {
+    fail_shape(call, name, "(N,): a number for each item");
+  }
+}
+
 void infer(Call& call) {
   StepGradientCall checked;
   checked.dtype = check_dtypes(call);
@@ -28,6 +35,11 @@ void infer(Call& call) {
     if (check_field(call, "displacement") != D || !(field_sizes(displacement) == checked.sizes)) {
       fail_shape(call, "displacement", "with the spatial axes of moved");
     }
+  }
+  check_number_of_item(call, "slope_scale");
+  check_number_of_item(call, "pull_scale");
+  if (call.input("pull_scale").present && !call.input("pull").present) {
+    fail_type(call, "pull", "one that pull_scale multiplies", "None");
   }
   checked.batch = check_batch(call);
   Shape shape = {checked.batch.groups, checked.batch.items};
@@ -55,7 +67,9 @@ std::vector<Op> step_gradient_ops() {
        {{"moved", false, InputKind::kCompared},
         {"slope", false, InputKind::kCompared},
         {"pull", true, InputKind::kCompared},
-        {"displacement", true, InputKind::kCompared}},
+        {"displacement", true, InputKind::kCompared},
+        {"slope_scale", true, InputKind::kCompared},
+        {"pull_scale", true, InputKind::kCompared}},
        {{"output"}, {"weights", OutputRole::kWorkspace}, {"scratch", OutputRole::kWorkspace}},
        {{"sigma", AttrKind::kFloats}, {"truncate", AttrKind::kFloat}},
        infer,

@@ -46,7 +46,10 @@ def resize_moments(moments: AdamMoments, shape: tuple[int, ...]) -> AdamMoments:
     They are in normalised coordinates. There a gradient of the sum loss has the same size on every
     level, so that nothing but the sampling changes.
     """
-    first, second = (resize_field(field, shape) for field in (moments.mu, moments.nu))
+    first, second = (
+        resize_field(field.astype(jnp.float32), shape).astype(field.dtype)
+        for field in (moments.mu, moments.nu)
+    )
     return AdamMoments(moments.count, first, second)
 
 

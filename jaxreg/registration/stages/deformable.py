@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,40 @@ from jaxreg.registration.stages.metrics import Metric, as_metric
 from jaxreg.registration.stages.problem import Alignment, Level, Weighted, charged
 from jaxreg.registration.stages.regularisers import Regulariser
 
-__all__ = ["Deformable", "Loss", "Regularisation"]
+__all__ = ["Deformable", "Loss", "Penalty", "Regularisation"]
 
 Regularisation = Callable[[jax.Array], jax.Array]
 """``penalty(field)``: a scalar that is added to the loss."""
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 """``loss(pred, image)``: that of two images."""
+
+
+class Penalty(NamedTuple):
+    """The regularisation of a field.
+
+    Attributes
+    ----------
+    value
+        A scalar, in units of the loss.
+    gradient
+        That of the regularisation with respect to the field, `None` without one.
+    unit
+        What the gradient is multiplied by to have units of the loss, a scalar; `None`: 1. Whoever
+        takes the gradient multiplies as it reads it: a pass over a field takes as long as some of
+        the kernels.
+    """
+
+    value: jax.Array
+    gradient: jax.Array | None = None
+    unit: jax.Array | None = None
+
+    @property
+    def pull(self) -> jax.Array | None:
+        """The gradient in units of the loss."""
+        if self.gradient is None or self.unit is None:
+            return self.gradient
+        return self.unit * self.gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,31 +116,46 @@ class Deformable(Iterative):
             return level._replace(loss_unit=level.metric_scale)
         return level._replace(loss_unit=_first_loss(self, level))
 
-    def penalty(self, level: Level, field: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Return the regularisation of a field, and its gradient with respect to the field.
-
-        Without a regularisation there is none.
-        """
+    def penalty(self, level: Level, field: jax.Array) -> Penalty:
+        """Return the regularisation of a field."""
         if self.regularisation is None:
-            return jnp.zeros((), field.dtype), None
+            return Penalty(jnp.zeros((), field.dtype))
         penalty, pull = jax.value_and_grad(self.regularisation)(field)
-        if level.loss_unit is None:
-            return penalty, pull
-        return level.loss_unit * penalty, level.loss_unit * pull
+        unit = level.loss_unit
+        return Penalty(penalty if unit is None else unit * penalty, pull, unit)
 
-    def objective(
-        self, level: Level, moved: Weighted, target: Weighted
-    ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        """Return the loss as a function of the two images alone.
+    def loss_and_slopes(
+        self, level: Level, moved: Weighted, target: Weighted, wrt: tuple[int, ...]
+    ) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
+        """Return the loss of two images, and its gradients with respect to the images alone.
 
         The weights are held fixed: by their own gradient a field would push whatever does not match
         out of what is covered, and end with little that is.
+
+        Parameters
+        ----------
+        level, moved, target
+            The level and the two images.
+        wrt
+            With respect to which of them: 0 the moved image, 1 the target.
+
+        Returns
+        -------
+        loss
+            A scalar.
+        slopes
+            In the order of ``wrt``.
+        rate
+            What the slopes have still to be multiplied by, a scalar.
         """
+        metric, weight = as_metric(self.metric), self.weight_of_both(moved, target)
 
         def of_images(pred: jax.Array, image: jax.Array) -> jax.Array:
-            return self.loss(level, moved._replace(image=pred), target._replace(image=image))
+            return metric.loss_of_level(pred, image, weight, fixed=level.fixed, moving=level.moving)
 
-        return of_images
+        loss, slopes = jax.value_and_grad(of_images, wrt)(moved.image, target.image)
+        loss, rate = jax.value_and_grad(charged)(loss, weight.sum(), level.overlap)
+        return loss, slopes, rate
 
     def by_channels(
         self,

@@ -6,26 +6,26 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxreg import compose, step_gradient
-from jaxreg._shared_planes import samples_within
+from jaxreg._shared_planes import overwriting, samples_within
 from jaxreg.registration.stages.adam import (
     AdamMoments,
     no_moments,
     resize_moments,
     riemannian_adam_step,
 )
-from jaxreg.registration.stages.deformable import Deformable, Loss
-from jaxreg.registration.stages.fields import confined, longest, smoothed, smoothing
+from jaxreg.registration.stages.deformable import Deformable, Loss, Penalty
+from jaxreg.registration.stages.fields import confined_in_place, longest, smoothed, smoothing
 from jaxreg.registration.stages.iterative import Iterate, Resolution, State
 from jaxreg.registration.stages.neighbours import differences
 from jaxreg.registration.stages.problem import Level, Weighted, sampled_near
 from jaxreg.registration.stages.pyramid import resize_field
-from jaxreg.registration.stages.spread import spread
+from jaxreg.registration.stages.spread import devices_of, spread
 
 __all__ = ["Diffeomorphic", "through_warp"]
 
@@ -47,6 +47,9 @@ class Diffeomorphic(Deformable):
     field_sigma
         Gaussian that smooths the field after each step, in voxels of the level: the larger, the
         more it resists like an elastic body.
+    moments_dtype
+        What Adam's moments are kept in, ``"float32"`` or ``"bfloat16"``: 12 bytes a voxel and field
+        less, for volumes that need all the memory there is. Arithmetic stays in float32.
 
     Raises
     ------
@@ -59,17 +62,22 @@ class Diffeomorphic(Deformable):
 
     gradient_sigma: float = 1.25
     field_sigma: float = 0.6
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("gradient_sigma", "field_sigma"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if self.moments_dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"moments_dtype: expected float32 or bfloat16, got {self.moments_dtype!r}"
+            )
 
     def begin(self, level: Level, resolution: Resolution) -> State:
         """Return fields of zero, ``(fields, [Z,] Y, X, D)``."""
         zero = spread(jnp.zeros((self.fields, *level.shape, level.ndim), jnp.float32), 1)
-        return State(zero, no_moments(zero))
+        return State(zero, no_moments(zero.astype(self.moments_dtype)))
 
     def resized(self, state: State, shape: tuple[int, ...], resolution: Resolution) -> State:
         """Return the same on a grid of another shape."""
@@ -77,7 +85,7 @@ class Diffeomorphic(Deformable):
 
     def smooth(self, field: jax.Array) -> jax.Array:
         """Smooth a field after its step."""
-        return confined(smoothed(field, self.field_sigma))
+        return confined_in_place(smoothed(field, self.field_sigma))
 
     def after_step(self, field: jax.Array, step: jax.Array) -> jax.Array:
         """Return a field after a step of :meth:`descend` composed from the right, smooth again."""
@@ -148,7 +156,7 @@ class Diffeomorphic(Deformable):
         level: Level,
         pair: Callable[[Level], tuple[Weighted, Weighted]],
         wrt: tuple[int, ...],
-        pull: jax.Array | None,
+        penalty: Penalty,
         displacement: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Return the loss of two images, and its gradient with respect to steps that warp them.
@@ -161,11 +169,11 @@ class Diffeomorphic(Deformable):
             ``pair(level)``: the moved image and its target, of all channels of a level.
         wrt
             With respect to which steps: 0 of the moved image, 1 of its target.
-        pull
-            What is added to the gradient, of its shape, or `None`.
+        penalty
+            Whose gradient, of the shape of the result, is added.
         displacement
-            Through whose warp the pull is taken first: it is that on the displacement, and as for
-            the metric, the step is composed from the right, at the zero step.
+            Through whose warp that is taken first: it is the one with respect to the displacement,
+            and as for the metric, the step is composed from the right, at the zero step.
 
         Returns
         -------
@@ -176,14 +184,26 @@ class Diffeomorphic(Deformable):
         """
         if not self.takes_channels_singly(level):
             images = pair(level)
-            objective = self.objective(level, *images)
-            loss, slopes = jax.value_and_grad(objective, wrt)(*(image.image for image in images))
+            loss, slopes, rate = self.loss_and_slopes(level, *images, wrt)
             # To put images side by side takes less than to do so with fields.
             chosen = jnp.concatenate([images[k].image for k in wrt])
-            sigma = smoothing(chosen.shape[2:], self.gradient_sigma)
             joined = jnp.concatenate(slopes)
-            warp = None if pull is None else displacement
-            return loss, step_gradient(chosen, joined, pull, warp, sigma=sigma)
+            through = None if penalty.gradient is None else displacement
+            # A product that looks at a warp is smoothed by another kernel in any case. It is in
+            # the place of the pull then, and so the images are gone when it is smoothed. Devices
+            # that share a volume send each other the ends of both, which takes longer.
+            apart = through is not None and devices_of(level.shape) == 1
+            with overwriting():
+                gradient = step_gradient(
+                    chosen,
+                    joined,
+                    penalty.gradient,
+                    through,
+                    sigma=0.0 if apart else smoothing(level.shape, self.gradient_sigma),
+                    slope_scale=rate,
+                    pull_scale=penalty.unit,
+                )
+            return loss, smoothed(gradient, self.gradient_sigma) if apart else gradient
         moved, target = pair(level.channel(0))
 
         def of_channel(one: Level, loss: Loss) -> tuple[jax.Array, jax.Array]:
@@ -193,7 +213,7 @@ class Diffeomorphic(Deformable):
             return value, step_gradient(jnp.concatenate(chosen), jnp.concatenate(slopes))
 
         loss, gradient = self.by_channels(level, moved.weight * target.weight, of_channel)
-        if pull is not None:
+        if (pull := penalty.pull) is not None:
             gradient += pull if displacement is None else through_warp(displacement, pull)
         return loss, smoothed(gradient, self.gradient_sigma)
 

@@ -146,12 +146,12 @@ class FFD(Deformable):
             return expanded(coefficients, points.lattice, level.shape)
 
         displacement, to_coefficients = jax.vjp(field, points.coefficients)
-        penalty, pull = self.penalty(level, displacement)
+        penalty = self.penalty(level, displacement)
         loss, slope = self._loss_and_slope(level, displacement)
-        (gradient,) = to_coefficients(slope if pull is None else slope + pull)
+        (gradient,) = to_coefficients(slope if penalty.pull is None else slope + penalty.pull)
         step, moments = self._descend(level, points.lattice, gradient, state.moments)
         points = points._replace(coefficients=points.coefficients + step)
-        return State(points, moments), loss + penalty
+        return State(points, moments), loss + penalty.value
 
     def transforms(
         self, shape: tuple[int, ...], found: _ControlPoints
@@ -162,7 +162,7 @@ class FFD(Deformable):
     def _loss_and_slope(self, level: Level, displacement: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the loss, and its gradient with respect to the displacement.
 
-        The weights are held fixed, as `objective` says.
+        The weights are held fixed, as `loss_and_slopes` says.
         """
         through, to_displacement = jax.vjp(level.after, displacement)
         if self.takes_channels_singly(level):

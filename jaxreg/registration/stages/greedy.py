@@ -61,10 +61,10 @@ class Greedy(Diffeomorphic):
         def pair(level: Level) -> tuple[Weighted, Weighted]:
             return level.moved(level.matrix, through), level.target()
 
-        penalty, pull = self.penalty(level, displacement)
-        loss, gradient = self.loss_and_gradient(level, pair, (0,), pull, displacement)
+        penalty = self.penalty(level, displacement)
+        loss, gradient = self.loss_and_gradient(level, pair, (0,), penalty, displacement)
         step, moments = self.descend(level, gradient, state.moments)
-        return State(self.after_step(displacement, step), moments), loss + penalty
+        return State(self.after_step(displacement, step), moments), loss + penalty.value
 
     def transforms_of_fields(self, found: jax.Array) -> tuple[jax.Array, None]:
         """Return the displacement; nothing is known of its inverse."""

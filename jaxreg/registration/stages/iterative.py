@@ -138,13 +138,16 @@ class Iterative(Stage):
 
     def loss(self, level: Level, pred: Weighted, target: Weighted) -> jax.Array:
         """Return the metric of two images, of the voxels that both of them cover."""
-        weight = pred.weight * target.weight
-        if not self.metric.has_gradient_of_mask:
-            weight = jax.lax.stop_gradient(weight)
+        weight = self.weight_of_both(pred, target)
         loss = self.metric.loss_of_level(
             pred.image, target.image, weight, fixed=level.fixed, moving=level.moving
         )
         return charged(loss, weight.sum(), level.overlap)
+
+    def weight_of_both(self, pred: Weighted, target: Weighted) -> jax.Array:
+        """Return what voxels of two images count together; constant if the metric needs it so."""
+        weight = pred.weight * target.weight
+        return weight if self.metric.has_gradient_of_mask else jax.lax.stop_gradient(weight)
 
     def takes_channels_singly(self, level: Level) -> bool:
         """Whether the channels of a level are taken one after the other, to need less memory."""

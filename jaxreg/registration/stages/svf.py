@@ -63,10 +63,10 @@ class SVF(Diffeomorphic):
         def pair(level: Level) -> tuple[Weighted, Weighted]:
             return level.moved(level.matrix, through), level.target()
 
-        penalty, pull = self.penalty(level, velocity)
-        loss, gradient = self.loss_and_gradient(level, pair, (0,), pull)
+        penalty = self.penalty(level, velocity)
+        loss, gradient = self.loss_and_gradient(level, pair, (0,), penalty)
         step, moments = self.descend(level, gradient, state.moments)
-        return State(self.smooth(velocity + step), moments), loss + penalty
+        return State(self.smooth(velocity + step), moments), loss + penalty.value
 
     def transforms_of_fields(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the flows of the velocity and of its negative."""
