@@ -17,6 +17,17 @@ namespace regkernels {
 // Voxels along an axis that a sample is made of.
 inline constexpr int kTaps = 4;
 
+// a b + c. CUDA's compiler rounds once or twice as it likes, which need not be the same in two
+// kernels that have to give the same bits; here it is once.
+template <class T>
+REGKERNELS_HD T product_plus(T a, T b, T c) {
+#ifdef __CUDA_ARCH__
+  return fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // The weights of the four voxels around a position that is `t` (0 to 1) of the way from the second
 // one to the third.
 template <class T>
@@ -25,14 +36,14 @@ REGKERNELS_HD void tap_weights(Mode mode, T t, T (&weight)[kTaps]) {
   if (mode == Mode::kCubic) {
     constexpr T a = T(-0.75);
     weight[0] = a * t * (s * s);
-    weight[1] = 1 - t * t * ((a + 3) - (a + 2) * t);
-    weight[2] = 1 - s * s * ((a + 3) - (a + 2) * s);
+    weight[1] = product_plus(-(t * t), product_plus(-(a + 2), t, a + 3), T(1));
+    weight[2] = product_plus(-(s * s), product_plus(-(a + 2), s, a + 3), T(1));
     weight[3] = a * s * (t * t);
   } else {
     constexpr T sixth = T(1.0 / 6), two_thirds = T(2.0 / 3);
     weight[0] = sixth * (s * s * s);
-    weight[1] = two_thirds - t * t * (1 - T(0.5) * t);
-    weight[2] = two_thirds - s * s * (1 - T(0.5) * s);
+    weight[1] = product_plus(-(t * t), product_plus(T(-0.5), t, T(1)), two_thirds);
+    weight[2] = product_plus(-(s * s), product_plus(T(-0.5), s, T(1)), two_thirds);
     weight[3] = sixth * (t * t * t);
   }
 }

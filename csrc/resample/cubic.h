@@ -147,7 +147,7 @@ struct CubicResampling : Plain {
     // one.
     template <bool kChecked>
     static REGKERNELS_HD void add_term(T factor, T value, T& sum) {
-      const T more = sum + factor * value;
+      const T more = product_plus(factor, value, sum);
       sum = !kChecked || factor != 0 ? more : sum;
     }
 

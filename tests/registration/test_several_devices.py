@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import scipy.ndimage
 from device_cases import Shared, cases
-from inputs import assert_same
+from inputs import assert_same, random_array
 
 from jaxreg import _slabs
 from jaxreg.registration import register
-from jaxreg.registration.stages import problem, spread
+from jaxreg.registration.stages import fields, problem, spread
 from jaxreg.registration.stages.deformable import Deformable
 from jaxreg.registration.stages.ffd import FFD
 from jaxreg.registration.stages.greedy import Greedy
@@ -232,3 +232,21 @@ def test_several_devices_are_for_volumes() -> None:
     image = Volume.create(np.random.default_rng(0).normal(size=(20, 20)).astype(np.float32))
     with pytest.raises(ValueError, match="devices: expected one for images in 2-D, got 2"):
         register(image, image, [Greedy(**settings())], devices=jax.devices("cpu")[:2])
+
+
+@pytest.mark.parametrize("planes", [24, 25])
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_shared_field_is_confined_where_it_is_to_the_bits_of_one_device(
+    count: int, planes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the planes do not divide."""
+    monkeypatch.setattr(fields, "_MANY_VOXELS", 1)
+    field = random_array(1, 2, planes, 28, 26, 3)
+    field[..., 0] *= np.inf  # a face is 0 whatever was there
+
+    def confined(field: jax.Array) -> jax.Array:
+        return fields.confined_in_place(spread.spread(field, 1))
+
+    with jax.set_mesh(spread.mesh_of(jax.devices("cpu")[:count])):
+        found = jax.jit(confined)(field)
+    assert_same(np.asarray(found), np.asarray(fields.confined(field)))

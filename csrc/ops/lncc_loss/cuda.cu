@@ -570,9 +570,11 @@ __global__ void pivot_kernel(const __grid_constant__ LnccArguments<T> arguments,
     const T j = arguments.image_j.at(group, item, channel)[place];
     const T sum_i = block_sum<kThreads>(isfinite(i) ? i / kThreads : T(0), shared);
     const T sum_j = block_sum<kThreads>(isfinite(j) ? j / kThreads : T(0), shared);
+    const bool fades_i = fades_to_zero(__syncthreads_count(i == 0), kThreads);
+    const bool fades_j = fades_to_zero(__syncthreads_count(j == 0), kThreads);
     if (threadIdx.x == 0) {
-      pivots[2 * element] = pivot_near(sum_i, arguments.window);
-      pivots[2 * element + 1] = pivot_near(sum_j, arguments.window);
+      pivots[2 * element] = fades_i ? T(0) : pivot_near(sum_i, arguments.window);
+      pivots[2 * element + 1] = fades_j ? T(0) : pivot_near(sum_j, arguments.window);
     }
   }
 }

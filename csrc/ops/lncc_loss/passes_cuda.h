@@ -11,7 +11,8 @@
 //
 // The sums of products are in double precision, in which products of float32 are exact and their
 // sums nearly so: one pivot then does for a whole image, so that all kernels can agree on it, and
-// what a window's variance loses by being far from it is nothing to float32.
+// what a window's variance loses by being far from it is nothing to float32. Gradients are put
+// together in T, though, so that it is 0 for images that fade into zeros.
 #pragma once
 
 #ifdef __CUDACC__

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg import gaussian_smooth
-from jaxreg.registration.stages.spread import devices_of
+from jaxreg.registration.stages.spread import AXIS, devices_of, spec
 
 __all__ = [
     "cell_determinants",
@@ -71,20 +71,38 @@ def confined_in_place(field: jax.Array) -> jax.Array:
     """Return `confined` of a field that nobody needs any more, which it is written over if large.
 
     To write the faces alone takes a launch for each on a GPU, where a pass over the field takes
-    one; and of a field that several devices share the compiler would gather the planes first.
+    one. Several devices have to share the planes evenly.
     """
-    *sizes, ndim = field.shape[1:]
-    if math.prod(sizes) < _MANY_VOXELS or devices_of(sizes) > 1:
+    *sizes, _ = field.shape[1:]
+    devices = devices_of(sizes)
+    if math.prod(sizes) < _MANY_VOXELS * devices or sizes[0] % devices:
         return confined(field)
+    if devices == 1:
+        return _with_faces(field, True, True)
+
+    def of_slab(slab: jax.Array) -> jax.Array:
+        device = jax.lax.axis_index(AXIS)
+        return _with_faces(slab, device == 0, device == devices - 1)
+
+    planes = spec(1)
+    shared: jax.Array = jax.shard_map(of_slab, in_specs=planes, out_specs=planes)(field)
+    return shared
+
+
+def _with_faces(field: jax.Array, first: bool | jax.Array, last: bool | jax.Array) -> jax.Array:
+    """Set the components across faces to 0: of the first and the last planes, where they are."""
+    ndim = field.shape[-1]
     for component in range(ndim):
         axis = ndim - component  # components are in x, y, z order
-        face = [*field.shape[:-1], 1]
-        face[axis] = 1
-        zero = jnp.zeros(face, field.dtype)
-        for end in sorted({0, field.shape[axis] - 1}):
+        slowest = axis == 1
+        for end, is_face in ((0, first), (field.shape[axis] - 1, last)):
             start = [0] * field.ndim
             start[axis], start[-1] = end, component
-            field = jax.lax.dynamic_update_slice(field, zero, start)
+            shape = [*field.shape[:-1], 1]
+            shape[axis] = 1
+            there = jax.lax.dynamic_slice(field, start, shape)
+            face = jnp.where(is_face, 0, there) if slowest else jnp.zeros_like(there)
+            field = jax.lax.dynamic_update_slice(field, face, start)
     return field
 
 

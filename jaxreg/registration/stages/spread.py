@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["AXIS", "devices_of", "mesh_of", "padded", "placed", "sharding", "spread"]
+__all__ = ["AXIS", "devices_of", "mesh_of", "padded", "placed", "sharding", "spec", "spread"]
 
 AXIS = "planes"
 """The axis of the mesh that planes are spread over."""
@@ -33,7 +33,7 @@ def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
 
 def sharding(mesh: Mesh, axis: int) -> NamedSharding:
     """Return how an array is spread whose planes lie along an axis."""
-    return NamedSharding(mesh, _spec(axis))
+    return NamedSharding(mesh, spec(axis))
 
 
 def padded(planes: int, devices: int) -> int:
@@ -54,7 +54,7 @@ def spread(array: jax.Array, axis: int = 2) -> jax.Array:
     if AXIS not in jax.sharding.get_abstract_mesh().axis_names or array.ndim != 5:
         return array
     is_spread = devices_of(array.shape[axis : axis + 3]) > 1
-    return _constrained(array, _spec(axis) if is_spread else _spec(None))
+    return _constrained(array, spec(axis) if is_spread else spec(None))
 
 
 def devices_of(shape: Sequence[int]) -> int:
@@ -75,10 +75,11 @@ def devices_of(shape: Sequence[int]) -> int:
 
 def placed(array: jax.Array, axis: int) -> jax.Array:
     """Return an array, under the mesh, whose planes lie along an axis and are spread."""
-    return _constrained(array, _spec(axis))
+    return _constrained(array, spec(axis))
 
 
-def _spec(axis: int | None) -> PartitionSpec:
+def spec(axis: int | None) -> PartitionSpec:
+    """Return how an array is spread whose planes lie along an axis; `None`: each has all of it."""
     axes = () if axis is None else (*[None] * axis, AXIS)
     return PartitionSpec(*axes)  # type: ignore[no-untyped-call]
 
