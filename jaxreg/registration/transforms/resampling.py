@@ -254,8 +254,15 @@ def _background(image: NDArray[Any], *, exact: bool) -> NDArray[Any]:
         return nothing
     if not exact:
         return value
-    distance = (np.abs(c.astype(np.float64) - v) for c, v in zip(channels, value, strict=True))
-    return np.stack([c[d.argmin()] for c, d in zip(channels, distance, strict=True)])
+    return np.stack([_nearest(c, v) for c, v in zip(channels, value, strict=True)])
+
+
+def _nearest(values: NDArray[Any], value: np.floating[Any]) -> Any:
+    """Return the one of some values that is nearest to another, which mostly is one of them."""
+    same = values.dtype.type(value)
+    if same == value and (values == same).any():
+        return same
+    return values[np.abs(values.astype(np.float64) - value).argmin()]
 
 
 def _are_labels(values: NDArray[Any]) -> bool:
