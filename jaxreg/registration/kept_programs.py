@@ -194,7 +194,7 @@ def _sources() -> tuple[str, ...]:
         for file in sorted(folder.rglob("*.py")):
             found.update(f"{file.relative_to(folder)}\n".encode())
             found.update(file.read_bytes())
-        for file in sorted(folder.glob("_core*")):
+        for file in sorted(folder.glob("*.so")):
             about = file.stat()
             found.update(f"{file.name} {about.st_size} {about.st_mtime_ns}\n".encode())
     versions = (f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)

@@ -73,53 +73,45 @@ def coverage(
     """
     ndim = len(shape)
 
-    def along(component: int, index: jax.Array) -> jax.Array:
-        """Return what is known of the voxels along an axis as an array that fits the grid."""
-        return index.reshape(1, *(-1 if k == component else 1 for k in reversed(range(ndim))))
+    def corner(offset: jax.Array | float) -> list[jax.Array]:
+        """Return the coordinates of the voxels so far along all axes, those of the grid."""
+        coordinates = []
+        for component, size in enumerate(reversed(shape)):
+            index = jax.lax.broadcasted_iota(jnp.float32, (1, *shape), ndim - component)
+            along = jnp.clip(index + offset, 0, size - 1) * (2 / max(size - 1, 1)) - 1
+            along = along if size > 1 else jnp.zeros_like(index)
+            shift = 0 if displacement is None else displacement[..., component]
+            coordinates.append(along + shift)
+        return coordinates
 
-    def shifted(component: int, index: jax.Array) -> jax.Array:
-        """Return the coordinates, before the affine, of places along an axis in voxels."""
-        size = index.size
-        coordinate = index * (2 / (size - 1)) - 1 if size > 1 else jnp.zeros_like(index)
-        coordinate = along(component, coordinate)
-        return coordinate if displacement is None else coordinate + displacement[..., component]
-
-    def mapped(component: int, terms: list[jax.Array], unit: float = 1) -> jax.Array:
-        """Return a coordinate after the affine, in a unit of its own."""
+    def mapped(one: list[jax.Array], other: list[jax.Array]) -> list[jax.Array]:
+        """Map the corner where a coordinate is that of `one` if its factor is positive."""
         if affine is None:
-            return unit * terms[component]
-        row = unit * affine[0, component]
-        return sum((row[k] * terms[k] for k in range(ndim)), start=row[ndim])
-
-    indices = [jnp.arange(size, dtype=jnp.float32) for size in reversed(shape)]
-    places = [shifted(k, index) for k, index in enumerate(indices)]
-    if reach is not None:
-        # What has to be covered around each voxel is a box, of the grid alone.
-        ends = [[jnp.clip(x + end, 0, x.size - 1) for end in (-reach, reach)] for x in indices]
-        centres = [shifted(k, (low + high) / 2) for k, (low, high) in enumerate(ends)]
-        halves = [
-            along(k, (high - low) / max(high.size - 1, 1)) for k, (low, high) in enumerate(ends)
+            return one
+        return [
+            sum(
+                (row[k] * jnp.where(row[k] > 0, one[k], other[k]) for k in range(ndim)),
+                start=row[ndim],
+            )
+            for row in affine[0]
         ]
 
-    def farthest(component: int) -> jax.Array:
-        """Return how far from 0 the box of each voxel reaches after the affine."""
-        centre = jnp.abs(mapped(component, centres))
-        if affine is None:
-            return centre + halves[component]
-        row = jnp.abs(affine[0, component])
-        return sum((row[k] * halves[k] for k in range(ndim)), start=centre)
-
+    places = corner(0)
+    places = mapped(places, places)
+    ends = [(place, place) for place in places]  # of what has to be covered around each sample
+    if reach is not None:
+        low, high = corner(-reach), corner(reach)
+        ends = list(zip(mapped(low, high), mapped(high, low), strict=True))
     weight = jnp.ones((), jnp.float32)
-    for component, (edge, size) in enumerate(zip(margin, reversed(source), strict=True)):
+    for place, (first, last), edge, size in zip(
+        places, ends, margin, reversed(source), strict=True
+    ):
         half = max(size - 1, 1) / 2  # in voxels; the centres of a single slice are all one
         extent = half if size > 1 else 0
-        inside = extent - jnp.abs(mapped(component, places)) * half - edge
+        inside = extent - jnp.abs(place) * half - edge
         if reach is not None:
-            around = extent - farthest(component) * half
-            # A quarter of the axis less than `inside`. XLA keeps in memory what is asked for twice,
-            # at three times what it costs to compute it again; so it is asked for in voxels.
-            enough = extent - edge - (size - 1) // 4 - jnp.abs(mapped(component, places, half))
-            inside = jnp.minimum(inside, jnp.maximum(around, enough))
+            around = extent - jnp.maximum(jnp.abs(first), jnp.abs(last)) * half
+            inside = jnp.minimum(inside, jnp.maximum(around, inside - (size - 1) // 4))
         slope = jnp.where(edge > 0, 1.0, 2.0 if size > 1 else 1.0)
         weight = weight * jnp.clip(1 + slope * inside, 0, 1)
     weight = jnp.broadcast_to(weight, (1, *shape))[:, None]
