@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -235,6 +235,19 @@ def _planes_of(x: jax.Array, begin: int, end: int, axis: int) -> jax.Array:
     return jax.lax.slice_in_dim(x, begin, end, axis=axis)
 
 
+_T = TypeVar("_T")
+
+
+def _arrived(arrays: _T) -> _T:
+    """The same arrays, after all of them are there: no message is under way when a call begins.
+
+    Some kernels take all of a GPU from their beginning to their end. Sending is a kernel, too, and
+    one that comes second on either of two GPUs would hold up both for as long.
+    """
+    there: _T = jax.lax.optimization_barrier(arrays)  # type: ignore[no-untyped-call]
+    return there
+
+
 def _with_ends(x: jax.Array, first: jax.Array, last: jax.Array, axis: int) -> jax.Array:
     """A slab with other planes at its ends, which are written in its place."""
     if x.shape[0] == 1:
@@ -252,7 +265,8 @@ def _with_ends_of_group(x: jax.Array, first: jax.Array, last: jax.Array, axis: i
 
 
 def _added(x: jax.Array, part: jax.Array, axis: int, begin: int) -> jax.Array:
-    there = _planes_of(x, begin, begin + part.shape[axis], axis)
+    # What is written must not be read in the same pass, or XLA makes a copy of the slab.
+    there = _arrived(_planes_of(x, begin, begin + part.shape[axis], axis))
     return jax.lax.dynamic_update_slice_in_dim(x, there + part, begin, axis)
 
 
@@ -788,13 +802,10 @@ def _by_ends(
     axes: Mapping[str, int],
     reach: int,
     slabs: Slabs,
-    *,
-    at_once: bool = True,
 ) -> Arrays:
     """What a stencil makes of a slab: it is computed as it is, and its ends again with halos.
 
-    So no array is copied in order to have the planes of neighbours beside it, and most of the work
-    has not to wait for them.
+    So no array is copied in order to have the planes of neighbours beside it.
 
     Parameters
     ----------
@@ -807,8 +818,6 @@ def _by_ends(
         That of the planes, of the arrays and of the results.
     reach
         How many planes beyond its own a plane of a result depends on.
-    at_once
-        Whether the slab is computed while its ends travel.
     """
     own = slabs.own
     if reach == 0:
@@ -819,13 +828,11 @@ def _by_ends(
             name: _planes_of(x, reach, reach + own, axes[name])
             for name, x in compute(halos, -reach).items()
         }
-    if not at_once:
-        # So that the ends are cut from the slab, not from what its parts are written from.
-        arrays = jax.lax.optimization_barrier(arrays)  # type: ignore[no-untyped-call]
+    # So that the ends are cut from the slab, not from what its parts are written from.
+    arrays = _arrived(arrays)
     inside = {name: slabs.inside(x, axes[name]) for name, x in arrays.items()}
     ends = slabs.ends(arrays, axes, reach, 2 * reach)
-    if not at_once:
-        inside, ends = jax.lax.optimization_barrier((inside, ends))  # type: ignore[no-untyped-call]
+    inside, ends = _arrived((inside, ends))
     firsts = compute({name: first for name, (first, _) in ends.items()}, -reach)
     lasts = compute({name: last for name, (_, last) in ends.items()}, own - 2 * reach)
     results = {}
@@ -843,9 +850,7 @@ def _smoothing_axis(attributes: Mapping[str, Any]) -> int:
 def _gaussian_smooth(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) -> Arrays:
     reach = min(math.ceil(attributes["truncate"] * attributes["sigma"][0]), cut.planes.planes - 1)
     axes = dict.fromkeys(_SMOOTHED, _smoothing_axis(attributes))
-    # The kernel takes all of a GPU from its beginning to its end. Sending is a kernel, too, and one
-    # that comes second on either of two GPUs would hold up both for as long.
-    return _by_ends(lambda part, _: run(part), arrays, axes, reach, cut.planes, at_once=False)
+    return _by_ends(lambda part, _: run(part), arrays, axes, reach, cut.planes)
 
 
 def _step_gradient(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) -> Arrays:
@@ -911,49 +916,49 @@ def _lncc_loss(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut
     pred, mask = arrays["pred"], arrays.get("mask")
     if attributes["reduction"] == "none":
         if "grad_output" in arrays:
-            return _lncc_of_halos(run, arrays, {}, reach, slabs)
+            return _lncc_of_halos(run, arrays, reach, slabs)
         axes = dict.fromkeys(_COMPARED, axis)
         return _by_ends(lambda part, _: run(part), arrays, axes, reach, slabs)
     counted = jnp.ones((1, 1, 1, *pred.shape[axis:]), pred.dtype) if mask is None else mask
-    results = _lncc_of_halos(run, arrays | {"mask": counted}, {"reduction": "sum"}, reach, slabs)
-    results["output"] = slabs.sum(results["output"])
+    given = arrays | {"mask": counted}
     if attributes["reduction"] == "sum":
+        results = _lncc_of_halos(run, given, reach, slabs)
+        results["output"] = slabs.sum(results["output"])
         return results
-    target = arrays["target"]
-    items = max(pred.shape[1], target.shape[1], 1 if mask is None else mask.shape[1])
-    voxels = slabs.planes * math.prod(pred.shape[axis + 1 :])
+    items = max(pred.shape[1], arrays["target"].shape[1], counted.shape[1])
+    groups = max(x.shape[0] for x in given.values())
     if mask is None:
-        share: Any = 1 / (items * pred.shape[2] * voxels)
+        voxels = slabs.planes * math.prod(pred.shape[axis + 1 :])
+        total = jnp.full((groups,), items * pred.shape[2] * voxels, pred.dtype)
     else:
         per_group = jnp.sum(slabs.inside(mask, axis), tuple(range(1, mask.ndim)))
         copies = items * pred.shape[2] // (mask.shape[1] * mask.shape[2])
-        groups = results["output"].shape[0]
         total = jnp.broadcast_to(slabs.sum(per_group) * copies, (groups,))
+    # What all devices divide by is known, so that none has to do so in another pass.
+    share = functools.partial(run, step="lncc_loss_share", results=run.results - {"mask_sum"})
+    results = _lncc_of_halos(share, given | {"mask_sum": total[:, None]}, reach, slabs)
+    results["output"] = slabs.sum(results["output"])
+    if mask is not None:
         results["mask_sum"] = total
-        share = jnp.where(total > 0, 1 / total, 0)
-    for name in ("output", "grad_pred", "grad_target"):
-        if name in results:
-            value = results[name]
-            factor = share if mask is None else jnp.expand_dims(share, tuple(range(1, value.ndim)))
-            results[name] = value * factor
     return results
 
 
 def _lncc_of_halos(
-    run: Run, arrays: Arrays, attributes: Mapping[str, Any], reach: int, slabs: Slabs
+    run: Callable[[Arrays], Arrays], arrays: Arrays, reach: int, slabs: Slabs
 ) -> Arrays:
-    """The sum of a slab's correlations, or nothing of it, and all gradients that follow from them.
+    """What a slab's correlations add to a loss, if anything, and the gradients that follow from it.
 
     Each of them counts once, in the call in which its whole window is at hand: that for the slab as
     it is, or for one of its ends with a halo. What they contribute to gradients is added up.
     """
     axis, own = 3, slabs.own
-    weights = [name for name in ("mask", "grad_output") if name in arrays]
     images = {name: arrays[name] for name in ("pred", "target")}
+    weights = {name: arrays[name] for name in ("mask", "grad_output") if name in arrays}
+    numbers = {name: x for name, x in arrays.items() if name not in images | weights}
     if reach == 0 or own < 2 * reach:
         halos = {name: slabs.with_halo(x, axis, reach, reach) for name, x in images.items()}
-        halos |= {name: slabs.alone(arrays[name], axis, reach) for name in weights}
-        results = run(halos, attributes=attributes)
+        halos |= {name: slabs.alone(x, axis, reach) for name, x in weights.items()}
+        results = run(halos | numbers)
         return {
             name: slabs.add_halo(x, axis, reach, reach) if name.startswith("grad_") else x
             for name, x in results.items()
@@ -964,16 +969,13 @@ def _lncc_of_halos(
         widths = [(before, after) if i == axis else (0, 0) for i in range(x.ndim)]
         return jnp.pad(_planes_of(x, begin, end, axis), widths)
 
-    inside = {name: slabs.inside(x, axis) for name, x in arrays.items()}
+    inside = {name: slabs.inside(x, axis) for name, x in (images | weights).items()}
     ends = slabs.ends(images, dict.fromkeys(images, axis), reach, 2 * reach)
     parts = [inside, *({name: end[k] for name, end in ends.items()} for k in range(2))]
     counted = [(reach, own - reach, reach, reach), (0, reach, reach, reach)]
     counted.append((own - reach, own, reach, reach))
     inner, first, last = (
-        run(
-            part | {name: placed(inside[name], *where) for name in weights},
-            attributes=attributes,
-        )
+        run(part | {name: placed(inside[name], *where) for name in weights} | numbers)
         for part, where in zip(parts, counted, strict=True)
     )
     results = {}
@@ -985,11 +987,12 @@ def _lncc_of_halos(
         if name not in gradients:
             results[name] = x + first[name] + last[name]
             continue
-        x = _added(x, _planes_of(first[name], reach, 3 * reach, axis), axis, 0)
-        part = _planes_of(last[name], 0, 2 * reach, axis)
-        x = _added(x, part, axis, own - 2 * reach)
-        x = _added(x, after[name], axis, own - reach)
-        results[name] = _added(x, before[name], axis, 0)
+        own_first = _planes_of(first[name], reach, 3 * reach, axis)
+        own_first += placed(before[name], 0, reach, 0, reach)
+        own_last = _planes_of(last[name], 0, 2 * reach, axis)
+        own_last += placed(after[name], 0, reach, reach, 0)
+        x = _added(x, own_first, axis, 0)
+        results[name] = _added(x, own_last, axis, own - 2 * reach)
     return results
 
 
@@ -1076,9 +1079,10 @@ def _field_energy(run: Run, arrays: Arrays, _: Mapping[str, Any], cut: Cut) -> A
         results = energy(slabs.with_halo(displacement, 2, halo, halo), 0)
     else:
         ends = slabs.ends({"displacement": displacement}, {"displacement": 2}, halo, 2 * halo)
+        inside, ends = _arrived((slabs.inside(displacement, 2), ends))
         first, last = ends["displacement"]
         firsts, lasts = energy(first, 0), energy(last, own - halo)
-        results = energy(slabs.inside(displacement, 2), halo, has_room=True)
+        results = energy(inside, halo, has_room=True)
         for name, x in results.items():
             if name == "output":
                 results[name] = x + firsts[name] + lasts[name]

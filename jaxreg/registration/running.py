@@ -196,6 +196,7 @@ class SeveralDevices:
         match_histogram: bool,
     ) -> None:
         self._mesh = mesh_of(devices)
+        self._run_stage = _stage_program(devices[0].platform)
         self._settings = _Settings(
             np.shape(fixed)[_IMAGE], np.shape(moving)[_IMAGE], moving_ratio, clip, match_histogram
         )
@@ -221,7 +222,7 @@ class SeveralDevices:
     ) -> tuple[Alignment, tuple[Trace, ...]]:
         """Run a stage; the callback hears of its levels when all of them have ended."""
         with _together(), jax.set_mesh(self._mesh):
-            found = _run_stage(stage, self._inputs, alignment, self._settings)
+            found = self._run_stage(stage, self._inputs, alignment, self._settings)
             alignment, traces = jax.block_until_ready(found)  # type: ignore[no-untyped-call]
         if callback is not None:
             total = sum(stage.iterations) or len(stage.scales)
@@ -284,7 +285,6 @@ def _on_fields(function: Callable[[Any], Any], alignment: Alignment) -> Alignmen
     )
 
 
-@functools.partial(jax.jit, static_argnames="settings")
 def _run_stage(
     stage: Stage, inputs: _Inputs, alignment: Alignment, settings: _Settings
 ) -> tuple[Alignment, tuple[Trace, ...]]:
@@ -292,6 +292,18 @@ def _run_stage(
     whole = _on_fields(lambda field: cut(field, _FIELD, settings.planes), alignment)
     found, traces = stage.run(problem, whole)
     return _on_fields(lambda field: extended(field, _FIELD), found), traces
+
+
+@functools.cache
+def _stage_program(platform: str) -> Callable[..., tuple[Alignment, tuple[Trace, ...]]]:
+    """Return `_run_stage` as a program for several devices.
+
+    On GPUs messages go by themselves. Sending is a kernel there, which waits for that of the
+    neighbour, and some of ours take all of a GPU from their beginning to their end: of two that
+    begin together, one holds up the other, and so both devices, for as long. What is sent is small.
+    """
+    options = {"xla_gpu_disable_async_collectives": "ALLCOLLECTIVES"} if platform == "gpu" else None
+    return jax.jit(_run_stage, static_argnames="settings", compiler_options=options)
 
 
 @functools.partial(jax.jit, static_argnames="settings")

@@ -33,7 +33,8 @@ struct LnccOperands {
   LnccCall checked;
   Window<T> window;
   Channels<const T> image_i, image_j, mask;
-  Channels<const T> cotangent;  // of a map of correlations
+  Channels<const T> cotangent;   // of a map of correlations
+  const T* given_sum = nullptr;  // (G) of the mask of the whole images; null: that of these counts
   Channels<T> grad_i, grad_j;
   bool sum_i, sum_j;  // the gradient is shared by all items
   Channels<T> map;    // the result, where it is one
@@ -71,6 +72,16 @@ void with_lncc_loss(const Call& call, const Run& run) {
     using T = typename decltype(type)::type;
     LnccOperands<T> lncc(call);
     if (lncc.checked.reduction == Reduction::kNone) lncc.map = Channels<T>(call.output("output"));
+    run(lncc);
+  });
+}
+
+template <class Run>
+void with_lncc_loss_share(const Call& call, const Run& run) {
+  dispatch_dtype(call.checked<LnccCall>().dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    LnccOperands<T> lncc(call);
+    lncc.given_sum = call.input("mask_sum").as<const T>();
     run(lncc);
   });
 }

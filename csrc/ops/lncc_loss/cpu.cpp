@@ -582,9 +582,12 @@ void run_lncc(const Cpu& device, const LnccOperands<T>& lncc, const Call& call) 
   const bool is_map = checked.reduction == Reduction::kNone;
   std::vector<T> scale(groups, T(-1));
   if (checked.reduction == Reduction::kMean) {
-    const bool weighted = lncc.mask.present();
+    const bool is_given = lncc.given_sum != nullptr;
+    const bool weighted = lncc.mask.present() && !is_given;
     for (int64_t group = 0; group < groups; ++group) {
-      const double count = weighted ? mask_sum(lncc, group) : static_cast<double>(lncc.count());
+      const double count = is_given   ? static_cast<double>(lncc.given_sum[group])
+                           : weighted ? mask_sum(lncc, group)
+                                      : static_cast<double>(lncc.count());
       if (weighted) call.output("mask_sum").as<T>()[group] = static_cast<T>(count);
       scale[group] = static_cast<T>(count > 0 ? -1 / count : 0);
     }
@@ -614,6 +617,9 @@ void run_lncc(const Cpu& device, const LnccOperands<T>& lncc, const Call& call) 
 
 }  // namespace
 
+void lncc_loss_share_cpu(const Context& context, const Call& call) {
+  with_lncc_loss_share(call, [&](const auto& lncc) { run_lncc(Cpu(context), lncc, call); });
+}
 void lncc_loss_cpu(const Context& context, const Call& call) {
   with_lncc_loss(call, [&](const auto& lncc) { run_lncc(Cpu(context), lncc, call); });
 }

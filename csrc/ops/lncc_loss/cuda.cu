@@ -746,7 +746,7 @@ void run_lncc(const Cuda& device, const LnccOperands<T>& lncc, const Call& call)
   arguments.ny = static_cast<int>(sizes.y);
   arguments.nz = static_cast<int>(sizes.z);
   const bool is_mean = checked.reduction == Reduction::kMean;
-  const bool divide_by_mask = is_mean && lncc.mask.present();
+  const bool divide_by_mask = is_mean && (lncc.mask.present() || lncc.given_sum != nullptr);
   const double scale = is_mean && !divide_by_mask && lncc.count() > 0
                            ? -1.0 / static_cast<double>(lncc.count())
                            : -1;
@@ -754,14 +754,15 @@ void run_lncc(const Cuda& device, const LnccOperands<T>& lncc, const Call& call)
 
   if (checked.map.count() == 0) {
     clear_gradients(device, call);
-    for (const char* name : {"output", "mask_sum"}) {
-      if (!is_map && call.output(name).present) clear(device, call.output(name));
-    }
+    if (!is_map) clear(device, call.output("output"));
+    if (divide_by_mask && lncc.given_sum == nullptr) clear(device, call.output("mask_sum"));
     return;
   }
   const unsigned groups = static_cast<unsigned>(arguments.groups);
   if (!is_map) arguments.partial_sums = call.output("partial_sums").as<T>();
-  if (divide_by_mask) {
+  if (lncc.given_sum != nullptr) {
+    arguments.mask_sum = lncc.given_sum;
+  } else if (divide_by_mask) {
     mask_kernel<<<dim3(groups, kLnccMaxParts), kThreads, 0, device.stream>>>(arguments);
     check_launch();
     T* mask_sum = call.output("mask_sum").as<T>();
@@ -794,6 +795,9 @@ void run_lncc(const Cuda& device, const LnccOperands<T>& lncc, const Call& call)
 
 }  // namespace
 
+void lncc_loss_share_cuda(const Context& context, const Call& call) {
+  with_lncc_loss_share(call, [&](const auto& lncc) { run_lncc(Cuda(context), lncc, call); });
+}
 void lncc_loss_cuda(const Context& context, const Call& call) {
   with_lncc_loss(call, [&](const auto& lncc) { run_lncc(Cuda(context), lncc, call); });
 }

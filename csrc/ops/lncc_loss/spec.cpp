@@ -200,6 +200,22 @@ void infer(Call& call) {
   infer_passes(call, checked, infer_gradients(call, checked));
 }
 
+void infer_share(Call& call) {
+  const auto& checked = call.keep(check(call));
+  const int64_t groups = checked.batch.groups;
+  if (checked.reduction != Reduction::kMean) {
+    fail_value(call, "reduction", "'mean': of others there are no shares", "another");
+  }
+  const Shape& sums = call.input("mask_sum").shape;
+  if (sums.rank() != 2 || sums[0] != groups || sums[1] != 1) {
+    fail_shape(call, "mask_sum", "(1,): a number for all items");
+  }
+  call.set("output", tensor_spec(checked.dtype, {groups}));
+  call.set("partial_sums",
+           tensor_spec(checked.dtype, {groups, checked.fused ? kLnccMaxParts : kLnccPassParts}));
+  infer_passes(call, checked, infer_gradients(call, checked));
+}
+
 void infer_grad(Call& call) {
   const auto& checked = call.keep(check(call));
   if (checked.reduction != Reduction::kNone) {
@@ -228,6 +244,8 @@ std::vector<Op> lncc_loss_ops() {
                                          {"mask", true, InputKind::kCompared}};
   std::vector<InputSpec> gradient_inputs = inputs;
   gradient_inputs.push_back({"grad_output", false, InputKind::kCompared});
+  std::vector<InputSpec> share_inputs = inputs;
+  share_inputs.push_back({"mask_sum"});
   return {
       {"lncc_loss",
        "lncc_loss_grad",
@@ -256,6 +274,20 @@ std::vector<Op> lncc_loss_ops() {
        infer_grad,
        lncc_loss_grad_cpu,
        REGKERNELS_CUDA_LAUNCH(lncc_loss_grad_cuda)},
+      {"lncc_loss_share",
+       nullptr,
+       share_inputs,
+       {{"output"},
+        {"grad_pred"},
+        {"grad_target"},
+        {"partial_sums", OutputRole::kWorkspace},
+        {"pivots", OutputRole::kWorkspace},
+        {"window_sums", OutputRole::kWorkspace},
+        {"adjoint", OutputRole::kWorkspace}},
+       attributes,
+       infer_share,
+       lncc_loss_share_cpu,
+       REGKERNELS_CUDA_LAUNCH(lncc_loss_share_cuda)},
   };
 }
 

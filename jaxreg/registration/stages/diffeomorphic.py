@@ -25,7 +25,7 @@ from jaxreg.registration.stages.iterative import Iterate, Resolution, State
 from jaxreg.registration.stages.neighbours import differences
 from jaxreg.registration.stages.problem import Level, Weighted, sampled_near
 from jaxreg.registration.stages.pyramid import resize_field
-from jaxreg.registration.stages.spread import devices_of, spread
+from jaxreg.registration.stages.spread import spread
 
 __all__ = ["Diffeomorphic", "through_warp"]
 
@@ -191,8 +191,9 @@ class Diffeomorphic(Deformable):
             through = None if penalty.gradient is None else displacement
             # A product that looks at a warp is smoothed by another kernel in any case. It is in
             # the place of the pull then, and so the images are gone when it is smoothed. Devices
-            # that share a volume send each other the ends of both, which takes longer.
-            apart = through is not None and devices_of(level.shape) == 1
+            # that share a volume send each other one plane of what is multiplied, and of the
+            # product what a Gaussian reaches.
+            apart = through is not None
             with overwriting():
                 gradient = step_gradient(
                     chosen,

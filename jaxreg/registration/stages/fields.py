@@ -101,6 +101,8 @@ def _with_faces(field: jax.Array, first: bool | jax.Array, last: bool | jax.Arra
             shape = [*field.shape[:-1], 1]
             shape[axis] = 1
             there = jax.lax.dynamic_slice(field, start, shape)
+            # What is written must not be read in the same pass, or XLA makes a copy of the field.
+            there = jax.lax.optimization_barrier(there)  # type: ignore[no-untyped-call]
             face = jnp.where(is_face, 0, there) if slowest else jnp.zeros_like(there)
             field = jax.lax.dynamic_update_slice(field, face, start)
     return field
@@ -137,6 +139,8 @@ def cell_determinants(displacement: jax.Array) -> list[jax.Array]:
     lasting = {axis: len(sizes) - 1 - axis for axis in axes}  # components are in x, y, z order
     determinants = []
     for order in itertools.permutations(axes):
+        # Or XLA would keep what several simplices have in common, a field of eleven components.
+        displacement = jax.lax.optimization_barrier(displacement)  # type: ignore[no-untyped-call]
         corner = [slice(0, -1 if size > 1 else None) for size in sizes]
         edges = {}
         before = displacement[:, *corner]

@@ -53,6 +53,10 @@ class Greedy(Diffeomorphic):
 
     regularisation: Regularisation | None = _ELASTICITY
 
+    def prepared(self, level: Level) -> Level:
+        """Return a level as `Deformable.prepared` does, without what only a moving target needs."""
+        return super().prepared(level)._replace(content=None)
+
     def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
         """Take one step; return the loss before it."""
         displacement = state.found
