@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from jaxreg_cli.telling import logs
+from jaxreg_cli.telling import aside, logs
 
 if TYPE_CHECKING:
     import typer
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         Without the program's name; the process's own by default.
     """
     try:
-        with logs(sys.argv[1:] if arguments is None else arguments):
+        with aside(), logs(sys.argv[1:] if arguments is None else arguments):
             try:
                 with _ended_by_signals():
                     _run(arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import io
+import os
 import re
 import shlex
 import sys
@@ -15,7 +16,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["detail", "logs", "silence", "start_telling", "unlogged", "wants_details", "warn"]
+__all__ = ["aside", "detail", "logs", "silence", "start_telling", "unlogged", "wants_details", "warn"]
 
 _BEGAN = time.perf_counter()
 
@@ -91,6 +92,29 @@ class _Run:
 
 _run = _Run()
 _saying = threading.Lock()
+
+
+@contextlib.contextmanager
+def aside() -> Iterator[None]:
+    """Print what Python prints past the descriptor that libraries print to.
+
+    What they say while ITK reads or writes a file is taken from it for a warning of that file, and
+    what another thread prints meanwhile would be taken with it.
+    """
+    stream = sys.stderr
+    try:
+        copy = os.dup(2) if stream is not None and stream.fileno() == 2 else None
+    except (OSError, ValueError):  # there is none, or it is in memory
+        copy = None
+    if copy is None:
+        yield
+        return
+    with open(copy, "w", buffering=1, encoding=stream.encoding, errors=stream.errors) as own:
+        sys.stderr = own
+        try:
+            yield
+        finally:
+            sys.stderr = stream
 
 
 @contextlib.contextmanager

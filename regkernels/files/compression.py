@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import os
 import shutil
 import zlib
 from pathlib import Path
@@ -19,7 +20,7 @@ __all__ = ["DAMAGE", "compress", "has_isal", "uncompressed"]
 has_isal = importlib.util.find_spec("isal") is not None
 
 if has_isal:
-    from isal import igzip, isal_zlib
+    from isal import igzip, igzip_threaded, isal_zlib
 
     DAMAGE: tuple[type[Exception], ...] = (
         EOFError,
@@ -32,6 +33,8 @@ else:
 """What is raised where compressed data is cut short or damaged."""
 
 _BLOCK = 1 << 20
+_MOST_THREADS = 8
+"""More would wait for whoever reads the file, and writes it."""
 
 
 def uncompressed(file: BinaryIO) -> BinaryIO:
@@ -41,7 +44,9 @@ def uncompressed(file: BinaryIO) -> BinaryIO:
 
 
 def compress(source: Path, goal: Path) -> None:
-    """Compress a file by ISA-L to another one, of the same bytes whenever that is done.
+    """Compress a file by ISA-L to another one, of the same bytes whenever and wherever that is done.
+
+    Blocks are compressed by several threads, each with what comes before it for a dictionary.
 
     Parameters
     ----------
@@ -50,9 +55,11 @@ def compress(source: Path, goal: Path) -> None:
     goal
         Where to.
     """
+    threads = min(os.cpu_count() or 1, _MOST_THREADS)
     with (
         source.open("rb") as plain,
-        goal.open("wb") as raw,
-        igzip.IGzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as packed,
+        igzip_threaded.open(
+            goal, "wb", compresslevel=1, threads=threads, block_size=_BLOCK
+        ) as packed,
     ):
         shutil.copyfileobj(plain, packed, _BLOCK)

@@ -41,6 +41,21 @@ def test_what_isal_compresses_are_the_files_that_itk_writes(
 
 
 @needs_isal
+def test_a_file_has_the_same_bytes_on_any_number_of_processors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tmp_path / "plain"
+    plain.write_bytes(np.random.default_rng(0).normal(size=700_000).astype(np.float32).tobytes())
+    found = set()
+    for processors in (1, 2, 7):
+        monkeypatch.setattr("os.cpu_count", lambda processors=processors: processors)
+        compression.compress(plain, tmp_path / "packed")
+        found.add((tmp_path / "packed").read_bytes())
+    (packed,) = found
+    assert gzip.decompress(packed) == plain.read_bytes()
+
+
+@needs_isal
 def test_what_cannot_be_compressed_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

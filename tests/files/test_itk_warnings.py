@@ -108,6 +108,26 @@ def test_a_process_without_standard_error_reads_too(tmp_path: Path) -> None:
     assert done.stdout == "(4, 5)\n"
 
 
+def test_what_a_command_prints_is_not_taken_for_a_warning_of_a_file(tmp_path: Path) -> None:
+    code = """
+import os, sys
+import jaxreg_cli
+from regkernels.files.itk_warnings import collected_output
+def run(arguments):
+    with collected_output() as said:
+        print("of another thread", file=sys.stderr)
+        os.write(2, b"of a library")
+    print(said)
+    raise SystemExit(0)
+sys.modules["jaxreg_cli.main"]._run = run
+jaxreg_cli.main([])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("['of a library']\n", "of another thread\n")
+
+
 def test_each_message_is_collected_once() -> None:
     with collected_output() as said:
         os.write(2, b"one\n\none\n  two  words\n")

@@ -57,6 +57,15 @@ def test_cells_grow_by_the_determinants_of_their_simplices(sizes: tuple[int, ...
     np.testing.assert_allclose(actual, kuhn_determinants(field), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.gpu
+def test_to_look_for_folds_and_mend_them_takes_no_more_memory_than_two_fields() -> None:
+    shape = (1, 192, 192, 192, 3)
+    device = jax.sharding.SingleDeviceSharding(jax.devices("gpu")[0])
+    field = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=device)
+    planned = mended.lower(field, volume_change=10.0).compile().memory_analysis()
+    assert planned.temp_size_in_bytes <= 2 * field.size * field.dtype.itemsize
+
+
 def test_a_single_slice_has_the_determinants_of_its_plane() -> None:
     plane = random_array(1, 1, 6, 7, 2, dtype=np.float32)
     volume = np.concatenate([plane, np.zeros_like(plane[..., :1])], axis=-1)[:, None]
