@@ -24,6 +24,8 @@ RANK = 6
 """Of images and fields in 3-D, with the group axis."""
 Role = Literal["planes", "sampled"]
 SLAB_AXES: tuple[Role, Role] = ("planes", "sampled")
+_ITEMS = 1
+"""The axis of the items of a batch."""
 
 
 @dataclass(frozen=True)
@@ -722,12 +724,30 @@ def _inverse(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) 
             first=_first_planes(first - halo, first),
         )
 
-    def from_whole() -> Arrays:
+    def whole_of(item: Arrays) -> Arrays:
         return run(
-            arrays | {"displacement": slabs.whole(field, 2)},
+            item | {"displacement": slabs.whole(item["displacement"], 2)},
             slab=(slabs.planes, slabs.planes, slabs.own * slabs.devices),
             first=_first_planes(jnp.zeros((), jnp.int32), first),
         )
+
+    def from_whole() -> Arrays:
+        # One item after the other, so that no device needs all planes of more than one at a time.
+        items = field.shape[_ITEMS]
+        if items == 1:
+            return whole_of(arrays)
+        alone = {
+            name: x.swapaxes(0, _ITEMS)[:, :, None]
+            for name, x in arrays.items()
+            if x.shape[_ITEMS] == items
+        }
+        shared = {name: x for name, x in arrays.items() if name not in alone}
+
+        def of(item: Arrays) -> Arrays:
+            return whole_of(shared | item)
+
+        found = jax.lax.map(of, alone)
+        return {name: x[:, :, 0].swapaxes(0, _ITEMS) for name, x in found.items()}
 
     farthest = jax.lax.pmax(longest, cut.everywhere)  # type: ignore[no-untyped-call]
     reaches, tier = _tiers(farthest, slabs)

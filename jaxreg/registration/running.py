@@ -24,8 +24,10 @@ from jaxreg.registration.programs import Fixed, Program, compiling, rehearse, sh
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.register_images import make_problem
 from jaxreg.registration.stages.base import Stage, Trace
+from jaxreg.registration.stages.diffeomorphic import Diffeomorphic
 from jaxreg.registration.stages.problem import Alignment, Problem
-from jaxreg.registration.stages.spread import mesh_of
+from jaxreg.registration.stages.pyramid import level_shape
+from jaxreg.registration.stages.spread import devices_of, mesh_of, spread
 
 __all__ = ["OneDevice", "SeveralDevices", "check_devices", "is_finite"]
 
@@ -48,6 +50,8 @@ class _Settings(NamedTuple):
     """What the programs are compiled for."""
 
     planes: int
+    plane: tuple[int, ...]
+    """The shape of one, of the fixed image."""
     moving_planes: int
     moving_ratio: float
     clip: Clip
@@ -196,9 +200,11 @@ class SeveralDevices:
         match_histogram: bool,
     ) -> None:
         self._mesh = mesh_of(devices)
-        self._run_stage = _stage_program(devices[0].platform)
+        self._platform = devices[0].platform
+        _, planes, *plane = np.shape(fixed)
+        moving_planes = np.shape(moving)[_IMAGE]
         self._settings = _Settings(
-            np.shape(fixed)[_IMAGE], np.shape(moving)[_IMAGE], moving_ratio, clip, match_histogram
+            planes, tuple(plane), moving_planes, moving_ratio, clip, match_histogram
         )
         self._inputs = _Inputs(
             self._put(fixed, _IMAGE),
@@ -222,8 +228,8 @@ class SeveralDevices:
     ) -> tuple[Alignment, tuple[Trace, ...]]:
         """Run a stage; the callback hears of its levels when all of them have ended."""
         with _together(), jax.set_mesh(self._mesh):
-            found = self._run_stage(stage, self._inputs, alignment, self._settings)
-            alignment, traces = jax.block_until_ready(found)  # type: ignore[no-untyped-call]
+            result = self._run(stage, alignment)
+            alignment, traces = jax.block_until_ready(result)  # type: ignore[no-untyped-call]
         if callback is not None:
             total = sum(stage.iterations) or len(stage.scales)
             done = 0
@@ -231,6 +237,17 @@ class SeveralDevices:
                 done += trace.losses.size if stage.iterations else 1
                 callback(Progress(stage.name, scale, done, total, trace.losses))
         return alignment, traces
+
+    def _run(self, stage: Stage, alignment: Alignment) -> tuple[Alignment, tuple[Trace, ...]]:
+        settings, inputs = self._settings, self._inputs
+        if not _finds_slabs(stage, (settings.planes, *settings.plane)):
+            whole = _program(_run_stage, self._platform)
+            result: tuple[Alignment, tuple[Trace, ...]] = whole(stage, inputs, alignment, settings)
+            return result
+        # In two programs, since the memory of a program's results is not used for anything else.
+        search, complete = (_program(x, self._platform) for x in (_search, _complete))
+        found, traces = search(stage, inputs, alignment, settings)
+        return complete(stage, inputs.fixed_to_physical, alignment, found, settings), traces
 
     def overlap(self, alignment: Alignment) -> float:
         """Return how many voxels count at an alignment."""
@@ -294,16 +311,45 @@ def _run_stage(
     return _on_fields(lambda field: extended(field, _FIELD), found), traces
 
 
+def _finds_slabs(stage: Stage, shape: tuple[int, ...]) -> bool:
+    """Whether a stage finds fields of which each device has as many planes, or all of them."""
+    if not isinstance(stage, Diffeomorphic):
+        return False
+    last = level_shape(shape, stage.scales[-1])
+    return last[0] % devices_of(last) == 0
+
+
+def _search(
+    stage: Diffeomorphic, inputs: _Inputs, alignment: Alignment, settings: _Settings
+) -> tuple[jax.Array, tuple[Trace, ...]]:
+    whole = _on_fields(lambda field: cut(field, _FIELD, settings.planes), alignment)
+    found, traces = stage.search(_problem(inputs, settings), whole)
+    return spread(found, _FIELD), traces
+
+
+def _complete(
+    stage: Diffeomorphic,
+    to_physical: jax.Array,
+    alignment: Alignment,
+    found: jax.Array,
+    settings: _Settings,
+) -> Alignment:
+    whole = _on_fields(lambda field: cut(field, _FIELD, settings.planes), alignment)
+    shape = (settings.planes, *settings.plane)
+    completed = stage.complete(shape, to_physical, whole, found)
+    return _on_fields(lambda field: extended(field, _FIELD), completed)
+
+
 @functools.cache
-def _stage_program(platform: str) -> Callable[..., tuple[Alignment, tuple[Trace, ...]]]:
-    """Return `_run_stage` as a program for several devices.
+def _program(function: Callable[..., Any], platform: str) -> Callable[..., Any]:
+    """Return a function of settings as a program for several devices.
 
     On GPUs messages go by themselves. Sending is a kernel there, which waits for that of the
     neighbour, and some of ours take all of a GPU from their beginning to their end: of two that
     begin together, one holds up the other, and so both devices, for as long. What is sent is small.
     """
     options = {"xla_gpu_disable_async_collectives": "ALLCOLLECTIVES"} if platform == "gpu" else None
-    return jax.jit(_run_stage, static_argnames="settings", compiler_options=options)
+    return jax.jit(function, static_argnames="settings", compiler_options=options)
 
 
 @functools.partial(jax.jit, static_argnames="settings")

@@ -230,6 +230,13 @@ class Iterative(Stage):
         self, problem: Problem, alignment: Alignment, callback: Callback | None = None
     ) -> tuple[Alignment, tuple[Trace, ...]]:
         """Run all levels from an alignment; return the one that they find, and their traces."""
+        found, traces = self.search(problem, alignment, callback)
+        return self.complete(problem.shape, problem.to_physical, alignment, found), traces
+
+    def search(
+        self, problem: Problem, alignment: Alignment, callback: Callback | None = None
+    ) -> tuple[Any, tuple[Trace, ...]]:
+        """Run all levels from an alignment; return what the last one found, and their traces."""
         chosen = self.for_grid(problem.shape, problem.to_physical)
         state: State | None = None
         traces = []
@@ -253,10 +260,27 @@ class Iterative(Stage):
             done += iterations
             traces.append(trace)
         assert state is not None  # there is a level
-        found = state.found
-        del state  # the moments need not be there while the inverse is found
-        changed = _finished(chosen, alignment, found, shape=problem.shape)
-        return alignment._replace(**changed), tuple(traces)
+        return state.found, tuple(traces)
+
+    def complete(
+        self, shape: tuple[int, ...], to_physical: jax.Array, alignment: Alignment, found: Any
+    ) -> Alignment:
+        """Return the alignment that follows from what was found, and from the one before.
+
+        The moments, and the images of levels, need not be there any more.
+
+        Parameters
+        ----------
+        shape, to_physical
+            Of the fixed grid, as `for_grid` takes them.
+        alignment
+            Where the levels started.
+        found
+            What :meth:`search` has returned.
+        """
+        chosen = self.for_grid(shape, to_physical)
+        changed = _finished(chosen, alignment, found, shape=shape)
+        return alignment._replace(**changed)
 
 
 def mean_over_channels(function: Callable[[jax.Array], Any], channels: int) -> Any:
