@@ -78,7 +78,7 @@ def run(
     stage: type[Iterative], iterations: int, pair: tuple[Volume, Volume], devices: list[jax.Device]
 ) -> Registration:
     settings = stage(scales=(1,), iterations=(iterations,), metric=LNCC(kernel_size=7), tolerance=0)
-    arriving = Rigid(scales=(4,), iterations=(1,), tolerance=0)
+    arriving = Rigid(scales=(4,), iterations=(1,), tolerance=0, learning_rate=1e-6)
     spread = devices if len(devices) > 1 else None
     with jax.default_device(devices[0]):
         return register(*pair, [arriving, settings], devices=spread)

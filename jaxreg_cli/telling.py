@@ -16,7 +16,16 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["aside", "detail", "logs", "silence", "start_telling", "unlogged", "wants_details", "warn"]
+__all__ = [
+    "aside",
+    "detail",
+    "logs",
+    "silence",
+    "start_telling",
+    "unlogged",
+    "wants_details",
+    "warn",
+]
 
 _BEGAN = time.perf_counter()
 

@@ -231,7 +231,8 @@ def register(
     and settings that were compiled before in this process are not compiled again.
 
     On several devices each has some planes of all volumes and fields in the stages, of which none
-    has all, and the result is that of one device but for rounding. A stage is one program then.
+    has all, and the result is that of one device but for rounding. The levels of a stage are one
+    program then.
 
     Parameters
     ----------

@@ -1,9 +1,9 @@
 """Where the stages of a registration run: on one device, or on several.
 
-On several devices each holds some planes of the volumes, and a stage is one program that they run
-together. Arrays that a program takes and returns have
-as many planes on each device, the last of which may lie beyond the end of the volume; they are cut
-off inside, where the compiler can do with parts of different sizes.
+On several devices each holds some planes of the volumes, and the levels of a stage are one program
+that they run together. Arrays that a program takes and returns have as many planes on each device,
+the last of which may lie beyond the end of the volume; they are cut off inside, where the compiler
+can do with parts of different sizes.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def uncompressed(file: BinaryIO) -> BinaryIO:
 
 
 def compress(source: Path, goal: Path) -> None:
-    """Compress a file by ISA-L to another one, of the same bytes whenever and wherever that is done.
+    """Compress a file by ISA-L to another one, of the same bytes whenever and wherever it is done.
 
     Blocks are compressed by several threads, each with what comes before it for a dictionary.
 
