@@ -25,6 +25,7 @@ __all__ = [
     "overwriting",
     "planes_over",
     "samples_near",
+    "samples_of_neighbours",
     "samples_within",
     "setting",
 ]
@@ -118,6 +119,16 @@ def samples_near() -> Iterator[None]:
     What lies elsewhere all the same is sampled wrongly.
     """
     with _told(dataclasses.replace(_reach.get(), is_near=True)):
+        yield
+
+
+@contextlib.contextmanager
+def samples_of_neighbours(planes: int) -> Iterator[None]:
+    """Say that what calls in the context sample has so many planes of the neighbours at each end.
+
+    In `planes_over`, and where `jaxreg._slabs.lie_near` has said yes.
+    """
+    with _told(dataclasses.replace(_reach.get(), is_near=True, beside=planes)):
         yield
 
 
@@ -260,6 +271,7 @@ def _cut(
         planes = shared.slabs(*own["planes"], shared.planes)
     if "sampled" in own:
         name, count = own["sampled"]
+        count -= 2 * reach.beside
         if name not in spread:
             sampled = Slabs(count)
         else:

@@ -309,10 +309,14 @@ class Reach:
         those of the samples.
     is_near
         Whether :func:`lie_near` holds.
+    beside
+        What is sampled has so many planes of the neighbours on either side, `planes_beside` or
+        more, and is not differentiated with respect to; then ``is_near`` holds.
     """
 
     farthest: int | None = None
     is_near: bool = False
+    beside: int = 0
 
 
 UNKNOWN = Reach()
@@ -369,7 +373,7 @@ _LEAST_NEAR, _MOST_NEAR = 8, 16
 """Planes of a neighbour that samples mostly stay within."""
 
 
-def _near(own: int) -> int:
+def planes_beside(own: int) -> int:
     """How many planes of a neighbour samples mostly stay within, beside a slab of so many.
 
     Of large slabs they take little time.
@@ -528,6 +532,12 @@ def _sampling(
             results[gradient] = cut.sampled.add_halo(results[gradient], axis, halo, halo)
         return results
 
+    if cut.reach.beside:
+        results = visit(arrays[sampled], begin - cut.reach.beside, shape[axis], changed)
+        if gradient in results:
+            raise NotImplementedError(f"{sampled}: no gradient with planes of neighbours beside it")
+        return finished(results)
+
     def around_the_ring() -> Arrays:
         """Every slab visits every device, which answers for the samples that lie in it."""
         # What is added to the samples is added once, at the end.
@@ -583,7 +593,7 @@ def _sampling(
 
     known, (before, after) = cut.farthest, _taps(attributes)
     # A sample that rounding takes to a plane before its own has its first tap there.
-    near = _near(own) if known is None else known + max(before + 1, after)
+    near = planes_beside(own) if known is None else known + max(before + 1, after)
     inner = min(3 * near, own)
 
     def by_ends() -> Arrays:
@@ -680,7 +690,7 @@ def lie_near(
         aligned, that are those of the border outside of the image.
     """
     own, out_own = (-(-shape[0] // devices) for shape in (in_shape, out_shape))
-    near = _near(own)
+    near = planes_beside(own)
     if min(own, out_own) < 2 * near:
         return jnp.zeros((), bool)
     plane = jnp.arange(out_shape[0])
@@ -703,7 +713,7 @@ def lie_near(
 
 def _tiers(farthest: jax.Array, slabs: Slabs) -> tuple[list[int], jax.Array]:
     """Halos that are tried, and how many of them do not reach as far as samples do."""
-    near, wide = min(_near(slabs.own), slabs.own), slabs.own // 2
+    near, wide = min(planes_beside(slabs.own), slabs.own), slabs.own // 2
     reaches = [near] if wide <= near else [near, wide]
     too_short = [(farthest > reach).astype(jnp.int32) for reach in reaches]
     return reaches, jnp.stack(too_short).sum()

@@ -35,6 +35,7 @@ from jaxreg.registration.stages.diffeomorphic import Diffeomorphic
 from jaxreg.registration.stages.iterative import State
 from jaxreg.registration.stages.problem import Level, Weighted
 from jaxreg.registration.stages.regularisers import Elasticity
+from jaxreg.registration.stages.windows import window_of
 
 __all__ = ["Greedy"]
 
@@ -55,7 +56,8 @@ class Greedy(Diffeomorphic):
 
     def prepared(self, level: Level) -> Level:
         """Return a level as `Deformable.prepared` does, without what only a moving target needs."""
-        return super().prepared(level)._replace(content=None)
+        prepared = super().prepared(level)
+        return prepared._replace(content=None, moving_window=window_of(level.moving, level.shape))
 
     def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
         """Take one step; return the loss before it."""

@@ -18,6 +18,7 @@ from jaxreg._shared_planes import samples_near
 from jaxreg._slabs import lie_near
 from jaxreg.registration.intensities import Clip, clipped, matched
 from jaxreg.registration.programs import Program, changed_fields, on_device
+from jaxreg.registration.stages import windows
 from jaxreg.registration.stages.coverage import coverage, margins
 from jaxreg.registration.stages.fields import longest
 from jaxreg.registration.stages.metrics import Metric, shrunk
@@ -150,6 +151,9 @@ class Level(NamedTuple):
     """What a penalty of a deformation is multiplied by, a scalar; see `Deformable.prepared`."""
     probe: Probe | None = None
     """For stages of second order; see `Linear.prepared`."""
+    fixed_window: jax.Array | None = None
+    moving_window: jax.Array | None = None
+    """What devices that share the images sample of them nearby; see `window_of`."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -168,11 +172,13 @@ class Level(NamedTuple):
 
     def channel(self, index: int | jax.Array) -> Level:
         """Return the level with one channel of both images alone."""
-        fixed, moving = (
-            jax.lax.dynamic_slice_in_dim(image, index, 1, axis=1)
-            for image in (self.fixed, self.moving)
+        images = self.fixed, self.moving, self.fixed_window, self.moving_window
+        fixed, moving, fixed_window, moving_window = jax.tree.map(
+            lambda image: jax.lax.dynamic_slice_in_dim(image, index, 1, axis=1), images
         )
-        return self._replace(fixed=fixed, moving=moving)
+        return self._replace(
+            fixed=fixed, moving=moving, fixed_window=fixed_window, moving_window=moving_window
+        )
 
     def voxel_size(self) -> jax.Array:
         """Return the largest distance between voxels of the fixed grid, in physical units."""
@@ -207,7 +213,10 @@ class Level(NamedTuple):
     def moved(self, matrix: jax.Array, displacement: jax.Array | None) -> Weighted:
         """Return the moving image at ``A(x + d(x))``, and what it weighs there."""
         affine = self.normalised(matrix)
-        return self._sample(self.moving, self.moving_mask, self.moving_margin, affine, displacement)
+        return self._sample(
+            *(self.moving, self.moving_window, self.moving_mask),
+            *(self.moving_margin, affine, displacement),
+        )
 
     def weight_of_moving(
         self, affine: jax.Array, shape: tuple[int, ...], displacement: jax.Array | None
@@ -239,7 +248,10 @@ class Level(NamedTuple):
 
     def fixed_moved(self, displacement: jax.Array | None) -> Weighted:
         """Return the fixed image at ``x + d(x)``, and what it weighs there."""
-        found = self._sample(self.fixed, self.fixed_mask, self.fixed_margin, None, displacement)
+        found = self._sample(
+            *(self.fixed, self.fixed_window, self.fixed_mask),
+            *(self.fixed_margin, None, displacement),
+        )
         weight = found.weight if self.content is None else found.weight * self.content
         return found._replace(weight=weight)
 
@@ -272,6 +284,7 @@ class Level(NamedTuple):
     def _sample(
         self,
         image: jax.Array,
+        window: jax.Array | None,
         mask: jax.Array | None,
         margin: jax.Array,
         affine: jax.Array | None,
@@ -291,7 +304,15 @@ class Level(NamedTuple):
                 )
 
         weight = coverage(image.shape[2:], self.shape, margin, affine, displacement, self.reach)
-        return Weighted(sample(image), weight if mask is None else weight * sample(mask))
+        if mask is not None:
+            weight *= sample(mask)
+        if window is None or displacement is None:
+            return Weighted(sample(image), weight)
+        shape = image.shape[2:]
+        if _is_near.get():
+            return Weighted(windows.sample(window, shape, affine, displacement), weight)
+        # So that the image need not be there besides.
+        return Weighted(sample(windows.own_planes(window, shape)), weight)
 
 
 _is_near: contextvars.ContextVar[bool] = contextvars.ContextVar("is_near", default=False)

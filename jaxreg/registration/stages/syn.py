@@ -27,6 +27,7 @@ from jaxreg.registration.stages.diffeomorphic import Diffeomorphic
 from jaxreg.registration.stages.iterative import State
 from jaxreg.registration.stages.problem import Level, Weighted
 from jaxreg.registration.stages.regularisers import Elasticity
+from jaxreg.registration.stages.windows import window_of
 
 __all__ = ["SyN"]
 
@@ -45,6 +46,11 @@ class SyN(Diffeomorphic):
     fields: ClassVar[int] = 2
 
     regularisation: Regularisation | None = _ELASTICITY
+
+    def prepared(self, level: Level) -> Level:
+        """Return a level as `Deformable.prepared` does, with the windows of both images."""
+        fixed, moving = (window_of(image, level.shape) for image in (level.fixed, level.moving))
+        return super().prepared(level)._replace(fixed_window=fixed, moving_window=moving)
 
     def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
         """Take one step of both halves; return the loss before it."""
