@@ -51,17 +51,24 @@ def test_a_fold_between_voxels_is_found_where_central_differences_see_none(
     assert quality.non_diffeomorphic_volume(field) > 0.05
 
 
+def write_pair(folder: Path, *sizes: int) -> None:
+    """Two scenes in a folder, one shifted by 4 mm, with the labels and landmarks of their blob."""
+    grid = header(sizes, (5,) * len(sizes))
+    for name, shift in (("one", 0), ("other", 4)):
+        image = scene(physical_grid(grid) + shift)
+        write_volume(grid.with_array(image), folder / f"{name}.nii.gz")
+        labels = np.where(image > 0.5, 7 if name == "one" else 9, 0)
+        write_volume(grid.with_array(labels), folder / f"{name}_labels.nii.gz")
+        points = ([-shift] * len(sizes), [5 - shift, *[-shift] * (len(sizes) - 1)])
+        lines = (",".join(map(str, point)) + "\n" for point in points)
+        (folder / f"{name}_points.csv").write_text("".join(lines))
+    (folder / "regions.csv").write_text("region,one_labels,other_labels\nblob,7,9\n")
+
+
 def test_every_pair_of_a_folder_is_judged_both_ways(
     quality: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grid = header((28, 30), (5, 5))
-    for name, shift in (("one", 0), ("other", 4)):
-        image = scene(physical_grid(grid) + shift)
-        write_volume(grid.with_array(image), tmp_path / f"{name}.nii.gz")
-        labels = np.where(image > 0.5, 7 if name == "one" else 9, 0)
-        write_volume(grid.with_array(labels), tmp_path / f"{name}_labels.nii.gz")
-        (tmp_path / f"{name}_points.csv").write_text(f"{-shift},{-shift}\n{5 - shift},{-shift}\n")
-    (tmp_path / "regions.csv").write_text("region,one_labels,other_labels\nblob,7,9\n")
+    write_pair(tmp_path, 28, 30)
     result = tmp_path / "quality.json"
     arguments = [str(tmp_path), "--settings", "rigid", "--repeats", "1", "--json", str(result)]
     monkeypatch.setattr("sys.argv", ["quality.py", *arguments])
@@ -73,3 +80,23 @@ def test_every_pair_of_a_folder_is_judged_both_ways(
         assert row["inverse Dice all"] > 0.9
         assert row["landmarks mm"] < 0.5
         assert row["there and back mm"] < 0.5
+
+
+@pytest.mark.usefixtures("quality")
+def test_one_registration_on_many_voxels_brings_labels_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = importlib.import_module("large")
+    monkeypatch.setattr(large, "SCALES", (4, 2, 1))
+    monkeypatch.setattr(large, "ITERATIONS", (20, 20, 10))
+    write_pair(tmp_path, 20, 22, 24)
+    result = tmp_path / "large.json"
+    arguments = ["large.py", str(tmp_path), "--cube", "32", "--json", str(result)]
+    monkeypatch.setattr("sys.argv", arguments)
+    large.main()
+    rows = json.loads(result.read_text())["rows"]
+    assert [row["who"] for row in rows] == ["float32", "bfloat16"]
+    for row in rows:
+        assert row["shape"] == [32, 32, 32]
+        assert row["dice"] > row["dice_before"] + 0.05
+        assert row["seconds"] > row["stages_seconds"] > 0
