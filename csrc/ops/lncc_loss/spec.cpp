@@ -183,37 +183,38 @@ void infer_passes(Call& call, const LnccCall& checked, int gradients) {
   call.set("adjoint", tensor_spec(checked.dtype, fields));
 }
 
+// Asks for a loss that is one number, and its gradients.
+void infer_number(Call& call, const LnccCall& checked) {
+  const int64_t groups = checked.batch.groups;
+  call.set("output", tensor_spec(checked.dtype, {groups}));
+  call.set("partial_sums",
+           tensor_spec(checked.dtype, {groups, checked.fused ? kLnccMaxParts : kLnccPassParts}));
+  infer_passes(call, checked, infer_gradients(call, checked));
+}
+
 void infer(Call& call) {
   const auto& checked = call.keep(check(call));
-  const int64_t groups = checked.batch.groups;
   if (checked.reduction == Reduction::kNone) {
     call.set("output", tensor_spec(checked.dtype, checked.map));
     infer_passes(call, checked, 0);
     return;
   }
-  call.set("output", tensor_spec(checked.dtype, {groups}));
-  call.set("partial_sums",
-           tensor_spec(checked.dtype, {groups, checked.fused ? kLnccMaxParts : kLnccPassParts}));
   if (checked.reduction == Reduction::kMean && call.input("mask").present) {
-    call.set("mask_sum", tensor_spec(checked.dtype, {groups}));
+    call.set("mask_sum", tensor_spec(checked.dtype, {checked.batch.groups}));
   }
-  infer_passes(call, checked, infer_gradients(call, checked));
+  infer_number(call, checked);
 }
 
 void infer_share(Call& call) {
   const auto& checked = call.keep(check(call));
-  const int64_t groups = checked.batch.groups;
   if (checked.reduction != Reduction::kMean) {
     fail_value(call, "reduction", "'mean': of others there are no shares", "another");
   }
   const Shape& sums = call.input("mask_sum").shape;
-  if (sums.rank() != 2 || sums[0] != groups || sums[1] != 1) {
+  if (sums.rank() != 2 || sums[0] != checked.batch.groups || sums[1] != 1) {
     fail_shape(call, "mask_sum", "(1,): a number for all items");
   }
-  call.set("output", tensor_spec(checked.dtype, {groups}));
-  call.set("partial_sums",
-           tensor_spec(checked.dtype, {groups, checked.fused ? kLnccMaxParts : kLnccPassParts}));
-  infer_passes(call, checked, infer_gradients(call, checked));
+  infer_number(call, checked);
 }
 
 void infer_grad(Call& call) {
