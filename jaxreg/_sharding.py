@@ -144,9 +144,13 @@ class _Spread:
 
     def rule(self, operands: Iterable[Shape], results: Mapping[str, Shape]) -> str:
         """What Shardy has to know: which axes of operands and results are spread alike."""
+        # With an affine alone nothing but the image that is sampled tells where results belong.
+        leads = not any("planes" in places.values() for places in self.operands)
+        names = {"sampled": "planes"} if leads else {}
 
         def axes(array: str, shape: Shape, places: Places) -> str:
-            return " ".join(places.get(axis, f"{array}_{axis}") for axis in range(len(shape)))
+            found = (places.get(axis, f"{array}_{axis}") for axis in range(len(shape)))
+            return " ".join(names.get(name, name) for name in found)
 
         left = [
             axes(f"operand{i}", shape, places)

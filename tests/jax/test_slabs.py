@@ -170,6 +170,54 @@ def test_interpolate_gives_the_bits_of_one_device(
     assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
 
 
+def of_the_ops(planes: int) -> dict[str, tuple[Function, list[tuple[Array, int]]]]:
+    """Calls of arrays, each with the axis of its planes."""
+    image, other = ((random_array(seed, 1, 2, planes, *IN_PLANE), IMAGE) for seed in (1, 2))
+    labels = (np.round(3 * image[0]).astype(np.int16), IMAGE)
+    u, v = ((displacement(planes, size), FIELD) for size in (0.7, 2.0))
+    affine = random_affine(5, 1, 3)
+    converted = functools.partial(jaxreg.convert_displacement, source="normalised", target="voxel")
+    in_channels = functools.partial(jaxreg.gaussian_smooth, sigma=1.2, channel_last=True)
+    return {
+        "gaussian_smooth": (functools.partial(jaxreg.gaussian_smooth, sigma=1.2), [image]),
+        "gaussian_smooth of a field": (in_channels, [u]),
+        "jacobian_determinant": (jaxreg.jacobian_determinant, [u]),
+        "lncc_loss": (functools.partial(jaxreg.lncc_loss, reduction="none"), [image, other]),
+        "affine_warp": (lambda u: jaxreg.affine_warp(affine, u), [u]),
+        "convert_displacement": (converted, [u]),
+        "interpolate": (lambda image, u: jaxreg.interpolate(image, grid=u), [image, u]),
+        "interpolate by an affine": (lambda image: jaxreg.interpolate(image, affine), [image]),
+        "interpolate on a grid of its own": (
+            lambda image: jaxreg.interpolate(image, affine, out_shape=(2 * planes, 5, 8)),
+            [image],
+        ),
+        "interpolate_labels": (
+            lambda labels, u: jaxreg.interpolate_labels(labels, grid=u),
+            [labels, u],
+        ),
+        "interpolate_labels by an affine": (
+            lambda labels: jaxreg.interpolate_labels(labels, affine),
+            [labels],
+        ),
+        "compose": (jaxreg.compose, [u, v]),
+    }
+
+
+@pytest.mark.parametrize("name", of_the_ops(12))
+def test_results_are_spread_though_nothing_asks_for_it(name: str) -> None:
+    function, operands = of_the_ops(12)[name]
+    mesh = Mesh(np.array(jax.devices("cpu")[:4]), ("z",), axis_types=(AxisType.Auto,))
+    given = [jax.device_put(x, spread_on(mesh, axis)) for x, axis in operands]
+    compiled = jax.jit(function).lower(*given).compile()
+    result = compiled(*given)
+    axis = IMAGE if result.ndim == 5 and result.shape[-1] != 3 else FIELD
+    assert result.sharding.is_equivalent_to(spread_on(mesh, axis), result.ndim)
+    expected = jax.jit(function)(*(x for x, _ in operands))
+    np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-12)
+    assert_nothing_is_gathered(compiled.as_text())
+    assert largest_message(compiled.as_text(), "all-reduce") <= 1
+
+
 QUARTER_TURN = np.array([[[0.0, 0, 1, 0], [0, 1, 0, 0], [-1, 0, 0, 0]]])
 AFFINES = {"small": random_affine(5, 1, 3), "a quarter turn": QUARTER_TURN}
 
