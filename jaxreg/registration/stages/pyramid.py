@@ -134,10 +134,38 @@ def downsample(image: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     factors = [max(n - 1, 1) / max(new - 1, 1) for n, new in zip(old, shape, strict=True)]
     sigma = [math.sqrt(f**2 - 1) / 2 for f in factors]
     radius = [math.ceil(_TRUNCATE * s) for s in sigma]
-    padded = jnp.pad(
-        image, [(0, 0), (0, 0), *((r, r) for r in radius)], mode="reflect", reflect_type="odd"
-    )
+    padded = image
+    for axis, reach in enumerate(radius, 2):
+        padded = _continued(padded, axis, reach)
     smooth = spread(gaussian_smooth(spread(padded), tuple(sigma), truncate=_TRUNCATE))
     inside = tuple(slice(r, r + n) for r, n in zip(radius, old, strict=True))
     smaller: jax.Array = resize_image(spread(smooth[(..., *inside)]), tuple(shape))
     return smaller
+
+
+def _continued(image: jax.Array, axis: int, reach: int) -> jax.Array:
+    """Continue an image by point reflection at both ends of an axis, by so many voxels."""
+    size = image.shape[axis]
+    if reach == 0:
+        return image
+    if reach >= size or axis != 2 or image.ndim != 5:
+        widths = [(reach, reach) if i == axis else (0, 0) for i in range(image.ndim)]
+        return jnp.pad(image, widths, mode="reflect", reflect_type="odd")
+    # Where the planes are spread over devices XLA gathers all of them to join others at their ends,
+    # but pads them where they are, and looks up those few.
+    total = size + 2 * reach
+    plane = jnp.arange(total, dtype=jnp.int32)
+
+    def planes(begin: int, end: int) -> jax.Array:
+        return jax.lax.slice_in_dim(image, begin, end, axis=axis)
+
+    def found(begin: int, part: jax.Array) -> jax.Array:
+        return jnp.take(part, jnp.clip(plane - begin, 0, reach - 1), axis, mode="clip")
+
+    first = 2 * planes(0, 1) - jnp.flip(planes(1, reach + 1), axis)
+    last = 2 * planes(size - 1, size) - jnp.flip(planes(size - 1 - reach, size - 1), axis)
+    beyond = [(reach, reach, 0) if i == axis else (0, 0, 0) for i in range(image.ndim)]
+    inner = jax.lax.pad(image, jnp.zeros((), image.dtype), beyond)
+    place = plane[:, None, None]
+    inner = jnp.where(place < reach + size, inner, found(reach + size, last))
+    return jnp.where(place < reach, found(0, first), inner)
