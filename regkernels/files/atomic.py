@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -39,12 +41,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str], owned: Collection[str] = ()) -> Iterator[Path]:
+def atomic_folder(
+    path: str | os.PathLike[str], owned: Collection[str] = (), *, guarded: bool = False
+) -> Iterator[Path]:
     """Give an empty folder to write to; on success its files move to the folder ``path``.
 
     That is made if it is missing. Files of other names stay in it, except those that are
     ``owned``: were they not written again, they would be leftovers. On an exception nothing has
-    changed.
+    changed; nor if this process ends without one, killed or aborted, where that is ``guarded``
+    against: a small process of its own then removes what was written so far.
 
     Raises
     ------
@@ -55,7 +60,7 @@ def atomic_folder(path: str | os.PathLike[str], owned: Collection[str] = ()) -> 
     _refuse_folders(path / name for name in owned)
     # The same file system as the goal, so that moving a file is renaming it.
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    with _folder_in(existing, path) as beside:
+    with _folder_in(existing, path) as beside, _guard(beside) if guarded else nullcontext():
         yield beside
         with _uninterrupted():
             path.mkdir(parents=True, exist_ok=True)
@@ -88,6 +93,23 @@ def _folder_in(parent: Path, goal: Path) -> Iterator[Path]:
         if beside is not None:
             with _uninterrupted():
                 shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def _guard(folder: Path) -> Iterator[None]:
+    """Have a folder removed as soon as this process is no more, however it ends."""
+    waiting = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], ignore_errors=True)"
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", waiting, os.path.abspath(folder)],
+        stdin=subprocess.PIPE,  # which ends when we do
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for us
+    ) as guard:
+        try:
+            yield
+        finally:
+            guard.kill()  # what is to be removed is removed here
 
 
 @contextmanager

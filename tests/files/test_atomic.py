@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -48,6 +52,37 @@ def test_a_folder_is_filled_whole_or_not_at_all(tmp_path: Path) -> None:
         for name in ("a", "c"):
             (beside / name).write_text("fourth")
     assert (goal / "a").read_text() == "third"
+
+
+def test_what_a_process_that_is_killed_has_written_is_removed(tmp_path: Path) -> None:
+    program = textwrap.dedent(
+        """
+        import os
+        from pathlib import Path
+        from regkernels.files.atomic import atomic_folder
+
+        for name in ("whole", "half"):
+            with atomic_folder(Path("out"), guarded=True) as beside:
+                (beside / name).write_text(name)
+                if name == "half":
+                    print(beside.name)
+                    os.abort()
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", program],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGABRT, done.stderr
+    beside = tmp_path / "out" / done.stdout.strip()
+    assert beside.name.startswith(".regkernels-")
+    end = time.monotonic() + 60
+    while beside.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "whole"]
 
 
 def test_an_interrupt_between_two_files_waits_for_the_second(
