@@ -109,4 +109,5 @@ def _note(stage: Stage, block: Progress) -> str:
     metric = stage.for_scale(block.scale).metric
     held_back = isinstance(stage, Deformable) and stage.regularisation is not None
     penalty = " with penalty" if held_back else ""
-    return f"1/{block.scale:g} resolution, {metric.format_loss(loss)}{penalty}"
+    where = f" on {block.devices} devices" if block.devices > 1 else ""
+    return f"1/{block.scale:g} resolution{where}, {metric.format_loss(loss)}{penalty}"

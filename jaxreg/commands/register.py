@@ -52,6 +52,7 @@ from jaxreg.commands.study import ALSO, Jobs, Pair, Pairs, read_pairs, register_
 from jaxreg.commands.timing import Stopwatch, fact_table
 from jaxreg.commands.transform_files import chains
 from jaxreg.registration import Registration, Stage, Transform, outside_values
+from jaxreg.registration.across import LostProcessError
 from jaxreg.registration.channels import is_resampled
 from jaxreg.registration.intensities import Clip
 from jaxreg.registration.programs import Compiler, Work
@@ -306,7 +307,10 @@ def register(
     inputs = _Inputs(given, list(zip(others[::2], others[1::2], strict=True)), initial or [])
     run = functools.partial(_register_pair, inputs, output, asked, console, stopwatch)
     with Compiler(kept) as compiler:
-        done = compiler.run(run)
+        try:
+            done = compiler.run(run)
+        except LostProcessError as error:
+            raise ConnectionError(f"--distributed: {error}") from error
     if not devices.is_leader():
         return {}
     console.print(
@@ -467,10 +471,13 @@ def _register_pair(
         folder = None
         if devices.is_leader():
             with naming("--output"):
-                folder = stack.enter_context(atomic_folder(output, owned=FILES))
+                # JAX aborts a process, without an exception, where it misses another one.
+                guarded = jax.process_count() > 1
+                writing = atomic_folder(output, owned=FILES, guarded=guarded)
+                folder = stack.enter_context(writing)
         stack.enter_context(jax.default_device(target))
         parts = read_chain("--initial", inputs.initial, fixed.grid, moving.grid)
-        start = Transform.from_parts(fixed.grid, parts)
+        start = Transform.from_parts(fixed.grid, parts, devices=spread)
         work.afterwards = functools.partial(rehearse_images, fixed, moving, asked.wanted)
         with stopwatch.phase("stages"):
             result = register_watched(
@@ -498,7 +505,7 @@ def _register_pair(
         resampled = _resampled(inputs, result)
         if folder is None:
             return _Done(result, judgement, beyond, resampled, {}, [])
-        facts = {**describe(["jax"]), "device": _told(target, spread)}
+        facts = {**describe(["jax"]), "device": _told(target, spread, result)}
         files = {name: str(path) for name, path in inputs.files.items()}
         if REPORT in asked.wanted:
             names = [inputs.files[name].name for name in ("MOVING", "FIXED")]
@@ -557,9 +564,10 @@ def _tell_levels(result: Registration) -> None:
     for stage in result.stages:
         for level in stage.levels:
             shape = " x ".join(map(str, level.shape[::-1]))
+            where = f" on {level.devices} devices" if level.devices > 1 else ""
             losses = [f"{loss:.6g}" for loss in (*level.losses[:1], *level.losses[-1:])]
             detail(
-                f"{stage.name} at 1/{level.scale:g} resolution, {shape} voxels: "
+                f"{stage.name} at 1/{level.scale:g} resolution, {shape} voxels{where}: "
                 f"{len(level.losses)} losses, {' to '.join(losses) or 'none'}, "
                 f"{'converged' if level.converged else 'iterations used up'}"
             )
@@ -616,10 +624,14 @@ def _record(
     }
 
 
-def _told(target: jax.Device, spread: list[jax.Device] | None) -> str:
+def _told(target: jax.Device, spread: list[jax.Device] | None, result: Registration) -> str:
     """Return what the stages ran on, for people."""
     name = devices.describe(target)
-    return name if spread is None else f"{len(spread)} of {name}, with some planes on each"
+    if spread is None:
+        return name
+    is_shared = any(level.devices > 1 for stage in result.stages for level in stage.levels)
+    # Levels that are small are on every device, and so are all of a small image.
+    return f"{len(spread)} of {name}, with {'some' if is_shared else 'all'} planes on each"
 
 
 def _summary(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +16,30 @@ from numpy.typing import ArrayLike
 from jaxreg.registration.programs import on_device
 from jaxreg.registration.stages.spread import mesh_of, padded, placed, sharding
 
-__all__ = ["across", "cut", "extended", "put", "whole"]
+__all__ = ["LostProcessError", "across", "cut", "extended", "put", "together", "whole"]
 
 Devices = Sequence[jax.Device] | None
+
+
+class LostProcessError(RuntimeError):
+    """A program of several processes failed, most likely because one of them is not there."""
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Say what it means if a program of several processes fails: one of them is not there.
+
+    Programs run beside Python: their results have to be waited for within the context.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise LostProcessError(
+            f"devices: the program of {jax.process_count()} processes failed, probably because one "
+            f"of them has ended or cannot be reached; see what the others say. Here: {error}"
+        ) from error
 
 
 def across(
@@ -46,6 +68,11 @@ def across(
     -------
     The function's results: on the devices if there are as many planes on each, otherwise in the
     memory of the host, and of every host if there are several.
+
+    Raises
+    ------
+    LostProcessError
+        If the devices belong to several processes, and one of them has ended.
     """
     if devices is None:
         given = [x if x is None or isinstance(x, jax.Array) else np.asarray(x) for x in arrays]
@@ -67,14 +94,16 @@ def across(
     given = [
         None if x is None else put(x, axis, mesh) for x, axis in zip(arrays, axes, strict=True)
     ]
-    with jax.set_mesh(mesh):
+    with together(), jax.set_mesh(mesh):
         shapes = jax.eval_shape(function, *arrays)
-        results = jax.jit(on_slabs)(*given)
-    if result_axis is None:
-        return results
-    return jax.tree.map(
-        lambda result, shape: whole(result, result_axis, shape.shape[result_axis]), results, shapes
-    )
+        results: Any = jax.block_until_ready(jax.jit(on_slabs)(*given))  # type: ignore[no-untyped-call]
+        if result_axis is None:
+            return results
+        return jax.tree.map(
+            lambda result, shape: whole(result, result_axis, shape.shape[result_axis]),
+            results,
+            shapes,
+        )
 
 
 def put(array: ArrayLike, axis: int, mesh: Mesh) -> jax.Array:

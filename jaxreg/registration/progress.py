@@ -26,6 +26,9 @@ class Progress(NamedTuple):
         The loss before each iteration of the block, still on the device: reading them waits for
         the block to end, not reading them lets the next one be queued behind it. A level that has
         stopped early repeats its last loss.
+    devices
+        Over how many devices the planes of the level are spread; 1: one has all of them, and of
+        several each has.
     """
 
     stage: str
@@ -33,6 +36,7 @@ class Progress(NamedTuple):
     done: int
     total: int
     losses: jax.Array
+    devices: int = 1
 
 
 Callback = Callable[[Progress], None]

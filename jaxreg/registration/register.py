@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxreg import compose, jacobian_determinant
-from jaxreg.registration.across import across
+from jaxreg.registration.across import across, together
 from jaxreg.registration.channels import on_one_grid
 from jaxreg.registration.intensities import Clip, check_clip
 from jaxreg.registration.plausibility import Doubt, find_doubts
@@ -33,6 +33,9 @@ from regkernels import Volume
 from regkernels.grid import Grid, Matrix
 
 __all__ = ["Folds", "InverseResidual", "LevelRecord", "Registration", "StageRecord", "register"]
+
+_FIELD = 1
+"""The axis of a field's planes."""
 
 _LARGEST = 1e8
 """Intensities may not be larger: sums of squares over a volume, and what the slopes of NCC divide
@@ -56,12 +59,16 @@ class LevelRecord(NamedTuple):
         The loss before each iteration that ran; of `Moments`, the loss at its start and its end.
     converged
         Whether the level stopped before its iterations were used up.
+    devices
+        Over how many devices the planes of its images and fields were spread; 1: one had all of
+        them, and of several each had, because the level is small.
     """
 
     scale: float
     shape: tuple[int, ...]
     losses: NDArray[np.float32]
     converged: bool
+    devices: int = 1
 
 
 class StageRecord(NamedTuple):
@@ -343,14 +350,15 @@ def register(
     work: OneDevice | SeveralDevices = (
         OneDevice(**operands) if devices is None else SeveralDevices(devices, **operands)
     )
-    matrix, *fields = _initial(initial, fixed.grid)
+    matrix, *fields = _initial(initial, fixed.grid, devices)
     start = _float32(np.linalg.solve(centre, matrix @ centre))
     alignment = work.begin(Alignment(start, *fields), stages, watched=callback is not None)
     records = []
     for stage in stages:
         began = time.perf_counter()
         alignment, traces = work.run(stage, alignment, callback)
-        finite = is_finite(alignment).block_until_ready()
+        with together():
+            finite = is_finite(alignment).block_until_ready()
         seconds = time.perf_counter() - began
         # A loss that is finite at first and not later comes from places that are not. It may also
         # stay finite there: a sample whose place is not finite is 0, and a penalty may be none.
@@ -364,7 +372,7 @@ def register(
                 f"stage {stage.name}; choose a metric whose gradient is finite even where the "
                 "images are equal or constant: that of a square root at 0 is not"
             )
-        records.append(StageRecord(stage.name, stage, _levels(stage, fixed, traces), seconds))
+        records.append(StageRecord(stage.name, stage, _levels(stage, fixed, traces, work), seconds))
     # Overlap is asked for after the stages only, because they may bring images together that have
     # nothing in common at the start.
     if stages and not work.overlap(alignment) > 0:
@@ -450,13 +458,16 @@ def _determinant(displacement: jax.Array) -> jax.Array:
     return jacobian_determinant(displacement)
 
 
-def _levels(stage: Stage, fixed: Volume, traces: tuple[Trace, ...]) -> tuple[LevelRecord, ...]:
+def _levels(
+    stage: Stage, fixed: Volume, traces: tuple[Trace, ...], work: OneDevice | SeveralDevices
+) -> tuple[LevelRecord, ...]:
     levels = tuple(
         LevelRecord(
             scale,
             level_shape(fixed.shape, scale),
             np.asarray(trace.losses)[: int(trace.ran)],
             bool(trace.converged),
+            work.sharing(level_shape(fixed.shape, scale)),
         )
         for scale, trace in zip(stage.scales, traces, strict=True)
     )
@@ -504,9 +515,12 @@ def _moving_ratio(fixed: Grid, moving: Grid) -> float:
 
 
 def _initial(
-    initial: ArrayLike | Transform | None, grid: Grid
-) -> tuple[Matrix, jax.Array | None, jax.Array | None]:
-    """Return the matrix to start from, and the fields on a grid."""
+    initial: ArrayLike | Transform | None, grid: Grid, devices: Sequence[jax.Device] | None
+) -> tuple[Matrix, Any, Any]:
+    """Return the matrix to start from, and the fields on a grid, of which several share the planes.
+
+    A field that several devices share is on none of them as a whole.
+    """
     if initial is None:
         return np.eye(grid.ndim + 1), None, None
     if not isinstance(initial, Transform):
@@ -514,7 +528,7 @@ def _initial(
     if initial.grid.ndim != grid.ndim:
         raise ValueError(f"initial: expected {grid.ndim} dimensions, got {initial.grid.ndim}")
     forward, inverse = (
-        None if field is None else _field_on(jnp.asarray(field, jnp.float32), initial.grid, grid)
+        None if field is None else _field_on(field, initial.grid, grid, devices)
         for field in (initial.displacement, initial.inverse_displacement)
     )
     return _checked(initial.matrix, grid.ndim), forward, inverse
@@ -537,15 +551,25 @@ def _checked(matrix: ArrayLike, ndim: int) -> Matrix:
     return array
 
 
-def _field_on(field: jax.Array, source: Grid, target: Grid) -> jax.Array:
+def _field_on(
+    field: ArrayLike, source: Grid, target: Grid, devices: Sequence[jax.Device] | None
+) -> ArrayLike:
     """Sample a displacement on another grid; beyond its own it keeps the value at the border."""
+    if devices is None:
+        field = jnp.asarray(field, jnp.float32)
     if target.same_place(source, 1e-3):
         return field
     chain = np.linalg.solve(source.normalised_to_physical(), target.normalised_to_physical())
-    still = jnp.zeros((1, *target.shape, target.ndim), jnp.float32)
-    sampled = compose(field, still, _float32(chain[None, :-1]), add=False)
-    back = _float32(np.linalg.inv(chain[:-1, :-1]))
-    return jnp.einsum("...i,ji->...j", sampled, back, precision=jax.lax.Precision.HIGHEST)
+    there = chain[None, :-1].astype(np.float32)
+    back = np.linalg.inv(chain[:-1, :-1]).astype(np.float32)
+
+    def sampled(field: jax.Array) -> jax.Array:
+        still = jnp.zeros((1, *target.shape, target.ndim), jnp.float32)
+        vectors = compose(field, still, jnp.asarray(there), add=False)
+        return jnp.einsum("...i,ji->...j", vectors, back, precision=jax.lax.Precision.HIGHEST)
+
+    found: jax.Array = across(devices, sampled, (field,), (_FIELD,), _FIELD)
+    return found
 
 
 def _float32(array: NDArray[Any]) -> jax.Array:

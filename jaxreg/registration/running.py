@@ -8,9 +8,8 @@ can do with parts of different sizes.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxreg.registration.across import cut, extended, put, whole
+from jaxreg.registration.across import cut, extended, put, together, whole
 from jaxreg.registration.intensities import Clip
 from jaxreg.registration.programs import Fixed, Program, compiling, rehearse, shapes_of
 from jaxreg.registration.progress import Callback, Progress
@@ -108,6 +107,10 @@ class OneDevice:
     def end(self, alignment: Alignment) -> Alignment:
         """Return the alignment."""
         return alignment
+
+    def sharing(self, shape: tuple[int, ...]) -> int:
+        """Return over how many devices the planes of a level of a shape are spread: one has all."""
+        return 1
 
 
 _ARRAYS = (
@@ -200,6 +203,8 @@ class SeveralDevices:
         match_histogram: bool,
     ) -> None:
         self._mesh = mesh_of(devices)
+        # Known here, but not within a program, which is one for all places in space.
+        self._to_physical = np.asarray(fixed_to_physical, np.float32)
         self._platform = devices[0].platform
         _, planes, *plane = np.shape(fixed)
         moving_planes = np.shape(moving)[_IMAGE]
@@ -227,7 +232,9 @@ class SeveralDevices:
         self, stage: Stage, alignment: Alignment, callback: Callback | None
     ) -> tuple[Alignment, tuple[Trace, ...]]:
         """Run a stage; the callback hears of its levels when all of them have ended."""
-        with _together(), jax.set_mesh(self._mesh):
+        shape = (self._settings.planes, *self._settings.plane)
+        stage = stage.for_grid(shape, self._to_physical)
+        with together(), jax.set_mesh(self._mesh):
             result = self._run(stage, alignment)
             alignment, traces = jax.block_until_ready(result)  # type: ignore[no-untyped-call]
         if callback is not None:
@@ -235,7 +242,8 @@ class SeveralDevices:
             done = 0
             for scale, trace in zip(stage.scales, traces, strict=True):
                 done += trace.losses.size if stage.iterations else 1
-                callback(Progress(stage.name, scale, done, total, trace.losses))
+                sharing = self.sharing(level_shape(shape, scale))
+                callback(Progress(stage.name, scale, done, total, trace.losses, sharing))
         return alignment, traces
 
     def _run(self, stage: Stage, alignment: Alignment) -> tuple[Alignment, tuple[Trace, ...]]:
@@ -251,7 +259,7 @@ class SeveralDevices:
 
     def overlap(self, alignment: Alignment) -> float:
         """Return how many voxels count at an alignment."""
-        with _together(), jax.set_mesh(self._mesh):
+        with together(), jax.set_mesh(self._mesh):
             return float(_overlap(self._inputs, alignment, self._settings))
 
     def end(self, alignment: Alignment) -> Alignment:
@@ -260,21 +268,16 @@ class SeveralDevices:
         Its fields stay spread where as many planes are on each device, and are in the memory of the
         host elsewhere.
         """
-        return _on_fields(lambda field: whole(field, _FIELD, self._settings.planes), alignment)
+        with together():
+            return _on_fields(lambda field: whole(field, _FIELD, self._settings.planes), alignment)
 
+    def sharing(self, shape: tuple[int, ...]) -> int:
+        """Return over how many devices the planes of a level of a shape are spread.
 
-@contextlib.contextmanager
-def _together() -> Iterator[None]:
-    """Say what it means if a program of several processes fails: one of them is not there."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        raise RuntimeError(
-            f"devices: the program of {jax.process_count()} processes failed, probably because one "
-            f"of them has ended or cannot be reached; see what the others say. Here: {error}"
-        ) from error
+        1: every device has all of them, and does the same.
+        """
+        with jax.set_mesh(self._mesh):
+            return devices_of(shape)
 
 
 def _problem(inputs: _Inputs, settings: _Settings) -> Problem:

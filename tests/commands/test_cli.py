@@ -28,6 +28,7 @@ from scenes import header, physical_grid, placed, scene
 import jaxreg_cli
 from jaxreg.commands import progress_bars
 from jaxreg.registration import Affine, Progress, Registration, Transform, ncc
+from jaxreg.registration.stages import spread
 from regkernels import (
     DisplacementField,
     Volume,
@@ -242,9 +243,16 @@ def test_without_a_deformation_everything_but_the_warps_is_there(
         assert float(ncc(read_volume(found).batched(), read_volume(grid).batched())[0, 0]) > 0.97
 
 
+@pytest.mark.parametrize(("least", "planes"), [(1000, "some"), (10**6, "all")])
 def test_a_registration_on_several_devices_writes_the_same(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    least: int,
+    planes: str,
 ) -> None:
+    """And says what ran where: levels that are small are on every device."""
+    monkeypatch.setattr(spread, "LEAST_VOXELS", least)
     rng = np.random.default_rng(0)
     image = scipy.ndimage.gaussian_filter(rng.normal(size=(20, 22, 21)), 2).astype(np.float32)
     paths = [tmp_path / name for name in ("fixed.nii.gz", "moving.nii.gz")]
@@ -254,9 +262,17 @@ def test_a_registration_on_several_devices_writes_the_same(
     for count in ("1", "2"):
         folder = tmp_path / count
         assert run("register", *paths, *options, "--devices", count, "-o", folder) == 0
-    assert "2 of CPU" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"2 of CPU, with {planes} planes on each" in out
     record = json.loads((tmp_path / "2" / "registration.json").read_text())
-    assert record["versions"]["device"] == "2 of CPU, with some planes on each"
+    assert record["versions"]["device"] == f"2 of CPU, with {planes} planes on each"
+    levels = [(stage["name"], level) for stage in record["stages"] for level in stage["levels"]]
+    for name, level in levels:
+        shared = np.prod(level["shape"]) >= least
+        assert level["devices"] == (2 if shared else 1)
+        where = " on 2 devices" if shared else ""
+        assert f"{name}: 1/{level['scale']:g} resolution{where}, " in out
+    assert any(level["devices"] == 2 for _, level in levels) == (planes == "some")
     one, two = (read_volume(tmp_path / count / "moved.nii.gz").array for count in ("1", "2"))
     np.testing.assert_allclose(two, one, atol=1e-3 * np.abs(one).max())
 

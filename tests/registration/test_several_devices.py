@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
 from device_cases import Shared, cases
 from inputs import assert_same, random_array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+import jaxreg
 from jaxreg import _slabs
-from jaxreg.registration import register
+from jaxreg.registration import Progress, across, register, register_images
+from jaxreg.registration.intensities import matched
 from jaxreg.registration.stages import fields, problem, spread
 from jaxreg.registration.stages.deformable import Deformable
 from jaxreg.registration.stages.ffd import FFD
 from jaxreg.registration.stages.greedy import Greedy
 from jaxreg.registration.stages.linear import Affine, Rigid
 from jaxreg.registration.stages.moments import Moments
+from jaxreg.registration.stages.pyramid import downsample
 from jaxreg.registration.stages.svf import SVF
 from jaxreg.registration.stages.syn import SyN
 from jaxreg.warp import INVERSE_TOLERANCE
@@ -57,6 +65,13 @@ def settings(**changes: Any) -> dict[str, Any]:
     return {"scales": (2, 1), "iterations": (10, 5), **changes}
 
 
+def largest_gathered(text: str) -> int:
+    """How many elements the largest array has that is gathered in a program."""
+    lines = re.findall(r"= (.*?) (?:all-gather|all-to-all)(?:-start)?\(", text)
+    shapes = [shape for line in lines for shape in re.findall(r"\w+\[([\d,]*)\]", line)]
+    return max((math.prod(map(int, shape.split(","))) for shape in shapes if shape), default=0)
+
+
 STAGES: dict[str, Callable[[], list[Any]]] = {
     "moments, rigid and affine": lambda: [
         Moments(scale=1),
@@ -71,6 +86,7 @@ STAGES: dict[str, Callable[[], list[Any]]] = {
     "syn": lambda: [Affine(**settings()), SyN(**settings())],
     "svf": lambda: [SVF(**settings(metric="mse"))],
     "ffd": lambda: [Affine(**settings()), FFD(**settings())],
+    "ffd in millimetres": lambda: [FFD(**settings(spacing=(5, 6, 7), unit="mm"))],
     "greedy with mind": lambda: [Greedy(**settings(metric="mind"))],
     "greedy with mi": lambda: [Affine(**settings(metric="mi")), Greedy(**settings(metric="mi"))],
 }
@@ -201,17 +217,114 @@ def test_a_registration_goes_on_from_another_one() -> None:
     assert again.folds.share == 0
 
 
-def test_progress_is_told_of_each_level() -> None:
+def test_a_start_on_another_grid_is_on_no_device_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fixed, moving = pair(26)
+    devices = jax.devices("cpu")[:2]
+    start = register(fixed, moving, [Greedy(**settings())]).transform
+    start = dataclasses.replace(
+        start,
+        displacement=np.asarray(start.displacement),
+        inverse_displacement=np.asarray(start.inverse_displacement),
+    )
+    coarser = Volume.create(
+        np.ascontiguousarray(fixed.array[::2]), spacing=(1.0, 1.1, 2.4), origin=(5.0, -3.0, 7.0)
+    )
+    devices_of_calls = []
+
+    def composed(*operands: Any, **options: Any) -> jax.Array:
+        assert isinstance(operands[0], jax.core.Tracer)
+        devices_of_calls.append(jax.sharding.get_abstract_mesh().size)
+        result: jax.Array = jaxreg.compose(*operands, **options)
+        return result
+
+    expected = register(coarser, moving, [Greedy(**settings())], initial=start)
+    # The module: its name is that of the function, too.
+    monkeypatch.setattr(sys.modules[register.__module__], "compose", composed)
+    found = register(coarser, moving, [Greedy(**settings())], initial=start, devices=devices)
+    assert devices_of_calls
+    assert set(devices_of_calls) == {2}
+    assert voxels_apart(found.transform.displacement, expected.transform.displacement) < 2e-3
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_coarser_level_is_made_where_the_image_is(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """The planes beyond its ends are few, and no other ones are gathered for them."""
+    monkeypatch.setattr(spread, "LEAST_VOXELS", 1)
+    image, shape = random_array(1, 1, 1, 48, 28, 26, dtype=np.float32), (24, 14, 13)
+    mesh = spread.mesh_of(jax.devices("cpu")[:count])
+    given = jax.device_put(image, spread.sharding(mesh, 2))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(lambda image: downsample(image, shape)).lower(given).compile()
+    assert_same(np.asarray(compiled(given)), np.asarray(downsample(jnp.asarray(image), shape)))
+    assert largest_gathered(compiled.as_text()) <= image.size / 8
+    if count > 2:  # or a slab with what it is padded by is as large as the image
+        sizes = re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
+        assert max(math.prod(map(int, size.split(","))) for size in sizes) < image.size
+
+
+def test_histograms_are_matched_where_images_are() -> None:
+    """Also where the planes do not divide."""
+    planes, mesh = 25, spread.mesh_of(jax.devices("cpu")[:3])
+    images = [random_array(seed, 1, 2, planes, 28, 26, dtype=np.float32) for seed in (1, 2)]
+
+    def function(image: jax.Array, reference: jax.Array) -> jax.Array:
+        image, reference = (across.cut(x, 2, planes) for x in (image, reference))
+        return across.extended(matched(image, reference), 2)
+
+    given = [across.put(image, 2, mesh) for image in images]
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(function).lower(*given).compile()
+    found = np.asarray(compiled(*given))[:, :, :planes]
+    np.testing.assert_allclose(found, matched(*map(jnp.asarray, images)), rtol=0, atol=1e-5)
+    assert largest_gathered(compiled.as_text()) == 0
+
+
+@pytest.mark.parametrize("axis", ["z", "planes"])
+def test_arrays_that_are_spread_are_registered_where_they_are(axis: str) -> None:
+    """By `register_images` under ``jit``, whatever the axis of the mesh is called."""
+    fixed, moving = (jnp.asarray(image.array)[None] for image in pair(24))
+    mask = jnp.zeros(fixed.shape[1:]).at[3:-4, 4:-4, 5:-3].set(1)
+    stages = [Affine(**settings()), SyN(**settings())]
+
+    def function(fixed: jax.Array, moving: jax.Array, mask: jax.Array) -> Any:
+        return register_images(fixed, moving, stages, fixed_mask=mask)
+
+    expected = jax.jit(function)(fixed, moving, mask)
+    mesh = Mesh(np.array(jax.devices("cpu")[:3]), (axis,), axis_types=(AxisType.Auto,))
+    images = NamedSharding(mesh, PartitionSpec(None, axis))
+    given = (
+        jax.device_put(fixed, images),
+        jax.device_put(moving, images),
+        jax.device_put(mask, NamedSharding(mesh, PartitionSpec(axis))),
+    )
+    compiled = jax.jit(function).lower(*given).compile()
+    found = compiled(*given)
+    field, right = found.alignment.displacement, expected.alignment.displacement
+    assert field.sharding.is_equivalent_to(images, field.ndim)
+    assert voxels_apart(field, right) < 2e-3
+    # Faces and samples for the background are, but no volume of the largest level.
+    assert largest_gathered(compiled.as_text()) < mask.size / 2
+
+
+def test_progress_and_record_tell_of_each_level_where_it_ran() -> None:
     fixed, moving = pair(24)
-    heard = []
-    register(
+    heard: list[Progress] = []
+    found = register(
         fixed,
         moving,
         [Greedy(**settings())],
         devices=jax.devices("cpu")[:2],
-        callback=lambda progress: heard.append((progress.scale, progress.done, progress.total)),
+        callback=heard.append,
     )
-    assert heard == [(2, 10, 15), (1, 15, 15)]
+    told = [(one.scale, one.done, one.total, one.devices) for one in heard]
+    assert told == [(2, 10, 15, 1), (1, 15, 15, 2)]
+    assert [level.devices for level in found.stages[0].levels] == [1, 2]
+    alone = register(fixed, moving, [Greedy(**settings())])
+    assert [level.devices for level in alone.stages[0].levels] == [1, 1]
 
 
 @pytest.mark.parametrize(

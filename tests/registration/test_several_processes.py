@@ -101,6 +101,6 @@ def test_all_end_with_a_clear_error_where_one_is_lost(tmp_path: Path) -> None:
     assert lost.returncode == 9
     assert there.returncode != 0
     # JAX ends a process by itself where it misses another one before this one needs it.
-    words = ("RuntimeError: devices: the program of 2 processes failed", "another task died")
+    words = ("LostProcessError: devices: the program of 2 processes failed", "another task died")
     assert any(text in there.stderr for text in words), there.stderr
     assert "field" not in there.stdout

@@ -60,8 +60,7 @@ class FFD(Deformable):
         many times wider the voxels are.
     unit
         Of the spacing: ``"voxel"``, of the fixed image at full resolution, or ``"mm"``, which has
-        to be known when a program is made: not within ``jax.jit`` or ``jax.vmap``, nor on several
-        devices.
+        to be known when a program is made: not within ``jax.jit`` or ``jax.vmap``.
     regularisation
         Of the displacement on the grid of the level; see `Deformable`.
 
@@ -100,7 +99,7 @@ class FFD(Deformable):
         if self.unit == "mm":
             if isinstance(to_physical, jax.core.Tracer):
                 raise ValueError(
-                    "unit: expected 'voxel' within jax.jit and jax.vmap and on several devices, "
+                    "unit: expected 'voxel' within jax.jit and jax.vmap, "
                     "where millimetres are not known when the program is made, got 'mm'"
                 )
             edges = np.linalg.norm(np.asarray(to_physical, np.float64)[:-1, :-1], axis=0)
