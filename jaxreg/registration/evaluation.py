@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,11 +50,33 @@ def dice(labels_a: ArrayLike, labels_b: ArrayLike) -> dict[int, float]:
     a, b = _labels("labels_a", labels_a), _labels("labels_b", labels_b)
     if a.shape != b.shape:
         raise ValueError(f"labels_b: expected shape {a.shape} as labels_a, got {b.shape}")
-    counts = [dict(zip(*np.unique(m, return_counts=True), strict=True)) for m in (a, b, a[a == b])]
+    in_a, in_b, in_both = (collections.Counter[int]() for _ in range(3))
+    for first in range(0, a.size, _AT_A_TIME):
+        part_a, part_b = (x[first : first + _AT_A_TIME] for x in (a.ravel(), b.ravel()))
+        in_a += _voxels_of_labels(part_a)
+        in_b += _voxels_of_labels(part_b)
+        in_both += _voxels_of_labels(part_a[part_a == part_b])
     return {
-        int(label): float(2 * counts[2].get(label, 0) / sum(c.get(label, 0) for c in counts[:2]))
-        for label in sorted({*counts[0], *counts[1]} - {0})
+        label: 2 * in_both[label] / (in_a[label] + in_b[label])
+        for label in sorted({*in_a, *in_b} - {0})
     }
+
+
+_AT_A_TIME = 2**22
+"""Voxels whose labels are counted together, so that little memory is needed for that."""
+
+
+def _voxels_of_labels(labels: NDArray[Any]) -> collections.Counter[int]:
+    """Count the voxels of each label that there is."""
+    if labels.size == 0:
+        return collections.Counter()
+    if labels.max() < labels.size:  # to sort them takes longer
+        voxels = np.bincount(labels.astype(np.intp))
+        numbers = np.flatnonzero(voxels)
+        voxels = voxels[numbers]
+    else:
+        numbers, voxels = np.unique(labels, return_counts=True)
+    return collections.Counter(dict(zip(numbers.tolist(), voxels.tolist(), strict=True)))
 
 
 class HausdorffDistance(NamedTuple):
@@ -241,7 +264,7 @@ def _check_same_grid(name: str, of: str, grid: Grid, other: Grid) -> None:
         )
 
 
-def _surfaces(labels: NDArray[np.int64], grid: Grid) -> dict[int, NDArray[np.float64]]:
+def _surfaces(labels: NDArray[Any], grid: Grid) -> dict[int, NDArray[np.float64]]:
     """Return the positions of the voxels of each label's surface, ``(K, D)``, millimetres."""
     inner = np.ones(labels.shape, np.bool_)
     for axis, size in enumerate(labels.shape):
@@ -264,9 +287,10 @@ def _surfaces(labels: NDArray[np.int64], grid: Grid) -> dict[int, NDArray[np.flo
     return dict(zip(known.tolist(), parts, strict=True))
 
 
-def _labels(name: str, labels: ArrayLike) -> NDArray[np.int64]:
+def _labels(name: str, labels: ArrayLike) -> NDArray[Any]:
+    """Return a label map as integers, of the type that it has if that is one of them."""
     array = np.asarray(labels)
-    integers = array.astype(np.int64)
-    if not np.array_equal(array, integers) or (integers < 0).any():
+    integers = array if array.dtype.kind in "iu" else array.astype(np.int64)
+    if not np.array_equal(array, integers) or (integers.size and integers.min() < 0):
         raise ValueError(f"{name}: expected integers of at least 0")
     return integers

@@ -12,6 +12,7 @@ from scipy.spatial.distance import cdist
 from jaxreg.registration import (
     HausdorffDistance,
     dice,
+    evaluation,
     hausdorff_distance,
     image_similarity,
     target_registration_error,
@@ -25,6 +26,24 @@ def test_dice_is_twice_the_overlap_over_the_sizes() -> None:
     b = np.array([[1, 1, 0, 0], [0, 5, 2, 0]])
     assert dice(a, b) == {1: pytest.approx(2 * 2 / 5), 2: pytest.approx(2 * 1 / 3), 5: 0.0}
     assert dice(0 * a, 0 * b) == {}
+
+
+@pytest.mark.parametrize("largest", [40, 10**12])
+@pytest.mark.parametrize("dtypes", [(np.int16, np.int64), (np.uint64, np.uint64)])
+def test_dice_of_large_maps_is_counted_part_by_part(
+    dtypes: tuple[type, type], largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "_AT_A_TIME", 1000)
+    rng = np.random.default_rng(3)
+    a, b = (rng.integers(0, 12, (9, 20, 31)) * (largest // 12) for _ in range(2))
+    if largest > np.iinfo(dtypes[0]).max:
+        dtypes = np.uint64, np.int64
+    expected = {
+        int(n): 2 * ((a == n) & (b == n)).sum() / ((a == n).sum() + (b == n).sum())
+        for n in np.unique([a, b])
+        if n > 0
+    }
+    assert dice(a.astype(dtypes[0]), b.astype(dtypes[1])) == expected
 
 
 @pytest.mark.parametrize(
