@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
-from jaxreg.registration.programs import Program
+from jaxreg.registration.programs import Program, on_device
 
 __all__ = ["Background", "Clip", "background", "check_clip", "clipped", "matched"]
 
@@ -44,27 +45,47 @@ class Background(NamedTuple):
     clear: jax.Array
 
 
-@Program
-def background(image: jax.Array) -> Background:
+def background(image: jax.Array | NDArray[Any]) -> Background:
     """Return the background of an image.
 
     Parameters
     ----------
     image
-        ``(1, C, [Z,] Y, X)``.
+        ``(1, C, [Z,] Y, X)``. Of one in the memory of the host no more than what tells its
+        background comes to a device.
     """
-    faces = []
-    for axis in range(2, image.ndim):
-        if image.shape[axis] > 1:
-            for end in (0, -1):
-                face = jax.lax.index_in_dim(image[0], end, axis - 1)
-                faces.append(face.reshape(face.shape[0], -1))
-    border = jnp.concatenate(faces, axis=1) if faces else image[0].reshape(image.shape[1], -1)
+    if isinstance(image, np.ndarray):
+        return _background_of(on_device(_border(image)), on_device(image[0][_places(image, np)]))
+    return _background(image)
+
+
+@Program
+def _background(image: jax.Array) -> Background:
+    return _background_of(_border(image), _sample(image))
+
+
+@Program
+def _background_of(border: jax.Array, sample: jax.Array) -> Background:
+    """Return the background that the voxels on the faces tell, and some of all, ``(C, n)``."""
     value = jnp.median(border, axis=1)
-    low, high = jnp.quantile(_sample(image), jnp.asarray([0.01, 0.99]), axis=1)
+    low, high = jnp.quantile(sample, jnp.asarray([0.01, 0.99]), axis=1)
     spread = 0.05 * (high - low)
     near = jnp.abs(border - value[:, None]) <= spread[:, None]
     return Background(value, spread, near.mean(axis=1) >= 0.5)
+
+
+def _border(image: Any) -> Any:
+    """Return the voxels on the faces of the volume, ``(C, n)``; edges are in two of them."""
+    channels = image.shape[1]
+    faces = []
+    for axis in range(1, image.ndim - 1):
+        if image.shape[axis + 1] > 1:
+            for end in (0, -1):
+                faces.append(image[(0, *[slice(None)] * axis, end)].reshape(channels, -1))
+    if not faces:
+        return image[0].reshape(channels, -1)
+    numbers = np if isinstance(image, np.ndarray) else jnp
+    return numbers.concatenate(faces, axis=1)
 
 
 def clipped(image: jax.Array, clip: Clip) -> jax.Array:
@@ -170,15 +191,20 @@ def check_clip(clip: Any) -> Clip:
 @jax.jit
 def _sample(image: jax.Array) -> jax.Array:
     """Return evenly spread voxels, ``(C, n)``."""
+    return image[0][_places(image, jnp)]
+
+
+def _places(image: Any, numbers: Any) -> tuple[Any, ...]:
+    """Return the indices of evenly spread voxels of an item, as arrays of NumPy or JAX."""
     shape = image.shape[2:]
     count = math.prod(shape)
     # An odd step does not stay in the same column of an even grid.
     step = -(-count // _SAMPLE)
     step += (step + 1) % 2 if step > 1 else 0
     # Places in the volume, since an image that is spread over devices is flat on none of them.
-    number = jnp.arange(-(-count // step), dtype=jnp.uint32) * step
-    places: list[jax.Array] = []
+    number = numbers.arange(-(-count // step), dtype=np.uint32) * np.uint32(step)
+    places: list[Any] = []
     for size in reversed(shape):
-        places.insert(0, number % size)
-        number = number // size
-    return image[0][(slice(None), *places)]
+        places.insert(0, number % np.uint32(size))
+        number = number // np.uint32(size)
+    return (slice(None), *places)

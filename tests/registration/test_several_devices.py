@@ -20,7 +20,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxreg
 from jaxreg import _slabs
-from jaxreg.registration import Progress, across, register, register_images
+from jaxreg.registration import (
+    Progress,
+    Transform,
+    across,
+    intensities,
+    outside_values,
+    register,
+    register_images,
+)
 from jaxreg.registration.intensities import matched
 from jaxreg.registration.stages import fields, problem, spread
 from jaxreg.registration.stages.deformable import Deformable
@@ -339,6 +347,39 @@ def test_what_is_no_device_is_refused(devices: Callable[[], Any], message: str) 
     fixed, moving = pair(24)
     with pytest.raises((TypeError, ValueError), match=message):
         register(fixed, moving, [Greedy(**settings())], devices=devices())
+
+
+def test_what_is_outside_of_an_image_is_found_without_all_of_it_on_one_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    array = np.random.default_rng(1).normal(0, 0.01, (70, 80, 90)).astype(np.float32)
+    array[20:50, 20:50, 20:50] += 3
+    array += 5
+    sent: list[int] = []
+
+    def on_device(x: Array) -> jax.Array:
+        sent.append(x.size)
+        return jnp.asarray(x)
+
+    monkeypatch.setattr(intensities, "on_device", on_device)
+    found = outside_values(Volume.create(array))
+    assert 0 < sum(sent) < 0.5 * array.size
+    whole = intensities.background(jnp.asarray(array[None, None]))
+    assert whole.clear.all()
+    assert_same(found, np.asarray(whole.value))
+
+
+def test_an_affine_alone_has_no_field_on_one_device() -> None:
+    grid = volume(np.zeros((4, 5, 6), np.float32)).grid
+    transform = Transform(
+        grid, np.diag([1.1, 0.9, 1.0, 1.0]), devices=tuple(jax.devices("cpu")[:2])
+    )
+    fields = (
+        transform.displacement_field(),
+        transform.displacement_field(with_affine=True),
+        transform.inverse_displacement_field(),
+    )
+    assert all(isinstance(field, np.ndarray) for field in fields)
 
 
 def test_several_devices_are_for_volumes() -> None:

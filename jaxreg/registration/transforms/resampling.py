@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from jaxreg import interpolate, interpolate_labels
 from jaxreg.registration.across import across
 from jaxreg.registration.intensities import background
-from jaxreg.registration.programs import Program, on_device
+from jaxreg.registration.programs import Program
 from jaxreg.registration.stages.spread import spread
 from jaxreg.registration.transforms.parts import (
     Step,
@@ -249,7 +249,7 @@ def _background(image: NDArray[Any], *, exact: bool) -> NDArray[Any]:
     nothing = np.zeros(len(channels), image.dtype)
     if (channels.min(axis=1) == channels.max(axis=1)).all() or _are_labels(channels):
         return nothing
-    value, _, clear = map(np.asarray, background(on_device(np.asarray(image, np.float32))))
+    value, _, clear = map(np.asarray, background(np.asarray(image, np.float32)))
     if not clear.all():
         return nothing
     if not exact:

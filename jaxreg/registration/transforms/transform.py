@@ -213,7 +213,7 @@ class Transform:
         index = np.moveaxis(np.indices(self.grid.shape)[::-1], 0, -1)
         affine_part = (index @ shift[:-1, :-1].T + shift[:-1, -1]).astype(np.float32)
         if self.displacement is None:
-            return jnp.asarray(affine_part)
+            return affine_part
 
         scales = _scales(self.grid)
 
@@ -243,7 +243,7 @@ class Transform:
 
     def _to_physical(self, displacement: ArrayLike | None) -> _Field:
         if displacement is None:
-            return jnp.zeros((*self.grid.shape, self.grid.ndim), jnp.float32)
+            return np.zeros((*self.grid.shape, self.grid.ndim), np.float32)
         scales = _scales(self.grid)
 
         def converted(displacement: jax.Array) -> jax.Array:
