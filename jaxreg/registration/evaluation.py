@@ -51,8 +51,9 @@ def dice(labels_a: ArrayLike, labels_b: ArrayLike) -> dict[int, float]:
     if a.shape != b.shape:
         raise ValueError(f"labels_b: expected shape {a.shape} as labels_a, got {b.shape}")
     in_a, in_b, in_both = (collections.Counter[int]() for _ in range(3))
+    a, b = a.ravel(), b.ravel()
     for first in range(0, a.size, _AT_A_TIME):
-        part_a, part_b = (x[first : first + _AT_A_TIME] for x in (a.ravel(), b.ravel()))
+        part_a, part_b = (x[first : first + _AT_A_TIME] for x in (a, b))
         in_a += _voxels_of_labels(part_a)
         in_b += _voxels_of_labels(part_b)
         in_both += _voxels_of_labels(part_a[part_a == part_b])

@@ -163,6 +163,32 @@ def test_images_that_are_sampled_near_or_far_give_what_they_give_on_one_device(
         assert all(told) == is_near
 
 
+def test_an_image_that_is_turned_by_a_quarter_is_moved_as_on_one_device() -> None:
+    """Each device then needs planes of all others."""
+    fixed, moving = pair(25)
+    about = np.eye(4)
+    about[:3, 3] = fixed.grid.centre()
+    turn = np.eye(4)
+    turn[[0, 0, 2, 2], [0, 2, 0, 2]] = 0, -1, 1, 0  # of x and z
+    start = about @ turn @ np.linalg.inv(about)
+    stages = [Greedy(scales=(1,), iterations=(10,), tolerance=0)]
+    expected = register(fixed, moving, stages, initial=start)
+    found = register(fixed, moving, stages, initial=start, devices=jax.devices("cpu")[:3])
+    displacements = found.transform.displacement, expected.transform.displacement
+    assert voxels_apart(displacements[1], 0 * np.asarray(displacements[1])) > 0.5
+    assert voxels_apart(*displacements) < 2e-3
+
+
+def test_a_level_ends_early_where_it_does_on_one_device() -> None:
+    fixed, moving = pair(25)
+    stages = [Greedy(scales=(1,), iterations=(60,), tolerance=0.05)]
+    expected = register(fixed, moving, stages).stages[0].levels[0]
+    found = register(fixed, moving, stages, devices=jax.devices("cpu")[:3]).stages[0].levels[0]
+    assert expected.converged
+    assert len(expected.losses) < 60
+    assert (found.converged, len(found.losses)) == (True, len(expected.losses))
+
+
 def test_masks_and_a_start_count_as_on_one_device() -> None:
     fixed, moving = pair(25)
     inside = np.zeros(fixed.shape, np.float32)

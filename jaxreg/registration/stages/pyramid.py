@@ -136,14 +136,14 @@ def downsample(image: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     radius = [math.ceil(_TRUNCATE * s) for s in sigma]
     padded = image
     for axis, reach in enumerate(radius, 2):
-        padded = _continued(padded, axis, reach)
+        padded = _reflected(padded, axis, reach)
     smooth = spread(gaussian_smooth(spread(padded), tuple(sigma), truncate=_TRUNCATE))
     inside = tuple(slice(r, r + n) for r, n in zip(radius, old, strict=True))
     smaller: jax.Array = resize_image(spread(smooth[(..., *inside)]), tuple(shape))
     return smaller
 
 
-def _continued(image: jax.Array, axis: int, reach: int) -> jax.Array:
+def _reflected(image: jax.Array, axis: int, reach: int) -> jax.Array:
     """Continue an image by point reflection at both ends of an axis, by so many voxels."""
     size = image.shape[axis]
     if reach == 0:
