@@ -52,6 +52,8 @@ def riemannian_adam_step(
     epsilon: float | jax.Array = 1e-8,
     scale: float | jax.Array | None = None,
     confined: bool = False,
+    sigma: float | Sequence[float] = 0.0,
+    truncate: float = 4.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     r"""Turn a gradient into a small displacement to compose with, by Adam.
 
@@ -84,6 +86,12 @@ def riemannian_adam_step(
     confined
         Whether the component across each face of the volume is 0 there: along it points may slide,
         but none leaves the volume.
+    sigma
+        Standard deviation, in voxels, of the Gaussian that smooths the gradient first, as
+        `gaussian_smooth` does: one number, or one per axis in (z, y, x) order. 0 leaves an axis as
+        it is.
+    truncate
+        The window reaches ``ceil(truncate * sigma)`` voxels to either side.
 
     Returns
     -------
@@ -130,6 +138,8 @@ def riemannian_adam_step(
         "beta1": beta1,
         "beta2": beta2,
         "confined": confined,
+        "sigma": static_tuple(sigma),
+        "truncate": truncate,
     }
     step, mu, nu = apply_for(("output", "next_mu", "next_nu"), op, operands, attributes)
     return step, mu, nu

@@ -10,23 +10,13 @@
 #include <cstdint>
 
 #include "core/host_device.h"
+#include "maths/product_plus.h"
 #include "maths/sampling.h"
 
 namespace regkernels {
 
 // Voxels along an axis that a sample is made of.
 inline constexpr int kTaps = 4;
-
-// a b + c. CUDA's compiler rounds once or twice as it likes, which need not be the same in two
-// kernels that have to give the same bits; here it is once.
-template <class T>
-REGKERNELS_HD T product_plus(T a, T b, T c) {
-#ifdef __CUDA_ARCH__
-  return fma(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
 
 // The weights of the four voxels around a position that is `t` (0 to 1) of the way from the second
 // one to the third.

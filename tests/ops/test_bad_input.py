@@ -184,6 +184,7 @@ MASKS = [
 ]
 
 HISTOGRAMS = ["mutual_information_loss", "joint_histogram"]
+STEPS = ["step_gradient", "riemannian_adam_step"]
 RANGES: list[tuple[Any, type[Exception], str]] = [
     ("join", ValueError, "join"),
     (((0, 1),), ValueError, r"\(\(0, 1\),\)"),
@@ -297,8 +298,9 @@ ONE_BY_ONE = [
     bad_value("riemannian_adam_step", "count", zeros(2, 1, 1, dtype=np.int32), numbers(2, 1, 1)),
     bad_type("riemannian_adam_step", "count", zeros(2, 1, 1, dtype=np.uint8), "uint8"),
     bad_type("riemannian_adam_step", "count", 2.0, "float"),
-    bad_value("step_gradient", "sigma", -0.5, "-0.5"),
-    bad_value("step_gradient", "sigma", (1.0, 2.0), "2"),
+    *[bad_value(op, "sigma", -0.5, "-0.5") for op in STEPS],
+    *[bad_value(op, "sigma", (1.0, 2.0), "2") for op in STEPS],
+    *[bad_value(op, "truncate", 0.0, "0") for op in STEPS],
     bad_value("step_gradient", "truncate", 0, "0"),
     bad_type("step_gradient", "pull", None, "None"),
     *[

@@ -15,6 +15,7 @@ from inputs import SHAPES, assert_close, assert_same, random_array
 
 import jaxreg
 import torchreg
+from jaxreg._shared_planes import overwriting
 
 Array = np.ndarray
 OP = "riemannian_adam_step"
@@ -62,6 +63,50 @@ def test_large_fields_have_the_reference_values(backend: Backend, shape: tuple[i
     found = backend.call(OP, *given, 3, **options)
     wide = [x.astype(np.float64) for x in given]
     assert_all_close(found, reference.riemannian_adam_step(*wide, 3, **options), np.float32)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_a_gradient_is_smoothed_first(backend: Backend, dim: int, dtype: type) -> None:
+    given = operands(SHAPES[dim], dtype=dtype)
+    wide = [x.astype(np.float64) for x in given]
+    cases = [
+        (given, {"count": 2, "learning_rate": 0.4, "scale": 3.0, "sigma": sigma})
+        for sigma in (0.7, (0.0, 1.3, 0.5)[:dim], 1.25, 4.0)
+    ]
+    cases.append((given, {"count": 2, "learning_rate": 0.4, "sigma": 1.5, "truncate": 2.0}))
+    for (_, options), found in zip(cases, backend.calls(OP, *cases), strict=True):
+        assert_all_close(found, reference.riemannian_adam_step(*wide, **options), dtype)
+
+
+@pytest.mark.parametrize("sigma", [1.0, 1.25, 1.5, 2.0, 3.0, 6.0])
+@pytest.mark.parametrize("shape", [(37, 70, 45), (3, 100, 70), (130, 150)])
+def test_a_gradient_that_is_smoothed_gives_the_bits_of_a_smooth_one(
+    backend: Backend, shape: tuple[int, ...], sigma: float
+) -> None:
+    """Whether one kernel does both or two."""
+    gradient, mu, nu = operands(shape)
+    smooth = backend.call("gaussian_smooth", gradient, sigma, channel_last=True)
+    options = {"learning_rate": 0.5, "epsilon": 1e-2, "confined": True}
+    found = backend.call(OP, gradient, mu, nu, 3, sigma=sigma, **options)
+    for a, b in zip(found, backend.call(OP, smooth, mu, nu, 3, **options), strict=True):
+        assert_same(a, b)
+
+
+def test_a_smooth_step_is_no_longer_than_half_a_voxel_wherever_the_longest_lies(
+    backend: Backend,
+) -> None:
+    """At corners, between tiles, and in the last plane."""
+    shape = (13, 40, 70)
+    for place in ((0, 0, 0), (12, 39, 69), (6, 31, 32), (12, 32, 31), (0, 8, 63)):
+        gradient, mu, nu = (np.zeros((2, *shape, 3), np.float32) for _ in range(3))
+        gradient[(1, *place)] = 100, -50, 30
+        step, *_ = backend.call(
+            OP, gradient, mu, nu, 0, learning_rate=0.4, epsilon=1.0, sigma=1.25, beta2=0.0
+        )
+        lengths = np.linalg.norm(step * reference.half_extent(shape, True), axis=-1)
+        assert lengths[1].max() == pytest.approx(0.2, rel=1e-5)
+        assert not lengths[0].any()
 
 
 def test_numbers_may_differ_between_items_and_components(backend: Backend) -> None:
@@ -142,41 +187,51 @@ def test_without_a_gradient_there_is_no_step(backend: Backend) -> None:
         assert_same(result, zero)
 
 
+@pytest.mark.parametrize("sigma", [0.0, 0.8])
 @pytest.mark.parametrize("place", [0, 100])
-def test_what_is_not_a_number_is_not_passed_over(backend: Backend, place: int) -> None:
+def test_what_is_not_a_number_is_not_passed_over(
+    backend: Backend, place: int, sigma: float
+) -> None:
     """One item's largest vector is not known then; the other item is none the worse."""
     gradient, mu, nu = operands((5, 6, 7))
-    expected = backend.call(OP, gradient, mu, nu, 1, learning_rate=1.0)
+    options = {"learning_rate": 1.0, "sigma": sigma}
+    expected = backend.call(OP, gradient, mu, nu, 1, **options)
     gradient[0].flat[place] = np.nan
-    step, *_ = backend.call(OP, gradient, mu, nu, 1, learning_rate=1.0)
+    step, *_ = backend.call(OP, gradient, mu, nu, 1, **options)
     assert np.isnan(step[0]).all()
     assert_same(step[1], expected[0][1])
 
 
-def test_operands_of_batch_one_serve_all_items(backend: Backend) -> None:
+@pytest.mark.parametrize("sigma", [0.0, 0.8, 5.0])
+def test_operands_of_batch_one_serve_all_items(backend: Backend, sigma: float) -> None:
     given = operands((5, 6, 7), batch=3)
     one = [x[:1] for x in given]
     whole = [np.repeat(x, 3, axis=0) for x in one]
     for k in range(3):
         mixed = [*one[:k], given[k], *one[k + 1 :]]
         expected = [*whole[:k], given[k], *whole[k + 1 :]]
-        found, right = (backend.call(OP, *some, 2, learning_rate=0.4) for some in (mixed, expected))
+        found, right = (
+            backend.call(OP, *some, 2, learning_rate=0.4, sigma=sigma) for some in (mixed, expected)
+        )
         for a, b in zip(found, right, strict=True):
             assert_same(a, b)
 
 
 def test_an_empty_batch_gives_empty_results(backend: Backend) -> None:
     given = [np.zeros((0, 5, 6, 7, 3), np.float32)] * 3
-    for result in backend.call(OP, *given, 2, learning_rate=0.4):
-        assert result.shape == (0, 5, 6, 7, 3)
+    for sigma in (0.0, 0.8, 5.0):
+        for result in backend.call(OP, *given, 2, learning_rate=0.4, sigma=sigma):
+            assert result.shape == (0, 5, 6, 7, 3)
 
 
 def test_the_same_bits_come_out_every_time(backend: Backend) -> None:
     given = operands((20, 30, 41))
-    first = backend.call(OP, *given, 2, learning_rate=0.4)
-    for _ in range(3):
-        for a, b in zip(backend.call(OP, *given, 2, learning_rate=0.4), first, strict=True):
-            assert_same(a, b)
+    for sigma in (0.0, 1.25):
+        options = {"learning_rate": 0.4, "sigma": sigma}
+        first = backend.call(OP, *given, 2, **options)
+        for _ in range(3):
+            for a, b in zip(backend.call(OP, *given, 2, **options), first, strict=True):
+                assert_same(a, b)
 
 
 def test_operands_stay_as_they_are_although_moments_may_be_written_in_place() -> None:
@@ -215,6 +270,38 @@ def test_a_loop_carries_the_moments_without_copies() -> None:
     compiled = jax.jit(loop, donate_argnums=0).lower(state).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
     assert temporary < 1.2 * state[0].nbytes  # the step, beside the gradient
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1.25])
+def test_in_a_loop_the_step_may_take_the_place_of_the_gradient(
+    backend: Backend, sigma: float
+) -> None:
+    """What else asks for the gradient has it all the same."""
+    if backend.framework != "jax":
+        pytest.skip("PyTorch has memory for each result")
+    given = operands((20, 30, 40), batch=1)
+    options = {"learning_rate": 0.4, "confined": True, "sigma": sigma}
+    expected = backend.call(OP, *given, 3, **options)
+
+    def step(gradient: Any, mu: Any, nu: Any) -> Any:
+        with overwriting():
+            return jaxreg.riemannian_adam_step(gradient, mu, nu, 3, **options)
+
+    def arrays() -> list[Any]:
+        return [backend.array(x) for x in given]
+
+    compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*arrays()).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * given[0].nbytes
+
+    @jax.jit
+    def both(gradient: Any, mu: Any, nu: Any) -> Any:
+        return step(gradient, mu, nu), gradient + 0
+
+    found, kept = both(*arrays())
+    assert_same(np.asarray(kept), given[0])
+    for each in (found, compiled(*arrays())):
+        for a, b in zip(each, expected, strict=True):
+            assert_same(np.asarray(a), b)
 
 
 def test_a_map_takes_numbers_of_each_example() -> None:
@@ -267,13 +354,13 @@ def as_float32(x: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(9, 40), (6, 7, 33)])
-@pytest.mark.parametrize("count", [0, 6])
+@pytest.mark.parametrize(("count", "sigma"), [(0, 0.0), (6, 0.0), (6, 1.25)])
 def test_moments_in_bfloat16_are_those_of_float32_rounded(
-    backend: Backend, shape: tuple[int, ...], count: int
+    backend: Backend, shape: tuple[int, ...], count: int, sigma: float
 ) -> None:
     gradient, *moments = operands(shape, batch=1)
     exact = [as_float32(x) for x in stored(backend, *moments)]
-    options = {"learning_rate": 0.4, "epsilon": 1e-3, "confined": True}
+    options = {"learning_rate": 0.4, "epsilon": 1e-3, "confined": True, "sigma": sigma}
     function = backend.function(OP)
     given = backend.array(gradient), *stored(backend, *moments)
     step, *found = function(*given, count, **options)

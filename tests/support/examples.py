@@ -152,7 +152,7 @@ def example(
         "riemannian_adam_step": Example(
             "riemannian_adam_step",
             (first, 0.1 * second, 0.1 * first**2),
-            {"count": 3, "learning_rate": 0.4, "epsilon": 1e-3, "confined": True},
+            {"count": 3, "learning_rate": 0.4, "epsilon": 1e-3, "confined": True, "sigma": 0.8},
         ),
     }[name]
     return replace(case, options={**case.options, **options})

@@ -725,9 +725,12 @@ def riemannian_adam_step(
     epsilon: float | Array = 1e-8,
     scale: float | Array | None = None,
     confined: bool = False,
+    sigma: float | Sequence[float] = 0.0,
+    truncate: float = 4.0,
 ) -> tuple[Array, Array, Array]:
-    """The step, and the moments for the next one."""
+    """The step, and the moments for the next one; they are those of the gradient, smoothed."""
     shape, dim = gradient.shape[1:-1], gradient.shape[-1]
+    gradient = gaussian_smooth(gradient, sigma, truncate=truncate, channel_last=True)
 
     def of_items(value: float | Array, *sizes: int) -> Array:
         given = np.asarray(value, np.float64)

@@ -16,22 +16,26 @@ namespace {
 
 template <class S>
 void smooth_fused(const Cuda& device, const GaussianSmoothCall& call, const S* in, S* out) {
-  Smoothing<S> smoothing = make_smoothing(call, out);
+  auto smoothing = make_smoothing<Arithmetic<S>>(call);
   const int64_t plane_size = static_cast<int64_t>(smoothing.rows) * smoothing.columns;
-  const PackedSource<S> source{in, smoothing.columns, plane_size, smoothing.depth * plane_size};
+  const int64_t volume_size = smoothing.depth * plane_size;
+  const PackedSource<S> source{in, smoothing.columns, plane_size, volume_size};
+  const ArraySink<S> sink{out, volume_size};
   const int64_t limit = shared_memory_limit();
   if constexpr (std::is_same_v<S, float>) {
     const auto launch_radius = [&](auto radius) {
       constexpr int kRadius = decltype(radius)::value;
-      return launch_exact<kRadius, 1, ExactShape>(device, source, smoothing, call.volumes, limit) ||
-             launch_exact<kRadius, 3, ExactShape>(device, source, smoothing, call.volumes, limit);
+      return launch_exact<kRadius, 1, ExactShape>(device, source, sink, smoothing, call.volumes,
+                                                  limit) ||
+             launch_exact<kRadius, 3, ExactShape>(device, source, sink, smoothing, call.volumes,
+                                                  limit);
     };
     if (launch_radius(IntTag<2>{}) || launch_radius(IntTag<3>{}) || launch_radius(IntTag<4>{}) ||
         launch_radius(IntTag<5>{}) || launch_radius(IntTag<6>{}) || launch_radius(IntTag<8>{})) {
       return;
     }
   }
-  launch_general(device, source, smoothing, call.volumes, limit);
+  launch_general(device, source, sink, smoothing, call.volumes, limit);
 }
 
 template <class T>

@@ -6,7 +6,8 @@
 //
 // What is smoothed comes from a Source, which may compute it: `source.column(volume, z, y, x)` is
 // an object that has `fetch(to, row, inside)` send the element so many rows further down, or a
-// zero, to shared memory.
+// zero, to shared memory. What becomes of the result is up to a Sink, which may compute with it in
+// the place of writing it: see ArraySink.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -16,6 +17,7 @@
 
 #include "core/cuda_runtime.h"
 #include "core/for_each.h"
+#include "maths/product_plus.h"
 #include "ops/gaussian_smooth/call.h"
 
 namespace regkernels {
@@ -65,16 +67,57 @@ using GeneralShape =
 template <class T>
 inline constexpr int kLargestRadius = std::is_same_v<T, double> ? kFusedRadiusDouble : kFusedRadius;
 
-template <class S>
+template <class T>
 struct Smoothing {
-  using T = Arithmetic<S>;
-  S* out;
   int columns, rows, depth;  // the size of a volume
   int channels;
   int radius[3];  // along x, y, z
   T weight[3][kLargestRadius<T> + 1];
   int tiles_x, tiles;
   int64_t planes;  // in all tiles of all volumes
+};
+
+// What a thread owns of each plane of a tile: so many rows of a column, none if that is outside.
+struct OwnedColumn {
+  int64_t volume;
+  int first;  // element of a plane
+  int rows;
+  int apart;  // elements from one row to the next
+  int64_t plane_size;
+  int column_of_tile, row_of_tile;
+};
+
+// An array in memory as a sink. All sinks have what this one has.
+template <class S>
+struct ArraySink {
+  S* out;
+  int64_t volume_size;
+
+  // How many numbers the threads of a block share, for a tile of so many columns and rows.
+  static constexpr REGKERNELS_HD int shared_size(int, int) { return 0; }
+
+  // What a thread does with the planes of a tile of kColumns columns, of which it owns at most
+  // kDown rows.
+  template <int kColumns, int kDown>
+  struct Writer {
+    using T = Arithmetic<S>;
+    const ArraySink& sink;
+    __device__ __forceinline__ Writer(const ArraySink& all, int64_t, T*) : sink(all) {}
+    // Some time before a plane leaves.
+    __device__ __forceinline__ void expect(const OwnedColumn&, int) {}
+    __device__ __forceinline__ void leave(const OwnedColumn& own, int z, const T (&sum)[kDown]) {
+      S* to = sink.out + (own.volume * sink.volume_size + z * own.plane_size + own.first);
+      REGKERNELS_UNROLL
+      for (int k = 0; k < kDown; ++k) {
+        if (k < own.rows) *to = to_storage<S>(sum[k]);
+        to += own.apart;
+      }
+    }
+    // When all threads of the block have left a plane, and none has left the next but one.
+    __device__ __forceinline__ void left(int) {}
+    // After the last plane of the tile.
+    __device__ __forceinline__ void end() {}
+  };
 };
 
 // A column of an array in memory.
@@ -168,19 +211,18 @@ __device__ __forceinline__ void weigh(const T* weight, int radius, const Value& 
     REGKERNELS_UNROLL
     for (int k = 0; k < kCount; ++k) {
       // They are added one by one, as the sum of two large values may be beyond the range of T.
-      sum[k] += weight[d] * below[k];
-      sum[k] += weight[d] * above[k];
+      sum[k] = product_plus(weight[d], below[k], sum[k]);
+      sum[k] = product_plus(weight[d], above[k], sum[k]);
     }
   }
 }
 
 // Either kChannels and kRadius, which is the same along all axes, tell the compiler what to expect;
 // or kChannels is 0, and kRadius is the largest radius there may be.
-template <class S, class Source, int kRadius, int kChannels, class Shape>
+template <class T, class Source, class Sink, int kRadius, int kChannels, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
-    smooth_kernel(const __grid_constant__ Smoothing<S> smoothing,
-                  const __grid_constant__ Source source) {
-  using T = Arithmetic<S>;
+    smooth_kernel(const __grid_constant__ Smoothing<T> smoothing,
+                  const __grid_constant__ Source source, const __grid_constant__ Sink sink) {
   extern __shared__ __align__(16) unsigned char memory[];
   constexpr bool kExact = kChannels > 0;
   constexpr int kColumns = Shape::kColumns, kAlong = Shape::kAlong, kDown = Shape::kDown;
@@ -197,6 +239,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   T* const planes = reinterpret_cast<T*>(memory);
   T* const by_row = planes + kSlots * tile.in_size();
   [[maybe_unused]] T* const staged = by_row + 2 * tile.by_row_size();
+  [[maybe_unused]] T* const of_sink = staged + Stage::size(tile);
 
   // The thread owns this column and kDown rows of the tile, through all planes.
   const auto own_column = [] { return thread_number<Shape::kThreads>() % kColumns; };
@@ -217,7 +260,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     const int in_volume = static_cast<int>(tile_number - volume * smoothing.tiles);
     const int tile_y = in_volume / smoothing.tiles_x;
     const int x0 = (in_volume - tile_y * smoothing.tiles_x) * kColumns, y0 = tile_y * tile.rows;
-    const int64_t volume_start = volume * smoothing.depth * plane_size;
 
     const auto fetch_plane = [&](int z, T* plane) {
       const TilePart part{tile.in_columns(), tile.in_rows(),    tile.in_stride(), x0 - tile.halo_x,
@@ -244,17 +286,18 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 
     // What the planes so far contribute to those that leave next.
     T pending[2 * kRadius][kDown] = {};
-    const auto leave = [&](int z, const T(&sum)[kDown]) {
+    // Made anew where it is asked for, so that nobody has to keep it.
+    const auto owned = [&]() -> OwnedColumn {
       const int x = x0 + own_column(), y = y0 + own_row();
-      if (z < z_begin || x >= smoothing.columns) return;
-      const int rows_left = smoothing.rows - y;
-      S* to = smoothing.out + (volume_start + z * plane_size + (y * smoothing.columns + x));
-      REGKERNELS_UNROLL
-      for (int k = 0; k < kDown; ++k) {
-        if (k < rows_left) *to = to_storage<S>(sum[k]);
-        to += smoothing.columns;
-      }
+      return {volume,
+              y * smoothing.columns + x,
+              x < smoothing.columns ? min(kDown, smoothing.rows - y) : 0,
+              smoothing.columns,
+              plane_size,
+              own_column(),
+              own_row()};
     };
+    typename Sink::template Writer<kColumns, kDown> writer(sink, volume, of_sink);
     const auto add_plane = [&](int z, const T(&value)[kDown]) {
       REGKERNELS_UNROLL
       for (int step = 0; step <= 2 * kRadius; ++step) {
@@ -264,10 +307,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         for (int k = 0; k < kDown; ++k) {
           sum[k] = step < 2 * kRadius ? pending[step % (2 * kRadius)][k] : T(0);
           // A plane out of reach is left out: a weight of 0 would spread infinities.
-          if (distance <= radius_z) sum[k] += smoothing.weight[2][distance] * value[k];
+          if (distance <= radius_z) {
+            sum[k] = product_plus(smoothing.weight[2][distance], value[k], sum[k]);
+          }
           if (step > 0) pending[step - 1][k] = sum[k];
         }
-        if (step == 0) leave(z - kRadius, sum);
+        if (step == 0 && z - kRadius >= z_begin) writer.leave(owned(), z - kRadius, sum);
       }
     };
 
@@ -311,6 +356,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
           continue;
         }
       }
+      const int leaving = z_first + plane - kRadius;
+      if (leaving > z_begin) writer.left(leaving - 1);
+      if (leaving >= z_begin) writer.expect(owned(), leaving);
       if (plane + 1 < count) smooth_rows(place_of(plane + 1), by_row_of(plane + 1));
       if (plane >= 0) {
         T sum[kDown] = {};
@@ -325,66 +373,71 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       __pipeline_wait_prior(Shape::kPlanes - 2);
       __syncthreads();
     }
+    writer.left(z_end - 1);
+    writer.end();
   }
 }
 
-template <class Source, int kRadius, int kChannels, class Shape, class S>
-void launch_smooth(const Cuda& device, const Source& source, Smoothing<S>& smoothing,
-                   const SmoothingTile& tile, int64_t volumes, int64_t bytes) {
+template <int kRadius, int kChannels, class Shape, class Source, class Sink, class T>
+void launch_smooth(const Cuda& device, const Source& source, const Sink& sink,
+                   Smoothing<T>& smoothing, const SmoothingTile& tile, int64_t volumes,
+                   int64_t bytes) {
   smoothing.tiles_x = (smoothing.columns + tile.columns - 1) / tile.columns;
   smoothing.tiles = smoothing.tiles_x * ((smoothing.rows + tile.rows - 1) / tile.rows);
   smoothing.planes = volumes * smoothing.tiles * smoothing.depth;
-  const auto kernel = &smooth_kernel<S, Source, kRadius, kChannels, Shape>;
+  const auto kernel = &smooth_kernel<T, Source, Sink, kRadius, kChannels, Shape>;
   allow_shared_memory(kernel, bytes);
   // The result does not depend on how many blocks there are, so the device may be asked.
   const int64_t blocks = std::min<int64_t>(smoothing.planes, multiprocessors() * Shape::kBlocks);
   const int threads = tile.columns * (tile.rows / Shape::kDown);
-  kernel<<<static_cast<unsigned>(blocks), threads, bytes, device.stream>>>(smoothing, source);
+  kernel<<<static_cast<unsigned>(blocks), threads, bytes, device.stream>>>(smoothing, source, sink);
   check_launch();
 }
 
 // Launches the kernel for this radius and number of channels if they are those of the call, along
 // all axes, and the tile fits. Returns whether it did.
-template <int kRadius, int kChannels, class Shape, class Source, class S>
-bool launch_exact(const Cuda& device, const Source& source, Smoothing<S>& smoothing,
-                  int64_t volumes, int64_t limit) {
+template <int kRadius, int kChannels, class Shape, class Source, class Sink, class T>
+bool launch_exact(const Cuda& device, const Source& source, const Sink& sink,
+                  Smoothing<T>& smoothing, int64_t volumes, int64_t limit) {
   const int* radius = smoothing.radius;
   using Stage = typename Source::Stage;
   constexpr SmoothingTile kTile{Shape::kColumns, Shape::kRows, kRadius * kChannels, kRadius};
   constexpr int64_t kBytes =
-      (kTile.size(Shape::kPlanes + (Stage::kPresent ? 1 : 0)) + Stage::size(kTile)) *
-      sizeof(Arithmetic<S>);
+      (kTile.size(Shape::kPlanes + (Stage::kPresent ? 1 : 0)) + Stage::size(kTile) +
+       Sink::shared_size(Shape::kColumns, Shape::kRows)) *
+      sizeof(T);
   if (smoothing.channels != kChannels || radius[0] != kRadius || radius[1] != kRadius ||
       radius[2] != kRadius || kBytes > limit) {
     return false;
   }
-  launch_smooth<Source, kRadius, kChannels, Shape>(device, source, smoothing, kTile, volumes,
-                                                   kBytes);
+  launch_smooth<kRadius, kChannels, Shape>(device, source, sink, smoothing, kTile, volumes, kBytes);
   return true;
 }
 
-template <class Source, class S>
-void launch_general(const Cuda& device, const Source& source, Smoothing<S>& smoothing,
-                    int64_t volumes, int64_t limit) {
-  using T = Arithmetic<S>;
+template <class Source, class Sink, class T>
+void launch_general(const Cuda& device, const Source& source, const Sink& sink,
+                    Smoothing<T>& smoothing, int64_t volumes, int64_t limit) {
   using Shape = GeneralShape<T>;
   constexpr int kRadius = kLargestRadius<T>;
   constexpr SmoothingTile kWorst{Shape::kColumns, Shape::kDown, kRadius * kFusedChannels, kRadius};
-  static_assert(kWorst.size(Shape::kPlanes) * sizeof(T) <= 99 * 1024,
-                "no GPU since 2020 gives a block less");
+  static_assert(
+      (kWorst.size(Shape::kPlanes) + Sink::shared_size(kWorst.columns, kWorst.rows)) * sizeof(T) <=
+          99 * 1024,
+      "no GPU since 2020 gives a block less");
   SmoothingTile tile{Shape::kColumns, Shape::kRows, smoothing.radius[0] * smoothing.channels,
                      smoothing.radius[1]};
-  const auto bytes = [&] { return tile.size(Shape::kPlanes) * static_cast<int64_t>(sizeof(T)); };
+  const auto bytes = [&] {
+    return (tile.size(Shape::kPlanes) + Sink::shared_size(tile.columns, tile.rows)) *
+           static_cast<int64_t>(sizeof(T));
+  };
   while (tile.rows > Shape::kDown && bytes() > limit) tile.rows -= Shape::kDown;
-  launch_smooth<Source, kRadius, 0, Shape>(device, source, smoothing, tile, volumes, bytes());
+  launch_smooth<kRadius, 0, Shape>(device, source, sink, smoothing, tile, volumes, bytes());
 }
 
 // What all instances of the kernel are told.
-template <class S>
-Smoothing<S> make_smoothing(const GaussianSmoothCall& call, S* out) {
-  using T = Arithmetic<S>;
-  Smoothing<S> smoothing{};
-  smoothing.out = out;
+template <class T>
+Smoothing<T> make_smoothing(const GaussianSmoothCall& call) {
+  Smoothing<T> smoothing{};
   smoothing.columns = static_cast<int>(call.sizes.x * call.channels);
   smoothing.rows = static_cast<int>(call.sizes.y);
   smoothing.depth = static_cast<int>(call.sizes.z);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "core/check.h"
+#include "ops/gaussian_smooth/call.h"
 
 namespace regkernels {
 
@@ -15,6 +16,9 @@ struct AdamCall {
   double beta1, beta2;
   double learning_rate;  // negative where it is no matter
   bool confined;
+  GaussianSmoothCall smoothing;  // of the gradient; without passes where there is none
+  // So many planes at either end of a slab are for others to count, who know what lies beyond it.
+  int64_t uncounted = 0;
 };
 
 }  // namespace regkernels

@@ -4,6 +4,7 @@
 #include "core/scratch.h"
 #include "core/thread_pool.h"
 #include "core/vector_code.h"
+#include "ops/gaussian_smooth/smooth.h"
 #include "ops/riemannian_adam_step/maths.h"
 #include "ops/riemannian_adam_step/riemannian_adam_step.h"
 
@@ -40,10 +41,10 @@ class Moments {
  public:
   using Bits = typename BitsOf<T>::type;
 
-  Moments(const Call& call, const AdamCall& checked, const Tensor& longest)
+  Moments(const Call& call, const AdamCall& checked, const Tensor& gradient, const Tensor& longest)
       : checked_(checked),
         rules_(call, checked, call.input("scale")),
-        gradient_(call.input("gradient")),
+        gradient_(gradient),
         mu_(call.input("mu")),
         nu_(call.input("nu")),
         next_mu_(call.output("next_mu")),
@@ -71,7 +72,11 @@ class Moments {
                      mu_.at(group, item) + at, nu_.at(group, item) + at,
                      next_mu_.at(group, item) + at, next_nu_.at(group, item) + at, squares);
               // The planes beyond the end of a volume do not count.
-              if (row / checked_.sizes.y + first_plane_() >= checked_.planes) continue;
+              const int64_t z = row / checked_.sizes.y;
+              if (z + first_plane_() >= checked_.planes || z < checked_.uncounted ||
+                  z >= checked_.sizes.z - checked_.uncounted) {
+                continue;
+              }
               greatest = std::max(greatest, greatest_of(squares, counts, size));
             }
           });
@@ -91,15 +96,11 @@ class Moments {
     // What is written in place is read first.
 #pragma GCC ivdep
     for (int64_t e = 0; e < size; ++e) {
-      const uint32_t dither = std::is_same_v<M, T> ? 0 : dither_bits(in_volume + e, rule.count);
-      const M first = stored_moment<M>(rule.mean(gradient[e], to_arithmetic(mu[e])), dither >> 16);
-      const M second =
-          stored_moment<M>(rule.mean_square(gradient[e], to_arithmetic(nu[e])), dither);
-      next_mu[e] = first;
-      next_nu[e] = second;
-      // The step is made of what is stored.
-      const T direction = rule.direction(to_arithmetic(first), to_arithmetic(second), epsilon[e]);
-      squares[e] = direction * direction;
+      const MomentsOfNumber<T, M> found(rule, gradient[e], to_arithmetic(mu[e]),
+                                        to_arithmetic(nu[e]), epsilon[e], in_volume + e);
+      next_mu[e] = found.mu;
+      next_nu[e] = found.nu;
+      squares[e] = found.direction * found.direction;
     }
   }
 
@@ -166,11 +167,41 @@ void write_step(const Call& call, const AdamCall& checked, const Tensor& mu, con
   });
 }
 
-void find_moments(const Call& call, const Tensor& longest) {
+// Smooths the gradient of a call into memory that has room for all of the batch.
+template <class T, int D>
+void smooth_gradient(const Context& context, const Call& call, const AdamCall& checked, T* smooth) {
+  const Tensor& gradient = call.input("gradient");
+  const int64_t size = checked.sizes.voxels() * D;
+  const T* in = gradient.as<const T>();
+  if (gradient.shape.count() != checked.batch.groups * checked.batch.items * size) {
+    in = smooth;
+    const Operand<const T> from(gradient);
+    for (int64_t b = 0; b < checked.batch.groups * checked.batch.items; ++b) {
+      const int64_t group = b / checked.batch.items;
+      std::copy_n(from.at(group, b - group * checked.batch.items), size, smooth + b * size);
+    }
+  }
+  smooth_array(Cpu(context), checked.smoothing, in, smooth, call.output("weights").as<T>(),
+               static_cast<T*>(nullptr));
+}
+
+// A smooth gradient is in the place of the step, which is written later, if there is one.
+void find_moments(const Context& context, const Call& call, const Tensor& longest,
+                  const Tensor& step) {
   with_adam(call, [&](const AdamCall& checked, auto type, auto stored, auto dimensions) {
-    Moments<typename decltype(type)::type, typename decltype(stored)::type,
-            decltype(dimensions)::value>(call, checked, longest)
-        .run();
+    using T = typename decltype(type)::type;
+    constexpr int D = decltype(dimensions)::value;
+    Tensor gradient = call.input("gradient");
+    const int64_t count = checked.batch.groups * checked.batch.items * checked.sizes.voxels() * D;
+    Scratch scratch;
+    if (!checked.smoothing.passes.empty() && count > 0) {
+      T* const smooth = step.present ? step.as<T>() : scratch.take<T>(count);
+      smooth_gradient<T, D>(context, call, checked, smooth);
+      gradient = call.output("next_mu");  // in its shape
+      gradient.dtype = checked.dtype;
+      gradient.data = smooth;
+    }
+    Moments<T, typename decltype(stored)::type, D>(call, checked, gradient, longest).run();
   });
 }
 
@@ -183,12 +214,12 @@ void find_step(const Call& call, const Tensor& mu, const Tensor& nu, const Tenso
 
 }  // namespace
 
-void riemannian_adam_step_cpu(const Context&, const Call& call) {
-  find_moments(call, call.output("longest"));
+void riemannian_adam_step_cpu(const Context& context, const Call& call) {
+  find_moments(context, call, call.output("longest"), call.output("output"));
   find_step(call, call.output("next_mu"), call.output("next_nu"), call.output("longest"));
 }
-void adam_moments_cpu(const Context&, const Call& call) {
-  find_moments(call, call.output("output"));
+void adam_moments_cpu(const Context& context, const Call& call) {
+  find_moments(context, call, call.output("output"), Tensor());
 }
 void adam_step_of_longest_cpu(const Context&, const Call& call) {
   find_step(call, call.input("mu"), call.input("nu"), call.input("longest"));

@@ -2,7 +2,8 @@
 
 #include "core/for_each.h"
 #include "core/reduce.h"
-#include "ops/riemannian_adam_step/maths.h"
+#include "ops/gaussian_smooth/smooth.h"
+#include "ops/riemannian_adam_step/moments_cuda.h"
 #include "ops/riemannian_adam_step/riemannian_adam_step.h"
 
 namespace regkernels {
@@ -17,22 +18,6 @@ __device__ __forceinline__ int component_of(int k) {
 }
 
 template <class T, class M, int D>
-struct Moments {
-  AdamRules<T> rules;
-  Operand<const T> gradient;
-  Operand<const M> mu, nu;
-  Operand<M> next_mu, next_nu;
-  T* longest;
-  int64_t items, batch;
-  int64_t voxels;  // of an item
-  int64_t plane_voxels;
-  int64_t planes;  // of the whole volume
-  FirstPlane first_plane;
-};
-
-// The result is a maximum, so that its bits depend neither on the number of blocks nor on their
-// order.
-template <class T, class M, int D>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
     adam_moments_kernel(const __grid_constant__ Moments<T, M, D> moments) {
   using Bits = typename BitsOf<T>::type;
@@ -42,9 +27,9 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
   const int lane = threadIdx.x;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
   const int64_t size = moments.voxels * D;
-  const int64_t before = moments.first_plane() * moments.plane_voxels * D;  // of the whole volume
-  const int64_t counted =
-      min(moments.voxels, (moments.planes - moments.first_plane()) * moments.plane_voxels);
+  const int64_t before = moments.first_number();
+  const int64_t first_counted = moments.first_counted() * moments.plane_voxels;
+  const int64_t counted = moments.end_of_counted() * moments.plane_voxels;
   for (int64_t b = blockIdx.y; b < moments.batch; b += gridDim.y) {
     const int64_t group = b / moments.items, item = b - group * moments.items;
     const AdamRule<T> rule = moments.rules.of(group, item);
@@ -81,18 +66,13 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
         REGKERNELS_UNROLL
         for (int k = 0; k < D; ++k) {
           const int64_t e = start + (part * D + k) * kWarp;
-          const uint32_t dither = std::is_same_v<M, T> ? 0 : dither_bits(before + e, rule.count);
-          const M first_moment = stored_moment<M>(rule.mean(g[part][k], m[part][k]), dither >> 16);
-          const M second_moment =
-              stored_moment<M>(rule.mean_square(g[part][k], n[part][k]), dither);
+          const MomentsOfNumber<T, M> found(rule, g[part][k], m[part][k], n[part][k], epsilon[k],
+                                            before + e);
           if (e < size) {
-            next_mu[e] = first_moment;
-            next_nu[e] = second_moment;
+            next_mu[e] = found.mu;
+            next_nu[e] = found.nu;
           }
-          // The step is made of what is stored.
-          const T direction =
-              rule.direction(to_arithmetic(first_moment), to_arithmetic(second_moment), epsilon[k]);
-          squares[threadIdx.y][part][k * kWarp + lane] = direction * direction;
+          squares[threadIdx.y][part][k * kWarp + lane] = found.direction * found.direction;
         }
       }
       __syncwarp();
@@ -101,24 +81,40 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
         T sum = squares[threadIdx.y][part][lane * D];
         REGKERNELS_UNROLL
         for (int k = 1; k < D; ++k) sum += squares[threadIdx.y][part][lane * D + k];
-        if (first + part * kWarp + lane < counted) {
+        const int64_t voxel = first + part * kWarp + lane;
+        if (voxel >= first_counted && voxel < counted) {
           greatest = max(greatest, magnitude_bits(sum));
         }
       }
     }
-    REGKERNELS_UNROLL
-    for (int step = kWarp / 2; step > 0; step /= 2) {
-      greatest = max(greatest, __shfl_xor_sync(0xffffffffu, greatest, step));
-    }
+    greatest = greatest_of_warp(greatest);
     __syncthreads();
     if (lane == 0) by_warp[threadIdx.y] = greatest;
     __syncthreads();
     if (lane == 0 && threadIdx.y == 0) {
       for (const Bits other : by_warp) greatest = max(greatest, other);
-      const T length = sqrt(value_of_bits<T>(greatest));
-      atomicMax(reinterpret_cast<Bits*>(moments.longest) + b, magnitude_bits(length));
+      lengthen(moments.longest + b, greatest);
     }
   }
+}
+
+// Smooths the gradient of each item where no kernel does so on the way. Returns where it is.
+template <class T, int D>
+Tensor smoothed_gradient(const Cuda& device, const Call& call, const AdamCall& checked) {
+  const Operand<const T> gradient(call.input("gradient"));
+  T* const output = call.output("output").as<T>();
+  T* const scratch = call.output("scratch").as<T>();
+  T* const rough = first_pass_writes_output(checked.smoothing) ? scratch : output;
+  const int64_t size = checked.sizes.voxels() * D;
+  for (int64_t b = 0; b < checked.batch.groups * checked.batch.items; ++b) {
+    const int64_t group = b / checked.batch.items;
+    check_cuda(cudaMemcpyAsync(rough + b * size,
+                               gradient.at(group, b - group * checked.batch.items),
+                               size * sizeof(T), cudaMemcpyDeviceToDevice, device.stream));
+  }
+  smooth_array(device, checked.smoothing, static_cast<const T*>(rough), output,
+               call.output("weights").as<T>(), scratch);
+  return call.output("output");
 }
 
 template <class T, class M, int D>
@@ -127,19 +123,14 @@ void find_moments(const Cuda& device, const Call& call, const AdamCall& checked,
   clear(device, longest);
   const int64_t batch = checked.batch.groups * checked.batch.items;
   if (batch == 0) return;
-  Moments<T, M, D> moments{AdamRules<T>(call, checked, call.input("scale")),
-                           Operand<const T>(call.input("gradient")),
-                           Operand<const M>(call.input("mu")),
-                           Operand<const M>(call.input("nu")),
-                           Operand<M>(call.output("next_mu")),
-                           Operand<M>(call.output("next_nu")),
-                           longest.as<T>(),
-                           checked.batch.items,
-                           batch,
-                           checked.sizes.voxels(),
-                           checked.sizes.y * checked.sizes.x,
-                           checked.planes,
-                           FirstPlane(call.slab)};
+  const bool smooth = !checked.smoothing.passes.empty();
+  if (smooth && checked.smoothing.fused) {
+    const Moments<T, M, D> moments(call, checked, call.input("gradient"), longest);
+    return find_smooth_moments(device, moments, checked.smoothing);
+  }
+  const Moments<T, M, D> moments(
+      call, checked,
+      smooth ? smoothed_gradient<T, D>(device, call, checked) : call.input("gradient"), longest);
   const int64_t most = multiprocessors() * int64_t{8};
   const int64_t needed = (moments.voxels + 511) / 512;
   const dim3 grid(static_cast<unsigned>(std::min(needed, most)),

@@ -10,6 +10,7 @@
 #include "core/host_device.h"
 #include "core/operand.h"
 #include "maths/fast_math.h"
+#include "maths/product_plus.h"
 #include "ops/riemannian_adam_step/call.h"
 
 namespace regkernels {
@@ -81,14 +82,31 @@ struct AdamRule {
   int32_t count;
 
   REGKERNELS_HD T mean(T gradient, T mu) const {
-    return (1 - beta1) * (scale * gradient) + beta1 * mu;
+    return product_plus(beta1, mu, (1 - beta1) * (scale * gradient));
   }
   REGKERNELS_HD T mean_square(T gradient, T nu) const {
     const T scaled = scale * gradient;
-    return (1 - beta2) * (scaled * scaled) + beta2 * nu;
+    return product_plus(beta2, nu, (1 - beta2) * (scaled * scaled));
   }
   REGKERNELS_HD T direction(T mu, T nu, T epsilon_here) const {
     return first * mu * reciprocal(root(second * nu) + epsilon_here);
+  }
+};
+
+// What a step makes of one number: its moments as they are stored, and its direction.
+template <class T, class M>
+struct MomentsOfNumber {
+  M mu, nu;
+  T direction;
+
+  // Which number of the whole volume it is decides how its moments are rounded.
+  REGKERNELS_HD MomentsOfNumber(const AdamRule<T>& rule, T gradient, T mu_before, T nu_before,
+                                T epsilon, int64_t in_volume) {
+    const uint32_t dither = std::is_same_v<M, T> ? 0 : dither_bits(in_volume, rule.count);
+    mu = stored_moment<M>(rule.mean(gradient, mu_before), dither >> 16);
+    nu = stored_moment<M>(rule.mean_square(gradient, nu_before), dither);
+    // The step is made of what is stored.
+    direction = rule.direction(to_arithmetic(mu), to_arithmetic(nu), epsilon);
   }
 };
 

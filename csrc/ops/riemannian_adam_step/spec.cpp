@@ -90,17 +90,35 @@ void infer(Call& call) {
   check_number_of_item(call, "scale");
   check_step(call, checked);
   // The step is made of the moments, so that they are written whether or not they are asked for.
-  call.set("output", field_spec(checked, checked.dtype));
+  const Tensor field = field_spec(checked, checked.dtype);
+  call.set("output", field);
   set_moments(call, checked);
+  checked.smoothing = check_smoothing(call, "gradient", field.shape, true);
+  if (!checked.smoothing.passes.empty()) {
+    call.set("weights", tensor_spec(checked.dtype, {1, checked.smoothing.weights}));
+    // On CUDA the passes of a wide Gaussian go back and forth between this memory and the step's.
+    if (!checked.smoothing.fused) {
+      call.set("scratch", tensor_spec(checked.dtype, {1, field.shape.count()}));
+    }
+  }
   call.set("longest", longest_spec(checked));
   call.keep(checked);
 }
 
 void infer_moments(Call& call) {
-  const AdamCall checked = check(call, "gradient", {"mu", "nu"});
+  AdamCall checked = check(call, "gradient", {"mu", "nu"});
   check_number_of_item(call, "scale");
   call.set("output", longest_spec(checked));
   set_moments(call, checked);
+  checked.smoothing =
+      check_smoothing(call, "gradient", field_spec(checked, checked.dtype).shape, true);
+  if (!checked.smoothing.passes.empty()) {
+    if (!checked.smoothing.fused) {
+      fail_value(call, "sigma", "a Gaussian that is smoothed with by one kernel", "a wider one");
+    }
+    call.set("weights", tensor_spec(checked.dtype, {1, checked.smoothing.weights}));
+  }
+  checked.uncounted = call.integer("uncounted");
   call.keep(checked);
 }
 
@@ -115,11 +133,18 @@ void infer_step(Call& call) {
 }  // namespace
 
 std::vector<Op> riemannian_adam_step_ops() {
-  const std::vector<AttrSpec> decays = {{"beta1", AttrKind::kFloat}, {"beta2", AttrKind::kFloat}};
+  const std::vector<AttrSpec> of_moments = {{"beta1", AttrKind::kFloat},
+                                            {"beta2", AttrKind::kFloat},
+                                            {"sigma", AttrKind::kFloats},
+                                            {"truncate", AttrKind::kFloat},
+                                            {"uncounted", AttrKind::kInt}};
   const std::vector<AttrSpec> of_step = {{"beta1", AttrKind::kFloat},
                                          {"beta2", AttrKind::kFloat},
                                          {"learning_rate", AttrKind::kFloat},
                                          {"confined", AttrKind::kBool}};
+  std::vector<AttrSpec> of_smooth_step = of_step;
+  of_smooth_step.push_back({"sigma", AttrKind::kFloats});
+  of_smooth_step.push_back({"truncate", AttrKind::kFloat});
   const InputSpec mu = {"mu", false, InputKind::kImage}, nu = {"nu", false, InputKind::kImage};
   const InputSpec count = {"count", false, InputKind::kCounts};
   const std::vector<InputSpec> inputs = {{"gradient"}, mu, nu, count, {"epsilon"}, {"scale", true}};
@@ -127,16 +152,21 @@ std::vector<Op> riemannian_adam_step_ops() {
       {"riemannian_adam_step",
        nullptr,
        inputs,
-       {{"output"}, {"next_mu"}, {"next_nu"}, {"longest", OutputRole::kWorkspace}},
-       of_step,
+       {{"output"},
+        {"next_mu"},
+        {"next_nu"},
+        {"longest", OutputRole::kWorkspace},
+        {"weights", OutputRole::kWorkspace},
+        {"scratch", OutputRole::kWorkspace}},
+       of_smooth_step,
        infer,
        riemannian_adam_step_cpu,
        REGKERNELS_CUDA_LAUNCH(riemannian_adam_step_cuda)},
       {"adam_moments",
        nullptr,
        inputs,
-       {{"output"}, {"next_mu"}, {"next_nu"}},
-       decays,
+       {{"output"}, {"next_mu"}, {"next_nu"}, {"weights", OutputRole::kWorkspace}},
+       of_moments,
        infer_moments,
        adam_moments_cpu,
        REGKERNELS_CUDA_LAUNCH(adam_moments_cuda),

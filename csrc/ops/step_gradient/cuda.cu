@@ -367,13 +367,14 @@ template <class Product>
 void smooth_product(const Cuda& device, const Product& product, const StepGradientCall& call,
                     typename Product::T* output) {
   using T = typename Product::T;
-  Smoothing<T> smoothing = make_smoothing(call.smoothing, output);
+  auto smoothing = make_smoothing<T>(call.smoothing);
+  const ArraySink<T> sink{output, product.volume * Product::D};
   const int64_t volumes = call.smoothing.volumes, limit = shared_memory_limit();
   if constexpr (std::is_same_v<T, float> && Product::D == 3) {
     const StagedProductSource<Product> staged{product, call.batch.items};
     const auto launch_radius = [&](auto radius) {
       return call.channels == 1 && launch_exact<decltype(radius)::value, 3, ExactShape>(
-                                       device, staged, smoothing, volumes, limit);
+                                       device, staged, sink, smoothing, volumes, limit);
     };
     if (launch_radius(IntTag<4>{}) || launch_radius(IntTag<5>{}) || launch_radius(IntTag<6>{}) ||
         launch_radius(IntTag<8>{})) {
@@ -381,7 +382,7 @@ void smooth_product(const Cuda& device, const Product& product, const StepGradie
     }
   }
   const ProductSource<Product> source{product, call.batch.items};
-  launch_general(device, source, smoothing, volumes, limit);
+  launch_general(device, source, sink, smoothing, volumes, limit);
 }
 
 }  // namespace
