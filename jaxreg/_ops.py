@@ -124,8 +124,15 @@ def _infer(
     return {x: spec for x, spec in zip(op.output_names, outputs, strict=True) if spec}
 
 
-_OVERWRITTEN = {"step_gradient": "pull"}
-"""The operand that an op reads voxel by voxel, and whose memory its result may take if asked to."""
+_OVERWRITTEN = {
+    "step_gradient": ("pull", "weights"),
+    "riemannian_adam_step": ("gradient", "scratch"),
+    "compose": ("v", ""),
+}
+"""The operand whose memory an op's result may take if asked to, as it is read before.
+
+Not where there is a workspace of that name: then the op reads the operand elsewhere, too.
+"""
 
 
 def _in_place(
@@ -141,9 +148,9 @@ def _in_place(
     neither is then copied.
     """
     pairs = {name: name[5:] for name in results if name.startswith("next_")}
-    # Where there is a workspace, results are not made voxel by voxel.
-    if overwrites and not _workspaces(op) & results.keys() and op.name in _OVERWRITTEN:
-        pairs["output"] = _OVERWRITTEN[op.name]
+    operand, unless = _OVERWRITTEN.get(op.name, ("", ""))
+    if overwrites and operand and unless not in results:
+        pairs["output"] = operand
     places = {name: place for place, name in enumerate(results)}
     return {
         names.index(operand): places[result]
@@ -183,7 +190,7 @@ class _Run:
         changed = {**self.attributes, **(attributes or {})}
         if step is None:
             # Of a slab the ends are computed again, from the same operands.
-            overwrites = self.overwrites and not slab
+            overwrites = self.overwrites
             return _emit(self.op, changed, self.wanted, arrays, slab, first, overwrites=overwrites)
         return _emit(OPS[step], changed, OPS[step].mask(results), arrays, slab, first)
 

@@ -280,6 +280,11 @@ class Run(Protocol):
         """The results that are wanted of the call."""
         ...
 
+    @property
+    def overwrites(self) -> bool:
+        """Whether a result may be written over an operand: see `overwriting`."""
+        ...
+
     def __call__(
         self,
         arrays: Mapping[str, jax.Array],
@@ -600,12 +605,21 @@ def _sampling(
         """The slab is sampled as it is, and for its first and last planes with a halo."""
         ends = cut.sampled.ends({sampled: arrays[sampled]}, {sampled: axis}, near, inner)[sampled]
         out_own = cut.planes.own
+        first_planes = (0, out_own - near)
+        inside = arrays
+        field_parts: list[Arrays] = [{}, {}]
+        if vectors is not None:
+            field_parts = [
+                {field: _planes_of(arrays[field], plane, plane + near, field_axis)}
+                for plane in first_planes
+            ]
+            if run.overwrites:  # once they have been cut off, nobody needs the field any more
+                inside, field_parts = _arrived((arrays, field_parts))
         parts = []
-        for window, at, plane in zip(ends, (-near, own - inner), (0, out_own - near), strict=True):
-            part = arrays | {sampled: window}
-            if vectors is not None:
-                field_part = _planes_of(arrays[field], plane, plane + near, field_axis)
-                part = part | {field: field_part}
+        for window, at, plane, of_field in zip(
+            ends, (-near, own - inner), first_planes, field_parts, strict=True
+        ):
+            part = arrays | {sampled: window} | of_field
             parts.append(
                 run(
                     part,
@@ -614,7 +628,12 @@ def _sampling(
                     first=_first_planes(begin + at, first + plane),
                 )
             )
-        results = visit(arrays[sampled], begin, own, changed)
+        results = run(
+            inside,
+            attributes=changed,
+            slab=(whole, cut.planes.planes, own),
+            first=_first_planes(begin, first),
+        )
         return {
             name: _with_ends(x, parts[0][name], parts[1][name], axis) for name, x in results.items()
         }
@@ -810,13 +829,71 @@ def _voxel_by_voxel(run: Run, arrays: Arrays, _: Mapping[str, Any], cut: Cut) ->
     return run(arrays)
 
 
-def _adam_step(run: Run, arrays: Arrays, _: Mapping[str, Any], cut: Cut) -> Arrays:
+def _place(slabs: Slabs, begin: int = 0) -> dict[str, Any]:
+    """What a kernel is told that computes planes from ``begin`` on, of a slab."""
+    first = slabs.first() + begin
+    return {"slab": (slabs.planes, slabs.planes, 0), "first": _first_planes(first, first)}
+
+
+_FUSED_RADIUS = {"float32": 12, "float64": 8}
+"""As far as a Gaussian reaches that one kernel smooths with: see ``kFusedRadius``."""
+
+
+def _adam_moments(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) -> Arrays:
+    """The moments of a slab, and as ``output`` the longest vector of its own."""
+    slabs, own, gradient = cut.planes, cut.planes.own, arrays["gradient"]
+    names = ("output", "next_mu", "next_nu")
+
+    def moments(arrays: Arrays, begin: int = 0, uncounted: int = 0, **changed: Any) -> Arrays:
+        attributes = {"sigma": (0.0,), "uncounted": uncounted, **changed}
+        place = _place(slabs, begin)
+        return run(arrays, step="adam_moments", attributes=attributes, results=names, **place)
+
+    def smooth(arrays: Arrays) -> Arrays:
+        return run(arrays, step="gaussian_smooth", attributes={"channel_last": True})
+
+    if not any(attributes["sigma"]):
+        return moments(arrays)
+    widest = math.ceil(attributes["truncate"] * max(attributes["sigma"]))
+    reach = min(math.ceil(attributes["truncate"] * attributes["sigma"][0]), slabs.planes - 1)
+    if widest > _FUSED_RADIUS[str(gradient.dtype)] or own < 2 * reach:
+        channel_last = {"channel_last": True}
+        found = _gaussian_smooth(smooth, {"x": gradient}, {**attributes, **channel_last}, cut)
+        return moments(arrays | {"gradient": found["output"]})
+    fused = {name: attributes[name] for name in ("sigma", "truncate")}
+    if reach == 0:
+        return moments(arrays, **fused)
+    # One kernel smooths the slab as it is on its way to moments. Those of its ends, for which there
+    # are planes of the neighbours, are made once more, of what was there before. They are cut from
+    # the gradient, not from what its parts are written from.
+    arrays = _arrived(arrays)
+    gradient = arrays["gradient"]
+    fields = {name: arrays[name] for name in ("mu", "nu")}
+    numbers = {name: x for name, x in arrays.items() if name not in ("gradient", *fields)}
+    begins = (0, own - reach)
+    ends = slabs.ends({"gradient": gradient}, {"gradient": 2}, reach, 2 * reach)["gradient"]
+    before = [
+        {name: _planes_of(x, begin, begin + reach, 2) for name, x in fields.items()}
+        for begin in begins
+    ]
+    gradient = slabs.inside(gradient, 2)
+    fields, gradient, ends, before = _arrived((fields, gradient, ends, before))
+    parts = []
+    for begin, end, of_end in zip(begins, ends, before, strict=True):
+        smooth_end = _planes_of(smooth({"x": end})["output"], reach, 2 * reach, 2)
+        parts.append(moments(numbers | of_end | {"gradient": smooth_end}, begin))
+    found = moments(numbers | fields | {"gradient": gradient}, uncounted=reach, **fused)
+    first, last = parts
+    longest = jnp.maximum(found.pop("output"), jnp.maximum(first["output"], last["output"]))
+    moments_of_slab = {name: _with_ends(x, first[name], last[name], 2) for name, x in found.items()}
+    return {"output": longest, **moments_of_slab}
+
+
+def _adam_step(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) -> Arrays:
     """The rule of `riemannian_adam_step`: the longest vector is that of all devices."""
     slabs = cut.planes
-    first = slabs.first()
-    place: Any = {"slab": (slabs.planes, slabs.planes, 0), "first": _first_planes(first, first)}
-    names = ("output", "next_mu", "next_nu")
-    moments = run(arrays, step="adam_moments", results=names, **place)
+    place = _place(slabs)
+    moments = _adam_moments(run, arrays, attributes, cut)
     longest = jax.lax.pmax(moments.pop("output"), slabs.axes)  # type: ignore[no-untyped-call]
     found = {"mu": moments["next_mu"], "nu": moments["next_nu"], "longest": longest}
     step = run(arrays | found, step="adam_step_of_longest", **place)["output"]
@@ -877,7 +954,9 @@ def _smoothing_axis(attributes: Mapping[str, Any]) -> int:
     return 2 if attributes["channel_last"] else 3
 
 
-def _gaussian_smooth(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) -> Arrays:
+def _gaussian_smooth(
+    run: Callable[[Arrays], Arrays], arrays: Arrays, attributes: Mapping[str, Any], cut: Cut
+) -> Arrays:
     reach = min(math.ceil(attributes["truncate"] * attributes["sigma"][0]), cut.planes.planes - 1)
     axes = dict.fromkeys(_SMOOTHED, _smoothing_axis(attributes))
     return _by_ends(lambda part, _: run(part), arrays, axes, reach, cut.planes)

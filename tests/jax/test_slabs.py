@@ -813,9 +813,12 @@ def test_step_gradient_gives_the_bits_of_one_device(mesh: Mesh, planes: int, sig
         assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("plane", "dtype"), [(0, "float32"), (7, "bfloat16"), (-1, "float32")])
+@pytest.mark.parametrize(
+    ("plane", "dtype", "sigma"),
+    [(0, "float32", 0.0), (7, "bfloat16", 0.8), (-1, "float32", 1.25), (-1, "float32", (0, 1, 2))],
+)
 def test_riemannian_adam_step_gives_the_bits_of_one_device(
-    mesh: Mesh, planes: int, plane: int, dtype: str
+    mesh: Mesh, planes: int, plane: int, dtype: str, sigma: Any
 ) -> None:
     """Whichever device has the longest vector."""
     gradient, mu, root = (random_array(k, 2, planes, *IN_PLANE, 3) for k in (1, 2, 3))
@@ -824,7 +827,7 @@ def test_riemannian_adam_step_gives_the_bits_of_one_device(
     def function(gradient: Any, mu: Any, nu: Any) -> Any:
         options = {"learning_rate": 0.4, "epsilon": jnp.asarray([1.0, 2.0, 0.1]), "confined": True}
         mu, nu = mu.astype(dtype), nu.astype(dtype)
-        step, mu, nu = jaxreg.riemannian_adam_step(gradient, mu, nu, 3, **options)
+        step, mu, nu = jaxreg.riemannian_adam_step(gradient, mu, nu, 3, sigma=sigma, **options)
         return step, mu.astype("float32"), nu.astype("float32")
 
     operands = gradient, mu, root**2
