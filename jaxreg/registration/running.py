@@ -92,12 +92,16 @@ class OneDevice:
         _rehearse(self._operands, alignment, stages, watched)
         self._problem = make_problem(**self._operands)
         del self._operands
+        self._stages_left = len(stages)
         return alignment
 
     def run(
         self, stage: Stage, alignment: Alignment, callback: Callback | None
     ) -> tuple[Alignment, tuple[Trace, ...]]:
         """Run a stage."""
+        self._stages_left -= 1
+        if self._stages_left == 0:
+            self._problem.begin_last_stage()
         return stage.run(self._problem, alignment, callback)
 
     def overlap(self, alignment: Alignment) -> float:
@@ -144,9 +148,11 @@ def _rehearse(
         if work.is_kept(shapes, options, start, stages, watched):
             return
         problem = rehearse(_make, shapes, Fixed(options))
-        for stage in stages:
+        for number, stage in enumerate(stages, start=1):
             if problem is None:
                 return
+            if number == len(stages):
+                problem.begin_last_stage()
             problem, start = rehearse(_stage, stage, problem, start, Fixed(watched)) or (None, None)
         rehearse(_overlap_of, problem, start)
         if work.afterwards is not None and start is not None:
@@ -170,7 +176,7 @@ def _ignore(progress: Progress) -> None:
 
 
 def _overlap_of(problem: Problem, alignment: Alignment) -> jax.Array:
-    return problem.whole(alignment).overlap
+    return problem.overlap(alignment)
 
 
 @Program
@@ -358,4 +364,4 @@ def _program(function: Callable[..., Any], platform: str) -> Callable[..., Any]:
 @functools.partial(jax.jit, static_argnames="settings")
 def _overlap(inputs: _Inputs, alignment: Alignment, settings: _Settings) -> jax.Array:
     whole = _on_fields(lambda field: cut(field, _FIELD, settings.planes), alignment)
-    return _problem(inputs, settings).whole(whole).overlap
+    return _problem(inputs, settings).overlap(whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -101,6 +102,7 @@ def riemannian_adam_step(
     epsilon: float | jax.Array = 1e-8,
     scale: float | jax.Array | None = None,
     confined: bool = False,
+    sigma: float | Sequence[float] = 0.0,
 ) -> tuple[jax.Array, _Moments]:
     """Turn a gradient into the displacement to compose with: `jaxreg.riemannian_adam_step`.
 
@@ -112,7 +114,7 @@ def riemannian_adam_step(
     moments
         From the previous step; ``optax.scale_by_adam().init(gradient)`` before the first, or
         `AdamMoments` with zeros in the shapes of that.
-    learning_rate, beta1, beta2, epsilon, scale, confined
+    learning_rate, beta1, beta2, epsilon, scale, confined, sigma
         As for `jaxreg.riemannian_adam_step`.
 
     Returns
@@ -134,5 +136,6 @@ def riemannian_adam_step(
         epsilon=epsilon,
         scale=scale,
         confined=confined,
+        sigma=sigma,
     )
     return step, given._replace(count=given.count + 1, mu=mu, nu=nu)

@@ -19,7 +19,7 @@ from jaxreg.registration.stages.adam import (
     resize_moments,
     riemannian_adam_step,
 )
-from jaxreg.registration.stages.deformable import Deformable, Loss, Penalty
+from jaxreg.registration.stages.deformable import Deformable, Loss
 from jaxreg.registration.stages.fields import confined_in_place, longest, smoothed, smoothing
 from jaxreg.registration.stages.iterative import Iterate, Resolution, State
 from jaxreg.registration.stages.neighbours import differences
@@ -89,7 +89,7 @@ class Diffeomorphic(Deformable):
 
     def after_step(self, field: jax.Array, step: jax.Array) -> jax.Array:
         """Return a field after a step of :meth:`descend` composed from the right, smooth again."""
-        with samples_within(math.ceil(self.learning_rate / 2)):
+        with samples_within(math.ceil(self.learning_rate / 2)), overwriting():
             composed = compose(field, step)
         return self.smooth(composed)
 
@@ -135,31 +135,34 @@ class Diffeomorphic(Deformable):
     def descend(
         self, level: Level, gradient: jax.Array, moments: AdamMoments
     ) -> tuple[jax.Array, AdamMoments]:
-        """Return the step for the smooth gradient of a mean loss, and Adam's moments after it."""
+        """Return the step for the gradient of a mean loss, made smooth, and Adam's moments."""
         # The loss is a mean: its sum has a gradient whose size does not depend on the grid.
         voxels = jnp.asarray(math.prod(gradient.shape[1:-1]), gradient.dtype)
         per_voxel = jnp.asarray([max(n - 1, 1) / 2 for n in level.shape[::-1]], gradient.dtype)
         scale, epsilon = self.in_scale(level, voxels, self.epsilon * per_voxel)
-        return riemannian_adam_step(
-            gradient,
-            moments,
-            learning_rate=self.learning_rate,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            epsilon=epsilon,
-            scale=scale,
-            confined=True,
-        )
+        with overwriting():
+            return riemannian_adam_step(
+                gradient,
+                moments,
+                learning_rate=self.learning_rate,
+                beta1=self.beta1,
+                beta2=self.beta2,
+                epsilon=epsilon,
+                scale=scale,
+                confined=True,
+                sigma=smoothing(level.shape, self.gradient_sigma),
+            )
 
     def loss_and_gradient(
         self,
         level: Level,
         pair: Callable[[Level], tuple[Weighted, Weighted]],
         wrt: tuple[int, ...],
-        penalty: Penalty,
-        displacement: jax.Array | None = None,
+        field: jax.Array,
+        *,
+        through: bool,
     ) -> tuple[jax.Array, jax.Array]:
-        """Return the loss of two images, and its gradient with respect to steps that warp them.
+        """Return the loss with its penalty, and the gradient with respect to steps of a field.
 
         Parameters
         ----------
@@ -169,42 +172,45 @@ class Diffeomorphic(Deformable):
             ``pair(level)``: the moved image and its target, of all channels of a level.
         wrt
             With respect to which steps: 0 of the moved image, 1 of its target.
-        penalty
-            Whose gradient, of the shape of the result, is added.
-        displacement
-            Through whose warp that is taken first: it is the one with respect to the displacement,
-            and as for the metric, the step is composed from the right, at the zero step.
+        field
+            What is regularised, ``(steps, [Z,] Y, X, D)``.
+        through
+            Whether the gradient of the penalty is taken through the warps of the field first, as it
+            is the one with respect to a displacement: as for the metric, the step is composed from
+            the right, at the zero step.
 
         Returns
         -------
         loss
             A scalar.
         gradient
-            ``(steps, [Z,] Y, X, D)``, smooth, in the order of ``wrt``.
+            ``(steps, [Z,] Y, X, D)``, in the order of ``wrt``.
         """
         if not self.takes_channels_singly(level):
             images = pair(level)
             loss, slopes, rate = self.loss_and_slopes(level, *images, wrt)
+            # The pull takes more memory than slopes, and so is made when what those are made of is
+            # gone.
+            field, slopes = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
+                (field, slopes)
+            )
+            penalty = self.penalty(level, field)
             # To put images side by side takes less than to do so with fields.
             chosen = jnp.concatenate([images[k].image for k in wrt])
             joined = jnp.concatenate(slopes)
-            through = None if penalty.gradient is None else displacement
-            # A product that looks at a warp is smoothed by another kernel in any case. It is in
-            # the place of the pull then, and so the images are gone when it is smoothed. Devices
-            # that share a volume send each other one plane of what is multiplied, and of the
-            # product what a Gaussian reaches.
-            apart = through is not None
+            # It is smoothed where its moments are made, and so is in the place of the pull, and
+            # the step in its own. Devices that share a volume send each other one plane of what is
+            # multiplied, and of the product what a Gaussian reaches.
             with overwriting():
                 gradient = step_gradient(
                     chosen,
                     joined,
                     penalty.gradient,
-                    through,
-                    sigma=0.0 if apart else smoothing(level.shape, self.gradient_sigma),
+                    field if through and penalty.gradient is not None else None,
                     slope_scale=rate,
                     pull_scale=penalty.unit,
                 )
-            return loss, smoothed(gradient, self.gradient_sigma) if apart else gradient
+            return loss + penalty.value, gradient
         moved, target = pair(level.channel(0))
 
         def of_channel(one: Level, loss: Loss) -> tuple[jax.Array, jax.Array]:
@@ -214,9 +220,10 @@ class Diffeomorphic(Deformable):
             return value, step_gradient(jnp.concatenate(chosen), jnp.concatenate(slopes))
 
         loss, gradient = self.by_channels(level, moved.weight * target.weight, of_channel)
+        penalty = self.penalty(level, field)
         if (pull := penalty.pull) is not None:
-            gradient += pull if displacement is None else through_warp(displacement, pull)
-        return loss, smoothed(gradient, self.gradient_sigma)
+            gradient += through_warp(field, pull) if through else pull
+        return loss + penalty.value, gradient
 
     def transforms(
         self, shape: tuple[int, ...], found: jax.Array

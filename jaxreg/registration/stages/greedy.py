@@ -57,7 +57,12 @@ class Greedy(Diffeomorphic):
     def prepared(self, level: Level) -> Level:
         """Return a level as `Deformable.prepared` does, without what only a moving target needs."""
         prepared = super().prepared(level)
-        return prepared._replace(content=None, moving_window=window_of(level.moving, level.shape))
+        if level.fixed_mask is None:
+            # What the target weighs follows from what takes a byte a voxel in place of four.
+            prepared = prepared._replace(fixed_weight=None)
+        else:
+            prepared = prepared._replace(content=None)
+        return prepared._replace(moving_window=window_of(level.moving, level.shape))
 
     def step(self, level: Level, state: State, progress: jax.Array) -> tuple[State, jax.Array]:
         """Take one step; return the loss before it."""
@@ -67,10 +72,9 @@ class Greedy(Diffeomorphic):
         def pair(level: Level) -> tuple[Weighted, Weighted]:
             return level.moved(level.matrix, through), level.target()
 
-        penalty = self.penalty(level, displacement)
-        loss, gradient = self.loss_and_gradient(level, pair, (0,), penalty, displacement)
+        loss, gradient = self.loss_and_gradient(level, pair, (0,), displacement, through=True)
         step, moments = self.descend(level, gradient, state.moments)
-        return State(self.after_step(displacement, step), moments), loss + penalty.value
+        return State(self.after_step(displacement, step), moments), loss
 
     def transforms_of_fields(self, found: jax.Array) -> tuple[jax.Array, None]:
         """Return the displacement; nothing is known of its inverse."""

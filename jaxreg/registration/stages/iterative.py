@@ -241,9 +241,12 @@ class Iterative(Stage):
         state: State | None = None
         traces = []
         done, total = 0, sum(self.iterations)
-        for scale, iterations in zip(self.scales, self.iterations, strict=True):
+        for number, (scale, iterations) in enumerate(
+            zip(self.scales, self.iterations, strict=True), start=1
+        ):
             stage = chosen.for_scale(scale)
-            level = problem.level(scale, alignment, stage.metric)
+            is_last = number == len(self.scales)
+            level = problem.level(scale, alignment, stage.metric, is_last=is_last)
             resolution = Resolution(problem.shape, scale)
             added, state = _begun(stage, level, state, resolution=resolution)
             level = level._replace(**added)

@@ -205,7 +205,8 @@ class Metric(abc.ABC):
         Returns
         -------
         Array or None
-            ``(1, 1, [Z,] Y, X)``, by which weights are multiplied; by default `None`: everywhere.
+            ``(1, 1, [Z,] Y, X)``, by which weights are multiplied, as numbers or truth values; by
+            default `None`: everywhere.
         """
         return None
 
@@ -383,7 +384,7 @@ class LNCC(Metric):
         varies = (_varies(pred, moving) | _varies(target, fixed)).any(axis=1, keepdims=True)
         for axis in range(2, varies.ndim):
             varies = _any_within(varies, axis, 2 * self.kernel_size, beyond=False)
-        return varies.astype(pred.dtype)
+        return varies
 
     def scale(self, fixed: jax.Array, moving: jax.Array) -> jax.Array:
         """Return 1."""

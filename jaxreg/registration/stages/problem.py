@@ -402,6 +402,17 @@ def _attention(
     return changed_fields(before, level._replace(overlap=overlap(level)))
 
 
+@functools.partial(Program, static=("shapes",))
+def _overlap(
+    level: Level, displacement: jax.Array | None, *, shapes: tuple[tuple[int, ...], ...]
+) -> jax.Array:
+    """Return how many voxels count of images of which there are the shapes alone."""
+    fixed, moving = (jnp.zeros((1, 1, *shape), jnp.float32) for shape in shapes)
+    level = level._replace(fixed=fixed, moving=moving)
+    overlap: jax.Array = _attention(level, displacement, metric=None)["overlap"]
+    return overlap
+
+
 def _in_units(level: Level, metric: Metric) -> Level:
     """Return a level whose images are in the units of a metric.
 
@@ -491,7 +502,9 @@ class Problem:
     ) -> None:
         if clip is not None or match_histogram:
             fixed, moving = _seen(fixed, moving, clip=clip, match_histogram=match_histogram)
-        self._fixed, self._moving = spread(fixed), spread(moving)
+        self._images: tuple[jax.Array, jax.Array] | None = (spread(fixed), spread(moving))
+        self._shapes = fixed.shape[2:], moving.shape[2:]
+        self._is_last_stage = False
         self._masks = fixed_mask, moving_mask
         self._to_physical = fixed_to_physical
         self._to_moving = _inverse(moving_to_physical)
@@ -501,7 +514,7 @@ class Problem:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the fixed grid at full resolution, ``([Z,] Y, X)``."""
-        return self._fixed.shape[2:]
+        return self._shapes[0]
 
     @property
     def to_physical(self) -> jax.Array:
@@ -512,62 +525,97 @@ class Problem:
         """Return the alignment that trusts the places of the images: the identity."""
         return Alignment(jnp.eye(len(self.shape) + 1, dtype=jnp.float32))
 
-    def level(self, scale: float, alignment: Alignment, metric: Metric | None = None) -> Level:
+    def begin_last_stage(self) -> None:
+        """Let the images go as soon as the next stage has made its last level of them."""
+        self._is_last_stage = True
+
+    def level(
+        self,
+        scale: float,
+        alignment: Alignment,
+        metric: Metric | None = None,
+        *,
+        is_last: bool = False,
+    ) -> Level:
         """Return the images at a scale; stages that ask for the same one share them.
 
         With a metric, the voxels count that it can judge.
+
+        Parameters
+        ----------
+        scale
+            How many times wider a voxel of the level is than at full resolution.
+        alignment
+            Where the stage starts.
+        metric
+            That of the stage, if any.
+        is_last
+            Whether the stage asks for no other level.
         """
         shape = level_shape(self.shape, scale)
         if scale not in self._pyramids:
-            other = level_shape(self._moving.shape[2:], max(scale * self._moving_ratio, 1.0))
-            fixed, fixed_mask = _coarser(self._fixed, self._masks[0], shape)
-            moving, moving_mask = _coarser(self._moving, self._masks[1], other)
+            assert self._images is not None  # as there are levels to come
+            other = level_shape(self._shapes[1], max(scale * self._moving_ratio, 1.0))
+            fixed, fixed_mask = _coarser(self._images[0], self._masks[0], shape)
+            moving, moving_mask = _coarser(self._images[1], self._masks[1], other)
             self._pyramids[scale] = fixed, moving, fixed_mask, moving_mask
-        return self._level(self._pyramids[scale], shape, alignment, metric)
+        images = self._pyramids[scale]
+        if is_last and self._is_last_stage:
+            # The level has its own, in the units of a metric, which fill a device by themselves.
+            self._images = None
+            self._pyramids.clear()
+        shapes = images[0].shape[2:], images[1].shape[2:]
+        level, displacement = self._level(images, shapes, alignment)
+        return level._replace(**_attention(level, displacement, metric=metric))
 
-    def whole(self, alignment: Alignment) -> Level:
-        """Return the images as they are."""
-        return self._level((self._fixed, self._moving, *self._masks), self.shape, alignment, None)
+    def overlap(self, alignment: Alignment) -> jax.Array:
+        """Return how many voxels of the whole images count at an alignment, a scalar."""
+        none: Any = None
+        level, displacement = self._level((none, none, *self._masks), self._shapes, alignment)
+        found: jax.Array = _overlap(level, displacement, shapes=self._shapes)
+        return found
 
     def _level(
         self,
         images: _Images,
-        shape: tuple[int, ...],
+        shapes: tuple[tuple[int, ...], ...],
         alignment: Alignment,
-        metric: Metric | None,
-    ) -> Level:
+    ) -> tuple[Level, jax.Array | None]:
+        """Return a level before a metric has looked at it, and its displacement on another grid."""
         displacement = alignment.displacement
-        is_here = displacement is None or displacement.shape[1:-1] == shape
+        is_here = displacement is None or displacement.shape[1:-1] == shapes[0]
         level = Level(
             *images,
             self._to_physical,
             self._to_moving,
             alignment.matrix,
             displacement if is_here else None,
-            margins(self._fixed.shape[2:], images[0].shape[2:]),
-            margins(self._moving.shape[2:], images[1].shape[2:]),
+            margins(self._shapes[0], shapes[0]),
+            margins(self._shapes[1], shapes[1]),
             reach=None,
             content=None,
             fixed_weight=None,
             overlap=on_device(np.float32(0)),
             metric_scale=on_device(np.float32(0)),
         )
-        return level._replace(**_attention(level, None if is_here else displacement, metric=metric))
+        return level, None if is_here else displacement
 
 
 def _flatten(problem: Problem) -> tuple[tuple[Any, ...], Any]:
     state = dict(vars(problem))
-    ratio = state.pop("_moving_ratio")
     pyramids = state.pop("_pyramids")
-    return (*state.values(), *pyramids.values()), (tuple(state), tuple(pyramids), ratio)
+    fixed = tuple(map(state.pop, ("_moving_ratio", "_shapes", "_is_last_stage")))
+    return (*state.values(), *pyramids.values()), (tuple(state), tuple(pyramids), *fixed)
 
 
 def _unflatten(about: Any, children: Iterable[Any]) -> Problem:
-    names, scales, ratio = about
+    names, scales, ratio, shapes, is_last_stage = about
     problem = object.__new__(Problem)
     values = list(children)
     vars(problem).update(zip(names, values[: len(names)], strict=True))
     problem._moving_ratio = ratio
+    problem._shapes = shapes
+    problem._is_last_stage = is_last_stage
     problem._pyramids = dict(zip(scales, values[len(names) :], strict=True))
     return problem
 

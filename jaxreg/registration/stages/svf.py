@@ -63,10 +63,9 @@ class SVF(Diffeomorphic):
         def pair(level: Level) -> tuple[Weighted, Weighted]:
             return level.moved(level.matrix, through), level.target()
 
-        penalty = self.penalty(level, velocity)
-        loss, gradient = self.loss_and_gradient(level, pair, (0,), penalty)
+        loss, gradient = self.loss_and_gradient(level, pair, (0,), velocity, through=False)
         step, moments = self.descend(level, gradient, state.moments)
-        return State(self.smooth(velocity + step), moments), loss + penalty.value
+        return State(self.smooth(velocity + step), moments), loss
 
     def transforms_of_fields(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the flows of the velocity and of its negative."""

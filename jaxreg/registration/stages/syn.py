@@ -60,10 +60,9 @@ class SyN(Diffeomorphic):
         def pair(level: Level) -> tuple[Weighted, Weighted]:
             return level.moved(level.matrix, through), level.fixed_moved(halves[:1])
 
-        penalty = self.penalty(level, halves)
-        loss, gradient = self.loss_and_gradient(level, pair, (1, 0), penalty, halves)
+        loss, gradient = self.loss_and_gradient(level, pair, (1, 0), halves, through=True)
         step, moments = self.descend(level, gradient, state.moments)
-        return State(self.after_step(halves, step), moments), loss + penalty.value
+        return State(self.after_step(halves, step), moments), loss
 
     def transforms_of_fields(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the way from the fixed image through the middle, and the way back."""
