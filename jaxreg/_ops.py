@@ -128,6 +128,7 @@ _OVERWRITTEN = {
     "step_gradient": ("pull", "weights"),
     "riemannian_adam_step": ("gradient", "scratch"),
     "compose": ("v", ""),
+    "invert_displacement": ("initial", ""),
 }
 """The operand whose memory an op's result may take if asked to, as it is read before.
 

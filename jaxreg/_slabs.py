@@ -746,25 +746,25 @@ def _inverse(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) 
     longest = jnp.max(jnp.where(jnp.isnan(along), jnp.inf, jnp.abs(along))) + 2
     arrays = {"initial": jnp.zeros_like(field)} | arrays
 
-    def from_window(halo: int) -> Arrays:
+    def from_window(halo: int, arrays: Arrays) -> Arrays:
         return run(
-            arrays | {"displacement": slabs.with_halo(field, 2, halo, halo)},
+            arrays | {"displacement": slabs.with_halo(arrays["displacement"], 2, halo, halo)},
             slab=(slabs.planes, slabs.planes, slabs.own + 2 * halo),
             first=_first_planes(first - halo, first),
         )
 
-    def whole_of(item: Arrays) -> Arrays:
+    def from_whole(arrays: Arrays) -> Arrays:
         return run(
-            item | {"displacement": slabs.whole(item["displacement"], 2)},
+            arrays | {"displacement": slabs.whole(arrays["displacement"], 2)},
             slab=(slabs.planes, slabs.planes, slabs.own * slabs.devices),
             first=_first_planes(jnp.zeros((), jnp.int32), first),
         )
 
-    def from_whole() -> Arrays:
-        # One item after the other, so that no device needs all planes of more than one at a time.
+    def one_by_one(invert: Callable[[Arrays], Arrays]) -> Arrays:
+        # So that no device needs as many planes of more than one item at a time.
         items = field.shape[_ITEMS]
         if items == 1:
-            return whole_of(arrays)
+            return invert(arrays)
         alone = {
             name: x.swapaxes(0, _ITEMS)[:, :, None]
             for name, x in arrays.items()
@@ -773,7 +773,7 @@ def _inverse(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) 
         shared = {name: x for name, x in arrays.items() if name not in alone}
 
         def of(item: Arrays) -> Arrays:
-            return whole_of(shared | item)
+            return invert(shared | item)
 
         found = jax.lax.map(of, alone)
         return {name: x[:, :, 0].swapaxes(0, _ITEMS) for name, x in found.items()}
@@ -781,8 +781,14 @@ def _inverse(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) 
     farthest = jax.lax.pmax(longest, cut.everywhere)  # type: ignore[no-untyped-call]
     reaches, tier = _tiers(farthest, slabs)
     # A displacement across half a slab is seldom, and each device then needs most of the field.
-    branches: list[Callable[[], Arrays]] = [functools.partial(from_window, x) for x in reaches]
-    found: Arrays = jax.lax.switch(tier, [*branches, from_whole])
+    nearby, *wide = reaches
+    far: list[Callable[[Arrays], Arrays]] = [functools.partial(from_window, x) for x in wide]
+    far.append(from_whole)
+    branches: list[Callable[[], Arrays]] = [
+        functools.partial(from_window, nearby, arrays),
+        *(functools.partial(one_by_one, invert) for invert in far),
+    ]
+    found: Arrays = jax.lax.switch(tier, branches)
     return found
 
 

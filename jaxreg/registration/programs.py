@@ -42,6 +42,7 @@ __all__ = [
     "compiling",
     "on_device",
     "rehearse",
+    "settled",
     "shapes_of",
 ]
 
@@ -53,6 +54,9 @@ WAITED = "/jaxreg/waited_for_program_duration"
 
 _MOST = 128
 """So many programs of one registration are kept, at most: some follow from what is in files."""
+
+_LARGE = 2**30
+"""Bytes that are worth waiting for."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -132,6 +136,20 @@ def changed_fields(before: Any, after: Any) -> dict[str, Any]:
     A program returns a copy of what it was given; so it returns nothing of that.
     """
     return {name: x for name, x in after._asdict().items() if x is not getattr(before, name)}
+
+
+def settled(tree: _R) -> _R:
+    """Return arrays, a pytree; large ones only when they are there.
+
+    A program gets its memory when it is called, while the one before may still run: where arrays
+    fill a device, both together would need more than there is.
+    """
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    if sum(x.nbytes for x in arrays) >= _LARGE and not any(
+        isinstance(x, jax.core.Tracer) for x in arrays
+    ):
+        jax.block_until_ready(arrays)  # type: ignore[no-untyped-call]
+    return tree
 
 
 def on_device(array: ArrayLike) -> jax.Array:

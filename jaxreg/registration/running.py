@@ -19,26 +19,29 @@ from numpy.typing import ArrayLike
 
 from jaxreg.registration.across import cut, extended, put, together, whole
 from jaxreg.registration.intensities import Clip
-from jaxreg.registration.programs import Fixed, Program, compiling, rehearse, shapes_of
+from jaxreg.registration.programs import Fixed, Program, compiling, rehearse, settled, shapes_of
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.register_images import make_problem
+from jaxreg.registration.stages import windows
 from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.diffeomorphic import Diffeomorphic
-from jaxreg.registration.stages.problem import Alignment, Problem
+from jaxreg.registration.stages.iterative import LastLevel
+from jaxreg.registration.stages.problem import Alignment, Level, Problem
 from jaxreg.registration.stages.pyramid import level_shape
 from jaxreg.registration.stages.spread import devices_of, mesh_of, spread
 
 __all__ = ["OneDevice", "SeveralDevices", "check_devices", "is_finite"]
 
-_IMAGE, _MASK, _FIELD = 1, 0, 1
-"""The axis of the planes."""
+_IMAGE, _MASK, _FIELD, _LEVEL = 1, 0, 1, 2
+"""The axis of the planes; the last one is that of all images of a level."""
 
 
 class _Inputs(NamedTuple):
     """What `make_problem` takes; images and masks with planes beyond their ends."""
 
-    fixed: jax.Array
-    moving: jax.Array
+    fixed: jax.Array | None
+    moving: jax.Array | None
+    """`None` when they are not needed any more."""
     fixed_mask: jax.Array | None
     moving_mask: jax.Array | None
     fixed_to_physical: jax.Array
@@ -52,9 +55,20 @@ class _Settings(NamedTuple):
     plane: tuple[int, ...]
     """The shape of one, of the fixed image."""
     moving_planes: int
+    moving_plane: tuple[int, ...]
     moving_ratio: float
     clip: Clip
     match_histogram: bool
+
+    @property
+    def fixed_shape(self) -> tuple[int, ...]:
+        """``(Z, Y, X)`` of the fixed image."""
+        return self.planes, *self.plane
+
+    @property
+    def moving_shape(self) -> tuple[int, ...]:
+        """``(Z, Y, X)`` of the moving image."""
+        return self.moving_planes, *self.moving_plane
 
 
 def check_devices(devices: Sequence[jax.Device] | None, ndim: int) -> list[jax.Device] | None:
@@ -212,10 +226,10 @@ class SeveralDevices:
         # Known here, but not within a program, which is one for all places in space.
         self._to_physical = np.asarray(fixed_to_physical, np.float32)
         self._platform = devices[0].platform
-        _, planes, *plane = np.shape(fixed)
-        moving_planes = np.shape(moving)[_IMAGE]
+        (_, planes, *plane), (_, moving_planes, *moving_plane) = map(np.shape, (fixed, moving))
         self._settings = _Settings(
-            planes, tuple(plane), moving_planes, moving_ratio, clip, match_histogram
+            *(planes, tuple(plane), moving_planes, tuple(moving_plane)),
+            *(moving_ratio, clip, match_histogram),
         )
         self._inputs = _Inputs(
             self._put(fixed, _IMAGE),
@@ -232,13 +246,14 @@ class SeveralDevices:
 
     def begin(self, alignment: Alignment, stages: Sequence[Stage], *, watched: bool) -> Alignment:
         """Return an alignment that is spread over the devices."""
+        self._stages_left = len(stages)
         return _on_fields(lambda field: self._put(field, _FIELD), alignment)
 
     def run(
         self, stage: Stage, alignment: Alignment, callback: Callback | None
     ) -> tuple[Alignment, tuple[Trace, ...]]:
         """Run a stage; the callback hears of its levels when all of them have ended."""
-        shape = (self._settings.planes, *self._settings.plane)
+        shape = self._settings.fixed_shape
         stage = stage.for_grid(shape, self._to_physical)
         with together(), jax.set_mesh(self._mesh):
             result = self._run(stage, alignment)
@@ -253,20 +268,32 @@ class SeveralDevices:
         return alignment, traces
 
     def _run(self, stage: Stage, alignment: Alignment) -> tuple[Alignment, tuple[Trace, ...]]:
-        settings, inputs = self._settings, self._inputs
-        if not _finds_slabs(stage, (settings.planes, *settings.plane)):
+        settings = self._settings
+        self._stages_left -= 1
+        if not _finds_slabs(stage, settings.fixed_shape):
             whole = _program(_run_stage, self._platform)
-            result: tuple[Alignment, tuple[Trace, ...]] = whole(stage, inputs, alignment, settings)
+            result: tuple[Alignment, tuple[Trace, ...]] = whole(
+                stage, self._inputs, alignment, settings
+            )
             return result
-        # In two programs, since the memory of a program's results is not used for anything else.
-        search, complete = (_program(x, self._platform) for x in (_search, _complete))
-        found, traces = search(stage, inputs, alignment, settings)
-        return complete(stage, inputs.fixed_to_physical, alignment, found, settings), traces
+        # In several programs, since a program uses the memory of its operands and its results for
+        # nothing else, and the images need not be there any more once the last level is made.
+        approach, arrive = (_program(x, self._platform) for x in (_approach, _arrive))
+        last = settled(approach(stage, self._inputs, alignment, settings))
+        if self._stages_left == 0:
+            self._inputs = self._inputs._replace(fixed=None, moving=None)
+        found, traces = settled(arrive(last, settings))
+        del last
+        is_displacement = found.shape[:-1] == (1, *settings.fixed_shape)
+        complete = _program(_complete, self._platform, "found" if is_displacement else None)
+        to_physical = self._inputs.fixed_to_physical
+        return complete(stage, to_physical, alignment, found, settings), traces
 
     def overlap(self, alignment: Alignment) -> float:
         """Return how many voxels count at an alignment."""
         with together(), jax.set_mesh(self._mesh):
-            return float(_overlap(self._inputs, alignment, self._settings))
+            masks = self._inputs._replace(fixed=None, moving=None)
+            return float(_overlap(masks, alignment, self._settings))
 
     def end(self, alignment: Alignment) -> Alignment:
         """Return an alignment without planes beyond the end.
@@ -287,6 +314,8 @@ class SeveralDevices:
 
 
 def _problem(inputs: _Inputs, settings: _Settings) -> Problem:
+    assert inputs.fixed is not None and inputs.moving is not None  # as it is not the last stage yet
+
     def mask(array: jax.Array | None, planes: int) -> jax.Array | None:
         return None if array is None else cut(array, _MASK, planes)
 
@@ -328,12 +357,58 @@ def _finds_slabs(stage: Stage, shape: tuple[int, ...]) -> bool:
     return last[0] % devices_of(last) == 0
 
 
-def _search(
+def _approach(
     stage: Diffeomorphic, inputs: _Inputs, alignment: Alignment, settings: _Settings
-) -> tuple[jax.Array, tuple[Trace, ...]]:
+) -> LastLevel:
     whole = _on_fields(lambda field: cut(field, _FIELD, settings.planes), alignment)
-    found, traces = stage.search(_problem(inputs, settings), whole)
+    last = stage.approach(_problem(inputs, settings), whole).prepared()
+    return last._replace(level=_sent(last.level))
+
+
+def _arrive(last: LastLevel, settings: _Settings) -> tuple[jax.Array, tuple[Trace, ...]]:
+    last = last._replace(level=_received(last, settings))
+    found, traces = last.arrive(settings.fixed_shape)
     return spread(found, _FIELD), traces
+
+
+_OF_MOVING = {"moving": "moving_window", "moving_mask": None}
+_OF_FIXED = {"fixed": "fixed_window", "fixed_mask": None, "content": None, "fixed_weight": None}
+"""The images of a level, and the windows that tell all about them."""
+
+
+def _sent(level: Level) -> Level:
+    """Return a level as a result of a program: without images that follow from windows.
+
+    Of others there are as many planes on each device.
+    """
+
+    def sent(name: str, window: str | None) -> jax.Array | None:
+        image: jax.Array | None = getattr(level, name)
+        if image is None or (window is not None and getattr(level, window) is not None):
+            return None
+        return extended(image, _LEVEL) if devices_of(image.shape[_LEVEL:]) > 1 else image
+
+    images: dict[str, Any] = {
+        name: sent(name, window) for name, window in (_OF_FIXED | _OF_MOVING).items()
+    }
+    return level._replace(**images)
+
+
+def _received(last: LastLevel, settings: _Settings) -> Level:
+    """Return a level as it was before `_sent`."""
+    level, scale = last.level, last.stage.scales[-1]
+    fixed_shape = level_shape(settings.fixed_shape, scale)
+    moving_shape = level_shape(settings.moving_shape, max(scale * settings.moving_ratio, 1.0))
+    images: dict[str, Any] = {}
+    for names, shape in ((_OF_FIXED, fixed_shape), (_OF_MOVING, moving_shape)):
+        for name, window in names.items():
+            image = getattr(level, name)
+            if window is not None and getattr(level, window) is not None:
+                image = windows.own_planes(getattr(level, window), shape)
+            elif image is not None and devices_of(shape) > 1:
+                image = cut(image, _LEVEL, shape[0])
+            images[name] = image
+    return level._replace(**images)
 
 
 def _complete(
@@ -344,24 +419,36 @@ def _complete(
     settings: _Settings,
 ) -> Alignment:
     whole = _on_fields(lambda field: cut(field, _FIELD, settings.planes), alignment)
-    shape = (settings.planes, *settings.plane)
-    completed = stage.complete(shape, to_physical, whole, found)
+    completed = stage.complete(settings.fixed_shape, to_physical, whole, found)
     return _on_fields(lambda field: extended(field, _FIELD), completed)
 
 
 @functools.cache
-def _program(function: Callable[..., Any], platform: str) -> Callable[..., Any]:
+def _program(
+    function: Callable[..., Any], platform: str, donated: str | None = None
+) -> Callable[..., Any]:
     """Return a function of settings as a program for several devices.
+
+    A result takes the memory of an operand that is donated.
 
     On GPUs messages go by themselves. Sending is a kernel there, which waits for that of the
     neighbour, and some of ours take all of a GPU from their beginning to their end: of two that
     begin together, one holds up the other, and so both devices, for as long. What is sent is small.
     """
     options = {"xla_gpu_disable_async_collectives": "ALLCOLLECTIVES"} if platform == "gpu" else None
-    return jax.jit(function, static_argnames="settings", compiler_options=options)
+    return jax.jit(
+        function,
+        static_argnames="settings",
+        donate_argnames=donated,
+        compiler_options=options,
+    )
 
 
 @functools.partial(jax.jit, static_argnames="settings")
 def _overlap(inputs: _Inputs, alignment: Alignment, settings: _Settings) -> jax.Array:
     whole = _on_fields(lambda field: cut(field, _FIELD, settings.planes), alignment)
-    return _problem(inputs, settings).overlap(whole)
+    of_shapes = inputs._replace(
+        fixed=jnp.zeros((1, *settings.fixed_shape)), moving=jnp.zeros((1, *settings.moving_shape))
+    )
+    unseen = settings._replace(clip=None, match_histogram=False)
+    return _problem(of_shapes, unseen).overlap(whole)

@@ -14,6 +14,7 @@ from inputs import SHAPES, assert_close, assert_same, random_array, small_displa
 
 import jaxreg
 import torchreg
+from jaxreg._shared_planes import overwriting
 
 NAN, INFINITY = float("nan"), float("inf")
 PADDINGS = ["zeros", "border", "reflection"]
@@ -208,6 +209,21 @@ def test_one_guess_serves_a_batch(backend: Backend) -> None:
     assert_same(both, np.concatenate(each))
     swapped = backend.call("invert_displacement", guess, u)
     assert swapped.shape == u.shape
+
+
+def test_the_inverse_may_take_the_place_of_the_guess(backend: Backend) -> None:
+    if backend.framework != "jax":
+        pytest.skip("PyTorch has memory for each result")
+    u, guess = (gentle(seed, 1, (9, 20, 37), np.float32) for seed in (0, 1))
+
+    def invert(u: Any, guess: Any) -> Any:
+        with overwriting():
+            return jaxreg.invert_displacement(u, guess)
+
+    compiled = jax.jit(invert, donate_argnums=1).lower(*map(backend.array, (u, guess))).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes == guess.nbytes
+    found = np.asarray(compiled(*map(backend.array, (u, guess))))
+    assert_same(found, backend.call("invert_displacement", u, guess))
 
 
 @pytest.mark.parametrize("operand", ["displacement", "initial"])

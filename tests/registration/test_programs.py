@@ -343,3 +343,16 @@ def test_changed_fields_are_those_that_are_other_arrays() -> None:
     assert changed_fields(before, Alignment(matrix, field)) == {}
     changed = changed_fields(before, before._replace(displacement=field + 1))
     assert list(changed) == ["displacement"]
+
+
+def test_large_arrays_are_waited_for_and_tracers_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+    monkeypatch.setattr(programs, "_LARGE", 100)
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
+    small, large = jnp.zeros(20), jnp.zeros(30)
+    assert programs.settled({"x": small})["x"] is small
+    assert waited == []
+    assert programs.settled((large, None)) == (large, None)
+    assert waited == [[large]]
+    jax.jit(programs.settled)(large)
+    assert len(waited) == 1

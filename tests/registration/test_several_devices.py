@@ -28,6 +28,7 @@ from jaxreg.registration import (
     outside_values,
     register,
     register_images,
+    running,
 )
 from jaxreg.registration.intensities import matched
 from jaxreg.registration.stages import fields, problem, spread
@@ -430,3 +431,72 @@ def test_a_shared_field_is_confined_where_it_is_to_the_bits_of_one_device(
     with jax.set_mesh(spread.mesh_of(jax.devices("cpu")[:count])):
         found = jax.jit(confined)(field)
     assert_same(np.asarray(found), np.asarray(fields.confined(field)))
+
+
+@pytest.mark.parametrize("planes", [24, 25])
+@pytest.mark.parametrize("count", [2, 3])
+def test_folds_of_a_shared_field_are_found_and_mended_to_the_bits_of_one_device(
+    count: int, planes: int
+) -> None:
+    """Also between the last plane of a device and the first of the next."""
+    field = random_array(1, 1, planes, 28, 26, 3, dtype=np.float32) * 0.02
+    field[:, :, :3] = 0
+    field[:, 12] *= 4
+
+    def found(field: jax.Array) -> Any:
+        shared = spread.spread(field, 1)
+        return fields.cell_determinants(shared), fields.mended(shared, 10.0)
+
+    with jax.set_mesh(spread.mesh_of(jax.devices("cpu")[:count])):
+        determinants, (mended, share) = jax.jit(found)(field)
+    expected, (alone, share_alone) = jax.jit(found)(field)
+    assert share_alone > 0 and not np.array_equal(alone, field)
+    for one, other in zip(determinants, expected, strict=True):
+        assert one.shape == other.shape
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(share, share_alone, rtol=1e-5)
+    assert voxels_apart(mended, alone) < 1e-4
+
+
+@pytest.mark.parametrize("stage", [Greedy, SyN])
+def test_a_moving_image_whose_planes_do_not_divide_and_masks_are_as_on_one_device(
+    stage: type[Greedy] | type[SyN],
+) -> None:
+    fixed, _ = pair(24)
+    _, moving = pair(25)
+    masks = {}
+    for name, image in (("fixed_mask", fixed), ("moving_mask", moving)):
+        mask = np.ones(image.grid.shape, np.float32)
+        mask[:, :, :5] = 0
+        masks[name] = image.with_array(mask)
+    found, alone = (
+        register(fixed, moving, [stage(**settings())], devices=devices, **masks)
+        for devices in (jax.devices("cpu")[:2], None)
+    )
+    assert voxels_apart(found.transform.displacement, alone.transform.displacement) < 2e-3
+    for one, other in zip(found.stages[0].levels, alone.stages[0].levels, strict=True):
+        np.testing.assert_allclose(one.losses, other.losses, rtol=1e-4, atol=1e-5)
+
+
+def test_images_are_let_go_when_the_last_level_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fields take their place."""
+    fixed, moving = pair(24)
+    there = []
+    program = running._program
+
+    def watched(function: Callable[..., Any], *options: Any) -> Callable[..., Any]:
+        call = program(function, *options)
+
+        def counted(*operands: Any) -> Any:
+            images = [x for x in jax.live_arrays() if x.shape == (1, *fixed.grid.shape)]
+            there.append((function.__name__, len(images)))
+            del images
+            return call(*operands)
+
+        return counted
+
+    monkeypatch.setattr(running, "_program", watched)
+    stages = [Greedy(**settings()), Greedy(**settings())]
+    register(fixed, moving, stages, devices=jax.devices("cpu")[:2])
+    names = ["_approach", "_arrive", "_complete"] * 2
+    assert there == list(zip(names, [2, 2, 2, 2, 0, 0], strict=True))

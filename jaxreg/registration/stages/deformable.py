@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg import compose, invert_displacement
+from jaxreg._shared_planes import overwriting
 from jaxreg.registration.stages.fields import mended
 from jaxreg.registration.stages.iterative import (
     Iterative,
@@ -206,7 +207,8 @@ class Deformable(Iterative):
         displacement, share = mended(displacement, self.volume_change)
         if alignment.mended is not None:
             share = jnp.maximum(share, alignment.mended)
-        inverse = invert_displacement(displacement, inverse)
+        with overwriting():
+            inverse = invert_displacement(displacement, inverse)
         return Alignment(alignment.matrix, displacement, inverse, share)
 
 

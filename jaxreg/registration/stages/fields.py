@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg import gaussian_smooth
+from jaxreg.registration.stages.neighbours import after
 from jaxreg.registration.stages.spread import AXIS, devices_of, spec
 
 __all__ = [
@@ -137,23 +138,32 @@ def cell_determinants(displacement: jax.Array) -> list[jax.Array]:
     sizes = displacement.shape[1:-1]
     axes = [axis for axis, size in enumerate(sizes) if size > 1]
     lasting = {axis: len(sizes) - 1 - axis for axis in axes}  # components are in x, y, z order
+    # Where devices share the planes, parts of which each has as many: slices of other planes would
+    # be copies of the field. What follows the last plane is cut off in the end.
+    are_spread = devices_of(sizes) > 1
+    cells = [slice(0, -1 if size > 1 else None) for size in sizes]
+    upper = [slice(1, None)] * len(sizes)
+    if are_spread:
+        cells[0] = upper[0] = slice(None)
     determinants = []
     for order in itertools.permutations(axes):
         # Or XLA would keep what several simplices have in common, a field of eleven components.
         displacement = jax.lax.optimization_barrier(displacement)  # type: ignore[no-untyped-call]
-        corner = [slice(0, -1 if size > 1 else None) for size in sizes]
+        corner, planes = list(cells), displacement
         edges = {}
-        before = displacement[:, *corner]
+        first = planes[:, *corner]
         for axis in order:
-            corner[axis] = slice(1, None)
-            after = displacement[:, *corner]
+            corner[axis] = upper[axis]
+            if are_spread and axis == 0:
+                planes = after(displacement, 1)
+            second = planes[:, *corner]
             edges[axis] = [
-                (after - before)[..., component] * ((sizes[row] - 1) / 2) + (row == axis)
+                (second - first)[..., component] * ((sizes[row] - 1) / 2) + (row == axis)
                 for row, component in lasting.items()
             ]
-            before = after
+            first = second
         determinants.append(_determinant([edges[axis] for axis in axes]))
-    return determinants
+    return [found[:, :-1] for found in determinants] if are_spread else determinants
 
 
 def _determinant(rows: list[list[jax.Array]]) -> jax.Array:

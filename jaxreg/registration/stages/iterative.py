@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
-from jaxreg.registration.programs import Program, changed_fields, on_device
+from jaxreg.registration.programs import Program, changed_fields, on_device, settled
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.metrics import LNCC, MetricField
@@ -25,6 +25,7 @@ from jaxreg.registration.stages.problem import Alignment, Level, Problem, Weight
 __all__ = [
     "Iterate",
     "Iterative",
+    "LastLevel",
     "Resolution",
     "State",
     "block_length",
@@ -237,33 +238,66 @@ class Iterative(Stage):
         self, problem: Problem, alignment: Alignment, callback: Callback | None = None
     ) -> tuple[Any, tuple[Trace, ...]]:
         """Run all levels from an alignment; return what the last one found, and their traces."""
+        # Nothing else refers to these, so that each goes when what follows from it is there.
+        stage, level, state, traces = settled(self.approach(problem, alignment, callback))
+        level, state = settled(stage._begun(level, state, self.scales[-1], problem.shape))
+        state, trace = settled(stage._iterated(level, state, self.scales[-1], traces, callback))
+        return state.found, (*traces, trace)
+
+    def approach(
+        self, problem: Problem, alignment: Alignment, callback: Callback | None = None
+    ) -> LastLevel:
+        """Run all levels but the last from an alignment; the problem is not needed after that."""
         chosen = self.for_grid(problem.shape, problem.to_physical)
         state: State | None = None
-        traces = []
-        done, total = 0, sum(self.iterations)
-        for number, (scale, iterations) in enumerate(
-            zip(self.scales, self.iterations, strict=True), start=1
-        ):
+        traces: tuple[Trace, ...] = ()
+        *coarse, last = self.scales
+        for scale in coarse:
             stage = chosen.for_scale(scale)
-            is_last = number == len(self.scales)
-            level = problem.level(scale, alignment, stage.metric, is_last=is_last)
-            resolution = Resolution(problem.shape, scale)
-            added, state = _begun(stage, level, state, resolution=resolution)
-            level = level._replace(**added)
-            trace = _no_trace(iterations)
-            if iterations == 0:
-                pass
-            elif callback is None:
-                state, trace = _run_level(stage, level, state, trace)
-            else:
-                for first in range(0, iterations, length := self._block_length(iterations)):
-                    start = np.asarray(first, np.int32)
-                    state, trace, losses = _run_block(stage, level, state, trace, start)
-                    callback(Progress(self.name, scale, done + first + length, total, losses))
-            done += iterations
-            traces.append(trace)
-        assert state is not None  # there is a level
-        return state.found, tuple(traces)
+            level = problem.level(scale, alignment, stage.metric)
+            level, state = stage._begun(level, state, scale, problem.shape)
+            state, trace = stage._iterated(level, state, scale, traces, callback)
+            traces = *traces, trace
+        stage = chosen.for_scale(last)
+        level = problem.level(last, alignment, stage.metric, is_last=True)
+        return LastLevel(stage, level, state, traces)
+
+    def _begun(
+        self,
+        level: Level,
+        state: State | None,
+        scale: float,
+        shape: tuple[int, ...],
+        *,
+        is_prepared: bool = False,
+    ) -> tuple[Level, State]:
+        """Return a level as the iterations take it, and what they change."""
+        resolution = Resolution(shape, scale)
+        added, state = _begun(self, level, state, resolution=resolution, is_prepared=is_prepared)
+        return level._replace(**added), state
+
+    def _iterated(
+        self,
+        level: Level,
+        state: State,
+        scale: float,
+        before: tuple[Trace, ...],
+        callback: Callback | None,
+    ) -> tuple[State, Trace]:
+        """Run the iterations of a level, the next after those that have traces."""
+        iterations = self.iterations[len(before)]
+        done = sum(trace.losses.size for trace in before)
+        trace = _no_trace(iterations)
+        if iterations == 0:
+            return state, trace
+        if callback is None:
+            return _run_level(self, level, state, trace)
+        total = sum(self.iterations)
+        for first in range(0, iterations, length := self._block_length(iterations)):
+            start = np.asarray(first, np.int32)
+            state, trace, losses = _run_block(self, level, state, trace, start)
+            callback(Progress(self.name, scale, done + first + length, total, losses))
+        return state, trace
 
     def complete(
         self, shape: tuple[int, ...], to_physical: jax.Array, alignment: Alignment, found: Any
@@ -284,6 +318,45 @@ class Iterative(Stage):
         chosen = self.for_grid(shape, to_physical)
         changed = _finished(chosen, alignment, found, shape=shape)
         return alignment._replace(**changed)
+
+
+class LastLevel(NamedTuple):
+    """What a stage has come to when only its last level is left, of which it holds all there is.
+
+    Attributes
+    ----------
+    stage
+        With the metric of that level, and settings of its grid.
+    level
+        The last one.
+    state
+        After the level before, `None` if there is none.
+    traces
+        Of the levels before.
+    """
+
+    stage: Iterative
+    level: Level
+    state: State | None
+    traces: tuple[Trace, ...]
+
+    def prepared(self) -> LastLevel:
+        """Return the same with what the stage needs to know of the level before its iterations."""
+        return self._replace(level=self.stage.prepared(self.level))
+
+    def arrive(self, shape: tuple[int, ...]) -> tuple[Any, tuple[Trace, ...]]:
+        """Run a level that is prepared; return what it found, and the traces of all levels.
+
+        Parameters
+        ----------
+        shape
+            Of the fixed grid at full resolution.
+        """
+        stage, level, state, traces = self
+        scale = stage.scales[-1]
+        level, state = stage._begun(level, state, scale, shape, is_prepared=True)
+        state, trace = stage._iterated(level, state, scale, traces, None)
+        return state.found, (*traces, trace)
 
 
 def mean_over_channels(function: Callable[[jax.Array], Any], channels: int) -> Any:
@@ -325,12 +398,17 @@ def _no_trace(iterations: int) -> Trace:
     )
 
 
-@functools.partial(Program, static=("resolution",))
+@functools.partial(Program, static=("resolution", "is_prepared"))
 def _begun(
-    stage: Iterative, level: Level, state: State | None, *, resolution: Resolution
+    stage: Iterative,
+    level: Level,
+    state: State | None,
+    *,
+    resolution: Resolution,
+    is_prepared: bool = False,
 ) -> tuple[dict[str, Any], State]:
     """Return what a stage adds to a level before its iterations, and their state."""
-    prepared = stage.prepared(level)
+    prepared = level if is_prepared else stage.prepared(level)
     if state is None:
         begun = stage.begin(prepared, resolution)
     else:

@@ -303,16 +303,24 @@ class Level(NamedTuple):
                     padding_mode="border",
                 )
 
-        weight = coverage(image.shape[2:], self.shape, margin, affine, displacement, self.reach)
-        if mask is not None:
-            weight *= sample(mask)
-        if window is None or displacement is None:
-            return Weighted(sample(image), weight)
         shape = image.shape[2:]
+
+        def weight(displacement: jax.Array | None) -> jax.Array:
+            found: jax.Array = coverage(shape, self.shape, margin, affine, displacement, self.reach)
+            return found if mask is None else found * sample(mask)
+
+        if window is None or displacement is None:
+            return Weighted(sample(image), weight(displacement))
         if _is_near.get():
-            return Weighted(windows.sample(window, shape, affine, displacement), weight)
-        # So that the image need not be there besides.
-        return Weighted(sample(windows.own_planes(window, shape)), weight)
+            sampled = windows.sample(window, shape, affine, displacement)
+            return Weighted(sampled, weight(displacement))
+        # The window, so that the image need not be there besides. What its samples need for a while
+        # is gone when the weight is made.
+        sampled = sample(windows.own_planes(window, shape))
+        sampled, displacement = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
+            (sampled, displacement)
+        )
+        return Weighted(sampled, weight(displacement))
 
 
 _is_near: contextvars.ContextVar[bool] = contextvars.ContextVar("is_near", default=False)

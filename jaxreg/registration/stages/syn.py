@@ -22,6 +22,7 @@ from typing import ClassVar
 import jax
 
 from jaxreg import compose, invert_displacement
+from jaxreg._shared_planes import overwriting
 from jaxreg.registration.stages.deformable import Regularisation
 from jaxreg.registration.stages.diffeomorphic import Diffeomorphic
 from jaxreg.registration.stages.iterative import State
@@ -66,7 +67,8 @@ class SyN(Diffeomorphic):
 
     def transforms_of_fields(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the way from the fixed image through the middle, and the way back."""
-        inverses = invert_displacement(found)
-        forward = compose(found[1:], inverses[:1])
-        backward = compose(found[:1], inverses[1:])
+        with overwriting():
+            inverses = invert_displacement(found)
+            forward = compose(found[1:], inverses[:1])
+            backward = compose(found[:1], inverses[1:])
         return forward, backward
