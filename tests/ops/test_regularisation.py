@@ -98,13 +98,31 @@ def test_nothing_is_lost_where_the_work_is_divided(
     backend: Backend, name: str, shape: tuple[int, ...]
 ) -> None:
     """Planes, rows and columns are taken in pieces that these sizes are no multiples of."""
+    check_slopes(backend, name, shape, seeds=3)
+
+
+@pytest.mark.parametrize("name", ["diffusion_loss", "elasticity_loss"])
+def test_nothing_is_lost_where_pieces_are_long(backend: Backend, name: str) -> None:
+    """Of a volume that keeps a GPU busy they have more planes."""
+    shape = (35, 1060, 65)
+    check_slopes(backend, name, shape, seeds=1)
+    u = small_displacement(0, 1, shape, 0.4 / max(shape))
+    gradients = [
+        backend.value_and_vjp(name, (u.astype(dtype),), np.ones((), dtype), (0,))[1][0]
+        for dtype in (np.float32, np.float64)
+    ]
+    assert_close(gradients[0], gradients[1], np.float32)
+
+
+def check_slopes(backend: Backend, name: str, shape: tuple[int, ...], seeds: int) -> None:
+    """Compare the value with the reference, and the gradient with differences of it."""
     dim = len(shape)
     u = small_displacement(0, 2, shape, 0.4 / max(shape))
     options = options_of(name, dim, align_corners=True, in_mm=True) | {"reduction": "sum"}
     value, (gradient,) = backend.value_and_vjp(name, (u,), np.ones(()), (0,), **options)
     function = getattr(reference, name)
     assert_close(value, np.asarray(function(u, **options)), np.float64)
-    for seed in range(3):
+    for seed in range(seeds):
         step = small_displacement(2 + seed, 2, shape)
         # The difference is exact for what is quadratic, and here nearly so for the logarithm.
         size = 1e-5 if name == "jacobian_loss" else 1.0

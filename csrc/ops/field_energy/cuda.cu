@@ -21,17 +21,18 @@ struct Tile {
   int first_plane;
   int planes;  // of the whole volume
 
-  static __device__ __forceinline__ Tile of(int64_t part, const VoxelSpace& space) {
+  static __device__ __forceinline__ Tile of(int64_t part, int planes_of_part,
+                                            const VoxelSpace& space) {
     const int tiles_x = (space.x + kWarp - 1) / kWarp;
     const int tiles_y = (space.y + kRowsPerBlock - 1) / kRowsPerBlock;
     const int64_t row_of_tiles = part / tiles_x;
     const int chunk = static_cast<int>(row_of_tiles / tiles_y);
     const int tile_y = static_cast<int>(row_of_tiles - static_cast<int64_t>(chunk) * tiles_y);
-    const int z = chunk * kEnergyPlanes;
+    const int z = chunk * planes_of_part;
     return {static_cast<int>(part - row_of_tiles * tiles_x) * kWarp,
             tile_y * kRowsPerBlock + static_cast<int>(threadIdx.y),
             z,
-            min(z + kEnergyPlanes, space.z),
+            min(z + planes_of_part, space.z),
             0,
             space.z};
   }
@@ -129,7 +130,8 @@ __device__ __forceinline__ T sum_of_tile(const ComponentEnergy<T, D, Kind>& body
 template <class Element, int D>
 __device__ __forceinline__ void store_row_ends(const Element& element, const VoxelSpace& space,
                                                const Tile& tile, IntTag<D>) {
-  static_assert(2 * kRowsPerBlock * kEnergyPlanes == kWarp * kRowsPerBlock, "one for each thread");
+  static_assert(2 * kRowsPerBlock * kEnergyPlanes == kWarp * kRowsPerBlock,
+                "one for each thread, of a part of as many planes as there are at most");
   const int thread = threadIdx.y * kWarp + threadIdx.x;
   const int column = thread / (kRowsPerBlock * kEnergyPlanes);
   const int y = tile.y - static_cast<int>(threadIdx.y) + thread % kRowsPerBlock;
@@ -329,12 +331,14 @@ inline constexpr int kMinBlocks<true, SlopeEnergy<T, D, Kind>> =
 template <bool kGradient, bool kSlab, class Body>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock, (kMinBlocks<kGradient, Body>))
     sum_parts_kernel(const __grid_constant__ Body body, const __grid_constant__ VoxelSpace space,
-                     int64_t parts, typename Body::T* partial, const OwnPlanes own) {
+                     int64_t parts, int planes_of_part, typename Body::T* partial,
+                     const OwnPlanes own) {
   using T = typename Body::T;
   __shared__ T shared[kRowsPerBlock];
   const int64_t part = blockIdx.x;
   // Whole volumes need no registers for where they begin.
-  const Tile tile = kSlab ? Tile::of(part, space).in(own) : Tile::of(part, space);
+  const Tile whole = Tile::of(part, planes_of_part, space);
+  const Tile tile = kSlab ? whole.in(own) : whole;
   for (int64_t b = blockIdx.y; b < space.batch(); b += gridDim.y) {
     const int64_t group = b / space.items;
     T sum = sum_of_tile<kGradient>(body, space, group, b - group * space.items, tile);
@@ -355,17 +359,19 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, (kMinBlocks<kGradient, B
 
 template <bool kSlab, class Body>
 void launch_sum_parts(const Cuda& device, const Body& body, const VoxelSpace& space,
-                      const OwnPlanes& own, int64_t parts, typename Body::T* partial) {
+                      const OwnPlanes& own, const FieldEnergyCall& checked,
+                      typename Body::T* partial) {
+  const int64_t parts = checked.parts;
   if (space.batch() == 0) return;
   const dim3 grid(static_cast<unsigned>(parts),
                   static_cast<unsigned>(std::min<int64_t>(space.batch(), 65535)));
   const dim3 block(kWarp, kRowsPerBlock);
   if (body.gradient.data == nullptr) {
-    sum_parts_kernel<false, kSlab>
-        <<<grid, block, 0, device.stream>>>(body, space, parts, partial, own);
+    sum_parts_kernel<false, kSlab><<<grid, block, 0, device.stream>>>(
+        body, space, parts, checked.planes_of_part, partial, own);
   } else {
-    sum_parts_kernel<true, kSlab>
-        <<<grid, block, 0, device.stream>>>(body, space, parts, partial, own);
+    sum_parts_kernel<true, kSlab><<<grid, block, 0, device.stream>>>(
+        body, space, parts, checked.planes_of_part, partial, own);
   }
   check_launch();
 }
@@ -373,14 +379,14 @@ void launch_sum_parts(const Cuda& device, const Body& body, const VoxelSpace& sp
 template <class Body>
 void sum_parts(const Cuda& device, const Call& call, const Body& body, const VoxelSpace& space,
                typename Body::T* partial) {
-  const int64_t parts = call.checked<FieldEnergyCall>().parts;
+  const auto& checked = call.checked<FieldEnergyCall>();
   const OwnPlanes own(call);
   if constexpr (Body::kAxes == 3) {
     if (call.slab.present()) {
-      return launch_sum_parts<true>(device, body, space, own, parts, partial);
+      return launch_sum_parts<true>(device, body, space, own, checked, partial);
     }
   }
-  launch_sum_parts<false>(device, body, space, own, parts, partial);
+  launch_sum_parts<false>(device, body, space, own, checked, partial);
 }
 
 }  // namespace

@@ -50,7 +50,8 @@ const FieldEnergyCall& check(Call& call, bool is_gradient) {
   checked.weight = factor(call, "weight");
   checked.batch = check_batch(call);
   const int64_t row = checked.sizes.x * (by_component(checked.kind) ? D : 1);
-  checked.parts = energy_parts(checked.sizes, row);
+  checked.planes_of_part = energy_planes(checked.sizes, row);
+  checked.parts = energy_parts(checked.sizes, row, checked.planes_of_part);
   checked.output = {checked.batch.groups};
   if (checked.reduction == Reduction::kNone) checked.output.append(checked.batch.items);
   return call.keep(checked);
