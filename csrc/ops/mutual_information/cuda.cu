@@ -1,6 +1,8 @@
 // The launches. What they launch is in the folder cuda/, whose headers are part of this file alone:
 // everything in them is in the unnamed namespace.
 #include <algorithm>
+#include <limits>
+#include <type_traits>
 
 #include "core/cuda_runtime.h"
 #include "core/for_each.h"
@@ -15,6 +17,7 @@
 #include "ops/mutual_information/cuda/information.h"
 #include "ops/mutual_information/cuda/joint_counts.h"
 #include "ops/mutual_information/cuda/six_bins.h"
+#include "ops/mutual_information/cuda/six_bins_gradient.h"
 #include "ops/mutual_information/mutual_information.h"
 
 namespace regkernels {
@@ -210,32 +213,59 @@ void run_of_counts(const Cuda& device, const Call& call) {
   if (histogram.present) share_out(device, those, histogram);
 }
 
+// The parts and the batch of the kernels of the gradient. There are as many blocks as a large GPU
+// runs at a time, since each has to fill its shared memory.
+inline dim3 gradient_grid(const MutualInformationCall& checked, int64_t batch,
+                          int64_t shared_bytes) {
+  const int64_t batch_blocks = std::min<int64_t>(batch, 65535);
+  const int64_t together = shared_memory_limit() / std::max<int64_t>(1, shared_bytes);
+  const int64_t blocks =
+      kLargeGpuMultiprocessors * std::max<int64_t>(1, std::min<int64_t>(2, together));
+  const int64_t most_samples = std::numeric_limits<int32_t>::max() / 2;
+  const int64_t parts = std::max({int64_t{1}, (checked.samples + most_samples - 1) / most_samples,
+                                  std::min<int64_t>((blocks + batch_blocks - 1) / batch_blocks,
+                                                    (checked.samples + 4095) / 4096)});
+  return dim3(static_cast<unsigned>(parts), static_cast<unsigned>(batch_blocks));
+}
+
+template <bool kPred, bool kTarget>
+void launch_six_bins_gradient(const Cuda& device, const GradientOperands<float>& gradient,
+                              const MutualInformationCall& checked, int64_t batch) {
+  const int64_t bytes = gradient.table_count * static_cast<int64_t>(sizeof(float2));
+  const int log_copies = std::min(kLogPairCopies, log_copies_in_shared_memory(bytes));
+  const int64_t shared = log_copies < 0 ? 0 : bytes << log_copies;
+  auto* function = &six_bins_gradient_kernel<kNoPairs, kPred, kTarget>;
+  if (log_copies == kLogPairCopies) {
+    function = &six_bins_gradient_kernel<kLogPairCopies, kPred, kTarget>;
+  } else if (log_copies >= 0) {
+    function = &six_bins_gradient_kernel<kFewerPairCopies, kPred, kTarget>;
+  }
+  allow_shared_memory(function, shared);
+  function<<<gradient_grid(checked, batch, shared), kSixThreads, shared, device.stream>>>(
+      gradient, SixBins(gradient.window), batch, log_copies);
+  check_launch();
+}
+
 template <ParzenKernel kKernel, int kReach, bool kPred, bool kTarget, class T>
 void launch_gradient(const Cuda& device, const GradientOperands<T>& gradient,
                      const MutualInformationCall& checked) {
-  const int64_t most = shared_memory_limit();
+  const int64_t batch = checked.elements() / (gradient.items_together() ? gradient.space.items : 1);
+  if constexpr (std::is_same_v<T, float> && kReach == kSixReach) {
+    if (SixBins::suffice(checked, gradient.window)) {
+      return launch_six_bins_gradient<kPred, kTarget>(device, gradient, checked, batch);
+    }
+  }
   const int64_t bytes = gradient.table_count * static_cast<int64_t>(sizeof(T));
-  int log_copies = 5;
-  while (log_copies >= 0 && bytes << log_copies > most) --log_copies;
+  const int log_copies = log_copies_in_shared_memory(bytes);
+  const int64_t shared = log_copies < 0 ? 0 : bytes << log_copies;
   auto* function = &gradient_kernel<kKernel, kReach, -1, kPred, kTarget, T>;
   // Where every lane has a copy, in its own bank, a kernel of its own is worth it.
   if constexpr (sizeof(T) == 4 && kReach <= GaussianReach<T>::kNarrow) {
     if (log_copies == 5) function = &gradient_kernel<kKernel, kReach, 5, kPred, kTarget, T>;
   }
-  const int64_t shared = log_copies < 0 ? 0 : bytes << log_copies;
   allow_shared_memory(function, shared);
-  const int64_t batch = checked.elements() / (gradient.items_together() ? gradient.space.items : 1);
-  const int64_t batch_blocks = std::min<int64_t>(batch, 65535);
-  // There are as many blocks as a large GPU runs at a time, since each has to fill its shared
-  // memory.
-  const int64_t together = most / std::max<int64_t>(1, shared);
-  const int64_t blocks =
-      kLargeGpuMultiprocessors * std::max<int64_t>(1, std::min<int64_t>(2, together));
-  const int64_t parts =
-      std::max<int64_t>(1, std::min<int64_t>((blocks + batch_blocks - 1) / batch_blocks,
-                                             (checked.samples + 4095) / 4096));
-  const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(batch_blocks));
-  function<<<grid, kGradientThreads<T>, shared, device.stream>>>(gradient, batch, log_copies);
+  function<<<gradient_grid(checked, batch, shared), kGradientThreads<T>, shared, device.stream>>>(
+      gradient, batch, log_copies);
   check_launch();
 }
 
