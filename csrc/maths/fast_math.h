@@ -36,6 +36,29 @@ REGKERNELS_HD float root(float x) {
 }
 REGKERNELS_HD double root(double x) { return sqrt(x); }
 
+// The smaller or the larger of x, which stays NaN if it is, and a bound that is a number. On CUDA
+// that is one instruction instead of two.
+REGKERNELS_HD float at_most(float x, float bound) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(bound));
+  return result;
+#else
+  return x > bound ? bound : x;
+#endif
+}
+REGKERNELS_HD float at_least(float x, float bound) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(bound));
+  return result;
+#else
+  return x < bound ? bound : x;
+#endif
+}
+REGKERNELS_HD double at_most(double x, double bound) { return x > bound ? bound : x; }
+REGKERNELS_HD double at_least(double x, double bound) { return x < bound ? bound : x; }
+
 // An integer, as a number of type T and as an int.
 template <class T>
 struct Rounded {

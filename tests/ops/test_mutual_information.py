@@ -72,7 +72,7 @@ def check_histogram(backend: Backend, pred: Array, target: Array, **options: Any
 # ------------------------------------------------------------------------------ values, gradients
 
 
-@pytest.mark.parametrize("num_bins", [2, 5, 16, 32, 33, 64, 100, 256])
+@pytest.mark.parametrize("num_bins", [2, 5, 16, 32, 33, 36, 37, 64, 100, 256])
 @KERNELS
 @pytest.mark.parametrize(("dim", "dtype"), [(2, np.float64), (3, np.float32)])
 def test_any_number_of_bins(
@@ -83,7 +83,7 @@ def test_any_number_of_bins(
 
 
 @DTYPES
-@pytest.mark.parametrize("sigma_ratio", [0.25, 0.7, 2.5, 4])
+@pytest.mark.parametrize("sigma_ratio", [0.25, 0.7, 1, 1.05, 2.5, 4])
 def test_gaussians_of_any_width(backend: Backend, sigma_ratio: float, dtype: object) -> None:
     """From an eighth of a bin, which hardly reaches the next one, to two bins."""
     pred, target = images(5, 6, 7, dtype=dtype)
@@ -681,6 +681,39 @@ def test_one_bin_may_hold_more_voxels_than_float32_can_count(backend: Backend) -
     np.testing.assert_allclose(histogram[1, 1] * pred.size, 3, rtol=1e-6)
     np.testing.assert_allclose(histogram[0, 0] * pred.size, pred.size - 3, rtol=1e-7)
     assert histogram[0, 1] == histogram[1, 0] == 0
+
+
+def test_nearly_all_voxels_may_be_in_one_bin_of_a_narrow_window(backend: Backend) -> None:
+    """Of which it has all but 1e-28, so that sums are as large as they may be."""
+    pred = np.zeros((1, 1, 4000, 5000), np.float32)
+    pred[0, 0, 0, :3] = 1
+    options = {"sigma_ratio": 0.25, "num_bins": 8}
+    histogram = backend.call("joint_histogram", pred, pred, **options)[0, 0].astype(np.float64)
+    np.testing.assert_allclose(histogram[7, 7] * pred.size, 3, rtol=1e-5)
+    np.testing.assert_allclose(histogram[0, 0] * pred.size, pred.size - 3, rtol=1e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_bins", [32, 36, 64, 256])
+@pytest.mark.parametrize("bytes_per_block", [48 * 1024, 99 * 1024, 163 * 1024])
+def test_gpus_with_less_shared_memory_return_the_same_bits(
+    bytes_per_block: int, num_bins: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer copies of the bins and the table in it."""
+    backend = BACKENDS["torch", "cuda"]
+    pred, target = images(60, 61, 62, batches=(1, 1), dtype=np.float32)
+
+    def results() -> list[Array]:
+        one = np.ones((), np.float32)
+        return [
+            backend.call("joint_histogram", pred, target, num_bins=num_bins),
+            *backend.vjp(LOSS, (pred, target), one, (0, 1), num_bins=num_bins),
+        ]
+
+    expected = results()
+    monkeypatch.setenv("REGKERNELS_SHARED_MEMORY", str(bytes_per_block))
+    for actual, wanted in zip(results(), expected, strict=True):
+        assert_same(actual, wanted)
 
 
 @pytest.mark.parametrize("kernel", ["gaussian", "delta"])

@@ -1,6 +1,8 @@
 // The launches. What they launch is in the folder cuda/, whose headers are part of this file alone:
 // everything in them is in the unnamed namespace.
 #include <algorithm>
+#include <limits>
+#include <type_traits>
 
 #include "core/cuda_runtime.h"
 #include "core/for_each.h"
@@ -9,10 +11,13 @@
 #include "ops/losses/finish.h"
 #include "ops/mutual_information/call.h"
 #include "ops/mutual_information/cuda/counting.h"
+#include "ops/mutual_information/cuda/direct_counts.h"
 #include "ops/mutual_information/cuda/extremes.h"
 #include "ops/mutual_information/cuda/gradient.h"
 #include "ops/mutual_information/cuda/information.h"
 #include "ops/mutual_information/cuda/joint_counts.h"
+#include "ops/mutual_information/cuda/six_bins.h"
+#include "ops/mutual_information/cuda/six_bins_gradient.h"
 #include "ops/mutual_information/mutual_information.h"
 
 namespace regkernels {
@@ -21,6 +26,14 @@ namespace {
 
 inline unsigned blocks_for(int64_t elements) {
   return static_cast<unsigned>(std::min<int64_t>(elements, 65535));
+}
+
+// How many copies of so many bytes fit into shared memory: 2^n, 32 at most; n is negative if none.
+inline int log_copies_in_shared_memory(int64_t bytes) {
+  const int64_t most = shared_memory_limit();
+  int log_copies = 5;
+  while (log_copies >= 0 && (bytes << log_copies) > most) --log_copies;
+  return log_copies;
 }
 
 // Finds the extremes of parts of all elements.
@@ -58,6 +71,39 @@ void launch_count(const Cuda& device, const Counting<T>& counting) {
   });
 }
 
+// Adds the samples where they belong, if that is a way to count them. It must not depend on the GPU
+// whether it is, as the two ways round differently.
+bool launch_direct_count(const Cuda& device, const Counting<float>& counting) {
+  const MutualInformationCall& checked = counting.images.checked;
+  if (!SixBins::suffice(checked, counting.window) || checked.num_bins > kMostDirectBins ||
+      counting.images.mask.present()) {
+    return false;
+  }
+  const int64_t bytes = direct_bytes(checked.num_bins);
+  const int log_copies = std::max(kLeastLogDirectCopies, log_copies_in_shared_memory(bytes));
+  const int64_t shared = bytes << log_copies;
+  const int bits = direct_bits(checked.whole_samples);
+  const int64_t elements = std::min<int64_t>(counting.elements, 65535);
+  // Each multiprocessor of a large GPU gets a block, unless there is little for them to do, or as
+  // many as it takes.
+  const int64_t wanted = std::max<int64_t>(1, kLargeGpuMultiprocessors / elements);
+  const int64_t most = most_direct_samples(bits, log_copies);
+  const int64_t rounds = (checked.samples + wanted * most - 1) / (wanted * most);
+  const int64_t parts =
+      rounds > 1 ? rounds * wanted
+                 : std::max({int64_t{1}, std::min(wanted, (checked.samples + 4095) / 4096),
+                             (checked.samples + most - 1) / most});
+  const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(elements));
+  // Where every lane has a copy, in its own bank, a kernel of its own is worth it.
+  auto* function = log_copies == 5 ? &direct_count_kernel<5> : &direct_count_kernel<-1>;
+  allow_shared_memory(function, shared);
+  function<<<grid, kDirectThreads, shared, device.stream>>>(counting, SixBins(counting.window),
+                                                            bits, log_copies);
+  check_launch();
+  return true;
+}
+bool launch_direct_count(const Cuda&, const Counting<double>&) { return false; }
+
 // Counts the samples of all elements, by extremes of whatever number of parts, if they are needed.
 template <class T>
 void count_samples(const Cuda& device, const Call& call, const Tensor& extremes,
@@ -66,13 +112,14 @@ void count_samples(const Cuda& device, const Call& call, const Tensor& extremes,
   const MutualInformationCall& checked = images.checked;
   clear(device, counts);
   if (checked.elements() == 0) return;
-  launch_count(device, Counting<T>{parzen_window<T>(call, checked),
-                                   images,
-                                   {call, checked, extremes},
-                                   checked.elements(),
-                                   counts.as<unsigned long long>(),
-                                   checked.count_units(),
-                                   checked.reach});
+  const Counting<T> counting{parzen_window<T>(call, checked),
+                             images,
+                             {call, checked, extremes},
+                             checked.elements(),
+                             counts.as<unsigned long long>(),
+                             checked.count_units(),
+                             checked.reach};
+  if (!launch_direct_count(device, counting)) launch_count(device, counting);
 }
 
 // What a loss and a histogram have in common: the counts go to a workspace.
@@ -166,32 +213,59 @@ void run_of_counts(const Cuda& device, const Call& call) {
   if (histogram.present) share_out(device, those, histogram);
 }
 
+// The parts and the batch of the kernels of the gradient. There are as many blocks as a large GPU
+// runs at a time, since each has to fill its shared memory.
+inline dim3 gradient_grid(const MutualInformationCall& checked, int64_t batch,
+                          int64_t shared_bytes) {
+  const int64_t batch_blocks = std::min<int64_t>(batch, 65535);
+  const int64_t together = shared_memory_limit() / std::max<int64_t>(1, shared_bytes);
+  const int64_t blocks =
+      kLargeGpuMultiprocessors * std::max<int64_t>(1, std::min<int64_t>(2, together));
+  const int64_t most_samples = std::numeric_limits<int32_t>::max() / 2;
+  const int64_t parts = std::max({int64_t{1}, (checked.samples + most_samples - 1) / most_samples,
+                                  std::min<int64_t>((blocks + batch_blocks - 1) / batch_blocks,
+                                                    (checked.samples + 4095) / 4096)});
+  return dim3(static_cast<unsigned>(parts), static_cast<unsigned>(batch_blocks));
+}
+
+template <bool kPred, bool kTarget>
+void launch_six_bins_gradient(const Cuda& device, const GradientOperands<float>& gradient,
+                              const MutualInformationCall& checked, int64_t batch) {
+  const int64_t bytes = gradient.table_count * static_cast<int64_t>(sizeof(float2));
+  const int log_copies = std::min(kLogPairCopies, log_copies_in_shared_memory(bytes));
+  const int64_t shared = log_copies < 0 ? 0 : bytes << log_copies;
+  auto* function = &six_bins_gradient_kernel<kNoPairs, kPred, kTarget>;
+  if (log_copies == kLogPairCopies) {
+    function = &six_bins_gradient_kernel<kLogPairCopies, kPred, kTarget>;
+  } else if (log_copies >= 0) {
+    function = &six_bins_gradient_kernel<kFewerPairCopies, kPred, kTarget>;
+  }
+  allow_shared_memory(function, shared);
+  function<<<gradient_grid(checked, batch, shared), kSixThreads, shared, device.stream>>>(
+      gradient, SixBins(gradient.window), batch, log_copies);
+  check_launch();
+}
+
 template <ParzenKernel kKernel, int kReach, bool kPred, bool kTarget, class T>
 void launch_gradient(const Cuda& device, const GradientOperands<T>& gradient,
                      const MutualInformationCall& checked) {
-  const int64_t most = shared_memory_limit();
+  const int64_t batch = checked.elements() / (gradient.items_together() ? gradient.space.items : 1);
+  if constexpr (std::is_same_v<T, float> && kReach == kSixReach) {
+    if (SixBins::suffice(checked, gradient.window)) {
+      return launch_six_bins_gradient<kPred, kTarget>(device, gradient, checked, batch);
+    }
+  }
   const int64_t bytes = gradient.table_count * static_cast<int64_t>(sizeof(T));
-  int log_copies = 5;
-  while (log_copies >= 0 && bytes << log_copies > most) --log_copies;
+  const int log_copies = log_copies_in_shared_memory(bytes);
+  const int64_t shared = log_copies < 0 ? 0 : bytes << log_copies;
   auto* function = &gradient_kernel<kKernel, kReach, -1, kPred, kTarget, T>;
   // Where every lane has a copy, in its own bank, a kernel of its own is worth it.
   if constexpr (sizeof(T) == 4 && kReach <= GaussianReach<T>::kNarrow) {
     if (log_copies == 5) function = &gradient_kernel<kKernel, kReach, 5, kPred, kTarget, T>;
   }
-  const int64_t shared = log_copies < 0 ? 0 : bytes << log_copies;
   allow_shared_memory(function, shared);
-  const int64_t batch = checked.elements() / (gradient.items_together() ? gradient.space.items : 1);
-  const int64_t batch_blocks = std::min<int64_t>(batch, 65535);
-  // There are as many blocks as a large GPU runs at a time, since each has to fill its shared
-  // memory.
-  const int64_t together = most / std::max<int64_t>(1, shared);
-  const int64_t blocks =
-      kLargeGpuMultiprocessors * std::max<int64_t>(1, std::min<int64_t>(2, together));
-  const int64_t parts =
-      std::max<int64_t>(1, std::min<int64_t>((blocks + batch_blocks - 1) / batch_blocks,
-                                             (checked.samples + 4095) / 4096));
-  const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(batch_blocks));
-  function<<<grid, kGradientThreads<T>, shared, device.stream>>>(gradient, batch, log_copies);
+  function<<<gradient_grid(checked, batch, shared), kGradientThreads<T>, shared, device.stream>>>(
+      gradient, batch, log_copies);
   check_launch();
 }
 

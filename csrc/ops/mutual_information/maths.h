@@ -52,10 +52,9 @@ struct IntensityRange {
     if (!(half - half == 0)) inverse = half - half;
   }
   REGKERNELS_HD T position(T value, int num_bins) const {
-    T inside = value > high ? high : value;
-    inside = inside < low ? low : inside;
+    const T inside = at_least(at_most(value, high), low);
     const T x = (T(0.5) * inside - T(0.5) * low) * inverse;
-    return (x > 1 ? T(1) : x) * static_cast<T>(num_bins) - T(0.5);
+    return at_most(x, T(1)) * static_cast<T>(num_bins) - T(0.5);
   }
   // The derivative dt / dvalue. At the two ends the clamp passes it.
   REGKERNELS_HD T slope(T value, int num_bins) const {
