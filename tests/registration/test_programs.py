@@ -19,6 +19,7 @@ import pytest
 from scenes import header, physical_grid, scene
 
 from jaxreg import compose
+from jaxreg.commands.outputs import rehearse_images
 from jaxreg.registration import FFD, MSE, Affine, Greedy, Moments, Progress, programs, register
 from jaxreg.registration.kept_programs import Entry, read, write
 from jaxreg.registration.programs import (
@@ -59,6 +60,28 @@ def compiled() -> Iterator[list[tuple[str, bool]]]:
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield found
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_no_program_sorts_or_calls_a_library_of_linear_algebra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # On a GPU a sort takes seconds to compile, and such a library a part of one to load.
+    found: dict[str, str] = {}
+
+    def note(self: Work, call: Any) -> None:
+        found[call.program.name] = call.lowered().as_text()
+
+    monkeypatch.setattr(Work, "begin", note)
+    jax.clear_caches()
+    fixed, moving = pair()
+    with Compiler() as compiler, compiler.working() as work:
+        names = frozenset({"moved.nii.gz", "fixed_moved.nii.gz"})
+        work.afterwards = functools.partial(rehearse_images, fixed, moving, names)
+        register(fixed, moving, STAGES)
+    assert len(found) > 10
+    for name, text in found.items():
+        for costly in ("stablehlo.sort", "stablehlo.dot", "stablehlo.cholesky", "lapack"):
+            assert costly not in text, name
 
 
 @pytest.mark.parametrize("watched", [False, True])

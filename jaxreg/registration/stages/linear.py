@@ -39,9 +39,10 @@ from jaxreg.registration.stages.levenberg_marquardt import (
     nothing_known,
     proposed,
 )
+from jaxreg.registration.stages.matrices import matmul
 from jaxreg.registration.stages.metrics import NCC, Metric, MetricField
 from jaxreg.registration.stages.moments import centre_of_mass
-from jaxreg.registration.stages.problem import Alignment, Level, Probe, Weighted, charged, matmul
+from jaxreg.registration.stages.problem import Alignment, Level, Probe, Weighted, charged
 from jaxreg.registration.stages.pyramid import level_shape, resize_field, resize_image
 
 __all__ = [

@@ -15,8 +15,9 @@ from jaxreg.registration.intensities import background
 from jaxreg.registration.programs import Program, on_device
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.stages.base import Stage, Trace
+from jaxreg.registration.stages.matrices import inverse, matmul, principal_axes
 from jaxreg.registration.stages.metrics import NCC, MetricField
-from jaxreg.registration.stages.problem import Alignment, Level, Problem, charged, matmul
+from jaxreg.registration.stages.problem import Alignment, Level, Problem, charged
 from jaxreg.registration.stages.pyramid import FEW_CHANNELS
 
 __all__ = ["Moments", "centre_and_covariance", "centre_of_mass"]
@@ -85,7 +86,7 @@ class Moments(Stage):
 @Program
 def _best(stage: Moments, level: Level) -> tuple[jax.Array, jax.Array]:
     fixed = centre_and_covariance(level.fixed, level.fixed_mask, level.to_physical)
-    moving = centre_and_covariance(level.moving, level.moving_mask, jnp.linalg.inv(level.to_moving))
+    moving = centre_and_covariance(level.moving, level.moving_mask, inverse(level.to_moving))
     plane = level.plane()
     linear = level.matrix[:-1, :-1]
     if plane is None:
@@ -133,13 +134,7 @@ def _about(turn: jax.Array, fixed: jax.Array, moving: jax.Array) -> jax.Array:
 
 def _rotations(fixed: jax.Array, moving: jax.Array) -> list[jax.Array]:
     """Return the rotations that turn the principal axes of one covariance onto the other's."""
-
-    def axes(covariance: jax.Array) -> jax.Array:
-        vectors = jnp.linalg.eigh(covariance)[1]
-        right_handed: jax.Array = vectors.at[:, 0].multiply(jnp.sign(jnp.linalg.det(vectors)))
-        return right_handed
-
-    source, target = axes(fixed), axes(moving)
+    source, target = principal_axes(fixed), principal_axes(moving)
     signs = (s for s in itertools.product((1, -1), repeat=len(fixed)) if math.prod(s) == 1)
     return [matmul(target * jnp.asarray(s, target.dtype), source.T) for s in signs]
 
