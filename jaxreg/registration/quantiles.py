@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
 __all__ = ["quantiles"]
 
@@ -47,7 +48,7 @@ def quantiles(values: jax.Array, shares: Sequence[float]) -> jax.Array:
     return jnp.where(jnp.isnan(values).any(axis=-1), jnp.nan, between)
 
 
-def _of_ranks(values: jax.Array, ranks: np.ndarray) -> jax.Array:
+def _of_ranks(values: jax.Array, ranks: NDArray[np.int32]) -> jax.Array:
     """Return the values that so many others are less than, ``(R, ...)``, of float32."""
     # As integers without a sign, numbers are in the order of their values: positive ones in that of
     # their bits, and before them negative ones in the reverse.

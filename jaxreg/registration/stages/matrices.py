@@ -11,6 +11,7 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = ["inverse", "matmul", "principal_axes"]
 
@@ -59,8 +60,8 @@ def inverse(matrix: jax.Array) -> jax.Array:
     to its voxels.
     """
     size = len(matrix)
-    eye = jnp.eye(size, dtype=matrix.dtype)
-    index = jnp.arange(size)
+    eye = np.eye(size, dtype=matrix.dtype)
+    index = np.arange(size)
 
     def eliminated(column: jax.Array, carry: _Elimination) -> _Elimination:
         rows, left, places = carry
@@ -72,7 +73,8 @@ def inverse(matrix: jax.Array) -> jax.Array:
 
     start = jnp.concatenate([matrix, eye], axis=1), jnp.ones(size, bool), jnp.zeros(size, jnp.int32)
     rows, _, places = jax.lax.fori_loop(0, size, eliminated, start)
-    return rows[places, size:]
+    found: jax.Array = rows[places, size:]
+    return found
 
 
 def principal_axes(covariance: jax.Array) -> jax.Array:
@@ -83,7 +85,7 @@ def principal_axes(covariance: jax.Array) -> jax.Array:
     See Golub and Van Loan, "Matrix Computations", section 8.5.
     """
     size = len(covariance)
-    eye = jnp.eye(size, dtype=covariance.dtype)
+    eye = np.eye(size, dtype=covariance.dtype)
 
     def turned(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         matrix, vectors = carry
@@ -94,19 +96,20 @@ def principal_axes(covariance: jax.Array) -> jax.Array:
         tangent = jnp.where(off == 0, 0, tangent)
         cosine = 1 / jnp.sqrt(tangent**2 + 1)
         sine = tangent * cosine
-        turn = eye.at[:2, :2].set(jnp.array([[cosine, sine], [-sine, cosine]]))
+        turn = jnp.asarray(eye).at[:2, :2].set(jnp.array([[cosine, sine], [-sine, cosine]]))
         # The axes then change places, all in a row, so that the next turn is of the same two.
         turn = jnp.roll(turn, 1, axis=1)
         return matmul(turn.T, matmul(matrix, turn)), matmul(vectors, turn)
 
-    matrix, vectors = jax.lax.fori_loop(0, _ROTATIONS, turned, (covariance, eye))
+    matrix, vectors = jax.lax.fori_loop(0, _ROTATIONS, turned, (covariance, jnp.asarray(eye)))
     values = jnp.diagonal(matrix)
-    index = jnp.arange(size)
+    index = np.arange(size)
     before = (values[:, None] < values) | ((values[:, None] == values) & (index[:, None] < index))
     place = before.sum(axis=0)  # of each value among all
     vectors = (vectors[:, :, None] * (place[:, None] == index)).sum(axis=1)
     mirrored = (vectors[0] * _cofactors(vectors)[0]).sum() < 0
-    return vectors.at[:, 0].multiply(jnp.where(mirrored, -1, 1))
+    right_handed: jax.Array = vectors.at[:, 0].multiply(jnp.where(mirrored, -1, 1))
+    return right_handed
 
 
 def _cofactors(matrix: jax.Array) -> jax.Array:

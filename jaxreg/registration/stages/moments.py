@@ -95,7 +95,7 @@ def _best(stage: Moments, level: Level) -> tuple[jax.Array, jax.Array]:
     else:
         # Points of the fixed slice stay within it, and go on from there as they did before.
         along = matmul(linear, plane)
-        eye = jnp.eye(2, dtype=along.dtype)
+        eye = np.eye(2, dtype=along.dtype)
         turns = [eye]
         if stage.rotation:
             inside = (matmul(v.T, matmul(c, v)) for v, c in ((plane, fixed[1]), (along, moving[1])))
@@ -105,7 +105,9 @@ def _best(stage: Moments, level: Level) -> tuple[jax.Array, jax.Array]:
         goal = fixed[0] + (plane * shift).sum(axis=1)
         others = []
         for turn in turns:
-            whole = jnp.eye(3, dtype=turn.dtype) + matmul(plane, matmul(turn - eye, plane.T))
+            whole: jax.Array = np.eye(3, dtype=turn.dtype) + matmul(
+                plane, matmul(turn - eye, plane.T)
+            )
             others.append(matmul(level.matrix, _about(whole, fixed[0], goal)))
     candidates = jnp.stack([level.matrix, *others])
     target = level.target()
@@ -128,7 +130,7 @@ def _about(turn: jax.Array, fixed: jax.Array, moving: jax.Array) -> jax.Array:
     """Return the transform with a linear part that takes one centre to the other."""
     ndim = fixed.size
     top = jnp.concatenate([turn, (moving - (turn * fixed).sum(axis=1))[:, None]], axis=1)
-    transform: jax.Array = jnp.concatenate([top, jnp.eye(1, ndim + 1, ndim, dtype=top.dtype)])
+    transform: jax.Array = jnp.concatenate([top, np.eye(1, ndim + 1, ndim, dtype=top.dtype)])
     return transform
 
 

@@ -241,8 +241,9 @@ def turned(linear: NDArray[np.float32] | jax.Array, vectors: jax.Array) -> jax.A
     """Multiply vectors ``(..., D)`` by a matrix ``(D, D)``."""
     # Written out it is a pass over the vectors, with what is around it. As a product it calls a
     # library on a GPU, which takes longer to load than this to run.
-    terms = (linear[:, k] * vectors[..., k, None] for k in range(vectors.shape[-1]))
-    return functools.reduce(operator.add, terms)
+    terms = (vectors[..., k, None] * linear[:, k] for k in range(vectors.shape[-1]))
+    product: jax.Array = functools.reduce(operator.add, terms)
+    return product
 
 
 def _linear(matrix: Matrix) -> NDArray[np.float32]:
