@@ -95,7 +95,7 @@ def _best(stage: Moments, level: Level) -> tuple[jax.Array, jax.Array]:
     else:
         # Points of the fixed slice stay within it, and go on from there as they did before.
         along = matmul(linear, plane)
-        eye = np.eye(2, dtype=along.dtype)
+        eye = jnp.asarray(np.eye(2, dtype=along.dtype))
         turns = [eye]
         if stage.rotation:
             inside = (matmul(v.T, matmul(c, v)) for v, c in ((plane, fixed[1]), (along, moving[1])))
@@ -105,9 +105,8 @@ def _best(stage: Moments, level: Level) -> tuple[jax.Array, jax.Array]:
         goal = fixed[0] + (plane * shift).sum(axis=1)
         others = []
         for turn in turns:
-            whole: jax.Array = np.eye(3, dtype=turn.dtype) + matmul(
-                plane, matmul(turn - eye, plane.T)
-            )
+            change = matmul(plane, matmul(turn - eye, plane.T))
+            whole = jnp.asarray(np.eye(3, dtype=turn.dtype)) + change
             others.append(matmul(level.matrix, _about(whole, fixed[0], goal)))
     candidates = jnp.stack([level.matrix, *others])
     target = level.target()
