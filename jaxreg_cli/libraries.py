@@ -8,10 +8,13 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["begin_to_load"]
+__all__ = ["THREAD", "begin_to_load"]
+
+THREAD = "libraries"
+"""The name of the threads that load them."""
 
 _NVIDIA = (
     *("cudart", "nvrtc", "cublas", "cublasLt", "nccl", "cupti"),
@@ -33,11 +36,32 @@ def begin_to_load() -> None:
     asked = os.environ.get("JAX_PLATFORMS", "").lower()
     if sys.platform != "linux" or (asked and not {"cuda", "gpu"}.intersection(asked.split(","))):
         return
+    # As JAX does before it loads them: a library may read it when it is loaded.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    _in_thread(_load)
+
+
+def _in_thread(task: Callable[[], None]) -> None:
+    # Python waits for it: what ends a library must not run while that begins.
+    threading.Thread(target=task, name=THREAD).start()
+
+
+def _load() -> None:
     plugins = list(_found("jax_plugins", "xla_cuda*/xla_cuda_plugin.so"))
     if not plugins:
         return
-    for task in (_start_driver, lambda: _load([*_of_nvidia(), *plugins])):
-        threading.Thread(target=task, name="libraries", daemon=True).start()
+    _in_thread(_start_driver)
+    with contextlib.suppress(AttributeError):  # of a C library without the function
+        load = ctypes.CDLL(None).dlopen
+        load.argtypes, load.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
+        for path in (*_of_nvidia(), *plugins):
+            load(os.fsencode(path), os.RTLD_NOW)
+
+
+def _start_driver() -> None:
+    """Start the driver, which takes a part of a second."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(_DRIVER).cuInit(0)
 
 
 def _found(package: str, pattern: str) -> Iterator[Path]:
@@ -51,17 +75,3 @@ def _found(package: str, pattern: str) -> Iterator[Path]:
 def _of_nvidia() -> Iterator[Path]:
     for name in _NVIDIA:
         yield from _found("nvidia", f"*/lib/lib{name}.so.*")
-
-
-def _load(paths: list[Path]) -> None:
-    with contextlib.suppress(AttributeError):  # of a C library without the function
-        load = ctypes.CDLL(None).dlopen
-        load.argtypes, load.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
-        for path in paths:
-            load(os.fsencode(path), os.RTLD_NOW)
-
-
-def _start_driver() -> None:
-    """Start the driver, which takes as long as the import of JAX; JAX then finds it started."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(_DRIVER).cuInit(0)

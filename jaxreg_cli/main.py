@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from jaxreg_cli.libraries import begin_to_load
+from jaxreg_cli.libraries import THREAD, begin_to_load
 from jaxreg_cli.telling import aside, logs
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "run_as_process"]
 
-_NEEDED = ("jax", "optax", "SimpleITK", "typer", "rich", "matplotlib")
+_NEEDED = ("jax", "SimpleITK", "typer", "rich", "matplotlib")
 
 _COMPLETING = "_JAXREG_COMPLETE"
 """The variable in which the script of a shell's completion says what it wants."""
@@ -118,7 +118,7 @@ def _works(thread: threading.Thread) -> bool:
     if _compiles(thread):  # what nobody waits for any more, unless JAX keeps it
         config = sys.modules["jax"].config
         return bool(config.jax_enable_compilation_cache and config.jax_compilation_cache_dir)
-    if thread.name == _DEVICES:
+    if thread.name in (_DEVICES, THREAD):
         return False
     thread.join(_MOMENT)  # JAX has a timer that warns of a slow start, and has been stopped
     return thread.is_alive()

@@ -13,14 +13,14 @@ import pytest
 import regkernels._core
 
 CODE = """
-import sys, threading
+import os, sys, threading
 from pathlib import Path
-from jaxreg_cli.libraries import begin_to_load
+from jaxreg_cli.libraries import THREAD, begin_to_load
 
 begin_to_load()
-for thread in threading.enumerate():
-    if thread.name == "libraries":
-        thread.join()
+while working := [thread for thread in threading.enumerate() if thread.name == THREAD]:
+    working[0].join()
+assert os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1"  # what JAX sets when it is imported
 assert not {"jax", "numpy", "nvidia", "jax_plugins"} & sys.modules.keys()
 lines = Path("/proc/self/maps").read_text().splitlines()
 print(*sorted({Path(line.split()[-1]).name for line in lines if sys.argv[1] in line}))
