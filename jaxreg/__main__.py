@@ -1,6 +1,6 @@
 """``python -m jaxreg`` is the ``jaxreg`` command."""
 
-from jaxreg_cli import main
+from jaxreg_cli import run_as_process
 
 if __name__ == "__main__":
-    main()
+    run_as_process()

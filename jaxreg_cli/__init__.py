@@ -4,6 +4,6 @@ It is beside the package `jaxreg`, of which no part can be imported without JAX:
 but the names of the commands, as ``jaxreg --help`` does, answers at once.
 """
 
-from jaxreg_cli.main import main
+from jaxreg_cli.main import main, run_as_process
 
-__all__ = ["main"]
+__all__ = ["main", "run_as_process"]

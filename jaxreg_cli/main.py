@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
 import gc
 import importlib.util
 import os
@@ -13,14 +15,15 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from jaxreg_cli.libraries import THREAD, begin_to_load
 from jaxreg_cli.telling import aside, logs
 
 if TYPE_CHECKING:
     import typer
 
-__all__ = ["main"]
+__all__ = ["main", "run_as_process"]
 
-_NEEDED = ("jax", "optax", "SimpleITK", "typer", "rich", "matplotlib")
+_NEEDED = ("jax", "SimpleITK", "typer", "rich", "matplotlib")
 
 _COMPLETING = "_JAXREG_COMPLETE"
 """The variable in which the script of a shell's completion says what it wants."""
@@ -30,6 +33,12 @@ _COMPUTING = (
     *("apply", "apply-points", "invert", "compare"),
 )
 """What runs on a device."""
+
+_DEVICES = "devices"
+"""The thread that starts them."""
+
+_MOMENT = 0.05
+"""Seconds in which a thread that has nothing to do any more ends."""
 
 _OF_THE_COMMAND_ITSELF = ("--help", "--version", "--install-completion", "--show-completion")
 
@@ -57,23 +66,74 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             except _Ended as ended:
                 _fail(ended.reason, ended.status)
     except SystemExit as end:
-        if arguments is None and end.code is not None:
-            _leave_compilation(int(end.code))
+        if arguments is None:
+            _leave(int(end.code or 0))
         raise
 
 
-def _leave_compilation(status: int) -> None:
+def run_as_process() -> NoReturn:
+    """Run the command line of this process, and end the process with it.
+
+    What Python and JAX would then take apart, with the context of a GPU, the system takes back at
+    once.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if _wants_a_device(sys.argv[1:]):
+            _end(int(end.code or 0))
+        raise
+
+
+def _leave(status: int) -> None:
     """End an interrupted process at once where XLA compiles a program, which takes it seconds.
 
     Nothing interrupts that, and Python would wait for its threads. What is to be written or removed
     has been by now.
     """
-    compiling = (thread for thread in threading.enumerate() if thread.name.startswith("compiler"))
-    if status >= 128 and any(thread.is_alive() for thread in compiling):
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
+    if status >= 128 and any(_compiles(thread) for thread in threading.enumerate()):
+        _flush()
         os._exit(status)
+
+
+def _end(status: int) -> None:
+    """End the process, unless Python has to: for a debugger, or for threads that are at work.
+
+    Whatever asks to be called at the end is, but for what takes the devices down.
+    """
+    is_watched = sys.gettrace() or sys.getprofile() or sys.flags.inspect
+    if is_watched or "coverage" in sys.modules or any(map(_works, threading.enumerate())):
+        return
+    if (api := sys.modules.get("jax._src.api")) is not None and hasattr(api, "clean_up"):
+        atexit.unregister(api.clean_up)
+    atexit._run_exitfuncs()
+    _flush()
+    os._exit(status)
+
+
+def _works(thread: threading.Thread) -> bool:
+    """Whether the end of the process has to wait for a thread."""
+    if thread.daemon or thread in (threading.main_thread(), threading.current_thread()):
+        return False
+    if _compiles(thread):  # what nobody waits for any more, unless JAX keeps it
+        config = sys.modules["jax"].config
+        return bool(config.jax_enable_compilation_cache and config.jax_compilation_cache_dir)
+    if thread.name in (_DEVICES, THREAD):
+        return False
+    thread.join(_MOMENT)  # JAX has a timer that warns of a slow start, and has been stopped
+    return thread.is_alive()
+
+
+def _compiles(thread: threading.Thread) -> bool:
+    return thread.is_alive() and thread.name.startswith("compiler")
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or there is none
+            stream.flush()
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # what libraries have printed
+        ctypes.CDLL(None).fflush(None)
 
 
 def _run(arguments: Sequence[str] | None) -> NoReturn:
@@ -81,6 +141,8 @@ def _run(arguments: Sequence[str] | None) -> NoReturn:
     if missing:
         _fail(f"the command line needs {', '.join(missing)}: pip install 'regkernels[jax,cli]'")
     _ask_for_the_same_bits()
+    if _wants_a_device(list(sys.argv[1:] if arguments is None else arguments)):
+        begin_to_load()
     try:
         import typer
 
@@ -146,7 +208,8 @@ def _without_collections() -> Iterator[None]:
 
 def _wants_a_device(typed: Sequence[str]) -> bool:
     """Whether a command computes, on devices that need not be joined with others before."""
-    return typed[0] in _COMPUTING and not {"--help", "--distributed"}.intersection(typed)
+    beside = {"--help", "--distributed"}.intersection(typed)
+    return bool(typed) and typed[0] in _COMPUTING and not beside and _COMPLETING not in os.environ
 
 
 def _begin_to_find_devices() -> None:
@@ -157,7 +220,7 @@ def _begin_to_find_devices() -> None:
         with contextlib.suppress(Exception):  # whoever asks for a device gets the error again
             jax.local_devices()
 
-    threading.Thread(target=find, name="devices").start()
+    threading.Thread(target=find, name=_DEVICES).start()
 
 
 class _Ended(BaseException):

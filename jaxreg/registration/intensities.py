@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxreg.registration.programs import Program, on_device
+from jaxreg.registration.quantiles import quantiles
 
 __all__ = ["Background", "Clip", "background", "check_clip", "clipped", "matched"]
 
@@ -20,7 +21,7 @@ Clip = Literal["outliers"] | tuple[float, float] | None
 quantiles, or none."""
 
 _SAMPLE = 2**18
-"""At most so many voxels, evenly spread, are sorted for a quantile."""
+"""At most so many voxels, evenly spread, are looked at for a quantile."""
 
 _OUTLIERS = 1e-4
 """The share of the voxels, at either end, that may be outliers; 8 of them in a small image."""
@@ -67,8 +68,8 @@ def _background(image: jax.Array) -> Background:
 @Program
 def _background_of(border: jax.Array, sample: jax.Array) -> Background:
     """Return the background that the voxels on the faces tell, and some of all, ``(C, n)``."""
-    value = jnp.median(border, axis=1)
-    low, high = jnp.quantile(sample, jnp.asarray([0.01, 0.99]), axis=1)
+    (value,) = quantiles(border, (0.5,))
+    low, high = quantiles(sample, (0.01, 0.99))
     spread = 0.05 * (high - low)
     near = jnp.abs(border - value[:, None]) <= spread[:, None]
     return Background(value, spread, near.mean(axis=1) >= 0.5)
@@ -111,12 +112,10 @@ def clipped(image: jax.Array, clip: Clip) -> jax.Array:
     sample = _sample(image)
     if clip == "outliers":
         share = min(max(_OUTLIERS, 8 / sample.shape[1]), 0.25)
-        low, high = jnp.quantile(
-            sample, jnp.asarray(np.array([share, 1 - share], np.float32)), axis=1
-        )
+        low, high = quantiles(sample, (share, 1 - share))
         without: jax.Array = _without_outliers(image, low, high)
         return without
-    low, high = jnp.quantile(sample, jnp.asarray(clip, jnp.float32), axis=1)
+    low, high = quantiles(sample, clip)
     bounded: jax.Array = _bounded(image, low, high)
     return bounded
 

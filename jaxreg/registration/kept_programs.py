@@ -45,7 +45,7 @@ _HEAD = b"programs of regkernels\n"
 
 _DIGEST = hashlib.sha256().digest_size
 
-_PACKAGES = ("jax", "jaxlib", "numpy", "optax")
+_PACKAGES = ("jax", "jaxlib", "numpy")
 _KNOWN = {*_PACKAGES, "builtins", "collections", "copyreg", "jaxreg", "regkernels"}
 """Where what a program follows from may be defined: others may change and nothing would tell."""
 
@@ -76,7 +76,10 @@ class Entry(NamedTuple):
 
     def load(self, device: jax.Device) -> Executable:
         """Return the program for a device."""
-        _prepare(device.platform)
+        # On a CPU linear algebra is told where LAPACK is when it is lowered. SciPy has it, which
+        # takes longer to import than the programs of a registration to load.
+        if device.platform == "cpu" and b"lapack" in self.executable:
+            _prepare()
         loaded: Executable = serialize_executable.deserialize_and_load(
             self.executable,
             self.in_tree,
@@ -113,16 +116,15 @@ def digest(about: Any, device: jax.Device) -> str | None:
 _preparing = threading.Lock()
 
 
-def _prepare(platform: str) -> None:
-    """Do, once, what JAX does when it lowers programs, and those that are loaded need, too."""
+def _prepare() -> None:
+    """Do, once, what JAX does when it lowers linear algebra, and what is loaded needs, too."""
     with _preparing:
-        _find_lapack(platform)
+        _find_lapack()
 
 
 @functools.cache
-def _find_lapack(platform: str) -> None:
-    if platform == "cpu":  # there linear algebra is told where LAPACK is when it is lowered
-        jax.jit(jax.lax.linalg.cholesky).lower(np.ones((1, 1), np.float32))
+def _find_lapack() -> None:
+    jax.jit(jax.lax.linalg.cholesky).lower(np.ones((1, 1), np.float32))
 
 
 def read(path: Path) -> dict[Key, Entry]:

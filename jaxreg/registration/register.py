@@ -26,6 +26,7 @@ from jaxreg.registration.stages.base import Stage, Trace
 from jaxreg.registration.stages.presets import preset
 from jaxreg.registration.stages.problem import Alignment
 from jaxreg.registration.stages.pyramid import level_shape
+from jaxreg.registration.transforms.parts import turned
 from jaxreg.registration.transforms.resampling import Outside, outside_values
 from jaxreg.registration.transforms.transform import Transform
 from jaxreg.warp import INVERSE_TOLERANCE
@@ -566,7 +567,7 @@ def _field_on(
     def sampled(field: jax.Array) -> jax.Array:
         still = jnp.zeros((1, *target.shape, target.ndim), jnp.float32)
         vectors = compose(field, still, jnp.asarray(there), add=False)
-        return jnp.einsum("...i,ji->...j", vectors, back, precision=jax.lax.Precision.HIGHEST)
+        return turned(back, vectors)
 
     found: jax.Array = across(devices, sampled, (field,), (_FIELD,), _FIELD)
     return found

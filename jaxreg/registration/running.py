@@ -19,7 +19,15 @@ from numpy.typing import ArrayLike
 
 from jaxreg.registration.across import cut, extended, put, together, whole
 from jaxreg.registration.intensities import Clip
-from jaxreg.registration.programs import Fixed, Program, compiling, rehearse, settled, shapes_of
+from jaxreg.registration.programs import (
+    Fixed,
+    Program,
+    compiling,
+    rehearse,
+    settled,
+    shapes_of,
+    without_collections,
+)
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.register_images import make_problem
 from jaxreg.registration.stages import windows
@@ -158,7 +166,7 @@ def _rehearse(
     shape, to_physical = shapes["fixed"].shape[1:], np.asarray(arrays["fixed_to_physical"])
     # As `make_problem` makes them, so that the programs are those that will be asked for.
     stages = tuple(stage.for_grid(shape, np.float32(to_physical)) for stage in stages)
-    with compiling() as work:
+    with compiling() as work, without_collections():
         if work.is_kept(shapes, options, start, stages, watched):
             return
         problem = rehearse(_make, shapes, Fixed(options))

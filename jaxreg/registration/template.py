@@ -25,6 +25,7 @@ from jaxreg.registration.stages.deformable import Deformable
 from jaxreg.registration.stages.moments import centre_and_covariance
 from jaxreg.registration.stages.presets import preset
 from jaxreg.registration.template_store import MemoryStore, TemplateStore
+from jaxreg.registration.transforms.parts import turned
 from jaxreg.registration.transforms.resampling import outside_values
 from jaxreg.registration.transforms.transform import Transform
 from regkernels import Volume, __version__
@@ -553,9 +554,7 @@ class _Update(NamedTuple):
             still = jnp.zeros_like(field)
             sampled = compose(field, still, jnp.asarray(chain[None, :-1], jnp.float32), add=False)
             linear = jnp.asarray(inverse_matrix(chain)[:-1, :-1], jnp.float32)
-            field = jnp.einsum(
-                "ij,...j->...i", linear, sampled, precision=jax.lax.Precision.HIGHEST
-            )
+            field = turned(linear, sampled)
         return Transform(self.grid, matrix, field)
 
 

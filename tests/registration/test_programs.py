@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import pytest
 from scenes import header, physical_grid, scene
 
 from jaxreg import compose
+from jaxreg.commands.outputs import rehearse_images
 from jaxreg.registration import FFD, MSE, Affine, Greedy, Moments, Progress, programs, register
 from jaxreg.registration.kept_programs import Entry, read, write
 from jaxreg.registration.programs import (
@@ -59,6 +61,28 @@ def compiled() -> Iterator[list[tuple[str, bool]]]:
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield found
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_no_program_sorts_or_calls_a_library_of_linear_algebra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # On a GPU a sort takes seconds to compile, and such a library a part of one to load.
+    found: dict[str, str] = {}
+
+    def note(self: Work, call: Any) -> None:
+        found[call.program.name] = call.lowered().as_text()
+
+    monkeypatch.setattr(Work, "begin", note)
+    jax.clear_caches()
+    fixed, moving = pair()
+    with Compiler() as compiler, compiler.working() as work:
+        names = frozenset({"moved.nii.gz", "fixed_moved.nii.gz"})
+        work.afterwards = functools.partial(rehearse_images, fixed, moving, names)
+        register(fixed, moving, STAGES)
+    assert len(found) > 10
+    for name, text in found.items():
+        for costly in ("stablehlo.sort", "stablehlo.dot", "stablehlo.cholesky", "lapack"):
+            assert costly not in text, name
 
 
 @pytest.mark.parametrize("watched", [False, True])
@@ -250,6 +274,68 @@ def test_what_fails_later_runs_again_without_what_was_loaded(
             np.testing.assert_array_equal(compiler.run(registration), [2, 2, 2])
     assert ran == [True, False][:runs]
     assert read(file) != {}
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_a_rehearsal_looks_for_no_garbage_and_leaves_that_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, was_enabled: bool
+) -> None:
+    found = []
+    monkeypatch.setattr(Work, "begin", lambda *_: found.append(gc.isenabled()))
+    jax.clear_caches()
+    if not was_enabled:
+        gc.disable()
+    try:
+        register(*pair(), STAGES[:1])
+        assert set(found) == {False}
+        assert gc.isenabled() == was_enabled
+    finally:
+        gc.enable()
+
+
+def test_linear_algebra_that_was_kept_is_found_by_a_process_that_has_traced_none(
+    tmp_path: Path,
+) -> None:
+    code = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+from jaxreg.registration.programs import Compiler, Program
+
+@Program
+def doubled(x):
+    return 2 * x
+
+@Program
+def root(x):
+    return jnp.linalg.cholesky(x)
+
+with Compiler(Path("kept")) as compiler, compiler.working() as work:
+    was_kept = work.is_kept("these")
+    assert was_kept == (sys.argv[1] == "again"), was_kept
+    print(doubled(np.ones(1, np.float32))[0])
+    if was_kept:
+        print("scipy" in sys.modules)
+    if "root" in sys.argv:
+        print(root(np.full((1, 1), 9, np.float32))[0, 0])
+"""
+
+    def run(*words: str) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.split()
+
+    (tmp_path / "kept").mkdir()
+    assert run("first") == ["2.0"]
+    on_cpu = jax.default_backend() == "cpu"
+    assert run("again") == ["2.0", "False"]  # it takes long to import
+    assert run("again", "root") == ["2.0", "False", "3.0"]
+    assert run("again", "root") == ["2.0", str(on_cpu), "3.0"]
 
 
 def test_an_error_that_nothing_loaded_has_part_in_is_raised_at_once(tmp_path: Path) -> None:

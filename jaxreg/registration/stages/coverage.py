@@ -73,31 +73,40 @@ def coverage(
     """
     ndim = len(shape)
 
-    def corner(offset: jax.Array | float) -> list[jax.Array]:
+    # Each element of the matrix is taken out of it once: this is traced for many programs.
+    rows: list[list[jax.Array]] | None = None
+    if affine is not None:
+        rows = [[affine[0, i, k] for k in range(ndim + 1)] for i in range(ndim)]
+    positive = [] if rows is None else [[factor > 0 for factor in row[:ndim]] for row in rows]
+
+    def corner(offset: jax.Array | None) -> list[jax.Array]:
         """Return the coordinates of the voxels so far along all axes, those of the grid."""
         coordinates = []
         for component, size in enumerate(reversed(shape)):
             index = jax.lax.broadcasted_iota(jnp.float32, (1, *shape), ndim - component)
-            along = jnp.clip(index + offset, 0, size - 1) * (2 / max(size - 1, 1)) - 1
-            along = along if size > 1 else jnp.zeros_like(index)
-            shift = 0 if displacement is None else displacement[..., component]
-            coordinates.append(along + shift)
+            moved = index if offset is None else jnp.clip(index + offset, 0, size - 1)
+            along = moved * (2 / max(size - 1, 1)) - 1 if size > 1 else jnp.zeros_like(index)
+            if displacement is not None:
+                along = along + displacement[..., component]
+            coordinates.append(along)
         return coordinates
 
-    def mapped(one: list[jax.Array], other: list[jax.Array]) -> list[jax.Array]:
+    def mapped(one: list[jax.Array], other: list[jax.Array] | None = None) -> list[jax.Array]:
         """Map the corner where a coordinate is that of `one` if its factor is positive."""
-        if affine is None:
+        if rows is None:
             return one
-        return [
-            sum(
-                (row[k] * jnp.where(row[k] > 0, one[k], other[k]) for k in range(ndim)),
-                start=row[ndim],
-            )
-            for row in affine[0]
-        ]
+        found = []
+        for row, is_positive in zip(rows, positive, strict=True):
+            total = row[ndim]
+            for k in range(ndim):
+                chosen = one[k]
+                if other is not None:
+                    chosen = jnp.where(is_positive[k], one[k], other[k])
+                total = total + row[k] * chosen
+            found.append(total)
+        return found
 
-    places = corner(0)
-    places = mapped(places, places)
+    places = mapped(corner(None))
     ends = [(place, place) for place in places]  # of what has to be covered around each sample
     if reach is not None:
         low, high = corner(-reach), corner(reach)

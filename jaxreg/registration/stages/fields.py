@@ -215,7 +215,11 @@ def mended(displacement: jax.Array, volume_change: float) -> tuple[jax.Array, ja
     def bad_cells(field: jax.Array) -> jax.Array:
         # What is not a number is not among them: smoothing would not mend it.
         bad = [(d <= 1 / volume_change) | (d > volume_change) for d in cell_determinants(field)]
-        return functools.reduce(jnp.logical_or, bad)
+        # Or XLA would count them where it finds them, and compile that for seconds.
+        found: jax.Array = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
+            functools.reduce(jnp.logical_or, bad)
+        )
+        return found
 
     def smoother(carry: _Carry) -> _Carry:
         field, bad, rounds = carry

@@ -39,9 +39,10 @@ from jaxreg.registration.stages.levenberg_marquardt import (
     nothing_known,
     proposed,
 )
+from jaxreg.registration.stages.matrices import matmul
 from jaxreg.registration.stages.metrics import NCC, Metric, MetricField
 from jaxreg.registration.stages.moments import centre_of_mass
-from jaxreg.registration.stages.problem import Alignment, Level, Probe, Weighted, charged, matmul
+from jaxreg.registration.stages.problem import Alignment, Level, Probe, Weighted, charged
 from jaxreg.registration.stages.pyramid import level_shape, resize_field, resize_image
 
 __all__ = [
@@ -96,7 +97,7 @@ class _Motion(NamedTuple):
     def matrix(self, parameters: _Parameters) -> jax.Array:
         """Return the motion of the fixed space for parameters, ``(D + 1, D + 1)``."""
         ndim = self.centre.size
-        turn = jnp.eye(parameters.shift.size, dtype=self.centre.dtype)
+        turn: Any = np.eye(parameters.shift.size, dtype=self.centre.dtype)
         if parameters.rotation is not None:
             turn = rotation_matrix(parameters.rotation)
         if parameters.log_scale is not None:
@@ -105,14 +106,14 @@ class _Motion(NamedTuple):
             turn = turn + parameters.matrix
         shift = parameters.shift
         if self.plane is not None:
-            change = turn - jnp.eye(shift.size, dtype=turn.dtype)
-            turn = jnp.eye(ndim, dtype=turn.dtype)
+            change = turn - np.eye(shift.size, dtype=turn.dtype)
+            turn = np.eye(ndim, dtype=turn.dtype)
             turn = turn + matmul(self.plane, matmul(change, self.plane.T))
             shift = (self.plane * shift).sum(axis=1)
         turned = (turn * self.centre).sum(axis=1)
         offset = self.centre + self.length * shift - turned
         top = jnp.concatenate([turn, offset[:, None]], axis=1)
-        return jnp.concatenate([top, jnp.eye(1, ndim + 1, ndim, dtype=top.dtype)])
+        return jnp.concatenate([top, np.eye(1, ndim + 1, ndim, dtype=top.dtype)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -498,4 +499,5 @@ def rotation_matrix(vector: jax.Array) -> jax.Array:
     x, y, z = vector
     zero = jnp.zeros_like(x)
     cross = jnp.stack([zero, -z, y, z, zero, -x, -y, x, zero]).reshape(3, 3)
-    return jnp.eye(3, dtype=vector.dtype) + first * cross + second * matmul(cross, cross)
+    still = jnp.asarray(np.eye(3, dtype=vector.dtype))
+    return still + first * cross + second * matmul(cross, cross)

@@ -15,8 +15,9 @@ from jaxreg.registration.intensities import background
 from jaxreg.registration.programs import Program, on_device
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.stages.base import Stage, Trace
+from jaxreg.registration.stages.matrices import inverse, matmul, principal_axes
 from jaxreg.registration.stages.metrics import NCC, MetricField
-from jaxreg.registration.stages.problem import Alignment, Level, Problem, charged, matmul
+from jaxreg.registration.stages.problem import Alignment, Level, Problem, charged
 from jaxreg.registration.stages.pyramid import FEW_CHANNELS
 
 __all__ = ["Moments", "centre_and_covariance", "centre_of_mass"]
@@ -85,7 +86,7 @@ class Moments(Stage):
 @Program
 def _best(stage: Moments, level: Level) -> tuple[jax.Array, jax.Array]:
     fixed = centre_and_covariance(level.fixed, level.fixed_mask, level.to_physical)
-    moving = centre_and_covariance(level.moving, level.moving_mask, jnp.linalg.inv(level.to_moving))
+    moving = centre_and_covariance(level.moving, level.moving_mask, inverse(level.to_moving))
     plane = level.plane()
     linear = level.matrix[:-1, :-1]
     if plane is None:
@@ -94,7 +95,7 @@ def _best(stage: Moments, level: Level) -> tuple[jax.Array, jax.Array]:
     else:
         # Points of the fixed slice stay within it, and go on from there as they did before.
         along = matmul(linear, plane)
-        eye = jnp.eye(2, dtype=along.dtype)
+        eye = jnp.asarray(np.eye(2, dtype=along.dtype))
         turns = [eye]
         if stage.rotation:
             inside = (matmul(v.T, matmul(c, v)) for v, c in ((plane, fixed[1]), (along, moving[1])))
@@ -104,7 +105,8 @@ def _best(stage: Moments, level: Level) -> tuple[jax.Array, jax.Array]:
         goal = fixed[0] + (plane * shift).sum(axis=1)
         others = []
         for turn in turns:
-            whole = jnp.eye(3, dtype=turn.dtype) + matmul(plane, matmul(turn - eye, plane.T))
+            change = matmul(plane, matmul(turn - eye, plane.T))
+            whole = jnp.asarray(np.eye(3, dtype=turn.dtype)) + change
             others.append(matmul(level.matrix, _about(whole, fixed[0], goal)))
     candidates = jnp.stack([level.matrix, *others])
     target = level.target()
@@ -127,19 +129,13 @@ def _about(turn: jax.Array, fixed: jax.Array, moving: jax.Array) -> jax.Array:
     """Return the transform with a linear part that takes one centre to the other."""
     ndim = fixed.size
     top = jnp.concatenate([turn, (moving - (turn * fixed).sum(axis=1))[:, None]], axis=1)
-    transform: jax.Array = jnp.concatenate([top, jnp.eye(1, ndim + 1, ndim, dtype=top.dtype)])
+    transform: jax.Array = jnp.concatenate([top, np.eye(1, ndim + 1, ndim, dtype=top.dtype)])
     return transform
 
 
 def _rotations(fixed: jax.Array, moving: jax.Array) -> list[jax.Array]:
     """Return the rotations that turn the principal axes of one covariance onto the other's."""
-
-    def axes(covariance: jax.Array) -> jax.Array:
-        vectors = jnp.linalg.eigh(covariance)[1]
-        right_handed: jax.Array = vectors.at[:, 0].multiply(jnp.sign(jnp.linalg.det(vectors)))
-        return right_handed
-
-    source, target = axes(fixed), axes(moving)
+    source, target = principal_axes(fixed), principal_axes(moving)
     signs = (s for s in itertools.product((1, -1), repeat=len(fixed)) if math.prod(s) == 1)
     return [matmul(target * jnp.asarray(s, target.dtype), source.T) for s in signs]
 

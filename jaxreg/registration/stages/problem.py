@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import operator
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from jaxreg.registration.programs import Program, changed_fields, on_device
 from jaxreg.registration.stages import windows
 from jaxreg.registration.stages.coverage import coverage, margins
 from jaxreg.registration.stages.fields import longest
+from jaxreg.registration.stages.matrices import inverse, matmul
 from jaxreg.registration.stages.metrics import Metric, shrunk
 from jaxreg.registration.stages.pyramid import FEW_CHANNELS, downsample, level_shape, resize_field
 from jaxreg.registration.stages.spread import devices_of, spread
@@ -32,37 +32,8 @@ __all__ = [
     "Problem",
     "Weighted",
     "charged",
-    "matmul",
     "sampled_near",
 ]
-
-
-@jax.custom_vjp
-def matmul(one: jax.Array, other: jax.Array) -> jax.Array:
-    """Return the product of two small matrices.
-
-    Written out, and so that its gradient is such a product, too: XLA fuses that with what is around
-    it, where on a GPU every call of a library costs more than it computes. The sums are in float32:
-    TensorFloat-32, the default for products there, would move samples by a tenth of a voxel.
-    """
-    terms = (one[:, k, None] * other[k] for k in range(one.shape[1]))
-    return functools.reduce(operator.add, terms)
-
-
-def _matmul_forward(
-    one: jax.Array, other: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return matmul(one, other), (one, other)
-
-
-def _matmul_backward(
-    operands: tuple[jax.Array, jax.Array], slope: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    one, other = operands
-    return matmul(slope, other.T), matmul(one.T, slope)
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Weighted(NamedTuple):
@@ -642,8 +613,7 @@ def _seen(
 
 @Program
 def _inverse(matrix: jax.Array) -> jax.Array:
-    inverse: jax.Array = jnp.linalg.inv(matrix)
-    return inverse
+    return inverse(matrix)
 
 
 def _coarser(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -238,8 +239,11 @@ def rotate(matrix: Matrix, vectors: jax.Array) -> jax.Array:
 
 def turned(linear: NDArray[np.float32] | jax.Array, vectors: jax.Array) -> jax.Array:
     """Multiply vectors ``(..., D)`` by a matrix ``(D, D)``."""
-    # By default a GPU rounds the factors of a product to fewer bits.
-    return jnp.einsum("ij,...j->...i", linear, vectors, precision=jax.lax.Precision.HIGHEST)
+    # Written out it is a pass over the vectors, with what is around it. As a product it calls a
+    # library on a GPU, which takes longer to load than this to run.
+    terms = (vectors[..., k, None] * linear[:, k] for k in range(vectors.shape[-1]))
+    product: jax.Array = functools.reduce(operator.add, terms)
+    return product
 
 
 def _linear(matrix: Matrix) -> NDArray[np.float32]:

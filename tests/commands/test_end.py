@@ -1,0 +1,108 @@
+"""How the process of a command ends: at once, but not before all is written that is to be."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from regkernels import Volume, write_volume
+
+AROUND = """
+import atexit, importlib, logging, sys, threading, time
+main = importlib.import_module("jaxreg_cli.main")
+sys.argv = ["jaxreg", "apply"]
+{before}
+
+def command(**_):
+    import jax
+    jax.devices()
+    jax._src.api.clean_up = atexit.register(lambda: print("devices are taken down"))
+    atexit.register(print, "called at the end")
+    {during}
+    print("done")
+    return {status}
+
+main._app = lambda arguments: command
+try:
+    main.run_as_process()
+finally:
+    print("left to Python")
+"""
+
+
+def run(tmp_path: Path, before: str = "", during: str = "", status: int = 0) -> tuple[int, str]:
+    """Run a command that computes, in a process of its own; return its status and output."""
+    code = AROUND.format(before=before, during=during, status=status)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.stderr == ""
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_what_asks_for_it_is_called_at_the_end_but_devices_are_not_taken_down(
+    tmp_path: Path, status: int
+) -> None:
+    assert run(tmp_path, status=status) == (status, "done\ncalled at the end\n")
+
+
+@pytest.mark.parametrize(
+    "before",
+    ["sys.setprofile(lambda *_: None)", "sys.settrace(lambda *_: None)", "import coverage"],
+)
+def test_a_process_that_is_watched_ends_as_python_does(tmp_path: Path, before: str) -> None:
+    if before == "import coverage":
+        before = 'sys.modules["coverage"] = sys'
+    told = "done\nleft to Python\ncalled at the end\ndevices are taken down\n"
+    assert run(tmp_path, before) == (0, told)
+
+
+def test_the_end_waits_for_what_another_thread_does(tmp_path: Path) -> None:
+    during = "threading.Timer(0.5, print, ('another is done',)).start()"
+    status, told = run(tmp_path, during=during)
+    assert status == 0
+    assert told.startswith("done\nleft to Python\nanother is done\n")
+
+
+COMPILING = "threading.Thread(target=time.sleep, args=(300,), name='compiler_0').start()"
+
+
+def test_the_end_does_not_wait_for_programs_that_nobody_waits_for(tmp_path: Path) -> None:
+    assert run(tmp_path, during=COMPILING) == (0, "done\ncalled at the end\n")
+
+
+def test_the_end_waits_for_programs_that_jax_keeps(tmp_path: Path) -> None:
+    during = COMPILING.replace("300", "1") + ""
+    during += "; jax.config.update('jax_enable_compilation_cache', True)"
+    during += "; jax.config.update('jax_compilation_cache_dir', 'x')"
+    status, told = run(tmp_path, during=during)
+    assert status == 0
+    assert told.startswith("done\nleft to Python\n")
+
+
+@pytest.mark.parametrize("module", ["jaxreg_cli", "jaxreg"])
+def test_all_that_is_printed_into_a_pipe_or_a_file_arrives(tmp_path: Path, module: str) -> None:
+    image = np.random.default_rng(0).normal(size=(40, 50)).astype(np.float32)
+    write_volume(Volume.create(image), tmp_path / "image.nii.gz")
+    command = [sys.executable, "-m", module, "compare", "image.nii.gz", "image.nii.gz"]
+    into_pipe = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert into_pipe.stderr == ""
+    assert into_pipe.stdout.endswith("\n")
+    with (tmp_path / "told").open("w") as file:
+        subprocess.run(command, cwd=tmp_path, stdout=file, check=True)
+    assert (tmp_path / "told").read_text() == into_pipe.stdout
+    command[-1] = "missing.nii.gz"
+    failed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("jaxreg: error: ")
+    assert failed.stderr.count("\n") == 1
