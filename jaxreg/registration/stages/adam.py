@@ -1,4 +1,4 @@
-"""Adam, for a few parameters and for fields."""
+"""Adam of optax, for a few parameters and for fields."""
 
 from __future__ import annotations
 
@@ -85,13 +85,11 @@ def adam_direction(
     Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, with the bias
     corrections of its algorithm 1.
     """
-    # To import optax for this takes as long as to trace a level.
-    count = moments.count + 1
-    first, second = 1 - beta1**count, 1 - beta2**count
-    mu = jax.tree.map(lambda g, m: (1 - beta1) * g + beta1 * m, gradient, moments.mu)
-    nu = jax.tree.map(lambda g, v: (1 - beta2) * g**2 + beta2 * v, gradient, moments.nu)
-    direction = jax.tree.map(lambda m, v: m / first / (jnp.sqrt(v / second) + epsilon), mu, nu)
-    return direction, AdamMoments(count, mu, nu)
+    import optax  # takes a tenth of a second, which a command whose programs are kept need not wait
+
+    adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon)
+    direction, after = adam.update(gradient, optax.ScaleByAdamState(*moments))
+    return direction, AdamMoments(*after)
 
 
 def riemannian_adam_step(
