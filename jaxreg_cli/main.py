@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "run_as_process"]
 
-_NEEDED = ("jax", "SimpleITK", "typer", "rich", "matplotlib")
+_NEEDED = ("jax", "optax", "SimpleITK", "typer", "rich", "matplotlib")
 
 _COMPLETING = "_JAXREG_COMPLETE"
 """The variable in which the script of a shell's completion says what it wants."""

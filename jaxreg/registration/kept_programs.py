@@ -45,7 +45,7 @@ _HEAD = b"programs of regkernels\n"
 
 _DIGEST = hashlib.sha256().digest_size
 
-_PACKAGES = ("jax", "jaxlib", "numpy")
+_PACKAGES = ("jax", "jaxlib", "numpy", "optax")
 _KNOWN = {*_PACKAGES, "builtins", "collections", "copyreg", "jaxreg", "regkernels"}
 """Where what a program follows from may be defined: others may change and nothing would tell."""
 
