@@ -350,7 +350,12 @@ def _attention(
 
     def overlap(level: Level) -> jax.Array:
         moved, target = level.moved(level.matrix, level.displacement), level.target()
-        total: jax.Array = (moved.weight * target.weight).sum()
+        # Or the compiler would repeat, in one kernel, all that the weights are made of for each of
+        # the voxels that a thread adds up.
+        weight = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
+            moved.weight * target.weight
+        )
+        total: jax.Array = weight.sum()
         return total
 
     if metric is not None and metric.reach > 0:
