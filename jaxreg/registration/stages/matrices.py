@@ -26,7 +26,7 @@ each column the one that was taken."""
 
 @jax.custom_vjp
 def matmul(one: jax.Array, other: jax.Array) -> jax.Array:
-    """Return the product of two small matrices.
+    """Return the product of two small matrices, ``(I, K)`` and ``(K, J)``.
 
     Written out, and so that its gradient is such a product, too: XLA fuses that with what is around
     it, where on a GPU every call of a library costs more than it computes. The sums are in float32:
@@ -53,7 +53,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def inverse(matrix: jax.Array) -> jax.Array:
-    """Return the inverse of a small square matrix; not a finite one where there is none.
+    """Return the inverse of a small matrix, ``(D, D)``; not a finite one where there is none.
 
     By elimination, each time with the row that has the largest element in the column. So the
     inverse of a diagonal matrix is as exact as numbers are: that of an image's own grid leads back
@@ -78,7 +78,7 @@ def inverse(matrix: jax.Array) -> jax.Array:
 
 
 def principal_axes(covariance: jax.Array) -> jax.Array:
-    """Return the eigenvectors of a symmetric matrix, ``(D, D)``, as columns, for D of 2 or 3.
+    """Return the eigenvectors of a symmetric matrix, ``(D, D)``, as columns, likewise; D is 2 or 3.
 
     They are orthonormal and right-handed, that of the smallest eigenvalue first. Jacobi's method:
     in one plane after the other the matrix is turned so that an element off the diagonal becomes 0.
