@@ -78,7 +78,7 @@ def inverse(matrix: jax.Array) -> jax.Array:
 
 
 def principal_axes(covariance: jax.Array) -> jax.Array:
-    """Return the eigenvectors of a symmetric matrix, ``(D, D)``, as columns, likewise; D is 2 or 3.
+    """Return the eigenvectors of a symmetric matrix, ``(D, D)``, as columns, for D of 2 or 3.
 
     They are orthonormal and right-handed, that of the smallest eigenvalue first. Jacobi's method:
     in one plane after the other the matrix is turned so that an element off the diagonal becomes 0.
