@@ -75,12 +75,10 @@ void launch_count(const Cuda& device, const Counting<T>& counting) {
 // whether it is, as the two ways round differently.
 bool launch_direct_count(const Cuda& device, const Counting<float>& counting) {
   const MutualInformationCall& checked = counting.images.checked;
-  if (!SixBins::suffice(checked, counting.window) || checked.num_bins > kMostDirectBins ||
-      counting.images.mask.present()) {
-    return false;
-  }
-  const int64_t bytes = direct_bytes(checked.num_bins);
-  const int log_copies = std::max(kLeastLogDirectCopies, log_copies_in_shared_memory(bytes));
+  if (!SixBins::suffice(checked, counting.window) || counting.images.mask.present()) return false;
+  const DirectTiles tiles(checked.num_bins);
+  const int64_t bytes = tiles.bytes();
+  const int log_copies = log_copies_in_shared_memory(bytes);
   const int64_t shared = bytes << log_copies;
   const int bits = direct_bits(checked.whole_samples);
   const int64_t elements = std::min<int64_t>(counting.elements, 65535);
@@ -93,12 +91,14 @@ bool launch_direct_count(const Cuda& device, const Counting<float>& counting) {
       rounds > 1 ? rounds * wanted
                  : std::max({int64_t{1}, std::min(wanted, (checked.samples + 4095) / 4096),
                              (checked.samples + most - 1) / most});
-  const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(elements));
+  const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(elements),
+                  static_cast<unsigned>(tiles.count * tiles.count));
   // Where every lane has a copy, in its own bank, a kernel of its own is worth it.
-  auto* function = log_copies == 5 ? &direct_count_kernel<5> : &direct_count_kernel<-1>;
+  auto* function =
+      log_copies == kLogWarp ? &direct_count_kernel<kLogWarp> : &direct_count_kernel<-1>;
   allow_shared_memory(function, shared);
   function<<<grid, kDirectThreads, shared, device.stream>>>(counting, SixBins(counting.window),
-                                                            bits, log_copies);
+                                                            tiles, bits, log_copies);
   check_launch();
   return true;
 }

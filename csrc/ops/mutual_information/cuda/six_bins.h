@@ -31,6 +31,9 @@ struct SixBins {
         second(static_cast<float>(std::exp2(-2.0 * window.sharpness))),
         third(static_cast<float>(std::exp2(-4.0 * window.sharpness))) {}
 
+  // The first of the six bins of a sample at t.
+  __device__ __forceinline__ static int first(float t) { return round_small(t - 0.5f).integer - 2; }
+
   // Whether six bins are all that counts.
   static bool suffice(const MutualInformationCall& checked, const Parzen<float>& window) {
     return checked.kernel == ParzenKernel::kGaussian && window.inverse_width >= 4;
@@ -57,7 +60,7 @@ struct SixWeights {
     w[3] = up * unit, w[2] = down * unit;
     w[4] = w[3] * (up_squared * bins.second), w[1] = w[2] * (down_squared * bins.second);
     w[5] = w[4] * (up_squared * bins.third), w[0] = w[1] * (down_squared * bins.third);
-    out.first = below.integer - 2;
+    out.first = SixBins::first(t);
     out.sum = out.moment = 0;
     // From the middle outwards, so that the small ones of an end do not vanish beside what is not
     // there.
