@@ -76,7 +76,7 @@ class Fixed:
 class Program(Generic[_P, _R]):
     """A function that runs as one program, as by `jax.jit`.
 
-    Within a rehearsal it is noted, to be compiled; what a thread's `Work` has compiled is called.
+    Within a rehearsal it is compiled; what a thread's `Work` has compiled is called.
 
     Parameters
     ----------
@@ -105,15 +105,17 @@ class Program(Generic[_P, _R]):
 
     def __call__(self, *args: _P.args, **static: _P.kwargs) -> _R:
         """Run the program."""
-        noted = _rehearsal.get()
-        if noted is not None:
-            noted.append(_Call(self, shapes_of(args), static))
-            token = _rehearsal.set(None)  # what is called within is a part of this program
+        if _is_rehearsal.get():
+            token = _is_rehearsal.set(False)  # what is called within is a part of this program
             try:
                 result: _R = self.jitted(*args, **static)
+                # At once, as the next one takes long to be traced, too.
+                if (work := _work.get()) is not None:
+                    with contextlib.suppress(Exception):
+                        work.begin(_Call(self, shapes_of(args), static))
                 return result
             finally:
-                _rehearsal.reset(token)
+                _is_rehearsal.reset(token)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
             result = self._within(*args, **static)
             return result
@@ -204,8 +206,8 @@ def shapes_of(arrays: Any) -> Any:
     return jax.tree.map(_kind, arrays)
 
 
-_rehearsal: ContextVar[list[_Call] | None] = ContextVar("rehearsal", default=None)
-"""The programs that have been met so far, in a rehearsal."""
+_is_rehearsal: ContextVar[bool] = ContextVar("is_rehearsal", default=False)
+"""Whether programs that are called are to be compiled."""
 
 
 @contextlib.contextmanager
@@ -240,19 +242,13 @@ def rehearse(function: Callable[..., Any], *args: Any) -> Any:
         The shapes of what the function returns; `None` if it fails, or asks for values. What it has
         called by then is compiled, and when it is called in earnest it tells what failed.
     """
-    noted: list[_Call] = []
-    token = _rehearsal.set(noted)
+    token = _is_rehearsal.set(True)
     try:
-        found = jax.eval_shape(function, *args)
+        return jax.eval_shape(function, *args)
     except Exception:
-        found = None
+        return None
     finally:
-        _rehearsal.reset(token)
-    if (work := _work.get()) is not None:
-        for call in noted:
-            with contextlib.suppress(Exception):
-                work.begin(call)
-    return found
+        _is_rehearsal.reset(token)
 
 
 class _Compiled(NamedTuple):
