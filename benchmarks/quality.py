@@ -45,6 +45,7 @@ import numpy as np
 from harness import Record, add_file_arguments
 
 from jaxreg.registration import (
+    FFD,
     LNCC,
     Affine,
     Elasticity,
@@ -90,8 +91,9 @@ SETTINGS: dict[str, Callable[[int], Sequence[Stage]]] = {
     ),
     "softer": lambda ndim: deforming(ndim, SyN, regularisation=Elasticity(0.2)),
     "stiffer": lambda ndim: deforming(ndim, SyN, regularisation=Elasticity(1.5)),
+    "free-form": lambda ndim: deforming(ndim, FFD),
 }
-"""`free` has no penalty, `noise` no variance in common, `neither` none of the two."""
+"""`free` has no penalty, `noise` no variance in common, `neither` none; `free-form` has splines."""
 STARTS = ("given", "turned")
 ANTS = {"ANTs affine": "Affine", "ANTs SyN": "SyN", "ANTs SyNCC": "antsRegistrationSyN[s]"}
 FIREANTS = {"FireANTs greedy": "greedy", "FireANTs SyN": "syn"}
