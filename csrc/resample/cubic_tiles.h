@@ -20,12 +20,14 @@ namespace regkernels {
 
 // kPlanes: voxels along z of a thread. kNumbers: from row to row of a box, which has no longer
 // rows; multiples of the number of banks keep neighbours that sample different rows apart. kBlocks:
-// of a multiprocessor.
-template <int kPlanes, int kNumbers, int kBlocks>
+// of a multiprocessor. kKeep: whether a thread keeps the positions of its voxels in registers; else
+// it finds them again where it samples.
+template <int kPlanes, int kNumbers, int kBlocks, bool kKeep>
 struct CubicTiling {
   static constexpr int kDepth = kPlanes;
   static constexpr int kRow = kNumbers;
   static constexpr int kMinBlocks = kBlocks;
+  static constexpr bool kKeepsPositions = kKeep;
   static constexpr int kThreads = kWarp * kRowsPerBlock;
 };
 
@@ -244,12 +246,14 @@ struct CubicBox {
     }
     REGKERNELS_UNROLL
     for (int k = 0; k < kTaps; ++k) {
-      REGKERNELS_UNROLL
-      for (int j = 0; j < kTaps; ++j) {
-        if (!(counts >> (kTaps + k) & counts >> j & 1)) continue;
-        Source::template add_row<kChecked>(
-            weight[1][j] * weight[2][k],
-            [&](int i, int c) { return plane[j * kRow + i * kPixel + c]; }, line);
+      if (counts >> (kTaps + k) & 1) {
+        REGKERNELS_UNROLL
+        for (int j = 0; j < kTaps; ++j) {
+          if (!(counts >> j & 1)) continue;
+          Source::template add_row<kChecked>(
+              weight[1][j] * weight[2][k],
+              [&](int i, int c) { return plane[j * kRow + i * kPixel + c]; }, line);
+        }
       }
       plane += step;
     }
@@ -267,9 +271,8 @@ __device__ __noinline__ void sample_alone(const Forward& body, int64_t group, in
   body.element(group, item)(voxel);
 }
 
-// What a thread has is found anew wherever it is needed, not kept: its positions, of many voxels,
-// by a few instructions from vectors that are still in a cache. So there may be many blocks, some
-// of which sample while others fetch.
+// A block finds the box of its samples, fetches it, and samples it. There are several blocks on a
+// multiprocessor, of which some sample while others fetch.
 template <class Forward, class Tiling, class T = typename Forward::T>
 __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kMinBlocks)
     cubic_tiles_kernel(const __grid_constant__ Forward body,
@@ -278,6 +281,7 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kMinBlocks)
   using R = decltype(body.resampling);
   constexpr int kPixel = R::Layout::kPixel;
   constexpr int kDepth = Tiling::kDepth;
+  constexpr bool kKeep = Tiling::kKeepsPositions;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ CubicBox<R, Tiling> box;
   T* const data = reinterpret_cast<T*>(shared);
@@ -309,6 +313,7 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kMinBlocks)
           for (int axis = 0; axis < 3; ++axis) p[axis] = limits.clamped(p[axis], axis);
           return p;
         };
+        [[maybe_unused]] Vec<T, 3> kept[kKeep ? kDepth : 1];
         __syncthreads();  // the box before is not needed any more
         if constexpr (R::kField) {
           if (thread < 3) box.begin_empty(thread);
@@ -316,14 +321,15 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kMinBlocks)
           Vec<T, 3> u[kDepth];  // all on their way at once
           REGKERNELS_UNROLL
           for (int i = 0; i < kDepth; ++i) u[i] = element.source.vector(voxel_at(i));
-          Vec<T, 3> lowest = position_at(0, u[0]), highest = lowest;
+          Vec<T, 3> lowest, highest;
           REGKERNELS_UNROLL
-          for (int i = 1; i < kDepth; ++i) {
+          for (int i = 0; i < kDepth; ++i) {
             const Vec<T, 3> p = position_at(i, u[i]);
+            if constexpr (kKeep) kept[i] = p;
             REGKERNELS_UNROLL
             for (int axis = 0; axis < 3; ++axis) {
-              lowest[axis] = fmin(lowest[axis], p[axis]);
-              highest[axis] = fmax(highest[axis], p[axis]);
+              lowest[axis] = i == 0 ? p[axis] : fmin(lowest[axis], p[axis]);
+              highest[axis] = i == 0 ? p[axis] : fmax(highest[axis], p[axis]);
             }
           }
           box.add(lowest, highest);
@@ -361,14 +367,9 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kMinBlocks)
           const Voxel first = voxel_at(0);
           T* target = element.output + first.row(body.resampling.map.out.size) * kPixel +
                       body.resampling.out_layout.channel(channel);
-          Vec<T, 3> next = element.source.vector(first);
-          REGKERNELS_NO_UNROLL
-          for (int i = 0; i < planes; ++i) {
-            const Vec<T, 3> u = next;
-            if (R::kField && i + 1 < planes) next = element.source.vector(voxel_at(i + 1));
+          const auto sample = [&](const Vec<T, 3>& p, const Vec<T, 3>& u) {
             T value[kPixel];
-            box.values(data, origin, step, position_at(i, u),
-                       body.resampling.boundary.sampling.mode, value);
+            box.values(data, origin, step, p, body.resampling.boundary.sampling.mode, value);
             if constexpr (R::Layout::kLast) {
               Vec<T, 3> sum;
               REGKERNELS_UNROLL
@@ -378,6 +379,21 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kMinBlocks)
               if (active) target[x] = value[0];
             }
             target += plane;
+          };
+          if constexpr (kKeep) {
+            static_assert(!R::Layout::kLast, "the vectors are not kept");
+            REGKERNELS_UNROLL
+            for (int i = 0; i < kDepth; ++i) {
+              if (i < planes) sample(kept[i], {});
+            }
+          } else {
+            Vec<T, 3> next = element.source.vector(first);
+            REGKERNELS_NO_UNROLL
+            for (int i = 0; i < planes; ++i) {
+              const Vec<T, 3> u = next;
+              if (R::kField && i + 1 < planes) next = element.source.vector(voxel_at(i + 1));
+              sample(position_at(i, u), u);
+            }
           }
         }
       }
@@ -431,12 +447,14 @@ void sample_voxels(const Cuda& device, const VoxelSpace& space, const CubicForwa
     bool tiles = boundary.sampling.padding != Padding::kReflection && !space.empty();
     for (int size : boundary.size) tiles = tiles && !is_constant_axis(size, boundary.sampling);
     if (tiles) {
-      // Of a field, whose rows are long, there is room for two boxes that are large enough.
-      constexpr bool kLast = R::Layout::kLast;
-      constexpr int kDepth = kLast ? 4 : R::kField ? 6 : 8;
-      constexpr int kRow = kLast ? 160 : 64;
-      constexpr int kBlocks = (kLast ? 2 : 4) / (sizeof(typename R::T) / 4);
-      launch_cubic_tiles<CubicTiling<kDepth, kRow, kBlocks>>(device, space, body);
+      constexpr int kWidth = sizeof(typename R::T) / 4;
+      if constexpr (R::Layout::kLast) {
+        launch_cubic_tiles<CubicTiling<6, 128, 2 / kWidth, false>>(device, space, body);
+      } else if constexpr (R::kField) {
+        launch_cubic_tiles<CubicTiling<8, 64, (kWidth == 1 ? 3 : 1), true>>(device, space, body);
+      } else {
+        launch_cubic_tiles<CubicTiling<8, 64, 4 / kWidth, false>>(device, space, body);
+      }
       return;
     }
   }
