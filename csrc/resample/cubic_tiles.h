@@ -451,7 +451,7 @@ void sample_voxels(const Cuda& device, const VoxelSpace& space, const CubicForwa
       if constexpr (R::Layout::kLast) {
         launch_cubic_tiles<CubicTiling<6, 128, 2 / kWidth, false>>(device, space, body);
       } else if constexpr (R::kField) {
-        launch_cubic_tiles<CubicTiling<8, 64, (kWidth == 1 ? 3 : 1), true>>(device, space, body);
+        launch_cubic_tiles<CubicTiling<6, 64, 4 / kWidth, true>>(device, space, body);
       } else {
         launch_cubic_tiles<CubicTiling<8, 64, 4 / kWidth, false>>(device, space, body);
       }
