@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "core/host_device.h"
+#include "maths/product_plus.h"
 #include "maths/vec.h"
 
 namespace regkernels {
@@ -83,47 +84,73 @@ struct PositionMap {
     return result;
   }
 
+  // a b + c. With kOnce it is rounded once, which otherwise the compiler decides for each kernel.
+  template <bool kOnce>
+  static REGKERNELS_HD T plus(const T& a, const T& b, const T& c) {
+    if constexpr (kOnce) return product_plus(a, b, c);
+    return c + a * b;
+  }
+
   // What the matrix acts on: i' = i - c_out, which for kAffineLast is displaced by u in output
   // voxels.
-  template <bool kField = true>
+  template <bool kField = true, bool kOnce = false>
   REGKERNELS_HD Vec<T, D> source(const Vec<int, D>& voxel, const Vec<T, D>& u) const {
     Vec<T, D> q;
     REGKERNELS_UNROLL
     for (int k = 0; k < D; ++k) {
       q[k] = static_cast<T>(voxel[k]) - out.centre[k];
       if (kField && kAffine && placement == Placement::kAffineLast && out.half[k] != 0) {
-        q[k] += u[k] * out.half[k];
+        q[k] = plus<kOnce>(u[k], out.half[k], q[k]);
       }
     }
     return q;
   }
 
   // The position that the map gives. Without a field, terms that do not change along z come first,
-  // so that the compiler can move them out of loops.
-  template <bool kField = true>
+  // so that the compiler can move them out of loops. A kernel that has to find the same position
+  // twice needs kOnce.
+  template <bool kField = true, bool kOnce = false>
   REGKERNELS_HD Vec<T, D> position(const Item& item, const Vec<int, D>& voxel,
                                    const Vec<T, D>& u) const {
     Vec<T, D> p;
     if (kField && placement == Placement::kFull) {
       REGKERNELS_UNROLL
-      for (int j = 0; j < D; ++j) p[j] = in.centre[j] + in.half[j] * u[j];
+      for (int j = 0; j < D; ++j) p[j] = plus<kOnce>(in.half[j], u[j], in.centre[j]);
       return p;
     }
-    const Vec<T, D> q = source<kField>(voxel, u);
+    const Vec<T, D> q = source<kField, kOnce>(voxel, u);
     const bool add = kField && (!kAffine || placement == Placement::kAffineFirst);
     REGKERNELS_UNROLL
     for (int j = 0; j < D; ++j) {
       if constexpr (kAffine) {
         T sum = item.offset[j];
         REGKERNELS_UNROLL
-        for (int k = 0; k < D; ++k) sum += item.matrix[j][k] * q[k];
+        for (int k = 0; k < D; ++k) sum = plus<kOnce>(item.matrix[j][k], q[k], sum);
         p[j] = sum;
       } else {
-        p[j] = item.offset[j] + ratio[j] * q[j];
+        p[j] = plus<kOnce>(ratio[j], q[j], item.offset[j]);
       }
-      if (add) p[j] += in.half[j] * u[j];
+      if (add) p[j] = plus<kOnce>(in.half[j], u[j], p[j]);
     }
     return p;
+  }
+
+  // The extremes of the positions, with kOnce, of the voxels from `first` to `last` where the
+  // affine alone gives them. They are at corners of that box, exactly, as rounding keeps numbers in
+  // order. If a matrix has infinite entries, the extremes are right or not numbers.
+  REGKERNELS_HD void extremes(const Item& item, const Vec<int, D>& first, const Vec<int, D>& last,
+                              Vec<T, D>& low, Vec<T, D>& high) const {
+    const Vec<T, D> begin = source<false>(first, {}), end = source<false>(last, {});
+    REGKERNELS_UNROLL
+    for (int j = 0; j < D; ++j) {
+      low[j] = high[j] = item.offset[j];
+      REGKERNELS_UNROLL
+      for (int k = 0; k < D; ++k) {
+        const T factor = item.matrix[j][k];
+        low[j] = product_plus(factor, factor > 0 ? begin[k] : end[k], low[j]);
+        high[j] = product_plus(factor, factor > 0 ? end[k] : begin[k], high[j]);
+      }
+    }
   }
 
   // By the chain rule, the gradient with respect to u from the one with respect to p.

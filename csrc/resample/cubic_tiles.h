@@ -18,17 +18,35 @@
 
 namespace regkernels {
 
-// kPitch: voxels from row to row of a box, and so at most along x; multiples of the number of banks
-// keep neighbours that sample different rows apart. kMinBlocks: of a multiprocessor.
-template <int kPitchOfRows, int kBlocks>
+// kPlanes: voxels along z of a thread. kNumbers: from row to row of a box, which has no longer
+// rows; multiples of the number of banks keep neighbours that sample different rows apart. kBlocks:
+// of a multiprocessor. kKeep: whether a thread keeps the positions of its voxels in registers; else
+// it finds them again where it samples.
+template <int kPlanes, int kNumbers, int kBlocks, bool kKeep>
 struct CubicTiling {
-  static constexpr int kDepth = 4;  // voxels along z of a thread
-  static constexpr int kPitch = kPitchOfRows;
+  static constexpr int kDepth = kPlanes;
+  static constexpr int kRow = kNumbers;
   static constexpr int kMinBlocks = kBlocks;
+  static constexpr bool kKeepsPositions = kKeep;
   static constexpr int kThreads = kWarp * kRowsPerBlock;
 };
 
-// The lowest and the highest of a number that each thread of a warp has.
+// The following ask all threads of a warp, which have to be here: whether all say yes; which bits
+// are set in the number of any of them; and what the lowest and the highest of their numbers are.
+inline __device__ bool all_lanes(bool yes) { return __all_sync(0xffffffffu, yes); }
+
+inline __device__ unsigned warp_or(unsigned bits) {
+#if __CUDA_ARCH__ >= 800
+  bits = __reduce_or_sync(0xffffffffu, bits);
+#else
+  REGKERNELS_UNROLL
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    bits |= __shfl_xor_sync(0xffffffffu, bits, step);
+  }
+#endif
+  return bits;
+}
+
 inline __device__ void warp_extremes(int& low, int& high) {
 #if __CUDA_ARCH__ >= 800
   low = __reduce_min_sync(0xffffffffu, low);
@@ -42,28 +60,69 @@ inline __device__ void warp_extremes(int& low, int& high) {
 #endif
 }
 
-// The box of an array that a block samples. Its rows begin and end at multiples of four voxels.
+// Of the positions along each axis.
+template <class T>
+struct Limits {
+  TapLimits<T> axis[3];
+
+  // A position that is not a number is the lower one.
+  __device__ T clamped(T position, int k) const {
+    return fmin(fmax(position, axis[k].low), axis[k].high);
+  }
+};
+
+// The box of an array that a block samples. Its rows begin and end at multiples of four numbers.
 template <class R, class Tiling>
 struct CubicBox {
   using T = typename R::T;
   using Source = typename R::Element;
   static constexpr int kPixel = R::Layout::kPixel;
-  static constexpr int kRow = Tiling::kPitch * kPixel;
+  static constexpr int kRow = Tiling::kRow;
   static constexpr int kMaxRows = 448;
 
-  int low[3], high[3];      // of the first taps
+  int low[3], high[3];      // of the first taps, in x, y, z order
   const T* from[kMaxRows];  // where the rows of the array begin that rows of the box are parts of
 
-  __device__ int begin(int axis) const { return axis == 0 ? low[0] & ~3 : low[axis]; }
-  __device__ int size(int axis) const {
-    const int length = high[axis] + kTaps - begin(axis);
-    return axis == 0 ? (length + 3) & ~3 : length;
+  // Of axes 1 and 2, along which its rows are counted.
+  __device__ int begin(int axis) const { return low[axis]; }
+  __device__ int size(int axis) const { return high[axis] + kTaps - low[axis]; }
+  // Of the numbers that its rows have.
+  __device__ int row_begin() const { return (low[0] * kPixel) & ~3; }
+  __device__ int row_length() const { return ((high[0] + kTaps) * kPixel - row_begin() + 3) & ~3; }
+  __device__ bool fits(int max_rows) const {
+    return row_length() <= kRow && size(1) <= max_rows && size(2) <= max_rows &&
+           size(1) * size(2) <= max_rows;
   }
-  // Whether it is no larger than so many numbers.
-  __device__ bool fits(int capacity) const {
-    const int limit = min(kMaxRows, capacity / kRow);
-    return size(0) <= Tiling::kPitch && size(1) <= limit && size(2) <= limit &&
-           size(1) * size(2) <= limit;
+
+  // Two ways to find it: a warp adds its own to what the box has, which begins as that of nothing;
+  // or one thread finds it of the extremes of all positions. Where these are not numbers, the
+  // positions may be anywhere.
+  __device__ void begin_empty(int axis) {
+    low[axis] = INT_MAX;
+    high[axis] = INT_MIN;
+  }
+  __device__ void add(const Vec<T, 3>& lowest, const Vec<T, 3>& highest) {
+    REGKERNELS_UNROLL
+    for (int axis = 0; axis < 3; ++axis) {
+      T fraction;
+      int first = first_tap(lowest[axis], fraction), last = first_tap(highest[axis], fraction);
+      warp_extremes(first, last);
+      if (threadIdx.x == 0) {
+        atomicMin(&low[axis], first);
+        atomicMax(&high[axis], last);
+      }
+    }
+  }
+  __device__ void cover(const Vec<T, 3>& lowest, const Vec<T, 3>& highest,
+                        const Limits<T>& limits) {
+    REGKERNELS_UNROLL
+    for (int axis = 0; axis < 3; ++axis) {
+      const TapLimits<T>& limit = limits.axis[axis];
+      const bool known = lowest[axis] <= highest[axis];
+      T fraction;
+      low[axis] = first_tap(known ? limits.clamped(lowest[axis], axis) : limit.low, fraction);
+      high[axis] = first_tap(known ? limits.clamped(highest[axis], axis) : limit.high, fraction);
+    }
   }
 
   // Finds the rows for the channels that lie side by side, from `channel` on; null for zeros. As in
@@ -71,13 +130,14 @@ struct CubicBox {
   __device__ void find_rows(const Source& source, int channel) {
     const auto& boundary = source.self->boundary;
     const T* const input = source.input + source.self->in_layout.channel(channel);
-    const int rows = size(1), count = rows * size(2);
-    for (int row = threadIdx.y * kWarp + threadIdx.x; row < count; row += Tiling::kThreads) {
-      const int k = row / rows, j = row - k * rows;
-      const int y = continued_index(begin(1) + j, boundary.size[1], boundary.sampling);
+    const int rows = size(1);
+    for (int k = threadIdx.y; k < size(2); k += kRowsPerBlock) {
       const int z = continued_index(begin(2) + k, boundary.size[2], boundary.sampling);
-      const int64_t offset = y * source.self->stride[1] + z * source.self->stride[2];
-      from[row] = y < 0 || z < 0 ? nullptr : input + offset * kPixel;
+      for (int j = threadIdx.x; j < rows; j += kWarp) {
+        const int y = continued_index(begin(1) + j, boundary.size[1], boundary.sampling);
+        const int64_t offset = y * source.self->stride[1] + z * source.self->stride[2];
+        from[k * rows + j] = y < 0 || z < 0 ? nullptr : input + offset * kPixel;
+      }
     }
   }
 
@@ -88,7 +148,7 @@ struct CubicBox {
     constexpr int kHalf = kWarp / 2;
     const int lane = threadIdx.x % kHalf;
     const int half = threadIdx.y * 2 + threadIdx.x / kHalf;
-    const int length = size(0) * kPixel, before = begin(0) * kPixel;
+    const int length = row_length(), before = row_begin();
     const int end = source.self->boundary.size[0] * kPixel;
     const int count = size(1) * size(2);
     for (int e = lane * kCount; e < length; e += kHalf * kCount) {
@@ -103,20 +163,23 @@ struct CubicBox {
   }
   // Writes there what it does not have.
   __device__ void go_on(const Boundary<T, 3>& boundary, T* data) const {
-    bool beyond = false;
+    const int length = row_length(), before = row_begin();
+    bool beyond = before < 0 || before + length > boundary.size[0] * kPixel;
     REGKERNELS_UNROLL
-    for (int axis = 0; axis < 3; ++axis) {
+    for (int axis = 1; axis < 3; ++axis) {
       beyond = beyond || begin(axis) < 0 || begin(axis) + size(axis) > boundary.size[axis];
     }
     if (!beyond) return;
-    const int length = size(0) * kPixel, count = size(1) * size(2);
+    const int count = size(1) * size(2);
     for (int e = threadIdx.x; e < length; e += kWarp) {
-      const int index = begin(0) + e / kPixel;
+      constexpr int kBelow = 8;  // voxels that a box may begin before the array, and more
+      const int index = (before + e + kBelow * kPixel) / kPixel - kBelow;
       const int x = continued_index(index, boundary.size[0], boundary.sampling);
       for (int row = threadIdx.y; row < count; row += kRowsPerBlock) {
         const T* const line = from[row];
         if (line != nullptr && x >= 0 && x == index) continue;
-        data[row * kRow + e] = line != nullptr && x >= 0 ? line[x * kPixel + e % kPixel] : T(0);
+        const int channel = before + e - index * kPixel;
+        data[row * kRow + e] = line != nullptr && x >= 0 ? line[x * kPixel + channel] : T(0);
       }
     }
   }
@@ -133,39 +196,64 @@ struct CubicBox {
     __pipeline_wait_prior(0);
   }
 
+  // From plane to plane of the loaded box, and where the array's first voxel would be in there.
+  __device__ int step() const { return size(1) * kRow; }
+  __device__ int origin() const { return -(begin(2) * step() + begin(1) * kRow + row_begin()); }
   // Samples the channels that have been loaded, at a position in the continued array.
-  __device__ void values(const T* data, const Vec<T, 3>& position, Mode mode,
-                         T (&value)[kPixel]) const {
-    T weight[3][kTaps];
-    int offset = 0;
+  static __device__ void values(const T* data, int origin, int step, const Vec<T, 3>& position,
+                                Mode mode, T (&value)[kPixel]) {
+    T fraction[3], weight[3][kTaps];
+    int first[3];
     bool between = true;
     REGKERNELS_UNROLL
-    for (int axis = 2; axis >= 0; --axis) {
-      T fraction;
-      const int tap = first_tap(position[axis], fraction) - begin(axis);
-      offset = offset * (axis == 0 ? Tiling::kPitch : size(axis)) + tap;
-      tap_weights(mode, fraction, weight[axis]);
-      between = between & (fraction != 0);
+    for (int axis = 0; axis < 3; ++axis) {
+      first[axis] = first_tap(position[axis], fraction[axis]);
+      between = between & (fraction[axis] != 0);
     }
-    // At the position of a voxel along some axis, some of the taps do not count.
-    if (warp_agrees(between)) {
-      sum_taps<false>(data + offset * kPixel, weight, value);
+    const auto find_weights = [&](Mode known) {
+      REGKERNELS_UNROLL
+      for (int axis = 0; axis < 3; ++axis) tap_weights(known, fraction[axis], weight[axis]);
+    };
+    if (mode == Mode::kCubic) {
+      find_weights(Mode::kCubic);
     } else {
-      sum_taps<true>(data + offset * kPixel, weight, value);
+      find_weights(Mode::kBSpline);
+    }
+    const T* const plane = data + (origin + first[2] * step + first[1] * kRow + first[0] * kPixel);
+    // At the position of a voxel along some axis, some of the taps do not count.
+    if (all_lanes(between)) {
+      sum_taps<false>(plane, step, weight, value);
+    } else {
+      sum_taps<true>(plane, step, weight, value);
     }
   }
   template <bool kChecked>
-  __device__ void sum_taps(const T* plane, const T (&weight)[3][kTaps], T (&value)[kPixel]) const {
+  static __device__ void sum_taps(const T* plane, int step, const T (&weight)[3][kTaps],
+                                  T (&value)[kPixel]) {
     T line[kPixel][kTaps];
     Source::begin_lines(line);
-    const int step = size(1) * kRow;
+    // A bit for each tap along y, and then along z, that counts for some sample of the warp: most
+    // do not where samples are at voxels along an axis.
+    unsigned counts = ~0u;
+    if constexpr (kChecked) {
+      counts = 0;
+      REGKERNELS_UNROLL
+      for (int i = 0; i < kTaps; ++i) {
+        counts |= weight[1][i] != 0 ? 1u << i : 0u;
+        counts |= weight[2][i] != 0 ? 1u << (kTaps + i) : 0u;
+      }
+      counts = warp_or(counts);
+    }
     REGKERNELS_UNROLL
     for (int k = 0; k < kTaps; ++k) {
-      REGKERNELS_UNROLL
-      for (int j = 0; j < kTaps; ++j) {
-        Source::template add_row<kChecked>(
-            weight[1][j] * weight[2][k],
-            [&](int i, int c) { return plane[j * kRow + i * kPixel + c]; }, line);
+      if (counts >> (kTaps + k) & 1) {
+        REGKERNELS_UNROLL
+        for (int j = 0; j < kTaps; ++j) {
+          if (!(counts >> j & 1)) continue;
+          Source::template add_row<kChecked>(
+              weight[1][j] * weight[2][k],
+              [&](int i, int c) { return plane[j * kRow + i * kPixel + c]; }, line);
+        }
       }
       plane += step;
     }
@@ -183,105 +271,130 @@ __device__ __noinline__ void sample_alone(const Forward& body, int64_t group, in
   body.element(group, item)(voxel);
 }
 
-// Of the positions along each axis.
-template <class T>
-struct Limits {
-  TapLimits<T> axis[3];
-};
-
+// A block finds the box of its samples, fetches it, and samples it. There are several blocks on a
+// multiprocessor, of which some sample while others fetch.
 template <class Forward, class Tiling, class T = typename Forward::T>
 __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kMinBlocks)
     cubic_tiles_kernel(const __grid_constant__ Forward body,
                        const __grid_constant__ VoxelSpace space,
-                       const __grid_constant__ Limits<T> limits, int tiles_x, int capacity) {
+                       const __grid_constant__ Limits<T> limits, int tiles_x, int max_rows) {
   using R = decltype(body.resampling);
   constexpr int kPixel = R::Layout::kPixel;
+  constexpr int kDepth = Tiling::kDepth;
+  constexpr bool kKeep = Tiling::kKeepsPositions;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ CubicBox<R, Tiling> box;
   T* const data = reinterpret_cast<T*>(shared);
 
-  const int tile_y = blockIdx.x / tiles_x;
-  const int tile_x = (blockIdx.x - tile_y * tiles_x) * kWarp;
-  const bool has_row = tile_y * kRowsPerBlock + threadIdx.y < space.y;
+  const int tile_y = blockIdx.x / tiles_x * kRowsPerBlock;
+  const int tile_x = blockIdx.x % tiles_x * kWarp;
+  const bool has_row = tile_y + threadIdx.y < space.y;
   const bool active = tile_x + threadIdx.x < space.x;
   const int x = min(tile_x + threadIdx.x, space.x - 1);
-  const int y = min(tile_y * kRowsPerBlock + threadIdx.y, space.y - 1);
+  const int y = min(tile_y + threadIdx.y, space.y - 1);
   const int thread = threadIdx.y * kWarp + threadIdx.x;
+  const int tiles_z = (space.z + kDepth - 1) / kDepth;
   const int64_t batch = space.batch();
   for (int64_t b = blockIdx.z; b < batch; b += gridDim.z) {
     const int64_t group = space.items == 1 ? b : b / space.items;
     const int64_t item = space.items == 1 ? 0 : b - group * space.items;
     const auto element = body.element(group, item);
-    for (int z0 = blockIdx.y * Tiling::kDepth; z0 < space.z; z0 += gridDim.y * Tiling::kDepth) {
-      const auto voxel_at = [&](int i) {
-        return Voxel{min(z0 + i, space.z - 1), y, x, active, tile_x, space.x};
-      };
-      const int there = has_row ? space.z - z0 : 0;  // planes from this one on
-      __syncthreads();                               // the box before is not needed any more
-      if (thread < 3) {
-        box.low[thread] = INT_MAX;
-        box.high[thread] = INT_MIN;
-      }
-      __syncthreads();
-      int low[3] = {INT_MAX, INT_MAX, INT_MAX}, high[3] = {INT_MIN, INT_MIN, INT_MIN};
-      Vec<T, 3> position[Tiling::kDepth];  // first the vectors, which are all on their way at once
-      REGKERNELS_UNROLL
-      for (int i = 0; i < Tiling::kDepth; ++i) position[i] = element.source.vector(voxel_at(i));
-      REGKERNELS_UNROLL
-      for (int i = 0; i < Tiling::kDepth; ++i) {
-        const Vec<T, 3> p = element.source.position(voxel_at(i), position[i]);
-        REGKERNELS_UNROLL
-        for (int axis = 0; axis < 3; ++axis) {
-          // Where p is not a number, this is one of the limits.
-          position[i][axis] = fmin(fmax(p[axis], limits.axis[axis].low), limits.axis[axis].high);
-          T fraction;
-          const int first = first_tap(position[i][axis], fraction);
-          low[axis] = min(low[axis], first);
-          high[axis] = max(high[axis], first);
-        }
-      }
-      REGKERNELS_UNROLL
-      for (int axis = 0; axis < 3; ++axis) {
-        warp_extremes(low[axis], high[axis]);
-        if (threadIdx.x == 0) {
-          atomicMin(&box.low[axis], low[axis]);
-          atomicMax(&box.high[axis], high[axis]);
-        }
-      }
-      __syncthreads();
-      if (!box.fits(capacity)) {
-        REGKERNELS_NO_UNROLL
-        for (int i = 0; i < Tiling::kDepth; ++i) {
-          if (i < there) sample_alone(body, group, item, voxel_at(i));
-        }
-        continue;
-      }
-      const int channels = R::Layout::kLast ? 1 : body.resampling.in_layout.count();
-      const int64_t plane = static_cast<int64_t>(space.y) * space.x * kPixel;
-      for (int channel = 0; channel < channels; ++channel) {
-        if (channel > 0) __syncthreads();
-        box.find_rows(element.source, channel);
-        __syncthreads();
-        box.load(element.source, data);
-        __syncthreads();
-        const Voxel first = voxel_at(0);
-        T* target = element.output + first.row(body.resampling.map.out.size) * kPixel +
-                    body.resampling.out_layout.channel(channel);
-        REGKERNELS_UNROLL
-        for (int i = 0; i < Tiling::kDepth; ++i) {
-          if (i >= there) break;
-          T value[kPixel];
-          box.values(data, position[i], body.resampling.boundary.sampling.mode, value);
-          if constexpr (R::Layout::kLast) {
-            Vec<T, 3> sum;
-            const Vec<T, 3> u = body.add_field ? element.source.vector(voxel_at(i)) : Vec<T, 3>{};
+    for (int tile_z = blockIdx.y; tile_z < tiles_z; tile_z += gridDim.y) {
+      const int end = min((tile_z + 1) * kDepth, space.z);
+      int most = kDepth;  // planes for which a box is looked for
+      for (int z = tile_z * kDepth, planes; z < end; z += planes) {
+        planes = min(most, end - z);
+        const auto voxel_at = [&](int i) {
+          return Voxel{z + min(i, planes - 1), y, x, active, tile_x, space.x};
+        };
+        const auto position_at = [&](int i, const Vec<T, 3>& u) {
+          Vec<T, 3> p = element.source.template position<true>(voxel_at(i), u);
+          REGKERNELS_UNROLL
+          for (int axis = 0; axis < 3; ++axis) p[axis] = limits.clamped(p[axis], axis);
+          return p;
+        };
+        [[maybe_unused]] Vec<T, 3> kept[kKeep ? kDepth : 1];
+        __syncthreads();  // the box before is not needed any more
+        if constexpr (R::kField) {
+          if (thread < 3) box.begin_empty(thread);
+          __syncthreads();
+          Vec<T, 3> u[kDepth];  // all on their way at once
+          REGKERNELS_UNROLL
+          for (int i = 0; i < kDepth; ++i) u[i] = element.source.vector(voxel_at(i));
+          Vec<T, 3> lowest, highest;
+          REGKERNELS_UNROLL
+          for (int i = 0; i < kDepth; ++i) {
+            const Vec<T, 3> p = position_at(i, u[i]);
+            if constexpr (kKeep) kept[i] = p;
             REGKERNELS_UNROLL
-            for (int k = 0; k < 3; ++k) sum[k] = value[k] + u[k];
-            store_packed(target, first, sum);
-          } else {
-            if (active) target[x] = value[0];
+            for (int axis = 0; axis < 3; ++axis) {
+              lowest[axis] = i == 0 ? p[axis] : fmin(lowest[axis], p[axis]);
+              highest[axis] = i == 0 ? p[axis] : fmax(highest[axis], p[axis]);
+            }
           }
-          target += plane;
+          box.add(lowest, highest);
+        } else if (thread == 0) {
+          Vec<T, 3> lowest, highest;
+          const Vec<int, 3> first{tile_x, tile_y, z};
+          const Vec<int, 3> last{min(tile_x + kWarp, space.x) - 1,
+                                 min(tile_y + kRowsPerBlock, space.y) - 1, z + planes - 1};
+          body.resampling.map.extremes(element.source.item, first, last, lowest, highest);
+          box.cover(lowest, highest, limits);
+        }
+        __syncthreads();
+        if (!box.fits(max_rows)) {
+          if (most == kDepth && planes > 1) {
+            most = (kDepth + 1) / 2;
+            planes = 0;  // those of half as many may fit
+            continue;
+          }
+          REGKERNELS_NO_UNROLL
+          for (int i = 0; i < planes; ++i) {
+            if (has_row) sample_alone(body, group, item, voxel_at(i));
+          }
+          continue;
+        }
+        const int channels = R::Layout::kLast ? 1 : body.resampling.in_layout.count();
+        const int64_t plane = static_cast<int64_t>(space.y) * space.x * kPixel;
+        for (int channel = 0; channel < channels; ++channel) {
+          if (channel > 0) __syncthreads();
+          box.find_rows(element.source, channel);
+          __syncthreads();
+          box.load(element.source, data);
+          __syncthreads();
+          if (!has_row) continue;
+          const int step = box.step(), origin = box.origin();
+          const Voxel first = voxel_at(0);
+          T* target = element.output + first.row(body.resampling.map.out.size) * kPixel +
+                      body.resampling.out_layout.channel(channel);
+          const auto sample = [&](const Vec<T, 3>& p, const Vec<T, 3>& u) {
+            T value[kPixel];
+            box.values(data, origin, step, p, body.resampling.boundary.sampling.mode, value);
+            if constexpr (R::Layout::kLast) {
+              Vec<T, 3> sum;
+              REGKERNELS_UNROLL
+              for (int k = 0; k < 3; ++k) sum[k] = value[k] + (body.add_field ? u[k] : T(0));
+              store_packed(target, first, sum);
+            } else {
+              if (active) target[x] = value[0];
+            }
+            target += plane;
+          };
+          if constexpr (kKeep) {
+            static_assert(!R::Layout::kLast, "the vectors are not kept");
+            REGKERNELS_UNROLL
+            for (int i = 0; i < kDepth; ++i) {
+              if (i < planes) sample(kept[i], {});
+            }
+          } else {
+            Vec<T, 3> next = element.source.vector(first);
+            REGKERNELS_NO_UNROLL
+            for (int i = 0; i < planes; ++i) {
+              const Vec<T, 3> u = next;
+              if (R::kField && i + 1 < planes) next = element.source.vector(voxel_at(i + 1));
+              sample(position_at(i, u), u);
+            }
+          }
         }
       }
     }
@@ -309,6 +422,8 @@ void launch_cubic_tiles(const Cuda& device, const VoxelSpace& space, const Forwa
   }
   const auto kernel = cubic_tiles_kernel<Forward, Tiling>;
   const int64_t bytes = box_bytes(kernel, Tiling::kMinBlocks);
+  const int64_t rows = bytes / static_cast<int64_t>(Tiling::kRow * sizeof(T));
+  using Box = CubicBox<decltype(body.resampling), Tiling>;
   allow_shared_memory(kernel, bytes);
   const int64_t tiles_x = (space.x + kWarp - 1) / kWarp;
   const int64_t tiles_y = (space.y + kRowsPerBlock - 1) / kRowsPerBlock;
@@ -317,8 +432,9 @@ void launch_cubic_tiles(const Cuda& device, const VoxelSpace& space, const Forwa
                   static_cast<unsigned>(std::min<int64_t>(tiles_z, 65535)),
                   static_cast<unsigned>(std::min<int64_t>(space.batch(), 65535)));
   const dim3 block(kWarp, kRowsPerBlock);
-  kernel<<<grid, block, bytes, device.stream>>>(body, space, limits, static_cast<int>(tiles_x),
-                                                static_cast<int>(bytes / sizeof(T)));
+  kernel<<<grid, block, bytes, device.stream>>>(
+      body, space, limits, static_cast<int>(tiles_x),
+      static_cast<int>(std::min<int64_t>(rows, Box::kMaxRows)));
   check_launch();
 }
 
@@ -331,8 +447,14 @@ void sample_voxels(const Cuda& device, const VoxelSpace& space, const CubicForwa
     bool tiles = boundary.sampling.padding != Padding::kReflection && !space.empty();
     for (int size : boundary.size) tiles = tiles && !is_constant_axis(size, boundary.sampling);
     if (tiles) {
-      constexpr int kMinBlocks = (R::Layout::kLast ? 2 : 4) / (sizeof(typename R::T) / 4);
-      launch_cubic_tiles<CubicTiling<64, kMinBlocks>>(device, space, body);
+      constexpr int kWidth = sizeof(typename R::T) / 4;
+      if constexpr (R::Layout::kLast) {
+        launch_cubic_tiles<CubicTiling<6, 128, 2 / kWidth, false>>(device, space, body);
+      } else if constexpr (R::kField) {
+        launch_cubic_tiles<CubicTiling<6, 64, 4 / kWidth, true>>(device, space, body);
+      } else {
+        launch_cubic_tiles<CubicTiling<8, 64, 4 / kWidth, false>>(device, space, body);
+      }
       return;
     }
   }

@@ -116,8 +116,9 @@ struct Resampling {
       if (!self->field_is_packed()) return self->field_layout.load(field, voxel_offset(voxel));
       return load_vec<T, D>(out_pointer<D>(field, voxel));
     }
+    template <bool kOnce = false>
     REGKERNELS_HD Vec<T, D> position(const Voxel& voxel, const Vec<T, D>& u) const {
-      return self->map.template position<kField>(item, place(voxel), u);
+      return self->map.template position<kField, kOnce>(item, place(voxel), u);
     }
     // Loads the values at the corners of a cell; `convert` turns what is stored into a value. With
     // `kChecked` the cell may lie partly outside of the volume, where values are `outside`.
