@@ -273,6 +273,25 @@ def scaling_table(result: Result) -> str:
     return table([*heads, "peak of a device (GB)"], lines)
 
 
+def large_table(result: Result) -> str:
+    """Seconds, memory and overlap of a registration that fills a GPU, by what moments are kept in."""
+    lines = []
+    for row in result["rows"]:
+        lines.append(
+            [
+                row["who"],
+                "\N{MULTIPLICATION SIGN}".join(map(str, row["shape"])),
+                f"{row['seconds']:.1f}",
+                f"{row['stages_seconds']:.1f}",
+                f"{row['peak_gigabytes']:.1f}",
+                f"{row['bytes_per_voxel']:.1f}",
+                *(f"{row[key]:.3f}" for key in ("similarity", "dice_before", "dice")),
+            ]
+        )
+    heads = ["moments", "voxels", "seconds", "of the stages", "peak of memory (GB)"]
+    return table([*heads, "bytes a voxel", "LNCC", "Dice before", "Dice"], lines)
+
+
 # What a device sends to a neighbour in an iteration of greedy by LNCC with a window of 7, in bytes
 # for each voxel of a plane: 16 planes of the moving image; 3 of two images, and 3 back of a
 # gradient; 6 of what becomes the step, 8 components; 2, 3 and 2 of a field that is composed,
@@ -320,6 +339,7 @@ TABLES: Mapping[str, Callable[[Result], str]] = {
     "training": training_table,
     "command": command_table,
     "scaling": scaling_table,
+    "large": large_table,
     "simulation": simulation_table,
 }
 
