@@ -153,8 +153,8 @@ def test_a_place_that_is_not_a_number_weighs_nothing(
     shape = (6, 7, 40)[:dim]
     displacement = np.zeros((1, *shape, dim), dtype)
     spoilt = [(NAN, 0), (INFINITY, dim - 1), (-INFINITY, 0)]
-    for i, (value, component) in enumerate(spoilt):
-        displacement[(0, 2, 2 + i, *[3] * (dim - 2), component)] = value
+    for i, (bad, component) in enumerate(spoilt):
+        displacement[(0, 2, 2 + i, *[3] * (dim - 2), component)] = bad
     options: dict[str, Any] = {"source_shape": shape, "reach": reach}
     for affine in (None, np.eye(dim, dim + 1, dtype=dtype)[None]):
         value = weights(backend, affine, displacement, **options)

@@ -150,19 +150,41 @@ struct Coverage {
       if (voxel.active) output[i] = value;
     }
 
-    void row(int z, int y, int count) const {
+    template <bool kIsDisplaced, bool kHasWholeBox>
+    void part_of_row(int z, int y, int begin, int end) const {
+      // No store can change copies, so that the loop becomes vector code.
+      const Coverage body = *self;
+      Element here = *this;
+      here.self = &body;
+      const int64_t start = here.row_start(z, y);
+      const T* const vectors = kIsDisplaced ? here.displacement + start * D : nullptr;
+      T* const weights = here.output + start;
+      for (int x = begin; x < end; ++x) {
+        Vec<T, D> u{};
+        if constexpr (kIsDisplaced) u = load_vec<T, D>(vectors + static_cast<int64_t>(x) * D);
+        weights[x] = here.template weight<kHasWholeBox>(here.index_of(z, y, x), u);
+      }
+    }
+
+    template <bool kIsDisplaced>
+    void parts_of_row(int z, int y, int count) const {
       const auto is_whole = [&](int x) { return has_whole_box(index_of(z, y, x)); };
       int begin = 0, end = count;
-      while (begin < end && !is_whole(begin)) ++begin;
-      while (end > begin && !is_whole(end - 1)) --end;
-      const Element here = *this;  // which no store can change
-      const int64_t start = here.row_start(z, y);
-      for (int x = begin; x < end; ++x) {
-        here.output[start + x] =
-            here.template weight<true>(here.index_of(z, y, x), here.vector_at(start + x));
+      if constexpr (kHasReach) {
+        while (begin < end && !is_whole(begin)) ++begin;
+        while (end > begin && !is_whole(end - 1)) --end;
+        part_of_row<kIsDisplaced, false>(z, y, 0, begin);
+        part_of_row<kIsDisplaced, false>(z, y, end, count);
       }
-      for (int x = 0; x < begin; ++x) compute_voxel(here, Voxel{z, y, x, true, x, count});
-      for (int x = end; x < count; ++x) compute_voxel(here, Voxel{z, y, x, true, x, count});
+      part_of_row<kIsDisplaced, true>(z, y, begin, end);
+    }
+
+    void row(int z, int y, int count) const {
+      if (displacement == nullptr) {
+        parts_of_row<false>(z, y, count);
+      } else {
+        parts_of_row<true>(z, y, count);
+      }
     }
   };
 

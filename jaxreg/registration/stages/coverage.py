@@ -102,7 +102,10 @@ def _(
     def defined(*operands: jax.Array) -> jax.Array:
         given = iter(operands)
         both = zip(primals, varies, strict=True)
-        return _defined(source, shape, *(next(given) if moves else x for x, moves in both))
+        weight: jax.Array = _defined(
+            source, shape, *(next(given) if moves else x for x, moves in both)
+        )
+        return weight
 
     at, along = (
         [x for x, moves in zip(all_of_them, varies, strict=True) if moves]
