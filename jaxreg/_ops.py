@@ -25,7 +25,7 @@ from jaxreg._shared_planes import Setting, on_shared_planes, setting
 from jaxreg._slabs import SLAB_OPS, axes_of_slabs
 from regkernels import table
 from regkernels.definitions import Framework
-from regkernels.options import plain_number
+from regkernels.options import is_number, plain_number
 from regkernels.table import HALVES, OPS, Attribute, Input, Op, bit_mask
 
 _OLDEST_JAX = (0, 8, 2)
@@ -395,6 +395,19 @@ def widened(array: Any) -> Any:
     if isinstance(array, jax.Array | np.ndarray) and array.dtype.name in HALVES:
         return jnp.asarray(array, jnp.float32)
     return array
+
+
+def of_items(value: Any, like: Any, *sizes: int) -> Any:
+    """Numbers for each item, ``(N, *sizes)``; what is neither a number nor an array stays as it is.
+
+    A number and an array without the first axes are for all of them.
+    """
+    if is_number(value):
+        is_double = getattr(like, "dtype", None) == np.float64
+        return np.full((1, *sizes), value, np.float64 if is_double else np.float32)
+    if not isinstance(value, jax.Array | np.ndarray) or value.ndim > len(sizes):
+        return value
+    return jnp.broadcast_to(value, (1, *sizes)) if value.ndim == 0 else jnp.asarray(value)[None]
 
 
 def _check_operand(op: str, declared: Input, value: Any) -> None:

@@ -312,7 +312,7 @@ def spread_over_devices(
             return split.shardings(mesh, split.mesh_axes(mesh, operands, results))[1]
 
         function = call
-        if any(split.operands):
+        if any(split.operands) or any(split.results.values()):
             function = custom_partitioning(call)
             function.def_partition(
                 partition=partition,

@@ -361,11 +361,15 @@ class SlabOp:
         The op on one device.
     reach
         For the call's attributes, how many planes the volume must have at least.
+    is_led_by_result
+        Whether a call may have no array with planes but its result. It is spread then as those are
+        that go on with it.
     """
 
     axes: Callable[[Mapping[str, Any]], dict[str, tuple[Role, int]]]
     rule: Rule
     reach: Callable[[Mapping[str, Any]], int] = lambda _: 1
+    is_led_by_result: bool = False
 
 
 def _first_planes(sampled: jax.Array, planes: jax.Array) -> jax.Array:
@@ -826,6 +830,14 @@ def _affine_warp(run: Run, arrays: Arrays, _: Mapping[str, Any], cut: Cut) -> Ar
     return results
 
 
+def _coverage(run: Run, arrays: Arrays, attributes: Mapping[str, Any], cut: Cut) -> Arrays:
+    displacement = arrays.get("displacement")
+    in_plane = tuple(attributes["out_shape"] or attributes["source_shape"])[-2:]
+    if displacement is not None:
+        in_plane = displacement.shape[3:5]
+    return run(arrays, attributes={"out_shape": (cut.planes.own, *in_plane)}, **_place(cut.planes))
+
+
 def _scaled(run: Run, arrays: Arrays, _: Mapping[str, Any], cut: Cut) -> Arrays:
     planes = cut.planes.planes
     return run(arrays, slab=(planes, planes, 0), first=jnp.zeros((2,), jnp.int32))
@@ -1240,6 +1252,12 @@ def _converted(attributes: Mapping[str, Any]) -> dict[str, tuple[Role, int]]:
     }
 
 
+def _covered(attributes: Mapping[str, Any]) -> dict[str, tuple[Role, int]]:
+    if len(attributes["source_shape"]) != RANK - 3:
+        return {}
+    return {"displacement": ("planes", 2), "output": ("planes", 3)}
+
+
 _WARPED = ("displacement", "output", "grad_output", "grad_displacement")
 _COMPARED = ("pred", "target", "mask", "output", "grad_output", "grad_pred", "grad_target")
 
@@ -1259,6 +1277,7 @@ SLAB_OPS: dict[str, SlabOp] = {
     "interpolate_labels": _sampling_op("labels", "grid"),
     "compose": _sampling_op("u", "v"),
     "affine_warp": SlabOp(_all_planes(2, *_WARPED), _affine_warp),
+    "coverage": SlabOp(_covered, _coverage, is_led_by_result=True),
     "convert_displacement": SlabOp(_converted, _scaled),
     "scale_velocity": SlabOp(
         _all_planes(2, "velocity", "grad_velocity", "output", "grad_output"), _voxel_by_voxel
@@ -1298,4 +1317,4 @@ def axes_of_slabs(
     places = [(operands[name], axis) for name, (_, axis) in axes.items() if name in operands]
     reach = slab_op.reach(attributes)
     is_large = all(len(shape) == RANK and shape[axis] >= reach for shape, axis in places[:1])
-    return axes if places and is_large else {}
+    return axes if is_large and (places or slab_op.is_led_by_result) else {}

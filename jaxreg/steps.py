@@ -9,21 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreg._ops import apply, apply_for
-from regkernels.options import check_positive, is_number, static_tuple
-
-
-def _of_items(value: Any, like: Any, *sizes: int) -> Any:
-    """Numbers for each item, ``(N, *sizes)``; what is neither a number nor an array stays as it is.
-
-    A number and an array without the first axes are for all of them.
-    """
-    if is_number(value):
-        is_double = getattr(like, "dtype", None) == np.float64
-        return np.full((1, *sizes), value, np.float64 if is_double else np.float32)
-    if not isinstance(value, jax.Array | np.ndarray) or value.ndim > len(sizes):
-        return value
-    return jnp.broadcast_to(value, (1, *sizes)) if value.ndim == 0 else jnp.asarray(value)[None]
+from jaxreg._ops import apply, apply_for, of_items
+from regkernels.options import check_positive, static_tuple
 
 
 def _moments(moments: tuple[Any, Any], *others: Any) -> tuple[Any, Any]:
@@ -131,7 +118,7 @@ def riemannian_adam_step(
     if isinstance(steps, jax.Array | np.ndarray) and steps.ndim == 0:
         steps = steps[None]
     components = gradient.shape[-1] if getattr(gradient, "ndim", 0) else 1
-    numbers = _of_items(epsilon, gradient, components), _of_items(scale, gradient)
+    numbers = of_items(epsilon, gradient, components), of_items(scale, gradient)
     operands = (gradient, *_moments((mu, nu), gradient, *numbers), steps, *numbers)
     attributes = {
         "learning_rate": learning_rate,
@@ -207,8 +194,8 @@ def step_gradient(
         slope,
         pull,
         displacement,
-        _of_items(slope_scale, moved),
-        _of_items(pull_scale, moved),
+        of_items(slope_scale, moved),
+        of_items(pull_scale, moved),
     )
     attributes = {"sigma": static_tuple(sigma), "truncate": truncate}
     return apply("step_gradient", operands, attributes)

@@ -7,21 +7,8 @@ from typing import Any
 
 import torch
 
-from regkernels.options import check_positive, is_number, static_tuple
-from torchreg._ops import apply_for
-
-
-def _of_items(value: Any, like: Any, *sizes: int) -> Any:
-    """Numbers for each item, ``(N, *sizes)``; what is neither a number nor a tensor stays as it is.
-
-    A number and a tensor without the first axes are for all of them.
-    """
-    if is_number(value) and isinstance(like, torch.Tensor):
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return torch.full((1, *sizes), value, dtype=dtype, device=like.device)
-    if not isinstance(value, torch.Tensor) or value.ndim > len(sizes):
-        return value
-    return value.expand(1, *sizes) if value.ndim == 0 else value[None]
+from regkernels.options import check_positive, static_tuple
+from torchreg._ops import apply_for, of_items
 
 
 def _moments(moments: tuple[Any, Any], *others: Any) -> tuple[Any, Any]:
@@ -132,7 +119,7 @@ def riemannian_adam_step(
     if isinstance(steps, torch.Tensor) and steps.ndim == 0:
         steps = steps[None]
     components = gradient.shape[-1] if getattr(gradient, "ndim", 0) else 1
-    numbers = _of_items(epsilon, gradient, components), _of_items(scale, gradient)
+    numbers = of_items(epsilon, gradient, components), of_items(scale, gradient)
     operands = (gradient, *_moments((mu, nu), gradient, *numbers), steps, *numbers)
     attributes = {
         "learning_rate": learning_rate,
@@ -207,8 +194,8 @@ def step_gradient(
         slope,
         pull,
         displacement,
-        _of_items(slope_scale, moved),
-        _of_items(pull_scale, moved),
+        of_items(slope_scale, moved),
+        of_items(pull_scale, moved),
     )
     attributes = {"sigma": static_tuple(sigma), "truncate": truncate}
     return apply_for(("output",), "step_gradient", operands, attributes)[0]

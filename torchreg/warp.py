@@ -21,8 +21,8 @@ from typing import Literal, overload
 
 import torch
 
-from regkernels.options import check_flag, optional_tuple
-from torchreg._ops import apply, apply_for, apply_to_spline, widened
+from regkernels.options import check_flag, optional_tuple, static_tuple
+from torchreg._ops import apply, apply_for, apply_to_spline, of_items, widened
 
 Unit = Literal["normalised", "voxel", "mm"]
 Channels = Literal["first", "last"]
@@ -394,6 +394,68 @@ def affine_warp(
         A dtype or an argument's type that is not supported.
     """
     return apply("affine_warp", (affine, displacement), {"align_corners": align_corners})
+
+
+def coverage(
+    affine: torch.Tensor | None = None,
+    displacement: torch.Tensor | None = None,
+    *,
+    source_shape: Sequence[int],
+    out_shape: Sequence[int] | None = None,
+    margin: float | torch.Tensor | None = None,
+    reach: float | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """How far an image covers the places where it is sampled: a weight from 0 to 1.
+
+    The places are those of ``interpolate(..., affine_last=True, align_corners=True)``: with ``x``
+    the normalised coordinates of the grid, ``A`` the affine and ``d`` the displacement,
+    ``A(x + d(x))``. What is sampled beyond an image's data is its border, or made up; this says
+    what it counts. It is a continuous function of the place, and the product of one for each axis.
+
+    Parameters
+    ----------
+    affine : float[N, D, D+1], optional
+        From the grid's coordinates to those of the image, normalised.
+    displacement : float[N, *T, D], optional
+        Normalised, components x, y, z.
+    source_shape
+        Spatial sizes of the image.
+    out_shape
+        Spatial sizes of the grid, or a full shape of which the last D entries count. Without it the
+        grid has the displacement's size, or without one the image's. A size of 0 gives an empty
+        result.
+    margin : float or float[D] or float[N, D], optional
+        How many voxels at either end of the image are no data, for all axes or one after the other
+        in x, y, z order.
+    reach : float or float[] or float[N], optional
+        How many voxels of the grid around a place, along each of its axes, have to be covered, too:
+        those of them that are on the grid, displaced as the voxel itself is. Along an axis of the
+        image no more is asked for than a quarter of its voxels, from the place.
+
+    Returns
+    -------
+    float[N, 1, *T]
+        1 up to the centre of the image's last voxel, from where it falls to 0 at that voxel's outer
+        edge. Where there is a margin, 1 up to the last voxel that is data, from where it falls to 0
+        over one voxel. Across a single slice it falls to 0 over the thickness of that slice. 0 at a
+        place that is not a number. Of the common dtype of the operands, of which there has to be
+        one besides ``reach``. It has no gradient.
+        Operands that require a gradient are refused: pass ``affine.detach()``.
+
+    Raises
+    ------
+    ValueError
+        A shape or a size that does not fit; the message names the argument. Also an
+        operand that requires a gradient.
+    TypeError
+        A dtype or an argument's type that is not supported.
+    """
+    given = (displacement, affine, margin)
+    like = next((x for x in given if isinstance(x, torch.Tensor)), None)
+    sizes = static_tuple(source_shape)
+    numbers = of_items(margin, like, len(sizes)), of_items(reach, like)
+    attributes = {"source_shape": sizes, "out_shape": optional_tuple(out_shape)}
+    return apply("coverage", (affine, displacement, *numbers), attributes)
 
 
 def scaling_and_squaring(

@@ -16,6 +16,7 @@ const std::vector<Op>& op_table() {
     add(compose_ops());
     add(spline_coefficients_ops());
     add(affine_warp_ops());
+    add(coverage_ops());
     add(scale_velocity_ops());
     add(gaussian_smooth_ops());
     add(jacobian_determinant_ops());

@@ -11,6 +11,7 @@ std::vector<Op> interpolate_ops();
 std::vector<Op> compose_ops();
 std::vector<Op> spline_coefficients_ops();
 std::vector<Op> affine_warp_ops();
+std::vector<Op> coverage_ops();
 std::vector<Op> scale_velocity_ops();
 std::vector<Op> gaussian_smooth_ops();
 std::vector<Op> jacobian_determinant_ops();

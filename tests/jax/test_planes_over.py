@@ -215,6 +215,16 @@ def test_ops_of_fields_give_the_bits_of_the_whole_volume(
     assert_same(shared(u), np.asarray(jax.jit(function)(u)))
 
 
+def test_coverage_gives_the_bits_of_the_whole_volume(mesh: Mesh, planes: int) -> None:
+    u, affine = displacement(planes, 0.6), random_affine(5, 1, 3)
+
+    def function(affine: Any, u: Any) -> Any:
+        return jaxreg.coverage(affine, u, source_shape=(9, 5, 8), margin=0.5, reach=1.0)
+
+    shared = in_shard_map(function, mesh, (EVERYWHERE, FIELDS), IMAGES, planes)
+    assert_same(shared(affine, u), np.asarray(jax.jit(function)(affine, u)))
+
+
 def test_interpolate_labels_gives_the_bits_of_the_whole_volume() -> None:
     labels = np.random.default_rng(2).integers(-3, 4, (1, 1, 12, *IN_PLANE)).astype(np.int16)
     grid = displacement(12, 30.0)

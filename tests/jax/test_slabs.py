@@ -185,6 +185,10 @@ def of_the_ops(planes: int) -> dict[str, tuple[Function, list[tuple[Array, int]]
         "lncc_loss": (functools.partial(jaxreg.lncc_loss, reduction="none"), [image, other]),
         "affine_warp": (lambda u: jaxreg.affine_warp(affine, u), [u]),
         "convert_displacement": (converted, [u]),
+        "coverage": (
+            lambda u: jaxreg.coverage(affine, u, source_shape=(9, 5, 8), margin=1.0, reach=2),
+            [u],
+        ),
         "interpolate": (lambda image, u: jaxreg.interpolate(image, grid=u), [image, u]),
         "interpolate by an affine": (lambda image: jaxreg.interpolate(image, affine), [image]),
         "interpolate on a grid of its own": (
@@ -609,6 +613,30 @@ def test_affine_warp_gives_the_bits_of_one_device(mesh: Mesh, planes: int) -> No
     assert_close(of_affine, expected[0])
     assert_same(of_field, np.asarray(expected[1]))
     assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+def test_coverage_gives_the_bits_of_one_device(mesh: Mesh, planes: int) -> None:
+    u, affine = displacement(planes, 1.0), random_affine(5, 1, 3)
+    options = {"source_shape": (planes + 2, 7, 4), "margin": 0.5, "reach": 1.5}
+    function = functools.partial(jaxreg.coverage, **options)
+    spread = on_slabs(function, mesh, [None, FIELD], [IMAGE])
+    assert_same(spread(affine, u), np.asarray(jax.jit(function)(affine, u)))
+    assert_nothing_is_gathered(spread.text)  # type: ignore[attr-defined]
+
+
+def test_coverage_by_an_affine_is_spread_as_what_goes_on_with_it(mesh: Mesh, planes: int) -> None:
+    """No operand has planes, and no device makes all of them."""
+    image, affine = random_array(1, 1, 1, planes, *IN_PLANE), random_affine(5, 1, 3)
+
+    def function(affine: Any, image: Any) -> Any:
+        return image * jaxreg.coverage(affine, source_shape=image.shape[2:], reach=1.0)
+
+    spread = on_slabs(function, mesh, [None, IMAGE], [IMAGE])
+    assert_same(spread(affine, image), np.asarray(jax.jit(function)(affine, image)))
+    text = spread.text  # type: ignore[attr-defined]
+    assert_nothing_is_gathered(text)
+    (call,) = [line for line in text.splitlines() if '"jaxreg.coverage"' in line]
+    assert f"[1,1,{-(-planes // mesh.size)}," in call
 
 
 LOSSES: list[tuple[Function, dict[str, Any]]] = [

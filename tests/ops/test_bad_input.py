@@ -45,6 +45,7 @@ MAY_BE_EMPTY = {
     ("compose", "v"),
     ("affine_warp", "displacement"),
     ("convert_displacement", "displacement"),
+    ("coverage", "displacement"),
 }
 
 # The axes of each operand: a small letter is a spatial axis, D has as many entries as those, S as
@@ -251,6 +252,20 @@ ONE_BY_ONE = [
     bad_type("interpolate", "out_shape", (3, 4.5, 5), "4.5", grid=None),
     bad_value("interpolate", "out_shape", (3, 4, 6), numbers(3, 4, 6)),  # the grid has another
     bad_value("interpolate", "grid", None, "None", is_displacement=False),
+    bad_value("coverage", "source_shape", (4,), "4"),
+    bad_value("coverage", "source_shape", (2, 3, 4, 5), numbers(2, 3, 4, 5)),
+    bad_value("coverage", "source_shape", (3, 0, 5), numbers(3, 0, 5)),
+    bad_value("coverage", "out_shape", (3, 4), numbers(3, 4), displacement=None),
+    bad_value("coverage", "out_shape", (3, -4, 5), numbers(3) + r"\D+-4", displacement=None),
+    bad_value("coverage", "out_shape", (3, 4, 6), numbers(3, 4, 6)),  # the field has another
+    bad_value("coverage", "displacement", zeros(2, 4, 5, 2), numbers(2, 4, 5, 2)),
+    bad_type("coverage", "affine", None, "None", displacement=None, margin=None, reach=None),
+    *[bad_value("coverage", "margin", zeros(*s), numbers(*s)) for s in [(2, 2, 2), (1, 1, 3)]],
+    bad_type("coverage", "margin", zeros(1, 1, 3, dtype=np.int32), "int32"),
+    bad_type("coverage", "margin", "none", "str"),
+    bad_value("coverage", "reach", zeros(2, 1, 1), numbers(2, 1, 1)),
+    bad_type("coverage", "reach", zeros(2, 1, 1, dtype=np.uint8), "uint8"),
+    bad_type("coverage", "reach", "far", "str"),
     # What came is told in full.
     bad_value("interpolate", "mode", "lanczos", "lanczos"),
     bad_value("compose", "mode", "nearest", "nearest"),
@@ -359,7 +374,7 @@ def test_axes_that_are_free_may_have_any_size(backend: Backend, op: str) -> None
     """The counterpart of the bad shapes: what is not refused there is accepted here."""
     for operand, good in zip(OPERANDS[op], example(op, dtype=np.float32).operands, strict=True):
         for axis, kind in enumerate(layout(op, operand)):
-            if op == "affine_warp" and operand == "affine":
+            if operand == "affine" and op in ("affine_warp", "coverage"):
                 continue
             alone = len(OPERANDS[op]) == 1
             values = []

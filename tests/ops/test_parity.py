@@ -69,6 +69,7 @@ IN_OTHER_WORDS: dict[str, list[tuple[str, str]]] = {
         ),
         (f"{_TYPE} Also an operand that is differentiated, with ``return_weights``.", _TYPE),
     ],
+    "coverage": _no_gradient("affine"),
     "invert_displacement": _no_gradient("displacement"),
     "step_gradient": _no_gradient("moved"),
     "riemannian_adam_step": _no_gradient("gradient"),

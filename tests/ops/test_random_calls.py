@@ -419,6 +419,7 @@ SIZES = {
     "interpolate": [(1, 1, 1), (1e30, 1, 1), (1e-38, 1, 1e-38), (1, 1e20, 1), (1, 1, 1e30)],
     "compose": [(1, 1, 1), (1e30, 1, 1), (1e-38, 1e-38, 1), (1, 1e20, 1e10), (1e-4, 1e30, 1)],
     "affine_warp": [(1, 1), (1e30, 1e30), (1e-38, 1e-38)],
+    "coverage": [(1, 1), (1e30, 1e30), (1e-38, 1e-38)],
     "scaling_and_squaring": [(1,), (30,), (1e-38,)],
     "spline_coefficients": [(1,), (1e30,), (1e-38,)],
     "gaussian_smooth": [(1,), (1e30,), (1e-38,)],
@@ -484,6 +485,13 @@ def extreme_calls(draw: st.DrawFn) -> tuple[str, tuple[Any, ...], dict[str, Any]
         return name, (values(*size),), {**padded, "channel_last": channel_last}
     if name == "affine_warp":
         return name, (values(dim, dim + 1), values(*shape, dim)), aligned
+    if name == "coverage":
+        options = {
+            "source_shape": out,
+            "margin": draw(st.sampled_from([None, 0.0, 0.5, 1.0])),
+            "reach": draw(st.sampled_from([None, 0.0, 0.5, 3.0])),
+        }
+        return name, (values(dim, dim + 1), values(*shape, dim)), options
     if name == "scaling_and_squaring":
         return name, (values(*shape, dim),), {**padded, "num_steps": draw(st.integers(0, 3))}
     if name == "gaussian_smooth":

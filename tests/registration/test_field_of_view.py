@@ -296,6 +296,32 @@ def test_the_gradient_of_a_weight_is_the_difference_of_its_values(dim: int) -> N
     np.testing.assert_allclose(slope, difference / (2 * step), rtol=1e-3)
 
 
+def test_a_weight_has_derivatives_in_both_modes_also_where_it_is_mapped() -> None:
+    """Of the operands that vary, and of no others."""
+    shape, source = (5, 6, 7), (6, 5, 7)
+    rng = np.random.default_rng(0)
+    margin, reach = jnp.asarray([0.0, 1.0, 0.0]), jnp.float32(1)
+    field = jnp.asarray(rng.uniform(-0.2, 0.2, (1, *shape, 3)), jnp.float32)
+    affines = np.eye(3, 4) + rng.uniform(-0.1, 0.1, (4, 1, 3, 4))
+    affines, direction = jnp.asarray(affines, jnp.float32), jnp.ones((1, 3, 4))
+
+    def weight(affine: jax.Array) -> jax.Array:
+        return coverage(source, shape, margin, affine, field, reach)
+
+    def slope(affine: jax.Array) -> jax.Array:
+        return (jax.grad(lambda affine: weight(affine).sum())(affine) * direction).sum()
+
+    def change(affine: jax.Array) -> jax.Array:
+        return jax.jvp(weight, (affine,), (direction,))[1].sum()
+
+    backwards, forwards, values = (
+        jax.jit(jax.vmap(function))(affines) for function in (slope, change, weight)
+    )
+    np.testing.assert_allclose(backwards, forwards, rtol=1e-4)
+    np.testing.assert_allclose(backwards, [slope(affine) for affine in affines], rtol=1e-4)
+    np.testing.assert_array_equal(values, [weight(affine) for affine in affines])
+
+
 @pytest.mark.parametrize("metric", ["ncc", "mse"])
 def test_a_linear_stage_follows_the_gradient_of_its_loss_through_the_weights(metric: Any) -> None:
     rng = np.random.default_rng(0)

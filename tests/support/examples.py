@@ -71,6 +71,7 @@ OPS = [
 ]
 
 WITHOUT_GRADIENT = [
+    "coverage",
     "joint_histogram",
     "interpolate_labels",
     "invert_displacement",
@@ -89,6 +90,7 @@ OPERANDS = {
     "gaussian_smooth": ("x",),
     "jacobian_determinant": ("displacement",),
     "convert_displacement": ("displacement",),
+    "coverage": ("affine", "displacement"),
     **dict.fromkeys(FIELD_LOSSES, ("displacement",)),
     **dict.fromkeys([*LOSSES, "joint_histogram"], ("pred", "target")),
     "mind_ssc": ("image",),
@@ -140,6 +142,11 @@ def example(
             "convert_displacement",
             (first,),
             {"source": "normalised", "target": "mm", "spacing": spacing},
+        ),
+        "coverage": Example(
+            "coverage",
+            (affine, first),
+            {"source_shape": tuple(n + 1 for n in shape), "margin": 0.25, "reach": 1.0},
         ),
         **{name: Example(name, (first,)) for name in FIELD_LOSSES},
         "lncc_loss": Example("lncc_loss", (image, other), {"kernel_size": 3}),

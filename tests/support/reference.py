@@ -577,6 +577,57 @@ def affine_warp(affine: Array, displacement: Array, *, align_corners: bool = Tru
     return np.array(moved).reshape(len(affine), *x.shape) + displacement
 
 
+def _mapped(voxels: Array, d: Array, matrix: Array) -> Array:
+    """``A(x + d(x))``, where each voxel of a grid has its ``d``, but for ``x`` that of another."""
+    last = np.array(voxels.shape[-2::-1]) - 1
+    x = np.where(last > 0, 2 * voxels / np.maximum(last, 1) - 1, 0)
+    dim = len(last)
+    return (x + d) @ matrix[:, :dim].T + matrix[:, dim]
+
+
+def coverage(
+    affine: Array | None = None,
+    displacement: Array | None = None,
+    *,
+    source_shape: Sequence[int],
+    out_shape: Sequence[int] | None = None,
+    margin: float | Array | None = None,
+    reach: float | Array | None = None,
+) -> Array:
+    """How far an image covers the places ``A(x + d(x))``: ``(N, 1, [Z,] Y, X)``."""
+    dim = len(source_shape)
+    shape = source_shape if out_shape is None else tuple(out_shape)[-dim:]
+    if displacement is not None:
+        shape = displacement.shape[1:-1]
+    affine = np.eye(dim, dim + 1)[None] if affine is None else float64(affine)
+    field = np.zeros((1, *shape, dim)) if displacement is None else float64(displacement)
+    edges = np.atleast_2d(0.0 if margin is None else float64(margin)) * np.ones(dim)
+    reaches = np.atleast_1d(0.0 if reach is None else float64(reach))
+    operands = (affine, field, edges, reaches)
+    count = next((len(x) for x in operands if len(x) != 1), 1)
+    last = np.array(shape[::-1]) - 1
+    index = np.stack(np.indices(shape)[::-1], axis=-1)
+    result = np.ones((count, 1, *shape))
+    for n in range(count):
+        matrix, d, edge, r = (item(x, n) for x in operands)
+
+        with np.errstate(invalid="ignore"):
+            # A sample's box lies between the images of its corners.
+            place = _mapped(index, d, matrix)
+            around_it = itertools.product([-r, r], repeat=dim)
+            corners = [_mapped(np.clip(index + c, 0, last), d, matrix) for c in around_it]
+            farthest = np.max([np.abs(corner) for corner in corners], axis=0)
+            for axis, size in enumerate(reversed(tuple(source_shape))):
+                half, extent = max(size - 1, 1) / 2, (size - 1) / 2
+                inside = extent - np.abs(place[..., axis]) * half - edge[axis]
+                if reach is not None:
+                    around = extent - farthest[..., axis] * half
+                    inside = np.minimum(inside, np.maximum(around, inside - (size - 1) // 4))
+                slope = 1 if edge[axis] > 0 or size == 1 else 2
+                result[n, 0] *= np.clip(1 + slope * inside, 0, 1)
+    return np.where(result > 0, result, 0)
+
+
 def invert_displacement(
     displacement: Array,
     *,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from regkernels.namesake import refuse_mixture
-from regkernels.options import plain_number
+from regkernels.options import is_number, plain_number
 from regkernels.table import OPS, Input, Op
 from torchreg._ops import (
     exchange,
@@ -134,6 +134,19 @@ def widened(tensor: Any) -> Any:
     if isinstance(tensor, torch.Tensor) and tensor.dtype in _HALVES:
         return tensor.float()
     return tensor
+
+
+def of_items(value: Any, like: Any, *sizes: int) -> Any:
+    """Numbers for each item, ``(N, *sizes)``; what is neither a number nor a tensor stays as it is.
+
+    A number and a tensor without the first axes are for all of them.
+    """
+    if is_number(value) and isinstance(like, torch.Tensor):
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return torch.full((1, *sizes), value, dtype=dtype, device=like.device)
+    if not isinstance(value, torch.Tensor) or value.ndim > len(sizes):
+        return value
+    return value.expand(1, *sizes) if value.ndim == 0 else value[None]
 
 
 def _check_operand(op: str, declared: Input, value: Any) -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
+import jaxreg
 from jaxreg.registration.programs import on_device
 
 __all__ = ["coverage", "margins"]
@@ -36,8 +39,6 @@ def margins(whole: Sequence[int], shape: Sequence[int]) -> jax.Array:
     return on_device(np.array(coarser[::-1], np.float32))
 
 
-# Traced once for all its calls in the programs of a registration, which are many.
-@functools.partial(jax.jit, static_argnames=("source", "shape"), inline=True)
 def coverage(
     source: tuple[int, ...],
     shape: tuple[int, ...],
@@ -47,6 +48,8 @@ def coverage(
     reach: jax.Array | None = None,
 ) -> jax.Array:
     """Return how far an image covers the samples that `jaxreg.interpolate` takes from it.
+
+    That is `jaxreg.coverage`, with derivatives of any kind.
 
     Parameters
     ----------
@@ -71,6 +74,58 @@ def coverage(
         edge. Where there is a margin, 1 up to the last voxel that is data, and 0 at the margin's
         centre. Across a single slice it falls to 0 over the thickness of that slice.
     """
+    weight: jax.Array = _weight(source, shape, margin, affine, displacement, reach)
+    return weight
+
+
+# What a metric is differentiated through in a linear stage alone. All others want the weight as it
+# is: one pass over the displacement, where what the formula becomes has several.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _weight(
+    source: tuple[int, ...], shape: tuple[int, ...], margin: jax.Array, *others: jax.Array | None
+) -> jax.Array:
+    affine, displacement, reach = others
+    return jaxreg.coverage(
+        affine, displacement, source_shape=source, out_shape=shape, margin=margin, reach=reach
+    )
+
+
+@functools.partial(_weight.defjvp, symbolic_zeros=True)
+def _(
+    source: tuple[int, ...], shape: tuple[int, ...], primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    value = _weight(source, shape, *primals)
+    varies = [x is not None and not isinstance(x, SymbolicZero) for x in tangents]
+    if not any(varies):
+        return value, jnp.zeros_like(value)
+
+    def defined(*operands: jax.Array) -> jax.Array:
+        given = iter(operands)
+        both = zip(primals, varies, strict=True)
+        weight: jax.Array = _defined(
+            source, shape, *(next(given) if moves else x for x, moves in both)
+        )
+        return weight
+
+    at, along = (
+        [x for x, moves in zip(all_of_them, varies, strict=True) if moves]
+        for all_of_them in (primals, tangents)
+    )
+    _, tangent = jax.jvp(defined, at, along)
+    return value, tangent.astype(value.dtype)
+
+
+# Traced once for all its calls in the programs of a registration, which are many.
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _defined(
+    source: tuple[int, ...],
+    shape: tuple[int, ...],
+    margin: jax.Array,
+    affine: jax.Array | None,
+    displacement: jax.Array | None,
+    reach: jax.Array | None,
+) -> jax.Array:
+    """Return the same in steps of JAX, which can be differentiated."""
     ndim = len(shape)
 
     # Each element of the matrix is taken out of it once: this is traced for many programs.
