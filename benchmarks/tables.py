@@ -274,7 +274,7 @@ def scaling_table(result: Result) -> str:
 
 
 def large_table(result: Result) -> str:
-    """Seconds, memory and overlap of a registration that fills a GPU, by what moments are kept in."""
+    """Seconds, memory and overlap of a registration that fills a GPU, by its moments."""
     lines = []
     for row in result["rows"]:
         lines.append(
