@@ -74,6 +74,10 @@ def coverage(
         edge. Where there is a margin, 1 up to the last voxel that is data, and 0 at the margin's
         centre. Across a single slice it falls to 0 over the thickness of that slice.
     """
+    if affine is None and displacement is None:
+        # The product of numbers that an axis has, which is made where it is needed.
+        whole: jax.Array = _defined(source, shape, margin, None, None, reach)
+        return whole
     weight: jax.Array = _weight(source, shape, margin, affine, displacement, reach)
     return weight
 
@@ -138,7 +142,9 @@ def _defined(
         """Return the coordinates of the voxels so far along all axes, those of the grid."""
         coordinates = []
         for component, size in enumerate(reversed(shape)):
-            index = jax.lax.broadcasted_iota(jnp.float32, (1, *shape), ndim - component)
+            axis = ndim - component
+            line = tuple(size if k == axis else 1 for k in range(ndim + 1))
+            index = jax.lax.broadcasted_iota(jnp.float32, line, axis)
             moved = index if offset is None else jnp.clip(index + offset, 0, size - 1)
             along = moved * (2 / max(size - 1, 1)) - 1 if size > 1 else jnp.zeros_like(index)
             if displacement is not None:
