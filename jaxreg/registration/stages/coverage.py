@@ -74,16 +74,16 @@ def coverage(
         edge. Where there is a margin, 1 up to the last voxel that is data, and 0 at the margin's
         centre. Across a single slice it falls to 0 over the thickness of that slice.
     """
-    if affine is None and displacement is None:
-        # The product of numbers that an axis has, which is made where it is needed.
-        whole: jax.Array = _defined(source, shape, margin, None, None, reach)
-        return whole
+    if displacement is None:
+        # There is nothing to read: the weight is made where it is needed, and not written before.
+        from_indices: jax.Array = _defined(source, shape, margin, affine, None, reach)
+        return from_indices
     weight: jax.Array = _weight(source, shape, margin, affine, displacement, reach)
     return weight
 
 
-# What a metric is differentiated through in a linear stage alone. All others want the weight as it
-# is: one pass over the displacement, where what the formula becomes has several.
+# A metric is differentiated through it in a linear stage alone. All others want the weight as it is:
+# one pass over the displacement, where what the formula becomes has several.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _weight(
     source: tuple[int, ...], shape: tuple[int, ...], margin: jax.Array, *others: jax.Array | None
