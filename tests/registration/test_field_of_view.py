@@ -31,7 +31,7 @@ from jaxreg.registration import (
     register,
 )
 from jaxreg.registration.register_images import make_problem
-from jaxreg.registration.stages.coverage import coverage
+from jaxreg.registration.stages.coverage import coverage, iteration
 from jaxreg.registration.stages.problem import Level, Problem
 from regkernels import Volume, move_points, read_volume, rigid_motion
 from regkernels.data import load_multimodal_paths, load_pair_paths
@@ -320,6 +320,21 @@ def test_a_weight_has_derivatives_in_both_modes_also_where_it_is_mapped() -> Non
     np.testing.assert_allclose(backwards, forwards, rtol=1e-4)
     np.testing.assert_allclose(backwards, [slope(affine) for affine in affines], rtol=1e-4)
     np.testing.assert_array_equal(values, [weight(affine) for affine in affines])
+
+
+@pytest.mark.parametrize("reach", [None, 2.0])
+def test_an_iteration_weighs_what_is_not_displaced_as_is_done_outside_of_it(
+    reach: float | None,
+) -> None:
+    shape, source, margin = (5, 6, 7), (6, 5, 7), jnp.asarray([0.0, 1.0, 0.0])
+    affine = jnp.asarray([[[0.9, 0.1, 0, 0.2], [-0.1, 1, 0.05, 0], [0, 0, 1.1, -0.1]]], jnp.float32)
+    around = None if reach is None else jnp.float32(reach)
+    for matrix in (None, affine):
+        outside = coverage(source, shape, margin, matrix, None, around)
+        with iteration():
+            within = coverage(source, shape, margin, matrix, None, around)
+        np.testing.assert_allclose(within, outside, atol=1e-5)
+        assert 0 < outside.sum() < outside.size
 
 
 @pytest.mark.parametrize("metric", ["ncc", "mse"])

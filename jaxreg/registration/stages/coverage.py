@@ -6,8 +6,10 @@ a continuous function of the place, and a metric is differentiated through it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -18,7 +20,22 @@ from jax.custom_derivatives import SymbolicZero
 import jaxreg
 from jaxreg.registration.programs import on_device
 
-__all__ = ["coverage", "margins"]
+__all__ = ["coverage", "iteration", "margins"]
+
+_is_iteration: ContextVar[bool] = ContextVar("is_iteration", default=False)
+
+
+@contextlib.contextmanager
+def iteration() -> Iterator[None]:
+    """Have what is traced in the context run as fast as can be, though it takes longer to compile.
+
+    What runs many times is worth it.
+    """
+    token = _is_iteration.set(True)
+    try:
+        yield
+    finally:
+        _is_iteration.reset(token)
 
 
 def margins(whole: Sequence[int], shape: Sequence[int]) -> jax.Array:
@@ -74,7 +91,7 @@ def coverage(
         edge. Where there is a margin, 1 up to the last voxel that is data, and 0 at the margin's
         centre. Across a single slice it falls to 0 over the thickness of that slice.
     """
-    if displacement is None:
+    if displacement is None and _is_iteration.get():
         # There is nothing to read: the weight is made where it is needed, and not written before.
         from_indices: jax.Array = _defined(source, shape, margin, affine, None, reach)
         return from_indices
@@ -82,8 +99,8 @@ def coverage(
     return weight
 
 
-# A metric is differentiated through it in a linear stage alone. All others want the weight as it is:
-# one pass over the displacement, where what the formula becomes has several.
+# A metric is differentiated through it in a linear stage alone. All others want the weight as it
+# is: one pass over the displacement, where what the formula becomes has several.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _weight(
     source: tuple[int, ...], shape: tuple[int, ...], margin: jax.Array, *others: jax.Array | None

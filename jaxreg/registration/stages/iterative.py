@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from jaxreg.registration.programs import Program, changed_fields, on_device, settled
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.stages.base import Stage, Trace
+from jaxreg.registration.stages.coverage import iteration
 from jaxreg.registration.stages.metrics import LNCC, MetricField
 from jaxreg.registration.stages.problem import Alignment, Level, Problem, Weighted, charged
 
@@ -431,7 +432,8 @@ def _advance(stage: Iterative, level: Level, state: State, trace: Trace) -> _Car
 
     def iterate(state: State, index: jax.Array) -> tuple[State, jax.Array]:
         progress = index.astype(jnp.float32) / max(iterations - 1, 1)
-        return stage.step(level, state, progress)
+        with iteration():
+            return stage.step(level, state, progress)
 
     indices = trace.ran + jnp.arange(length, dtype=jnp.int32)
     state, block = stage.repeat(level, iterate, state, indices)
