@@ -29,6 +29,7 @@ from jaxreg.registration.stages.iterative import State
 from jaxreg.registration.stages.problem import Level, Weighted
 from jaxreg.registration.stages.regularisers import Elasticity
 from jaxreg.registration.stages.windows import window_of
+from jaxreg.warp import INVERSE_TOLERANCE
 
 __all__ = ["SyN"]
 
@@ -68,7 +69,9 @@ class SyN(Diffeomorphic):
     def transforms_of_fields(self, found: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the way from the fixed image through the middle, and the way back."""
         with overwriting():
-            inverses = invert_displacement(found)
+            # What is composed with an inverse is to be more exact than inverses are asked to be:
+            # where the search for one ends, rounding decides.
+            inverses = invert_displacement(found, tolerance=INVERSE_TOLERANCE / 10)
             forward = compose(found[1:], inverses[:1])
             backward = compose(found[:1], inverses[1:])
         return forward, backward
