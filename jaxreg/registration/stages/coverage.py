@@ -159,9 +159,7 @@ def _defined(
         """Return the coordinates of the voxels so far along all axes, those of the grid."""
         coordinates = []
         for component, size in enumerate(reversed(shape)):
-            axis = ndim - component
-            line = tuple(size if k == axis else 1 for k in range(ndim + 1))
-            index = jax.lax.broadcasted_iota(jnp.float32, line, axis)
+            index = jax.lax.broadcasted_iota(jnp.float32, (1, *shape), ndim - component)
             moved = index if offset is None else jnp.clip(index + offset, 0, size - 1)
             along = moved * (2 / max(size - 1, 1)) - 1 if size > 1 else jnp.zeros_like(index)
             if displacement is not None:
