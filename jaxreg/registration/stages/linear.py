@@ -332,7 +332,11 @@ class Linear(Iterative):
         self, level: Level, motion: _Motion, parameters: _Parameters
     ) -> tuple[jax.Array, _Parameters]:
         def moved(level: Level, parameters: _Parameters) -> Weighted:
-            return level.moved(matmul(level.matrix, motion.matrix(parameters)), level.displacement)
+            return level.moved(
+                matmul(level.matrix, motion.matrix(parameters)),
+                level.displacement,
+                is_weight_constant=not self.metric.has_gradient_of_mask,
+            )
 
         def objective(parameters: _Parameters) -> jax.Array:
             return self.loss(level, moved(level, parameters), level.target())

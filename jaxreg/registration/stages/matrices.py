@@ -24,7 +24,9 @@ _Elimination = tuple[jax.Array, jax.Array, jax.Array]
 each column the one that was taken."""
 
 
-@jax.custom_vjp
+# Traced and lowered once for all calls with the same shapes, as the rules of derivatives are: the
+# programs of a registration have nearly a hundred.
+@jax.jit
 def matmul(one: jax.Array, other: jax.Array) -> jax.Array:
     """Return the product of two small matrices, ``(I, K)`` and ``(K, J)``.
 
@@ -32,6 +34,12 @@ def matmul(one: jax.Array, other: jax.Array) -> jax.Array:
     it, where on a GPU every call of a library costs more than it computes. The sums are in float32:
     TensorFloat-32, the default for products there, would move samples by a tenth of a voxel.
     """
+    product: jax.Array = _product(one, other)
+    return product
+
+
+@jax.custom_vjp
+def _product(one: jax.Array, other: jax.Array) -> jax.Array:
     terms = (one[:, k, None] * other[k] for k in range(one.shape[1]))
     return functools.reduce(operator.add, terms)
 
@@ -49,7 +57,7 @@ def _matmul_backward(
     return matmul(slope, other.T), matmul(one.T, slope)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_product.defvjp(_matmul_forward, _matmul_backward)
 
 
 def inverse(matrix: jax.Array) -> jax.Array:

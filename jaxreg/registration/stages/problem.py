@@ -181,12 +181,24 @@ class Level(NamedTuple):
         """Return the displacement of going through ``step``, then through the one so far."""
         return step if self.displacement is None else compose(self.displacement, step)
 
-    def moved(self, matrix: jax.Array, displacement: jax.Array | None) -> Weighted:
-        """Return the moving image at ``A(x + d(x))``, and what it weighs there."""
+    def moved(
+        self,
+        matrix: jax.Array,
+        displacement: jax.Array | None,
+        *,
+        is_weight_constant: bool = False,
+    ) -> Weighted:
+        """Return the moving image at ``A(x + d(x))``, and what it weighs there.
+
+        Where the weight is constant it has no gradient with respect to the matrix.
+        """
         affine = self.normalised(matrix)
+        # Before the weight is made of it: JAX would trace a derivative that nobody asks for.
+        weighed_at = jax.lax.stop_gradient(affine) if is_weight_constant else affine
         return self._sample(
             *(self.moving, self.moving_window, self.moving_mask),
             *(self.moving_margin, affine, displacement),
+            weighed_at=weighed_at,
         )
 
     def weight_of_moving(
@@ -260,8 +272,9 @@ class Level(NamedTuple):
         margin: jax.Array,
         affine: jax.Array | None,
         displacement: jax.Array | None,
+        weighed_at: jax.Array | None = None,
     ) -> Weighted:
-        def sample(array: jax.Array) -> jax.Array:
+        def sample(array: jax.Array, affine: jax.Array | None = affine) -> jax.Array:
             if affine is None and displacement is None:
                 return array
             with samples_near() if _is_near.get() else contextlib.nullcontext():
@@ -277,8 +290,10 @@ class Level(NamedTuple):
         shape = image.shape[2:]
 
         def weight(displacement: jax.Array | None) -> jax.Array:
-            found: jax.Array = coverage(shape, self.shape, margin, affine, displacement, self.reach)
-            return found if mask is None else found * sample(mask)
+            found: jax.Array = coverage(
+                shape, self.shape, margin, weighed_at, displacement, self.reach
+            )
+            return found if mask is None else found * sample(mask, weighed_at)
 
         if window is None or displacement is None:
             return Weighted(sample(image), weight(displacement))
