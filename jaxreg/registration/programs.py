@@ -87,6 +87,10 @@ class Program(Generic[_P, _R]):
     donated
         Arguments whose memory the program may write to. Within a transformation it may not: under
         ``vmap`` the first fields are those of all pairs.
+    like
+        Returns, of the same arguments, arrays shaped like the results: a rehearsal then goes on
+        without tracing the program, which it does in the end. What comes after it may take longer
+        to be compiled.
     """
 
     def __init__(
@@ -95,9 +99,11 @@ class Program(Generic[_P, _R]):
         *,
         static: Sequence[str] = (),
         donated: Sequence[str] = (),
+        like: Callable[_P, _R] | None = None,
     ) -> None:
         functools.update_wrapper(self, function)
         self.name = f"{function.__module__}.{function.__qualname__}"
+        self._like = like
         self._within = jax.jit(function, static_argnames=static)
         self.jitted = self._within
         if donated:
@@ -108,9 +114,13 @@ class Program(Generic[_P, _R]):
         if _is_rehearsal.get():
             token = _is_rehearsal.set(False)  # what is called within is a part of this program
             try:
+                work = _work.get()
+                if work is not None and self._like is not None:
+                    work.put_off(_Call(self, shapes_of(args), static))
+                    return self._like(*args, **static)
                 result: _R = self.jitted(*args, **static)
                 # At once, as the next one takes long to be traced, too.
-                if (work := _work.get()) is not None:
+                if work is not None:
                     with contextlib.suppress(Exception):
                         work.begin(_Call(self, shapes_of(args), static))
                 return result
@@ -249,18 +259,16 @@ def rehearse(function: Callable[..., Any], *args: Any) -> Any:
         return None
     finally:
         _is_rehearsal.reset(token)
+        if (work := _work.get()) is not None:
+            work.begin_what_was_put_off()
 
 
-class _Compiled(NamedTuple):
-    executable: Executable
-    entry: Entry | None
-    """What is kept of it, if anything is."""
+class _Compiled:
+    """A program that is compiled, and what is kept of it."""
 
-    @classmethod
-    def of(cls, key: Key, lowered: jax.stages.Lowered, keep: bool) -> _Compiled:
-        executable = lowered.compile()
-        # Once it has run, the CPU's compiler does not give the bytes of every program any more.
-        return cls(executable, Entry.of(key, executable) if keep else None)
+    def __init__(self, executable: Executable, entry: Entry | None, key: Key | None = None) -> None:
+        self._executable, self._entry, self._key = executable, entry, key
+        self._lock = threading.Lock()
 
     @classmethod
     def loaded(cls, entry: Entry, device: jax.Device) -> _Compiled:
@@ -269,6 +277,22 @@ class _Compiled(NamedTuple):
         seconds = time.perf_counter() - began
         jax.monitoring.record_event_duration_secs(LOADED, seconds, fun_name=entry.name)
         return cls(executable, entry)
+
+    def entry(self) -> Entry | None:
+        """Return what is kept of it, if anything is.
+
+        Its bytes are taken when they are first asked for, which holds Python's lock.
+        """
+        with self._lock:
+            if self._key is not None:
+                self._entry, self._key = Entry.of(self._key, self._executable), None
+            return self._entry
+
+    def executable(self) -> Executable:
+        """Return the program, to run it."""
+        # Once it has run, the CPU's compiler does not give the bytes of every program any more.
+        self.entry()
+        return self._executable
 
 
 class Compiler:
@@ -284,11 +308,15 @@ class Compiler:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "compiler")
-        self._lock = threading.Lock()
+        self._lock, self._taking = threading.Lock(), threading.Lock()
         self._programs: dict[Key, Future[_Compiled]] = {}
         self._loaded: set[Key] = set()
         """Those that come from a file."""
         self._kept: dict[Path, dict[Key, Entry]] = {}
+        self._tracing = 0
+        """How many threads trace programs."""
+        self._untaken: list[_Compiled] = []
+        """Those whose bytes are taken when no thread does any more."""
 
     def __enter__(self) -> Self:
         return self
@@ -337,7 +365,33 @@ class Compiler:
         """Begin to compile a program, unless that is done."""
         with self._lock:
             if key not in self._programs:
-                self._programs[key] = self._pool.submit(_Compiled.of, key, call.lowered(), keep)
+                lowered = call.lowered()
+                self._programs[key] = self._pool.submit(self._compiled, key, lowered, keep)
+
+    def _compiled(self, key: Key, lowered: jax.stages.Lowered, keep: bool) -> _Compiled:
+        compiled = _Compiled(lowered.compile(), None, key if keep else None)
+        with self._taking:
+            if self._tracing:
+                self._untaken.append(compiled)
+                return compiled
+        compiled.entry()
+        return compiled
+
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Take no bytes of programs meanwhile: that holds Python's lock, which tracing needs."""
+        with self._taking:
+            self._tracing += 1
+        try:
+            yield
+        finally:
+            with self._taking:
+                self._tracing -= 1
+                if not self._tracing:
+                    untaken, self._untaken = self._untaken, []
+                    with contextlib.suppress(RuntimeError):  # it has ended
+                        for compiled in untaken:
+                            self._pool.submit(compiled.entry)
 
     def get(self, key: Key | None) -> Future[_Compiled] | None:
         """Return what will be a program, if it was begun."""
@@ -393,7 +447,7 @@ def _entry(future: Future[_Compiled] | None) -> Entry | None:
     is_there = future is not None and future.done() and not future.cancelled()
     if future is None or not is_there or future.exception() is not None:
         return None
-    return future.result().entry
+    return future.result().entry()
 
 
 class Work:
@@ -403,6 +457,7 @@ class Work:
         self._compiler = compiler
         self._path: Path | None = None
         self._used: dict[Key, None] = {}
+        self._put_off: list[_Call] = []
         self.afterwards: Callable[[Any, Any], None] | None = None
         """Rehearses what comes after the stages, for the shapes of the displacement that they find
         and of its inverse."""
@@ -430,6 +485,21 @@ class Work:
         self._path = folder / f"{digest}{kept_programs.SUFFIX}"
         return self._compiler.load(self._path, device)
 
+    def tracing(self) -> contextlib.AbstractContextManager[None]:
+        """Have nothing of this process go on meanwhile that tracing would wait for."""
+        return self._compiler.tracing()
+
+    def put_off(self, call: _Call) -> None:
+        """Have a program compiled when a rehearsal ends."""
+        self._put_off.append(call)
+
+    def begin_what_was_put_off(self) -> None:
+        """Have programs compiled that were put off."""
+        calls, self._put_off = self._put_off, []
+        for call in calls:
+            with contextlib.suppress(Exception):
+                self.begin(call)
+
     def begin(self, call: _Call) -> None:
         """Have a program compiled, if it is not yet."""
         key = call.key()
@@ -451,7 +521,7 @@ class Work:
             future.exception()
             jax.monitoring.record_event_duration_secs(WAITED, time.perf_counter() - began)
         if future.exception() is None:
-            return future.result().executable
+            return future.result().executable()
         # What does not compile fails again where it is called as ever, and tells.
         return self.find(call) if self._compiler.replace(key, future) else None
 

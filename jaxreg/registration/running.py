@@ -166,7 +166,7 @@ def _rehearse(
     shape, to_physical = shapes["fixed"].shape[1:], np.asarray(arrays["fixed_to_physical"])
     # As `make_problem` makes them, so that the programs are those that will be asked for.
     stages = tuple(stage.for_grid(shape, np.float32(to_physical)) for stage in stages)
-    with compiling() as work, without_collections():
+    with compiling() as work, without_collections(), work.tracing():
         if work.is_kept(shapes, options, start, stages, watched):
             return
         problem = rehearse(_make, shapes, Fixed(options))

@@ -484,7 +484,11 @@ def _converged(stage: Iterative, losses: jax.Array, ran: jax.Array) -> jax.Array
     return ~(change >= stage.tolerance * jnp.abs(losses).max())
 
 
-@functools.partial(Program, donated=("state", "trace"))
+def _like_level(stage: Iterative, level: Level, state: State, trace: Trace) -> _Carry:
+    return state, trace
+
+
+@functools.partial(Program, donated=("state", "trace"), like=_like_level)
 def _run_level(stage: Iterative, level: Level, state: State, trace: Trace) -> _Carry:
     """Run a level until it has converged or its iterations are used up."""
     iterations = trace.losses.size
@@ -505,7 +509,14 @@ def _run_level(stage: Iterative, level: Level, state: State, trace: Trace) -> _C
     return carry
 
 
-@functools.partial(Program, donated=("state", "trace"))
+def _like_block(
+    stage: Iterative, level: Level, state: State, trace: Trace, first: ArrayLike
+) -> tuple[State, Trace, jax.Array]:
+    length = stage._block_length(trace.losses.size)
+    return state, trace, jax.lax.slice(trace.losses, (0,), (length,))
+
+
+@functools.partial(Program, donated=("state", "trace"), like=_like_block)
 def _run_block(
     stage: Iterative, level: Level, state: State, trace: Trace, first: ArrayLike
 ) -> tuple[State, Trace, jax.Array]:
