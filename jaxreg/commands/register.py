@@ -479,6 +479,7 @@ def _register_pair(
         parts = read_chain("--initial", inputs.initial, fixed.grid, moving.grid)
         start = Transform.from_parts(fixed.grid, parts, devices=spread)
         work.afterwards = functools.partial(rehearse_images, fixed, moving, asked.wanted)
+        work.beside = functools.partial(jax.default_device, target)
         with stopwatch.phase("stages"):
             result = register_watched(
                 fixed,

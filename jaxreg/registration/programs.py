@@ -12,6 +12,7 @@ traces nothing; see `jaxreg.registration.kept_programs`.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import gc
@@ -115,6 +116,8 @@ class Program(Generic[_P, _R]):
             token = _is_rehearsal.set(False)  # what is called within is a part of this program
             try:
                 work = _work.get()
+                if work is not None and work.is_over:
+                    raise _OverError
                 if work is not None and self._like is not None:
                     work.put_off(_Call(self, shapes_of(args), static))
                     return self._like(*args, **static)
@@ -216,6 +219,10 @@ def shapes_of(arrays: Any) -> Any:
     return jax.tree.map(_kind, arrays)
 
 
+class _OverError(Exception):
+    """Ends a rehearsal for what will not be called any more."""
+
+
 _is_rehearsal: ContextVar[bool] = ContextVar("is_rehearsal", default=False)
 """Whether programs that are called are to be compiled."""
 
@@ -309,6 +316,8 @@ class Compiler:
         self.folder = folder
         self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "compiler")
         self._lock, self._taking = threading.Lock(), threading.Lock()
+        self.has_news = threading.Condition()
+        """Told when a program is begun, and when a rehearsal has ended."""
         self._programs: dict[Key, Future[_Compiled]] = {}
         self._loaded: set[Key] = set()
         """Those that come from a file."""
@@ -334,6 +343,7 @@ class Compiler:
             yield work
             work.keep()
         finally:
+            work.is_over = True
             _work.reset(token)
 
     def run(self, function: Callable[[Work], _R]) -> _R:
@@ -367,6 +377,8 @@ class Compiler:
             if key not in self._programs:
                 lowered = call.lowered()
                 self._programs[key] = self._pool.submit(self._compiled, key, lowered, keep)
+        with self.has_news:
+            self.has_news.notify_all()
 
     def _compiled(self, key: Key, lowered: jax.stages.Lowered, keep: bool) -> _Compiled:
         compiled = _Compiled(lowered.compile(), None, key if keep else None)
@@ -461,6 +473,14 @@ class Work:
         self.afterwards: Callable[[Any, Any], None] | None = None
         """Rehearses what comes after the stages, for the shapes of the displacement that they find
         and of its inverse."""
+        self.beside: Callable[[], contextlib.AbstractContextManager[Any]] | None = None
+        """Enters, in a thread that rehearses, what this one has entered that JAX keeps for each
+        thread: then stages run beside their rehearsal. `None`: it comes before them, in the same
+        thread, since nobody else knows what a user has entered."""
+        self._rehearsal: threading.Thread | None = None
+        self._is_rehearsed = True
+        self.is_over = False
+        """Whether nothing is called any more."""
 
     def is_kept(self, *about: Any) -> bool:
         """Begin to load what an earlier registration has left, if one was like this.
@@ -485,9 +505,47 @@ class Work:
         self._path = folder / f"{digest}{kept_programs.SUFFIX}"
         return self._compiler.load(self._path, device)
 
-    def tracing(self) -> contextlib.AbstractContextManager[None]:
-        """Have nothing of this process go on meanwhile that tracing would wait for."""
-        return self._compiler.tracing()
+    def rehearse(self, function: Callable[[], None]) -> None:
+        """Call what rehearses this work, in a thread of its own if it may be beside this one."""
+
+        def call() -> None:
+            with without_collections(), self._compiler.tracing():
+                function()
+
+        if self.beside is None:
+            call()
+            return
+        enter = self.beside
+
+        def call_in_thread() -> None:
+            try:
+                with contextlib.suppress(Exception), enter():
+                    call()
+            finally:
+                with self._compiler.has_news:
+                    self._is_rehearsed = True
+                    self._compiler.has_news.notify_all()
+
+        self._is_rehearsed = False
+        context = contextvars.copy_context()
+        # As those that compile are called: a process that is interrupted does not wait for it.
+        self._rehearsal = threading.Thread(
+            target=context.run, args=(call_in_thread,), name="compiler_rehearsal"
+        )
+        self._rehearsal.start()
+
+    def _wait_for(self, key: Key | None) -> None:
+        """Wait until a program is begun, if it may be in what is still rehearsed."""
+
+        def is_known() -> bool:
+            return self._is_rehearsed or self._compiler.get(key) is not None
+
+        if key is None or is_known():
+            return
+        began = time.perf_counter()
+        with self._compiler.has_news:
+            self._compiler.has_news.wait_for(is_known)
+        jax.monitoring.record_event_duration_secs(WAITED, time.perf_counter() - began)
 
     def put_off(self, call: _Call) -> None:
         """Have a program compiled when a rehearsal ends."""
@@ -498,7 +556,8 @@ class Work:
         calls, self._put_off = self._put_off, []
         for call in calls:
             with contextlib.suppress(Exception):
-                self.begin(call)
+                if not self.is_over:
+                    self.begin(call)
 
     def begin(self, call: _Call) -> None:
         """Have a program compiled, if it is not yet."""
@@ -510,6 +569,7 @@ class Work:
     def find(self, call: _Call) -> Executable | None:
         """Return a program that was begun, or is to be kept; wait for it."""
         key = call.key()
+        self._wait_for(key)
         if self._path is not None:
             self.begin(call)
         future = self._compiler.get(key)
@@ -542,6 +602,8 @@ class Work:
 
     def keep(self) -> None:
         """Write what was used, if that is more than what was there."""
+        if self._rehearsal is not None:
+            self._rehearsal.join()
         if self._path is not None:
             self._compiler.keep(self._path, self._used)
 

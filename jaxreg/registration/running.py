@@ -22,11 +22,11 @@ from jaxreg.registration.intensities import Clip
 from jaxreg.registration.programs import (
     Fixed,
     Program,
+    Work,
     compiling,
     rehearse,
     settled,
     shapes_of,
-    without_collections,
 )
 from jaxreg.registration.progress import Callback, Progress
 from jaxreg.registration.register_images import make_problem
@@ -166,19 +166,30 @@ def _rehearse(
     shape, to_physical = shapes["fixed"].shape[1:], np.asarray(arrays["fixed_to_physical"])
     # As `make_problem` makes them, so that the programs are those that will be asked for.
     stages = tuple(stage.for_grid(shape, np.float32(to_physical)) for stage in stages)
-    with compiling() as work, without_collections(), work.tracing():
-        if work.is_kept(shapes, options, start, stages, watched):
+    with compiling() as work:
+        if not work.is_kept(shapes, options, start, stages, watched):
+            of_all = functools.partial(_rehearse_all, work, shapes, options, start, stages, watched)
+            work.rehearse(of_all)
+
+
+def _rehearse_all(
+    work: Work,
+    shapes: dict[str, Any],
+    options: _Options,
+    start: Any,
+    stages: Sequence[Stage],
+    watched: bool,
+) -> None:
+    problem = rehearse(_make, shapes, Fixed(options))
+    for number, stage in enumerate(stages, start=1):
+        if problem is None:
             return
-        problem = rehearse(_make, shapes, Fixed(options))
-        for number, stage in enumerate(stages, start=1):
-            if problem is None:
-                return
-            if number == len(stages):
-                problem.begin_last_stage()
-            problem, start = rehearse(_stage, stage, problem, start, Fixed(watched)) or (None, None)
-        rehearse(_overlap_of, problem, start)
-        if work.afterwards is not None and start is not None:
-            work.afterwards(start.displacement, start.inverse_displacement)
+        if number == len(stages):
+            problem.begin_last_stage()
+        problem, start = rehearse(_stage, stage, problem, start, Fixed(watched)) or (None, None)
+    rehearse(_overlap_of, problem, start)
+    if work.afterwards is not None and start is not None:
+        work.afterwards(start.displacement, start.inverse_displacement)
 
 
 def _make(arrays: dict[str, Any], options: Fixed) -> Problem:

@@ -24,9 +24,6 @@ _Elimination = tuple[jax.Array, jax.Array, jax.Array]
 each column the one that was taken."""
 
 
-# Traced and lowered once for all calls with the same shapes, as the rules of derivatives are: the
-# programs of a registration have nearly a hundred.
-@jax.jit
 def matmul(one: jax.Array, other: jax.Array) -> jax.Array:
     """Return the product of two small matrices, ``(I, K)`` and ``(K, J)``.
 
@@ -34,7 +31,7 @@ def matmul(one: jax.Array, other: jax.Array) -> jax.Array:
     it, where on a GPU every call of a library costs more than it computes. The sums are in float32:
     TensorFloat-32, the default for products there, would move samples by a tenth of a voxel.
     """
-    product: jax.Array = _product(one, other)
+    product: jax.Array = _traced_product(one, other)
     return product
 
 
@@ -58,6 +55,10 @@ def _matmul_backward(
 
 
 _product.defvjp(_matmul_forward, _matmul_backward)
+
+_traced_product = jax.jit(_product)
+"""Traced and lowered once for all calls with the same shapes, as its derivatives are: the programs
+of a registration have nearly a hundred."""
 
 
 def inverse(matrix: jax.Array) -> jax.Array:
