@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -453,6 +454,8 @@ def _register_pair(
     refuse_overwriting([output / name for name in FILES], [*inputs.files.items(), *given])
     with stopwatch.phase("reading"), ThreadPoolExecutor() as pool:
         starting = pool.submit(devices.find, asked.device)  # takes longer than reading on a GPU
+        if work.will_trace():  # meanwhile; most stages are traced with it
+            pool.submit(importlib.import_module, "optax")
         read = list(_read([*further, *images]))
         volumes = dict(read[len(further) :])
         fixed, moving = volumes["FIXED"], volumes["MOVING"]

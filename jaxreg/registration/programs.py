@@ -346,6 +346,10 @@ class Compiler:
             work.is_over = True
             _work.reset(token)
 
+    def has_nothing(self) -> bool:
+        """Whether nothing is kept that could be loaded, so that programs will be traced."""
+        return self.folder is None or not any(self.folder.glob(f"*{kept_programs.SUFFIX}"))
+
     def run(self, function: Callable[[Work], _R]) -> _R:
         """Return what a function returns whose programs are compiled, and in the end kept.
 
@@ -481,6 +485,10 @@ class Work:
         self._is_rehearsed = True
         self.is_over = False
         """Whether nothing is called any more."""
+
+    def will_trace(self) -> bool:
+        """Whether it is known beforehand that no earlier registration has left anything."""
+        return self._compiler.has_nothing()
 
     def is_kept(self, *about: Any) -> bool:
         """Begin to load what an earlier registration has left, if one was like this.

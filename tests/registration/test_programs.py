@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import subprocess
@@ -442,3 +443,127 @@ def test_large_arrays_are_waited_for_and_tracers_are_not(monkeypatch: pytest.Mon
     assert waited == [[large]]
     jax.jit(programs.settled)(large)
     assert len(waited) == 1
+
+
+def test_stages_run_beside_their_rehearsal_and_wait_for_what_it_has_not_met_yet() -> None:
+    met = []
+    has_run = threading.Event()
+
+    @Program
+    def first(x: jax.Array) -> jax.Array:
+        return 2 * x
+
+    @Program
+    def second(x: jax.Array) -> jax.Array:
+        met.append((threading.current_thread().name, has_run.wait(30)))
+        return x + 1
+
+    ones = np.ones(3, np.float32)
+    with Compiler() as compiler, compiler.working() as work:
+        work.beside = contextlib.nullcontext
+        work.rehearse(lambda: rehearse(lambda x: second(first(x)), shapes_of(ones)))
+        found = first(ones)
+        has_run.set()
+        np.testing.assert_array_equal(second(found), [3, 3, 3])
+    assert met == [("compiler_rehearsal", True)]  # and nobody has traced it a second time
+
+
+def test_what_is_rehearsed_beside_the_stages_is_compiled_once_and_gives_the_same_bits(
+    tmp_path: Path, compiled: list[tuple[str, bool]]
+) -> None:
+    results, names = [], []
+    for beside in (None, contextlib.nullcontext):
+        jax.clear_caches()
+        compiled.clear()
+        with Compiler(tmp_path / str(beside)) as compiler, compiler.working() as work:
+            (tmp_path / str(beside)).mkdir()
+            work.beside = beside
+            results.append(register(*pair(), STAGES, callback=lambda _: None).transform)
+        assert [name for name, here in compiled if here] == []
+        names.append(sorted(name for name, _ in compiled))
+        (file,) = (tmp_path / str(beside)).iterdir()
+        names.append(sorted(f"jit({entry.name})" for entry in read(file).values()))
+    assert names == [names[0]] * 4
+    np.testing.assert_array_equal(results[0].displacement, results[1].displacement)
+
+
+def test_a_rehearsal_ends_when_the_stages_have_failed() -> None:
+    goes_on = threading.Event()
+    met = []
+
+    @Program
+    def first(x: jax.Array) -> jax.Array:
+        goes_on.wait(30)
+        return 2 * x
+
+    @Program
+    def second(x: jax.Array) -> jax.Array:
+        met.append("second")
+        return x
+
+    with (
+        pytest.raises(ValueError, match="of a stage"),
+        Compiler() as compiler,
+        compiler.working() as work,
+    ):
+        work.beside = contextlib.nullcontext
+        work.rehearse(lambda: rehearse(lambda x: second(first(x)), shapes_of(np.ones(3))))
+        raise ValueError("of a stage")
+    goes_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "compiler_rehearsal":
+            thread.join()
+    assert met == []
+
+
+def test_no_bytes_of_programs_are_taken_while_others_are_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    of_program = Entry.of
+    is_rehearsed = False
+
+    def of(key: Any, compiled: Any) -> Entry | None:
+        taken.append(is_rehearsed)
+        return of_program(key, compiled)
+
+    @Program
+    def doubled(x: jax.Array) -> jax.Array:
+        return 2 * x
+
+    monkeypatch.setattr(Entry, "of", of)
+    with Compiler(tmp_path) as compiler, compiler.working() as work:
+        work.is_kept("a registration")
+
+        def rehearsal() -> None:
+            nonlocal is_rehearsed
+            for size in range(1, 5):
+                rehearse(doubled, shapes_of(np.ones(size, np.float32)))
+            for future in list(compiler._programs.values()):
+                future.result()
+            is_rehearsed = True
+
+        work.rehearse(rehearsal)
+        doubled(np.ones(1, np.float32))
+    assert taken == [True] * 4
+
+
+def test_what_returns_arrays_like_its_own_is_rehearsed_last() -> None:
+    traced = []
+
+    @functools.partial(Program, like=lambda x: x)
+    def loop(x: jax.Array) -> jax.Array:
+        traced.append("loop")
+        return x + 1
+
+    @Program
+    def after(x: jax.Array) -> jax.Array:
+        traced.append("after")
+        return 2 * x
+
+    ones = np.ones(3, np.float32)
+    with compiling():
+        shape = rehearse(lambda x: after(loop(loop(x))), shapes_of(ones))
+        assert (shape.shape, shape.dtype) == ((3,), np.float32)
+        np.testing.assert_array_equal(after(loop(loop(ones))), [6, 6, 6])
+    assert traced == ["after", "loop"]
