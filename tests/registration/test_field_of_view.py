@@ -31,7 +31,9 @@ from jaxreg.registration import (
     register,
 )
 from jaxreg.registration.register_images import make_problem
+from jaxreg.registration.stages import problem as problem_module
 from jaxreg.registration.stages.coverage import coverage, iteration
+from jaxreg.registration.stages.iterative import Resolution
 from jaxreg.registration.stages.problem import Level, Problem
 from regkernels import Volume, move_points, read_volume, rigid_motion
 from regkernels.data import load_multimodal_paths, load_pair_paths
@@ -427,3 +429,33 @@ def test_a_slice_finds_its_place_in_a_volume() -> None:
     points = np.array([(x, y, 13.5) for x in (15, 30, 45) for y in (15, 30, 45)])
     moved = transform.transform_points(points) - points
     np.testing.assert_allclose(moved, np.broadcast_to([-1, 2, -1.5], moved.shape), atol=0.1)
+
+
+@pytest.mark.parametrize(("metric", "follows"), [("lncc", False), ("ncc", True)])
+def test_only_a_metric_that_follows_what_is_covered_is_differentiated_through_the_weight(
+    metric: str, follows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is differentiated is traced for that, though it be thrown away in the end."""
+    differentiated = []
+    weight_of = problem_module.coverage
+
+    def coverage(*operands: Any) -> jax.Array:
+        @jax.custom_jvp
+        def weight(affine: jax.Array) -> jax.Array:
+            return weight_of(*operands[:3], affine, *operands[4:])
+
+        @weight.defjvp
+        def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+            differentiated.append(True)
+            value = weight(*primals)
+            return value, jnp.zeros_like(value)
+
+        return weight(operands[3]) if operands[3] is not None else weight_of(*operands)
+
+    monkeypatch.setattr(problem_module, "coverage", coverage)
+    image = np.random.default_rng(0).random((20, 24)).astype(np.float32)
+    stage = Affine((1,), (1,), metric=metric)
+    level = level_of(problem(image, image), 1)
+    state = stage.begin(level, Resolution((20, 24), 1))
+    jax.make_jaxpr(lambda state: stage.step(level, state, jnp.zeros(())))(state)
+    assert bool(differentiated) == follows

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import numpy as np
 import pytest
 
+from jaxreg.registration.stages import matrices
 from jaxreg.registration.stages.matrices import inverse, matmul, principal_axes
 
 
@@ -76,3 +79,25 @@ def test_product_has_the_gradient_of_a_product() -> None:
     np.testing.assert_allclose(matmul(one, other), one @ other, rtol=1e-6, atol=1e-2)
     slope = jax.grad(lambda x: matmul(x, other).sum())(one)
     np.testing.assert_allclose(slope, np.ones((4, 4)) @ other.T, rtol=1e-5, atol=1e-3)
+
+
+def test_products_of_one_shape_and_their_gradients_are_traced_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    added = []
+
+    def add(one: jax.Array, other: jax.Array) -> jax.Array:
+        added.append(one.shape)
+        return one + other
+
+    monkeypatch.setattr(matrices, "operator", types.SimpleNamespace(add=add))
+
+    def loss(one: jax.Array, other: jax.Array) -> jax.Array:
+        for _ in range(6):
+            one = matmul(one, other)
+        return one.sum()
+
+    matrix = np.eye(5, dtype=np.float32)  # no other test has one of this size
+    jax.make_jaxpr(jax.grad(loss, (0, 1)))(matrix, matrix)
+    # The product, that in its rule, and two of its gradient, of four sums each.
+    assert 4 <= len(added) <= 16
