@@ -13,7 +13,8 @@ import typer
 
 from jaxreg.commands.timing import Stopwatch
 from jaxreg.commands.transform_files import AFFINE, INVERSE_WARP, WARP
-from jaxreg.registration import Registration, Transform, outside_values
+from jaxreg.registration import Registration, Transform
+from jaxreg.registration.intensities import rehearse_background
 from jaxreg.registration.programs import rehearse
 from jaxreg_cli.telling import detail
 from regkernels import Volume, write_affine, write_composite, write_displacement, write_volume
@@ -129,8 +130,8 @@ def rehearse_images(
         rehearse_one(lambda found: found.transform.displacement_field())
         rehearse_one(lambda found: found.jacobian)
         rehearse_one(lambda found: found.inverse_residual)
-    rehearse_one(lambda found: outside_values(found.fixed))
-    rehearse_one(lambda found: outside_values(found.moving))
+    for volume in (fixed, moving):
+        rehearse_background((1, volume.channels, *volume.shape))
     if MOVED in wanted or REPORT in wanted:
         rehearse_one(lambda found: found.moved)
     if FIXED_MOVED in wanted:

@@ -11,10 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxreg.registration.programs import Program, on_device
+from jaxreg.registration.programs import Program, on_device, rehearse
 from jaxreg.registration.quantiles import quantiles
 
-__all__ = ["Background", "Clip", "background", "check_clip", "clipped", "matched"]
+__all__ = [
+    "Background",
+    "Clip",
+    "background",
+    "check_clip",
+    "clipped",
+    "matched",
+    "rehearse_background",
+]
 
 Clip = Literal["outliers"] | tuple[float, float] | None
 """Which intensities the metrics see: ``"outliers"`` are moved to a bound, so are those beyond two
@@ -58,6 +66,19 @@ def background(image: jax.Array | NDArray[Any]) -> Background:
     if isinstance(image, np.ndarray):
         return _background_of(on_device(_border(image)), on_device(image[0][_places(image, np)]))
     return _background(image)
+
+
+def rehearse_background(shape: tuple[int, ...]) -> None:
+    """Have the program compiled that tells the background of an image in the memory of the host.
+
+    Parameters
+    ----------
+    shape
+        Of the image, ``(1, C, [Z,] Y, X)``. Its voxels are not looked at.
+    """
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)  # type: ignore[no-untyped-call]
+    looked_at = jax.eval_shape(lambda image: (_border(image), _sample(image)), image)
+    rehearse(_background_of, *looked_at)
 
 
 @Program
