@@ -271,10 +271,30 @@ def rehearse(function: Callable[..., Any], *args: Any) -> Any:
 
 
 class _Compiled:
-    """A program that is compiled, and what is kept of it."""
+    """A program that is compiled, and what is kept of it.
 
-    def __init__(self, executable: Executable, entry: Entry | None, key: Key | None = None) -> None:
+    Parameters
+    ----------
+    executable
+        The program.
+    entry
+        What is kept, if that is there.
+    key
+        That of what is to be kept, if anything is.
+    gives_bytes_once
+        Whether it gives them no more when it has run.
+    """
+
+    def __init__(
+        self,
+        executable: Executable,
+        entry: Entry | None,
+        key: Key | None = None,
+        *,
+        gives_bytes_once: bool = False,
+    ) -> None:
         self._executable, self._entry, self._key = executable, entry, key
+        self._gives_bytes_once = gives_bytes_once
         self._lock = threading.Lock()
 
     @classmethod
@@ -297,8 +317,8 @@ class _Compiled:
 
     def executable(self) -> Executable:
         """Return the program, to run it."""
-        # Once it has run, the CPU's compiler does not give the bytes of every program any more.
-        self.entry()
+        if self._gives_bytes_once:
+            self.entry()
         return self._executable
 
 
@@ -375,23 +395,35 @@ class Compiler:
                         self._loaded.add(key)
             return bool(self._kept[path])
 
-    def begin(self, key: Key, call: _Call, *, keep: bool) -> None:
+    def begin(self, key: Key, call: _Call, *, keep: bool, gives_bytes_once: bool) -> None:
         """Begin to compile a program, unless that is done."""
         with self._lock:
             if key not in self._programs:
                 lowered = call.lowered()
-                self._programs[key] = self._pool.submit(self._compiled, key, lowered, keep)
+                self._programs[key] = self._pool.submit(
+                    self._compiled, key if keep else None, lowered, gives_bytes_once
+                )
         with self.has_news:
             self.has_news.notify_all()
 
-    def _compiled(self, key: Key, lowered: jax.stages.Lowered, keep: bool) -> _Compiled:
-        compiled = _Compiled(lowered.compile(), None, key if keep else None)
+    def _compiled(
+        self, key: Key | None, lowered: jax.stages.Lowered, gives_bytes_once: bool
+    ) -> _Compiled:
+        executable = lowered.compile()
+        compiled = _Compiled(executable, None, key, gives_bytes_once=gives_bytes_once)
         with self._taking:
-            if self._tracing:
-                self._untaken.append(compiled)
-                return compiled
-        compiled.entry()
+            self._untaken.append(compiled)
+        self._take()
         return compiled
+
+    def _take(self) -> None:
+        """Begin to take the bytes of programs, unless programs are traced."""
+        with self._taking:
+            if not self._tracing:
+                untaken, self._untaken = self._untaken, []
+                with contextlib.suppress(RuntimeError):  # it has ended
+                    for compiled in untaken:
+                        self._pool.submit(compiled.entry)
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
@@ -403,11 +435,7 @@ class Compiler:
         finally:
             with self._taking:
                 self._tracing -= 1
-                if not self._tracing:
-                    untaken, self._untaken = self._untaken, []
-                    with contextlib.suppress(RuntimeError):  # it has ended
-                        for compiled in untaken:
-                            self._pool.submit(compiled.entry)
+            self._take()
 
     def get(self, key: Key | None) -> Future[_Compiled] | None:
         """Return what will be a program, if it was begun."""
@@ -472,6 +500,7 @@ class Work:
     def __init__(self, compiler: Compiler) -> None:
         self._compiler = compiler
         self._path: Path | None = None
+        self._gives_bytes_once = True
         self._used: dict[Key, None] = {}
         self._put_off: list[_Call] = []
         self.afterwards: Callable[[Any, Any], None] | None = None
@@ -507,6 +536,8 @@ class Work:
         if folder is None:
             return False
         device = _device()
+        # The CPU's compiler does not give those of every program when that has run.
+        self._gives_bytes_once = device.platform == "cpu"
         digest = kept_programs.digest(about, device)
         if digest is None:
             return False
@@ -571,7 +602,8 @@ class Work:
         """Have a program compiled, if it is not yet."""
         key = call.key()
         if key is not None:
-            self._compiler.begin(key, call, keep=self._path is not None)
+            keep = self._path is not None
+            self._compiler.begin(key, call, keep=keep, gives_bytes_once=self._gives_bytes_once)
             self._used[key] = None
 
     def find(self, call: _Call) -> Executable | None:

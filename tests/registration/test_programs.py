@@ -567,3 +567,17 @@ def test_what_returns_arrays_like_its_own_is_rehearsed_last() -> None:
         assert (shape.shape, shape.dtype) == ((3,), np.float32)
         np.testing.assert_array_equal(after(loop(loop(ones))), [6, 6, 6])
     assert traced == ["after", "loop"]
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_the_bytes_of_a_program_are_taken_before_it_runs_where_it_gives_them_only_then(
+    once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    did: list[str] = []
+    monkeypatch.setattr(Entry, "of", lambda *_: did.append("bytes"))
+    key = ("a program",)
+    compiled = programs._Compiled(lambda: did.append("run"), None, key, gives_bytes_once=once)
+    compiled.executable()()
+    for _ in range(2):
+        compiled.entry()
+    assert did == (["bytes", "run"] if once else ["run", "bytes"])
