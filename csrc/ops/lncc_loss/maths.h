@@ -143,12 +143,14 @@ REGKERNELS_HD Correlation<T> correlate(const WindowMoments<T>& moments, const Wi
   // Without a covariance no derivative of a flat window involves its mean, which need not be
   // finite.
   const bool unlinked = window.common == 0;
-  result.mean_i = flat_i & unlinked ? T(0) : mean_i;
-  result.mean_j = flat_j & unlinked ? T(0) : mean_j;
+  const T flat_mean_i = unlinked ? T(0) : mean_i, flat_mean_j = unlinked ? T(0) : mean_j;
+  result.mean_i = flat_i ? flat_mean_i : mean_i;
+  result.mean_j = flat_j ? flat_mean_j : mean_j;
   // In this order nothing overflows that the result does not.
   const T by_j = c * inverse_j;
   const T ncc = c * inverse_i * by_j + window.smooth_nr * inverse_i * inverse_j;
-  result.ncc = window.replaces_flat & flat_i & flat_j ? window.both_flat : ncc;
+  const T flat_ncc = window.replaces_flat ? window.both_flat : ncc;
+  result.ncc = flat_i & flat_j ? flat_ncc : ncc;
   result.cross = 2 * inverse_i * by_j;
   const T slope_i = -result.ncc * inverse_i;
   const T share = window.smooth_product == 0 ? T(1) : variance_i * inverse_i;
