@@ -135,6 +135,16 @@ struct PositionMap {
     return p;
   }
 
+  // Without an affine a position is found axis by axis: where the voxel is, and where the vector
+  // takes it from there. It is the position above, with kOnce.
+  REGKERNELS_HD T undisplaced(int axis, int voxel) const {
+    const T step = placement == Placement::kFull ? T(0) : ratio[axis];
+    return product_plus(step, static_cast<T>(voxel) - out.centre[axis], in.centre[axis]);
+  }
+  REGKERNELS_HD T displaced(int axis, const T& from, const T& u) const {
+    return product_plus(in.half[axis], u, from);
+  }
+
   // The extremes of the positions, with kOnce, of the voxels from `first` to `last` where the
   // affine alone gives them. They are at corners of that box, exactly, as rounding keeps numbers in
   // order. If a matrix has infinite entries, the extremes are right or not numbers.

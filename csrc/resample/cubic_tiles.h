@@ -20,14 +20,14 @@ namespace regkernels {
 
 // kPlanes: voxels along z of a thread. kNumbers: from row to row of a box, which has no longer
 // rows; multiples of the number of banks keep neighbours that sample different rows apart. kBlocks:
-// of a multiprocessor. kKeep: whether a thread keeps the positions of its voxels in registers; else
-// it finds them again where it samples.
-template <int kPlanes, int kNumbers, int kBlocks, bool kKeep>
+// of a multiprocessor. kLanes: voxels of a warp. Fewer than it has lanes are seldom further apart
+// than there are banks, where a displacement stretches them.
+template <int kPlanes, int kNumbers, int kBlocks, int kLanes = kWarp>
 struct CubicTiling {
   static constexpr int kDepth = kPlanes;
   static constexpr int kRow = kNumbers;
   static constexpr int kMinBlocks = kBlocks;
-  static constexpr bool kKeepsPositions = kKeep;
+  static constexpr int kWidth = kLanes;
   static constexpr int kThreads = kWarp * kRowsPerBlock;
 };
 
@@ -58,6 +58,20 @@ inline __device__ void warp_extremes(int& low, int& high) {
     high = max(high, __shfl_xor_sync(0xffffffffu, high, step));
   }
 #endif
+}
+
+// As first_tap, of a position nearer to 0 than kFarthest, without units that convert four numbers a
+// cycle: between 2^23 and 2^24 there are whole numbers alone, and the bits of one count them.
+inline constexpr int kFarthest = 1 << 22;
+inline __device__ int near_first_tap(float position, float& fraction) {
+  constexpr float kWhole = 3 * kFarthest;
+  constexpr int kBits = 0x4b400000;  // of kWhole
+  const float below = __fadd_rd(position, kWhole);
+  fraction = position - (below - kWhole);
+  return __float_as_int(below) - (kBits + 1);
+}
+inline __device__ int near_first_tap(double position, double& fraction) {
+  return first_tap(position, fraction);
 }
 
 // Of the positions along each axis.
@@ -101,11 +115,14 @@ struct CubicBox {
     low[axis] = INT_MAX;
     high[axis] = INT_MIN;
   }
-  __device__ void add(const Vec<T, 3>& lowest, const Vec<T, 3>& highest) {
+  __device__ void add(const Vec<T, 3>& lowest, const Vec<T, 3>& highest, bool known,
+                      const Limits<T>& limits) {
     REGKERNELS_UNROLL
     for (int axis = 0; axis < 3; ++axis) {
+      const TapLimits<T>& limit = limits.axis[axis];
       T fraction;
-      int first = first_tap(lowest[axis], fraction), last = first_tap(highest[axis], fraction);
+      int first = near_first_tap(known ? limits.clamped(lowest[axis], axis) : limit.low, fraction);
+      int last = near_first_tap(known ? limits.clamped(highest[axis], axis) : limit.high, fraction);
       warp_extremes(first, last);
       if (threadIdx.x == 0) {
         atomicMin(&low[axis], first);
@@ -120,8 +137,9 @@ struct CubicBox {
       const TapLimits<T>& limit = limits.axis[axis];
       const bool known = lowest[axis] <= highest[axis];
       T fraction;
-      low[axis] = first_tap(known ? limits.clamped(lowest[axis], axis) : limit.low, fraction);
-      high[axis] = first_tap(known ? limits.clamped(highest[axis], axis) : limit.high, fraction);
+      low[axis] = near_first_tap(known ? limits.clamped(lowest[axis], axis) : limit.low, fraction);
+      high[axis] =
+          near_first_tap(known ? limits.clamped(highest[axis], axis) : limit.high, fraction);
     }
   }
 
@@ -164,35 +182,90 @@ struct CubicBox {
   // Writes there what it does not have.
   __device__ void go_on(const Boundary<T, 3>& boundary, T* data) const {
     const int length = row_length(), before = row_begin();
-    bool beyond = before < 0 || before + length > boundary.size[0] * kPixel;
-    REGKERNELS_UNROLL
-    for (int axis = 1; axis < 3; ++axis) {
-      beyond = beyond || begin(axis) < 0 || begin(axis) + size(axis) > boundary.size[axis];
-    }
-    if (!beyond) return;
     const int count = size(1) * size(2);
-    for (int e = threadIdx.x; e < length; e += kWarp) {
+    const auto write = [&](int row, int e) {
       constexpr int kBelow = 8;  // voxels that a box may begin before the array, and more
       const int index = (before + e + kBelow * kPixel) / kPixel - kBelow;
       const int x = continued_index(index, boundary.size[0], boundary.sampling);
-      for (int row = threadIdx.y; row < count; row += kRowsPerBlock) {
-        const T* const line = from[row];
-        if (line != nullptr && x >= 0 && x == index) continue;
-        const int channel = before + e - index * kPixel;
-        data[row * kRow + e] = line != nullptr && x >= 0 ? line[x * kPixel + channel] : T(0);
+      const T* const line = from[row];
+      if (line != nullptr && x >= 0 && x == index) return;
+      const int channel = before + e - index * kPixel;
+      data[row * kRow + e] = line != nullptr && x >= 0 ? line[x * kPixel + channel] : T(0);
+    };
+    if (within(boundary, 1) && within(boundary, 2)) {
+      // Few numbers of each row: a warp takes eight of four rows.
+      constexpr int kColumns = 8, kRows = kWarp / kColumns;
+      const int below = max(-before, 0);
+      const int above = min(max(boundary.size[0] * kPixel - before, below), length);
+      for (int k = threadIdx.x % kColumns; k < below + length - above; k += kColumns) {
+        const int first = threadIdx.y * kRows + threadIdx.x / kColumns;
+        for (int row = first; row < count; row += kRowsPerBlock * kRows) {
+          write(row, k < below ? k : above + k - below);
+        }
+      }
+    } else {
+      for (int e = threadIdx.x; e < length; e += kWarp) {
+        for (int row = threadIdx.y; row < count; row += kRowsPerBlock) write(row, e);
       }
     }
   }
-  __device__ void load(const Source& source, T* data) const {
+  // Whether nothing has to be continued, along axis 1 or 2 and at all.
+  __device__ bool within(const Boundary<T, 3>& boundary, int axis) const {
+    return begin(axis) >= 0 && begin(axis) + size(axis) <= boundary.size[axis];
+  }
+  __device__ bool within(const Boundary<T, 3>& boundary) const {
+    return row_begin() >= 0 && row_begin() + row_length() <= boundary.size[0] * kPixel &&
+           within(boundary, 1) && within(boundary, 2);
+  }
+  // Sends all of it, if that is so: half a warp takes the rows with the same place along y.
+  template <int kCount>
+  __device__ void fetch_within(const Source& source, int channel, T* data) const {
+    constexpr int kHalf = kWarp / 2;
+    const int lane = threadIdx.x % kHalf * kCount;
+    const int half = threadIdx.y * 2 + threadIdx.x / kHalf;
+    const int64_t* const stride = source.self->stride;
+    const int length = row_length(), step = this->step();
+    for (int j = half; j < size(1); j += 2 * kRowsPerBlock) {
+      const int64_t offset = (begin(1) + j) * stride[1] + begin(2) * stride[2];
+      const T* from = source.input + source.self->in_layout.channel(channel) + offset * kPixel +
+                      (row_begin() + lane);
+      T* to = data + j * kRow + lane;
+      for (int k = size(2); k > 0; --k) {
+        REGKERNELS_UNROLL
+        for (int e = 0; e < kRow; e += kHalf * kCount) {
+          if (lane + e < length) __pipeline_memcpy_async(to + e, from + e, kCount * sizeof(T));
+        }
+        from += stride[2] * kPixel;
+        to += step;
+      }
+    }
+    __pipeline_commit();
+  }
+  // Calls body with how many numbers may be sent at a time.
+  template <class Body>
+  static __device__ void with_count(const Source& source, const Body& body) {
     // All rows begin at 16 bytes if the first does and their lengths are multiples of that.
     const bool aligned =
         source.self->stride[1] % 4 == 0 && reinterpret_cast<uintptr_t>(source.input) % 16 == 0;
     if (aligned) {
-      fetch<16 / sizeof(T)>(source, data);
+      body(IntTag<16 / sizeof(T)>{});
     } else {
-      fetch<1>(source, data);
+      body(IntTag<1>{});
     }
-    go_on(source.self->boundary, data);
+  }
+  // Loads the channels that lie side by side, from `channel` on. As in find_rows, all threads of
+  // the block have to take part, and to wait for each other afterwards.
+  __device__ void load(const Source& source, int channel, T* data) {
+    const auto& boundary = source.self->boundary;
+    if (within(boundary)) {
+      with_count(source,
+                 [&](auto count) { fetch_within<decltype(count)::value>(source, channel, data); });
+    } else {
+      find_rows(source, channel);
+      __syncthreads();
+      with_count(source, [&](auto count) { fetch<decltype(count)::value>(source, data); });
+      go_on(boundary, data);
+    }
     __pipeline_wait_prior(0);
   }
 
@@ -207,7 +280,9 @@ struct CubicBox {
     bool between = true;
     REGKERNELS_UNROLL
     for (int axis = 0; axis < 3; ++axis) {
-      first[axis] = first_tap(position[axis], fraction[axis]);
+      first[axis] = near_first_tap(position[axis], fraction[axis]);
+      // What near_first_tap subtracts is not to become a part of each of so many addresses.
+      if (kPixel > 1) asm("" : "+r"(first[axis]));
       between = between & (fraction[axis] != 0);
     }
     const auto find_weights = [&](Mode known) {
@@ -264,6 +339,77 @@ struct CubicBox {
   }
 };
 
+// The positions of voxels that lie one behind the other, along z.
+template <class R>
+struct Column {
+  using T = typename R::T;
+  static constexpr bool kByAxis = R::kField && !R::kAffine;
+
+  const typename R::Element& source;
+  int x, y;
+  T flat[2];  // by axis: where x and y are
+
+  __device__ Column(const typename R::Element& element, int place_x, int place_y)
+      : source(element), x(place_x), y(place_y) {
+    if constexpr (kByAxis) {
+      flat[0] = source.self->map.undisplaced(0, x);
+      flat[1] = source.self->map.undisplaced(1, y);
+    }
+  }
+  __device__ Vec<T, 3> position(int z, const Vec<T, 3>& u) const {
+    const auto& map = source.self->map;
+    if constexpr (kByAxis) {
+      return {map.displaced(0, flat[0], u[0]), map.displaced(1, flat[1], u[1]),
+              map.displaced(2, map.undisplaced(2, z), u[2])};
+    } else {
+      return map.template position<R::kField, true>(source.item, {x, y, z}, u);
+    }
+  }
+};
+
+// Their vectors, of a field that is there.
+template <class R, bool kPacked>
+struct ColumnVectors {
+  using T = typename R::T;
+
+  const R& resampling;
+  const T* next = nullptr;
+  int64_t step = 0;  // numbers from one to the next
+  int left;          // of them
+
+  __device__ ColumnVectors(const R& self, const T* field, const Voxel& first, int count,
+                           int64_t plane)
+      : resampling(self), step(plane), left(count) {
+    if (!R::kField) return;
+    next = field + (first.row(self.map.out.size) + first.x) * numbers(self);
+  }
+  // Of a voxel.
+  static REGKERNELS_HD int64_t numbers(const R& resampling) {
+    return kPacked ? 3 : resampling.field_layout.voxel;
+  }
+  __device__ Vec<T, 3> load(const T* at) const {
+    if constexpr (kPacked) return load_vec<T, 3>(at);
+    return resampling.field_layout.load(at, 0);
+  }
+  // The last one again if there are no more.
+  __device__ Vec<T, 3> load() {
+    if (!R::kField) return {};
+    const T* const at = next;
+    if (--left > 0) next += step;
+    return load(at);
+  }
+  // Loads so many, all of which are on their way at once.
+  template <int kCount>
+  __device__ void load(Vec<T, 3> (&vector)[kCount]) const {
+    const T* at = next;
+    REGKERNELS_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      vector[i] = load(at);
+      if (i + 1 < left) at += step;
+    }
+  }
+};
+
 // Samples a voxel from memory: where a block's samples lie too far apart for its shared memory.
 template <class Forward>
 __device__ __noinline__ void sample_alone(const Forward& body, int64_t group, int64_t item,
@@ -271,133 +417,148 @@ __device__ __noinline__ void sample_alone(const Forward& body, int64_t group, in
   body.element(group, item)(voxel);
 }
 
+// From plane to plane of what a launch reads and writes, in numbers.
+struct PlaneSteps {
+  int64_t vectors, output;
+};
+
+// The tiles along z. The last ones are half as deep, so that multiprocessors end at about the same
+// time.
+struct DepthTiles {
+  int whole, halves;
+
+  // Of one volume, or of each of several, of which tiles of so many numbers along z run at a time.
+  DepthTiles(int voxels, int depth, double at_a_time, bool single) {
+    const double share = single ? 0.25 : 0;  // of what runs at a time
+    whole = std::max(0, static_cast<int>(1.0 * voxels / depth - share * at_a_time));
+    halves = (voxels - whole * depth + half(depth) - 1) / half(depth);
+  }
+  static REGKERNELS_HD int half(int depth) { return (depth + 1) / 2; }
+  REGKERNELS_HD int count() const { return whole + halves; }
+  REGKERNELS_HD int depth(int tile, int most) const { return tile < whole ? most : half(most); }
+  REGKERNELS_HD int begin(int tile, int most) const {
+    return tile < whole ? tile * most : whole * most + (tile - whole) * half(most);
+  }
+};
+
 // A block finds the box of its samples, fetches it, and samples it. There are several blocks on a
 // multiprocessor, of which some sample while others fetch.
-template <class Forward, class Tiling, class T = typename Forward::T>
+template <class Forward, class Tiling, bool kPacked, class T = typename Forward::T>
 __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kMinBlocks)
     cubic_tiles_kernel(const __grid_constant__ Forward body,
                        const __grid_constant__ VoxelSpace space,
-                       const __grid_constant__ Limits<T> limits, int tiles_x, int max_rows) {
+                       const __grid_constant__ Limits<T> limits,
+                       const __grid_constant__ PlaneSteps steps,
+                       const __grid_constant__ DepthTiles tiles, int max_rows) {
   using R = decltype(body.resampling);
   constexpr int kPixel = R::Layout::kPixel;
   constexpr int kDepth = Tiling::kDepth;
-  constexpr bool kKeep = Tiling::kKeepsPositions;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ CubicBox<R, Tiling> box;
   T* const data = reinterpret_cast<T*>(shared);
 
-  const int tile_y = blockIdx.x / tiles_x * kRowsPerBlock;
-  const int tile_x = blockIdx.x % tiles_x * kWarp;
-  const bool has_row = tile_y + threadIdx.y < space.y;
-  const bool active = tile_x + threadIdx.x < space.x;
-  const int x = min(tile_x + threadIdx.x, space.x - 1);
+  const int tile_x = blockIdx.x * Tiling::kWidth, tile_y = blockIdx.y * kRowsPerBlock;
+  const int end_x = min(tile_x + Tiling::kWidth, space.x);
+  const int x = min(tile_x + threadIdx.x, end_x - 1);
   const int y = min(tile_y + threadIdx.y, space.y - 1);
-  const int thread = threadIdx.y * kWarp + threadIdx.x;
-  const int tiles_z = (space.z + kDepth - 1) / kDepth;
-  const int64_t batch = space.batch();
-  for (int64_t b = blockIdx.z; b < batch; b += gridDim.z) {
-    const int64_t group = space.items == 1 ? b : b / space.items;
-    const int64_t item = space.items == 1 ? 0 : b - group * space.items;
+  unsigned tile_z = blockIdx.z, group = 0, item = 0;
+  if (gridDim.z > tiles.count()) {
+    group = tile_z / tiles.count();
+    tile_z -= group * tiles.count();
+    const unsigned items = static_cast<unsigned>(space.items);
+    item = group % items;
+    group /= items;
+  }
+  const int begin = tiles.begin(tile_z, kDepth);
+  const int end = min(begin + tiles.depth(tile_z, kDepth), space.z);
+  const bool has_row = tile_y + threadIdx.y < space.y;
+  const auto voxel_at = [&](int z) {
+    return Voxel{z, y, x, tile_x + threadIdx.x < end_x, tile_x, end_x};
+  };
+  unsigned alone = 0;  // a bit for each plane whose samples lie too far apart
+  int most = kDepth;   // planes for which a box is looked for
+  for (int z = begin, planes; z < end; z += planes) {
+    planes = min(most, end - z);
     const auto element = body.element(group, item);
-    for (int tile_z = blockIdx.y; tile_z < tiles_z; tile_z += gridDim.y) {
-      const int end = min((tile_z + 1) * kDepth, space.z);
-      int most = kDepth;  // planes for which a box is looked for
-      for (int z = tile_z * kDepth, planes; z < end; z += planes) {
-        planes = min(most, end - z);
-        const auto voxel_at = [&](int i) {
-          return Voxel{z + min(i, planes - 1), y, x, active, tile_x, space.x};
-        };
-        const auto position_at = [&](int i, const Vec<T, 3>& u) {
-          Vec<T, 3> p = element.source.template position<true>(voxel_at(i), u);
-          REGKERNELS_UNROLL
-          for (int axis = 0; axis < 3; ++axis) p[axis] = limits.clamped(p[axis], axis);
-          return p;
-        };
-        [[maybe_unused]] Vec<T, 3> kept[kKeep ? kDepth : 1];
-        __syncthreads();  // the box before is not needed any more
-        if constexpr (R::kField) {
-          if (thread < 3) box.begin_empty(thread);
-          __syncthreads();
-          Vec<T, 3> u[kDepth];  // all on their way at once
-          REGKERNELS_UNROLL
-          for (int i = 0; i < kDepth; ++i) u[i] = element.source.vector(voxel_at(i));
-          Vec<T, 3> lowest, highest;
-          REGKERNELS_UNROLL
-          for (int i = 0; i < kDepth; ++i) {
-            const Vec<T, 3> p = position_at(i, u[i]);
-            if constexpr (kKeep) kept[i] = p;
-            REGKERNELS_UNROLL
-            for (int axis = 0; axis < 3; ++axis) {
-              lowest[axis] = i == 0 ? p[axis] : fmin(lowest[axis], p[axis]);
-              highest[axis] = i == 0 ? p[axis] : fmax(highest[axis], p[axis]);
-            }
-          }
-          box.add(lowest, highest);
-        } else if (thread == 0) {
-          Vec<T, 3> lowest, highest;
-          const Vec<int, 3> first{tile_x, tile_y, z};
-          const Vec<int, 3> last{min(tile_x + kWarp, space.x) - 1,
-                                 min(tile_y + kRowsPerBlock, space.y) - 1, z + planes - 1};
-          body.resampling.map.extremes(element.source.item, first, last, lowest, highest);
-          box.cover(lowest, highest, limits);
-        }
-        __syncthreads();
-        if (!box.fits(max_rows)) {
-          if (most == kDepth && planes > 1) {
-            most = (kDepth + 1) / 2;
-            planes = 0;  // those of half as many may fit
-            continue;
-          }
-          REGKERNELS_NO_UNROLL
-          for (int i = 0; i < planes; ++i) {
-            if (has_row) sample_alone(body, group, item, voxel_at(i));
-          }
-          continue;
-        }
-        const int channels = R::Layout::kLast ? 1 : body.resampling.in_layout.count();
-        const int64_t plane = static_cast<int64_t>(space.y) * space.x * kPixel;
-        for (int channel = 0; channel < channels; ++channel) {
-          if (channel > 0) __syncthreads();
-          box.find_rows(element.source, channel);
-          __syncthreads();
-          box.load(element.source, data);
-          __syncthreads();
-          if (!has_row) continue;
-          const int step = box.step(), origin = box.origin();
-          const Voxel first = voxel_at(0);
-          T* target = element.output + first.row(body.resampling.map.out.size) * kPixel +
-                      body.resampling.out_layout.channel(channel);
-          const auto sample = [&](const Vec<T, 3>& p, const Vec<T, 3>& u) {
-            T value[kPixel];
-            box.values(data, origin, step, p, body.resampling.boundary.sampling.mode, value);
-            if constexpr (R::Layout::kLast) {
-              Vec<T, 3> sum;
-              REGKERNELS_UNROLL
-              for (int k = 0; k < 3; ++k) sum[k] = value[k] + (body.add_field ? u[k] : T(0));
-              store_packed(target, first, sum);
-            } else {
-              if (active) target[x] = value[0];
-            }
-            target += plane;
-          };
-          if constexpr (kKeep) {
-            static_assert(!R::Layout::kLast, "the vectors are not kept");
-            REGKERNELS_UNROLL
-            for (int i = 0; i < kDepth; ++i) {
-              if (i < planes) sample(kept[i], {});
-            }
-          } else {
-            Vec<T, 3> next = element.source.vector(first);
-            REGKERNELS_NO_UNROLL
-            for (int i = 0; i < planes; ++i) {
-              const Vec<T, 3> u = next;
-              if (R::kField && i + 1 < planes) next = element.source.vector(voxel_at(i + 1));
-              sample(position_at(i, u), u);
-            }
-          }
+    const auto vectors = [&] {
+      return ColumnVectors<R, kPacked>(body.resampling, element.source.field, voxel_at(z), planes,
+                                       steps.vectors);
+    };
+    const Column<R> column(element.source, x, y);
+    __syncthreads();  // the box before is not needed any more
+    if constexpr (R::kField) {
+      if (threadIdx.y == 0 && threadIdx.x < 3) box.begin_empty(threadIdx.x);
+      __syncthreads();
+      Vec<T, 3> u[kDepth];
+      vectors().load(u);
+      Vec<T, 3> lowest, highest;
+      bool known = true;
+      REGKERNELS_UNROLL
+      for (int i = 0; i < kDepth; ++i) {
+        const Vec<T, 3> p = column.position(z + min(i, planes - 1), u[i]);
+        REGKERNELS_UNROLL
+        for (int axis = 0; axis < 3; ++axis) {
+          known = known & (p[axis] == p[axis]);
+          lowest[axis] = i == 0 ? p[axis] : fmin(lowest[axis], p[axis]);
+          highest[axis] = i == 0 ? p[axis] : fmax(highest[axis], p[axis]);
         }
       }
+      box.add(lowest, highest, known, limits);
+    } else if (threadIdx.y == 0 && threadIdx.x == 0) {
+      Vec<T, 3> lowest, highest;
+      const Vec<int, 3> first{tile_x, tile_y, z};
+      const Vec<int, 3> last{end_x - 1, min(tile_y + kRowsPerBlock, space.y) - 1, z + planes - 1};
+      body.resampling.map.extremes(element.source.item, first, last, lowest, highest);
+      box.cover(lowest, highest, limits);
     }
+    __syncthreads();
+    if (!box.fits(max_rows)) {
+      if (most == kDepth && planes > 1) {
+        most = (kDepth + 1) / 2;
+        planes = 0;  // those of half as many may fit
+        continue;
+      }
+      alone |= ((1u << planes) - 1) << (z - begin);
+      continue;
+    }
+    const int channels = R::Layout::kLast ? 1 : body.resampling.in_layout.count();
+    for (int channel = 0; channel < channels; ++channel) {
+      if (channel > 0) __syncthreads();
+      box.load(element.source, channel, data);
+      __syncthreads();
+      if (!has_row) continue;
+      const int step = box.step(), origin = box.origin();
+      const Voxel first = voxel_at(z);
+      T* target = element.output + first.row(body.resampling.map.out.size) * kPixel +
+                  body.resampling.out_layout.channel(channel);
+      ColumnVectors<R, kPacked> ahead = vectors();
+      Vec<T, 3> next = ahead.load();
+      REGKERNELS_NO_UNROLL
+      for (int i = 0; i < planes; ++i) {
+        const Vec<T, 3> u = next;
+        next = ahead.load();
+        Vec<T, 3> p = column.position(z + i, u);
+        REGKERNELS_UNROLL
+        for (int axis = 0; axis < 3; ++axis) p[axis] = limits.clamped(p[axis], axis);
+        T value[kPixel];
+        box.values(data, origin, step, p, body.resampling.boundary.sampling.mode, value);
+        if constexpr (R::Layout::kLast) {
+          Vec<T, 3> sum;
+          REGKERNELS_UNROLL
+          for (int k = 0; k < 3; ++k) sum[k] = value[k] + (body.add_field ? u[k] : T(0));
+          store_packed(target, first, sum);
+        } else {
+          if (first.active) target[x] = value[0];
+        }
+        target += steps.output;
+      }
+    }
+  }
+  if (alone == 0) return;
+  // This comes last, as a call in between would cost the other samples registers.
+  REGKERNELS_NO_UNROLL
+  for (int i = 0; i < end - begin; ++i) {
+    if (has_row && (alone >> i & 1)) sample_alone(body, group, item, voxel_at(begin + i));
   }
 }
 
@@ -412,30 +573,45 @@ int64_t box_bytes(Function* kernel, int blocks) {
   return std::max<int64_t>(each - static_cast<int64_t>(attributes.sharedSizeBytes), 0) / 128 * 128;
 }
 
-template <class Tiling, class Forward>
+// Along z a grid has no more blocks than that.
+inline constexpr int64_t kMostDepthBlocks = 65535;
+
+template <class Tiling, bool kPacked, class Forward>
 void launch_cubic_tiles(const Cuda& device, const VoxelSpace& space, const Forward& body) {
   using T = typename Forward::T;
+  using R = decltype(body.resampling);
   const auto& boundary = body.resampling.boundary;
   Limits<T> limits;
   for (int axis = 0; axis < 3; ++axis) {
     limits.axis[axis] = tap_limits<T>(boundary.size[axis], boundary.sampling);
   }
-  const auto kernel = cubic_tiles_kernel<Forward, Tiling>;
+  const int64_t plane = static_cast<int64_t>(space.y) * space.x;
+  const PlaneSteps steps{plane * ColumnVectors<R, kPacked>::numbers(body.resampling),
+                         plane * R::Layout::kPixel};
+  const auto kernel = cubic_tiles_kernel<Forward, Tiling, kPacked>;
   const int64_t bytes = box_bytes(kernel, Tiling::kMinBlocks);
   const int64_t rows = bytes / static_cast<int64_t>(Tiling::kRow * sizeof(T));
-  using Box = CubicBox<decltype(body.resampling), Tiling>;
   allow_shared_memory(kernel, bytes);
-  const int64_t tiles_x = (space.x + kWarp - 1) / kWarp;
-  const int64_t tiles_y = (space.y + kRowsPerBlock - 1) / kRowsPerBlock;
-  const int64_t tiles_z = (space.z + Tiling::kDepth - 1) / Tiling::kDepth;
-  const dim3 grid(static_cast<unsigned>(tiles_x * tiles_y),
-                  static_cast<unsigned>(std::min<int64_t>(tiles_z, 65535)),
-                  static_cast<unsigned>(std::min<int64_t>(space.batch(), 65535)));
+  const auto tiles = [](int voxels, int each) { return (voxels + each - 1) / each; };
+  const int tiles_x = tiles(space.x, Tiling::kWidth), tiles_y = tiles(space.y, kRowsPerBlock);
+  const double at_a_time = 1.0 * multiprocessors() * Tiling::kMinBlocks / tiles_x / tiles_y;
+  const DepthTiles tiles_z(space.z, Tiling::kDepth, at_a_time, space.batch() == 1);
+  const dim3 grid(tiles_x, tiles_y, static_cast<unsigned>(tiles_z.count() * space.batch()));
   const dim3 block(kWarp, kRowsPerBlock);
-  kernel<<<grid, block, bytes, device.stream>>>(
-      body, space, limits, static_cast<int>(tiles_x),
-      static_cast<int>(std::min<int64_t>(rows, Box::kMaxRows)));
+  constexpr int64_t kMaxRows = CubicBox<R, Tiling>::kMaxRows;
+  kernel<<<grid, block, bytes, device.stream>>>(body, space, limits, steps, tiles_z,
+                                                static_cast<int>(std::min(rows, kMaxRows)));
   check_launch();
+}
+template <class Tiling, class Forward>
+void launch_cubic_tiles(const Cuda& device, const VoxelSpace& space, const Forward& body) {
+  using R = decltype(body.resampling);
+  if constexpr (R::kField && !R::Layout::kLast) {
+    if (!body.resampling.field_is_packed()) {
+      return launch_cubic_tiles<Tiling, false>(device, space, body);
+    }
+  }
+  launch_cubic_tiles<Tiling, true>(device, space, body);
 }
 
 // How cubic samples are computed: by tiles where that is faster. In 2-D there is little to share,
@@ -445,15 +621,20 @@ void sample_voxels(const Cuda& device, const VoxelSpace& space, const CubicForwa
   if constexpr (R::D == 3 && !R::kSlab && std::is_same_v<typename R::S, typename R::T>) {
     const auto& boundary = body.resampling.boundary;
     bool tiles = boundary.sampling.padding != Padding::kReflection && !space.empty();
-    for (int size : boundary.size) tiles = tiles && !is_constant_axis(size, boundary.sampling);
+    tiles = tiles && space.y / kRowsPerBlock < kMostDepthBlocks &&
+            space.z * space.batch() < kMostDepthBlocks;
+    if (R::kField) tiles = tiles && body.resampling.field.data != nullptr;
+    for (int size : boundary.size) {
+      tiles = tiles && !is_constant_axis(size, boundary.sampling) && size < kFarthest - kTaps;
+    }
     if (tiles) {
       constexpr int kWidth = sizeof(typename R::T) / 4;
       if constexpr (R::Layout::kLast) {
-        launch_cubic_tiles<CubicTiling<6, 128, 2 / kWidth, false>>(device, space, body);
+        launch_cubic_tiles<CubicTiling<8, 128, 2 / kWidth, 28>>(device, space, body);
       } else if constexpr (R::kField) {
-        launch_cubic_tiles<CubicTiling<6, 64, 4 / kWidth, true>>(device, space, body);
+        launch_cubic_tiles<CubicTiling<8, 64, kWidth == 1 ? 3 : 2>>(device, space, body);
       } else {
-        launch_cubic_tiles<CubicTiling<8, 64, 4 / kWidth, false>>(device, space, body);
+        launch_cubic_tiles<CubicTiling<8, 64, 4 / kWidth>>(device, space, body);
       }
       return;
     }
