@@ -39,7 +39,8 @@ def join() -> None:
 
 def is_leader() -> bool:
     """Tell whether this is the process, of all that run together, that writes and speaks."""
-    return jax.process_index() == 0
+    # A process by itself is; asking JAX for its number would wait until a device has started.
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def find(device: Device) -> jax.Device:

@@ -691,6 +691,30 @@ def test_bad_input_is_one_line_exit_status_2_and_no_file(
     assert sorted(path for path in bad.rglob("*")) == before
 
 
+def test_images_are_read_while_a_device_starts(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    read_image, process_index = register_command.read_image, jax.process_index
+
+    def reading(path: Path) -> Volume:
+        read.append(path)
+        image: Volume = read_image(path)
+        return image
+
+    def waiting(*arguments: Any) -> int:
+        assert read, "JAX knows the number of a process once a device has started"
+        return process_index(*arguments)
+
+    fixed, moving = read_volume(pair / "fixed.nii.gz"), read_volume(pair / "moving.mha")
+    result = Registration(fixed, moving, Transform(fixed.grid, MOTION), ())
+    monkeypatch.setattr(register_command, "register_watched", lambda *_, **__: result)
+    monkeypatch.setattr(register_command, "read_image", reading)
+    monkeypatch.setattr(jax, "process_index", waiting)
+    assert run(*registration(pair), "-o", tmp_path / "out") == 0
+    assert len(read) == 2
+
+
 def test_what_fails_late_leaves_nothing_either(
     pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
