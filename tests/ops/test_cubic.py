@@ -294,6 +294,32 @@ def test_compositions_of_every_padding_have_the_reference_values_and_gradients(
     check(backend, (u, v), options, np.float64, "compose")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row", [97, 100])
+@pytest.mark.parametrize("name", ["interpolate", "compose"])
+@pytest.mark.parametrize("mode", MODES)
+def test_samples_near_together_apart_and_far_apart_have_the_reference_values(
+    backend: Backend, mode: str, name: str, row: int, dtype: object
+) -> None:
+    """Well within the volume, in rows of any length: CUDA takes what lies together at once."""
+    shape, rng = (27, 41, row), np.random.default_rng(0)
+    z, y, x = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
+    voxels = np.stack([2 * np.sin(y / 7 + z / 5), 1.5 * np.cos(x / 9), np.sin(x / 11 - y / 8)], -1)
+    voxels[9:14] += rng.uniform(-3, 3, (5, *shape[1:], 3))
+    voxels[20:] += rng.uniform(-15, 15, (7, *shape[1:], 3))
+    scale = 2 / (np.array(shape[::-1]) - 1)
+    u = np.repeat((voxels * scale)[None], 2, 0).astype(dtype)
+    if name == "interpolate":
+        args = (random_array(1, 2, 2, *shape, dtype=dtype), None, u)
+    else:
+        args = (random_array(1, 2, *shape, 3, dtype=dtype), u)
+    options = {"mode": mode, "prefilter": False}
+    value = backend.call(name, *args, **options)
+    assert_close(value, getattr(reference, name)(*args, **options), dtype)
+    one = [None if a is None else a[:1] for a in args]
+    assert_same(backend.call(name, *one, **options), value[:1])
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("mode", MODES)
 def test_images_in_half_precision_are_computed_with_in_float32(
