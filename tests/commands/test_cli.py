@@ -860,6 +860,9 @@ def test_an_interrupted_process_does_not_wait_for_programs_that_are_compiled(
 import importlib, signal, sys, threading, time
 main = importlib.import_module("jaxreg_cli.main")
 
+# What a shell runs in the background ignores this signal, and so would this process.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def interrupted(**_):
     threading.Thread(target=time.sleep, args=(300,), name="compiler_0").start()
     signal.raise_signal(int(sys.argv[1]))
