@@ -427,7 +427,8 @@ struct PlaneSteps {
 struct DepthTiles {
   int whole, halves;
 
-  // Of one volume, or of each of several, of which tiles of so many numbers along z run at a time.
+  // For so many voxels along z. How many tiles along z run at a time decides about the ends of a
+  // single volume; of several, others go on meanwhile.
   DepthTiles(int voxels, int depth, double at_a_time, bool single) {
     const double share = single ? 0.25 : 0;  // of what runs at a time
     whole = std::max(0, static_cast<int>(1.0 * voxels / depth - share * at_a_time));
@@ -573,8 +574,8 @@ int64_t box_bytes(Function* kernel, int blocks) {
   return std::max<int64_t>(each - static_cast<int64_t>(attributes.sharedSizeBytes), 0) / 128 * 128;
 }
 
-// Along z a grid has no more blocks than that.
-inline constexpr int64_t kMostDepthBlocks = 65535;
+// Along y and along z a grid has no more blocks than that.
+inline constexpr int64_t kMostBlocks = 65535;
 
 template <class Tiling, bool kPacked, class Forward>
 void launch_cubic_tiles(const Cuda& device, const VoxelSpace& space, const Forward& body) {
@@ -621,8 +622,7 @@ void sample_voxels(const Cuda& device, const VoxelSpace& space, const CubicForwa
   if constexpr (R::D == 3 && !R::kSlab && std::is_same_v<typename R::S, typename R::T>) {
     const auto& boundary = body.resampling.boundary;
     bool tiles = boundary.sampling.padding != Padding::kReflection && !space.empty();
-    tiles = tiles && space.y / kRowsPerBlock < kMostDepthBlocks &&
-            space.z * space.batch() < kMostDepthBlocks;
+    tiles = tiles && space.y / kRowsPerBlock < kMostBlocks && space.z * space.batch() < kMostBlocks;
     if (R::kField) tiles = tiles && body.resampling.field.data != nullptr;
     for (int size : boundary.size) {
       tiles = tiles && !is_constant_axis(size, boundary.sampling) && size < kFarthest - kTaps;

@@ -197,8 +197,10 @@ class Level(NamedTuple):
         weighed_at = jax.lax.stop_gradient(affine) if is_weight_constant else affine
         return self._sample(
             *(self.moving, self.moving_window, self.moving_mask),
-            *(self.moving_margin, affine, displacement),
+            margin=self.moving_margin,
+            affine=affine,
             weighed_at=weighed_at,
+            displacement=displacement,
         )
 
     def weight_of_moving(
@@ -233,7 +235,10 @@ class Level(NamedTuple):
         """Return the fixed image at ``x + d(x)``, and what it weighs there."""
         found = self._sample(
             *(self.fixed, self.fixed_window, self.fixed_mask),
-            *(self.fixed_margin, None, displacement),
+            margin=self.fixed_margin,
+            affine=None,
+            weighed_at=None,
+            displacement=displacement,
         )
         weight = found.weight if self.content is None else found.weight * self.content
         return found._replace(weight=weight)
@@ -271,8 +276,8 @@ class Level(NamedTuple):
         mask: jax.Array | None,
         margin: jax.Array,
         affine: jax.Array | None,
+        weighed_at: jax.Array | None,
         displacement: jax.Array | None,
-        weighed_at: jax.Array | None = None,
     ) -> Weighted:
         def sample(array: jax.Array, affine: jax.Array | None = affine) -> jax.Array:
             if affine is None and displacement is None:
