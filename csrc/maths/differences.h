@@ -24,8 +24,10 @@ struct Differences {
     return row * frame.size[0] + i[0];
   }
 
-  // Jacobian of u(x) at voxel i, in voxel units: entry (k, axis) is d u_k / d axis.
-  REGKERNELS_HD Matrix<T, D> slopes(const T* u, const Vec<int, D>& i) const {
+  // Jacobian of u(x) at voxel i, in voxel units: entry (k, axis) is d u_k / d axis. The numbers of
+  // a voxel j begin at at(j).
+  template <class At>
+  REGKERNELS_HD Matrix<T, D> slopes_from(const At& at, const Vec<int, D>& i) const {
     Matrix<T, D> result;
     REGKERNELS_UNROLL
     for (int axis = 0; axis < D; ++axis) {
@@ -34,8 +36,8 @@ struct Differences {
       if (i[axis] < frame.size[axis] - 1) high[axis] += 1;
       const int steps = high[axis] - low[axis];
       const T scale = steps == 2 ? T(0.5) : T(1);
-      const T* a = u + offset(low) * D;
-      const T* b = u + offset(high) * D;
+      const T* a = at(low);
+      const T* b = at(high);
       REGKERNELS_UNROLL
       for (int k = 0; k < D; ++k) {
         // A product with 0 would let through a displacement that is not finite.
@@ -44,6 +46,10 @@ struct Differences {
       }
     }
     return result;
+  }
+  // The same of a field in memory.
+  REGKERNELS_HD Matrix<T, D> slopes(const T* u, const Vec<int, D>& i) const {
+    return slopes_from([&](const Vec<int, D>& j) { return u + offset(j) * D; }, i);
   }
 
   // Calls collect(j, axis, weight) for each difference that voxel i enters: the one at voxel j

@@ -93,7 +93,10 @@ def test_axes_of_one_to_three_voxels(
 
 
 @pytest.mark.parametrize("name", FIELD_LOSSES)
-@pytest.mark.parametrize("shape", [(35, 11, 13), (3, 70), (40, 5, 41), (7, 6, 30), (9, 41)])
+@pytest.mark.parametrize(
+    "shape",
+    [(35, 11, 13), (3, 70), (40, 5, 41), (7, 6, 30), (9, 41), (19, 12, 36), (6, 17, 64), (5, 9, 4)],
+)
 def test_nothing_is_lost_where_the_work_is_divided(
     backend: Backend, name: str, shape: tuple[int, ...]
 ) -> None:

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "core/fetch_row.h"
+#include "core/fetch_tile.h"
 #include "core/reduce.h"
 #include "ops/field_energy/field_energy.h"
 #include "ops/field_energy/kernels.h"
@@ -180,15 +180,32 @@ __device__ __forceinline__ T sum_of_tile(const SlopeEnergy<T, D, Kind>& body,
 // instructions.
 using Elasticity = SlopeEnergy<float, 3, ElasticEnergy<float, 3>>;
 
-// A plane of a tile in shared memory: rows of packed vectors. On each side of a row there are more
-// voxels than anybody looks at, so that it begins at a multiple of four numbers.
+// A plane of a tile in shared memory: rows of packed vectors. Before the tile's own part of a row
+// there are more voxels than anybody looks at, so that it begins at a multiple of four numbers.
 struct ElasticPlane {
-  static constexpr int kHalo = 2, kHaloX = 4;
-  static constexpr int kRowSize = (kWarp + 2 * kHaloX) * 3;
+  static constexpr int kHalo = 2, kBefore = 4;
+  static constexpr int kRowSize = ((kBefore + kWarp + kHalo) * 3 + 3) / 4 * 4;
   static constexpr int kRows = kRowsPerBlock + 2 * kHalo;
   static constexpr int kSize = kRows * kRowSize;
-  // Those of the voxel, the next two, and two on their way.
-  static constexpr int kCount = 5;
+  // That of the voxel with the two on either side, one more of those before it, for the ends of
+  // rows, and two on their way.
+  static constexpr int kCount = 8;
+  using Fetch = TileFetch<kRows, kRowSize, kWarp * kRowsPerBlock>;
+};
+
+// The planes of a tile that are at hand.
+struct ElasticPlanes {
+  using Plane = ElasticPlane;
+  float (*memory)[Plane::kSize];
+  int first_x, first_row;  // of the tile's own part
+
+  __device__ __forceinline__ float* plane(int z) const {
+    return memory[static_cast<unsigned>(z) % Plane::kCount];
+  }
+  __device__ __forceinline__ const float* operator()(const Vec<int, 3>& i) const {
+    return plane(i[2]) + (i[1] - first_row + Plane::kHalo) * Plane::kRowSize +
+           (i[0] - first_x + Plane::kBefore) * 3;
+  }
 };
 
 // Differences of a voxel's neighbours along x and y, two voxels apart, of all components.
@@ -212,7 +229,8 @@ __device__ __forceinline__ float sum_of_tile<true>(const Elasticity& body, const
                                                    int64_t group, int64_t item, const Tile& tile) {
   using Plane = ElasticPlane;
   __shared__ __align__(16) float memory[Plane::kCount][Plane::kSize];
-  const int lane_x = tile.first + static_cast<int>(threadIdx.x);
+  const int row_of_tile = static_cast<int>(threadIdx.y), lane = static_cast<int>(threadIdx.x);
+  const int lane_x = tile.first + lane;
   const bool active = lane_x < space.x;
   const int x = active ? lane_x : space.x - 1;
   const bool row_there = tile.y < space.y;  // for a whole warp at a time
@@ -223,64 +241,71 @@ __device__ __forceinline__ float sum_of_tile<true>(const Elasticity& body, const
   const auto& half = body.differences.frame.half;
   const ElasticEnergy<float, 3>& kind = body.kind;
 
-  const int first_row = tile.y - static_cast<int>(threadIdx.y) - Plane::kHalo;
-  const bool by_four = rows_of_four(element.displacement, body.stride[1]);
+  const int first_row = tile.y - row_of_tile;
+  const Plane::Fetch fetch_tile(element.displacement, row_of_tile * kWarp + lane,
+                                first_row - Plane::kHalo, (tile.first - Plane::kBefore) * 3,
+                                size[1], size[0] * 3);
+  const ElasticPlanes planes{memory, tile.first, first_row};
   // Of what is not in the volume, or beyond what the tile looks at, nothing is fetched or used.
   const auto fetch = [&](int z) {
     if (z >= 0 && z < size[2] && z < tile.end_z + Plane::kHalo) {
-      float* const to = memory[static_cast<unsigned>(z + Plane::kCount) % Plane::kCount];
-      const float* const plane = element.displacement + z * body.stride[2];
-      REGKERNELS_NO_UNROLL
-      for (int row = threadIdx.y; row < Plane::kRows; row += kRowsPerBlock) {
-        const int y = first_row + row;
-        if (y < 0 || y >= size[1]) continue;
-        fetch_row<Plane::kRowSize>(to + row * Plane::kRowSize, plane + y * body.stride[1],
-                                   (tile.first - Plane::kHaloX) * 3, 3 * size[0], by_four);
-      }
+      fetch_tile(planes.plane(z), element.displacement + z * body.stride[2]);
     }
     __pipeline_commit();
   };
   // The voxel in a plane that has been fetched.
   const auto here = [&](int z) {
-    return memory[static_cast<unsigned>(z + Plane::kCount) % Plane::kCount] +
-           (threadIdx.y + Plane::kHalo) * Plane::kRowSize + (threadIdx.x + Plane::kHaloX) * 3;
+    return planes.plane(z) + (row_of_tile + Plane::kHalo) * Plane::kRowSize +
+           (lane + Plane::kBefore) * 3;
+  };
+  float sum = 0;
+  // Takes the ends of the tile's rows in one plane. One warp takes these voxels together: each of
+  // them would make the warp of its row wait, which has a formula.
+  const bool has_ends = tile.first < 2 || tile.first + kWarp > space.x - 2;
+  const auto take_row_ends = [&](int z) {
+    if (!has_ends || row_of_tile != z % kRowsPerBlock) return;
+    static_assert(4 * kRowsPerBlock == kWarp, "a lane for each of them");
+    const int column = lane % 4;
+    const Vec<int, 3> i{column < 2 ? column : space.x - 4 + column, first_row + lane / 4, z};
+    if (i[0] < tile.first || i[0] >= min(tile.first + kWarp, space.x) || i[1] >= space.y) return;
+    if (!element.at_row_end(i) || (column >= 2 && i[0] < 2)) return;
+    const Vec<float, 3> pull = element.gathered_from(planes, i);
+    float* const to = element.gradient + body.differences.offset(i) * 3;
+    REGKERNELS_UNROLL
+    for (int k = 0; k < 3; ++k) to[k] = pull[k] * element.scale;
+    sum += kind.energy(body.differences.slopes_from(planes, i));
   };
 
-  float column[5][3] = {};  // the voxel in the planes from z - 2 to z + 2
   PlaneDifferences before{}, own{}, after{};
-  float sum = 0;
   __syncthreads();  // what an item before has left in shared memory has been read
   fetch(tile.z - 2);
   fetch(tile.z - 1);
 #pragma unroll 1
-  for (int newest = tile.z - 2; newest < tile.end_z + 2; ++newest) {
+  for (int newest = tile.z - 2; newest <= tile.end_z + 2; ++newest) {
     const int z = newest - 2;
     __pipeline_wait_prior(1);
     __syncthreads();
     fetch(newest + 2);
-    REGKERNELS_UNROLL
-    for (int k = 0; k < 3; ++k) {
-      REGKERNELS_UNROLL
-      for (int d = 0; d < 4; ++d) column[d][k] = column[d + 1][k];
-      column[4][k] = here(newest)[k];
-    }
+    // The rows of the plane before have been stored, with nothing at their ends.
+    if (z > tile.z) take_row_ends(z - 1);
+    if (z == tile.end_z) break;
     before = own;
     own = after;
-    after = PlaneDifferences::of(here(newest - 1));
+    after = PlaneDifferences::of(here(z + 1));
     if (z < tile.z || !row_there) continue;
     const Voxel voxel{z, tile.y, x, active, tile.first, space.x};
     const Vec<int, 3> i = voxel_index<3>(voxel);
     Vec<float, 3> pull{};
     float energy;
-    if (element.far_from_border(i)) {
-      const float* const at = here(z);
+    if (element.far_from_border(i, 1)) {
+      const float *const at = here(z), *const last = here(z - 1), *const next = here(z + 1);
       Matrix<float, 3> slopes;
       REGKERNELS_UNROLL
       for (int k = 0; k < 3; ++k) {
         const float factor = 0.5f * half[k];
         slopes.m[k][0] = factor * own.along[0][k];
         slopes.m[k][1] = factor * own.along[1][k];
-        slopes.m[k][2] = factor * (column[3][k] - column[1][k]);
+        slopes.m[k][2] = factor * (next[k] - last[k]);
       }
       energy = kind.energy(slopes);
       // The formula of ElasticEnergy::pull.
@@ -291,11 +316,12 @@ __device__ __forceinline__ float sum_of_tile<true>(const Elasticity& body, const
           {(at[kRow - 3] - at[-kRow - 3]) - (at[kRow + 3] - at[-kRow + 3]), 0,
            before.along[1][2] - after.along[1][2]},
           {before.along[0][0] - after.along[0][0], before.along[1][1] - after.along[1][1], 0}};
+      const float *const before_last = here(z - 2), *const after_next = here(z + 2);
       REGKERNELS_UNROLL
       for (int k = 0; k < 3; ++k) {
-        const float u = column[2][k];
-        const float low[3] = {at[k - 6], at[k - 2 * kRow], column[0][k]};
-        const float high[3] = {at[k + 6], at[k + 2 * kRow], column[4][k]};
+        const float u = at[k];
+        const float low[3] = {at[k - 6], at[k - 2 * kRow], before_last[k]};
+        const float high[3] = {at[k + 6], at[k + 2 * kRow], after_next[k]};
         REGKERNELS_UNROLL
         for (int a = 0; a < 3; ++a) {
           pull[k] += kind.second[k][a] * ((u - low[a]) + (u - high[a]));
@@ -303,20 +329,20 @@ __device__ __forceinline__ float sum_of_tile<true>(const Elasticity& body, const
         }
         pull[k] *= element.scale;
       }
-    } else {
-      energy = kind.energy(body.differences.slopes(element.displacement, i));
-      if (!element.at_row_end(i)) {
-        pull = Elasticity::Element::gathered_apart(element, i);
-        REGKERNELS_UNROLL
-        for (int k = 0; k < 3; ++k) pull[k] *= element.scale;
+      if (element.at_row_end(i)) {
+        pull = {};
+        energy = 0;
       }
+    } else {
+      energy = kind.energy(body.differences.slopes_from(planes, i));
+      pull = element.gathered_from(planes, i);
+      REGKERNELS_UNROLL
+      for (int k = 0; k < 3; ++k) pull[k] *= element.scale;
     }
     store_packed(element.gradient + voxel.row(size) * 3, voxel, pull);
     if (active) sum += energy;
   }
   __pipeline_wait_prior(0);
-  __syncthreads();
-  store_row_ends(element, space, tile, IntTag<3>{});
   return sum;
 }
 

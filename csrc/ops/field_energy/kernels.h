@@ -378,18 +378,24 @@ struct SlopeEnergy {
       return far_from_border(i, 1) && !far_from_border(i);
     }
 
-    // The derivative of the sum over the volume by the displacement at a voxel.
-    REGKERNELS_HD Vec<T, D> gathered(const Vec<int, D>& i) const {
+    // The derivative of the sum over the volume by the displacement at a voxel. The numbers of a
+    // voxel j begin at at(j).
+    template <class At>
+    REGKERNELS_HD Vec<T, D> gathered_from(const At& at, const Vec<int, D>& i) const {
       const Differences<T, D>& d = self->differences;
       Vec<T, D> sum{};
       d.for_each_use(i, [&](const Vec<int, D>& j, int axis, T weight) {
-        const Matrix<T, D> slope = self->kind.derivative(d.slopes(displacement, j));
+        const Matrix<T, D> slope = self->kind.derivative(d.slopes_from(at, j));
         REGKERNELS_UNROLL
         for (int k = 0; k < D; ++k) {
           if (d.frame.half[k] != 0) sum[k] += weight * d.frame.half[k] * slope.m[k][axis];
         }
       });
       return sum;
+    }
+    REGKERNELS_HD Vec<T, D> gathered(const Vec<int, D>& i) const {
+      return gathered_from(
+          [&](const Vec<int, D>& j) { return displacement + self->differences.offset(j) * D; }, i);
     }
 
     // Where there is a formula, few voxels gather.
