@@ -21,6 +21,7 @@
 #include "core/half.h"
 #include "core/operand.h"
 #include "core/reduce.h"
+#include "maths/vec.h"
 
 namespace regkernels {
 

@@ -116,6 +116,19 @@ struct Resampling {
       if (!self->field_is_packed()) return self->field_layout.load(field, voxel_offset(voxel));
       return load_vec<T, D>(out_pointer<D>(field, voxel));
     }
+    // The same, of the voxel at an offset.
+    REGKERNELS_HD Vec<T, D> vector(int64_t offset) const {
+      if (!kField || field == nullptr) return Vec<T, D>{};
+      if (!self->field_is_packed()) return self->field_layout.load(field, offset);
+      return load_vec<T, D>(field + offset * D);
+    }
+#ifdef __CUDACC__
+    // Has the cache fetch what `vector` will load.
+    __device__ __forceinline__ void prefetch_vector(int64_t offset) const {
+      if (!kField || field == nullptr || !self->field_is_packed()) return;
+      asm volatile("prefetch.global.L1 [%0];" ::"l"(field + offset * D));
+    }
+#endif
     template <bool kOnce = false>
     REGKERNELS_HD Vec<T, D> position(const Voxel& voxel, const Vec<T, D>& u) const {
       return self->map.template position<kField, kOnce>(item, place(voxel), u);

@@ -31,15 +31,17 @@
 
 namespace regkernels {
 
-template <class T, int D>
+template <class T, int D, int kChannels>
 struct ScatterShape;
-template <class T>
-struct ScatterShape<T, 3> {
+template <class T, int kChannels>
+struct ScatterShape<T, 3, kChannels> {
   static constexpr int kBlockX = 16, kBlockY = 8, kBlockZ = sizeof(T) == 4 ? 8 : 2;
-  static constexpr int kTileX = 22, kTileY = 14, kTileZ = sizeof(T) == 4 ? 12 : 6;
+  // With three channels of float32 twelve planes would be more memory than a block may have.
+  static constexpr int kTileX = sizeof(T) == 4 ? 24 : 22, kTileY = 14;
+  static constexpr int kTileZ = sizeof(T) != 4 ? 6 : kChannels == 1 ? 12 : 11;
 };
-template <class T>
-struct ScatterShape<T, 2> {
+template <class T, int kChannels>
+struct ScatterShape<T, 2, kChannels> {
   static constexpr int kBlockX = 32, kBlockY = 32, kBlockZ = 1;
   static constexpr int kTileX = 44, kTileY = 44, kTileZ = 1;
 };
@@ -50,8 +52,8 @@ template <class R>
 struct ScatterTile {
   using T = typename R::T;
   static constexpr int D = R::D;
-  using Shape = ScatterShape<T, D>;
   static constexpr int kChannels = R::Layout::kLast ? D : 1;  // accumulated at a time
+  using Shape = ScatterShape<T, D, kChannels>;
   static constexpr int kBlockVoxels = Shape::kBlockX * Shape::kBlockY * Shape::kBlockZ;
   static constexpr int kRow = Shape::kTileX * kChannels;
   static constexpr int kRows = Shape::kTileY * Shape::kTileZ;
@@ -65,11 +67,14 @@ struct ScatterTile {
   static __device__ __forceinline__ constexpr int stride(int axis) {
     return axis == 0 ? 1 : axis == 1 ? Shape::kTileX : Shape::kTileX * Shape::kTileY;
   }
+  static __device__ __forceinline__ constexpr int block(int axis) {
+    return axis == 0 ? Shape::kBlockX : axis == 1 ? Shape::kBlockY : Shape::kBlockZ;
+  }
 
   Vec<int, 3> first;   // voxel of the block
   Vec<int, D> origin;  // the first target of the tile
 
-  // Where the tile of a block begins. One thread finds it for all.
+  // Where the tile of a block begins: where rows are of fours, at a multiple of four targets.
   static __device__ Vec<int, D> find_origin(const typename R::Element& source,
                                             const VoxelSpace& space, const Vec<int, 3>& first) {
     const int x = min(first[0] + Shape::kBlockX / 2, space.x - 1);
@@ -82,20 +87,44 @@ struct ScatterTile {
     T unused[1 << D];
     Vec<int, D> result =
         source.corner_weights(source.position(centre, source.vector(centre)), unused);
+    // As much room on one side as on the other. A block of samples has a cell more than samples.
     REGKERNELS_UNROLL
-    for (int k = 0; k < D; ++k) result[k] -= size(k) / 2 - 1;
+    for (int k = 0; k < D; ++k) result[k] -= block(k) / 2 + (size(k) - block(k) - 1) / 2;
+    if constexpr (kRow % 4 == 0) result[0] &= ~3;
     return result;
   }
 
-  // Calls body(voxel) for the voxels of the block that are this thread's.
-  template <class Body>
-  __device__ __forceinline__ void for_each(const VoxelSpace& space, const Body& body) const {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kBlockVoxels; i += kScatterThreads) {
-      const int x = first[0] + i % Shape::kBlockX;
-      const int y = first[1] + i / Shape::kBlockX % Shape::kBlockY;
-      const int z = first[2] + i / (Shape::kBlockX * Shape::kBlockY);
-      if (x < space.x && y < space.y && z < space.z) body(Voxel{z, y, x, true, x, space.x});
+  // A thread's voxels lie above each other: so many, and so many planes or rows apart.
+  static constexpr int kVoxels = kBlockVoxels / kScatterThreads;
+  static constexpr int kStep = kScatterThreads / Shape::kBlockX / (D == 3 ? Shape::kBlockY : 1);
+  static_assert(kVoxels * kStep == (D == 3 ? Shape::kBlockZ : Shape::kBlockY));
+
+  // Calls body(number, voxel, its offset) for the voxels of the block that are this thread's.
+  template <bool kUnrolled = false, class Body>
+  __device__ __forceinline__ void for_each(const typename R::Element& source,
+                                           const VoxelSpace& space, const Body& body) const {
+    const int i = threadIdx.x;
+    Voxel voxel{first[2], first[1] + i / Shape::kBlockX, first[0] + i % Shape::kBlockX,
+                true,     first[0] + i % Shape::kBlockX, space.x};
+    if constexpr (D == 3) {
+      voxel.y = first[1] + i / Shape::kBlockX % Shape::kBlockY;
+      voxel.z = first[2] + i / (Shape::kBlockX * Shape::kBlockY);
+    }
+    if (voxel.x >= space.x || (D == 3 && voxel.y >= space.y)) return;
+    const int64_t step = static_cast<int64_t>(D == 3 ? space.y : 1) * space.x * kStep;
+    int64_t offset = source.voxel_offset(voxel);
+    const auto visit = [&](int number) {
+      int& along = D == 3 ? voxel.z : voxel.y;
+      if (along < (D == 3 ? space.z : space.y)) body(number, voxel, offset);
+      along += kStep;
+      offset += step;
+    };
+    if constexpr (kUnrolled) {
+      REGKERNELS_UNROLL
+      for (int number = 0; number < kVoxels; ++number) visit(number);
+    } else {
+      REGKERNELS_NO_UNROLL
+      for (int number = 0; number < kVoxels; ++number) visit(number);
     }
   }
 
@@ -105,7 +134,7 @@ struct ScatterTile {
     REGKERNELS_UNROLL
     for (int k = 0; k < D; ++k) {
       place[k] = cell[k] - origin[k];
-      fits = fits & (place[k] >= 0) & (place[k] < size(k) - 1);
+      fits = fits & (static_cast<unsigned>(place[k]) < size(k) - 1u);
     }
     return fits;
   }
@@ -122,20 +151,18 @@ struct ScatterTile {
     return step * kChannels;
   }
 
-  // Calls body(place in the array, element of the tile), each warp for one row after another.
-  template <class Body>
+  // Calls body(place in the array, element of the tile) for every kCount-th element.
+  template <int kCount, class Body>
   __device__ __forceinline__ void for_each_element(const R& resampling, int channel,
                                                    const Body& body) const {
-    for (int row = threadIdx.x / kWarp; row < kRows; row += kScatterThreads / kWarp) {
-      Vec<int, D> begin = origin;
-      begin[1] += row % Shape::kTileY;
-      if constexpr (D == 3) begin[2] += row / Shape::kTileY;
-      const int64_t start = resampling.in_layout.at(resampling.voxel_offset(begin), channel);
-      REGKERNELS_UNROLL
-      for (int e = 0; e < kRow; e += kWarp) {
-        const int i = e + threadIdx.x % kWarp;
-        if (i < kRow) body(start + i, row * kRow + i);
-      }
+    const int64_t start = resampling.in_layout.at(resampling.voxel_offset(origin), channel);
+    const int row_size = resampling.map.in.size[0], rows = resampling.map.in.size[1];
+#pragma unroll 1
+    for (int i = kCount * threadIdx.x; i < kElements; i += kCount * kScatterThreads) {
+      const int row = i / kRow;
+      const int z = row / Shape::kTileY, y = row - z * Shape::kTileY;
+      const int64_t row_start = static_cast<int64_t>(z * rows + y) * row_size * kChannels;
+      body(start + row_start + (i - row * kRow), i);
     }
   }
 
@@ -160,6 +187,25 @@ struct FloatTarget {
   __device__ __forceinline__ void add_quanta(int64_t place, int quanta, T quantum) const {
     atomicAdd(target + place, static_cast<T>(quanta) * quantum);
   }
+  // Whether four numbers can be added at a time, from a multiple of four on, where rows have so
+  // many.
+  __device__ __forceinline__ bool adds_four(int64_t row_size, int64_t channel_size) const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    return sizeof(T) == 4 && row_size % 4 == 0 && channel_size % 4 == 0 &&
+           reinterpret_cast<uintptr_t>(target) % 16 == 0;
+#else
+    return false;
+#endif
+  }
+  __device__ __forceinline__ void add_four_quanta(int64_t place, const int4& quanta,
+                                                  T quantum) const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const float4 value{
+        static_cast<float>(quanta.x) * quantum, static_cast<float>(quanta.y) * quantum,
+        static_cast<float>(quanta.z) * quantum, static_cast<float>(quanta.w) * quantum};
+    atomicAdd(reinterpret_cast<float4*>(target + place), value);
+#endif
+  }
 };
 
 // The same with the same bits every time: see fixed_point.h.
@@ -182,6 +228,8 @@ struct FixedTarget {
   __device__ __forceinline__ void add_rounded(int64_t place, double value) const {
     atomicAdd(sums + place, static_cast<Fixed>(__double2ll_rn(value * quanta)));
   }
+  static __device__ __forceinline__ bool adds_four(int64_t, int64_t) { return false; }
+  static __device__ __forceinline__ void add_four_quanta(int64_t, const int4&, T) {}
 };
 
 // Adds what one voxel contributes to memory directly.
@@ -204,35 +252,33 @@ __device__ __forceinline__ void add_directly(const R& resampling, const Target& 
 
 // What a block's cotangents are like.
 struct BlockOfCotangents {
-  float largest;  // magnitude; infinite or NaN if any of them is
-  float sum;      // of the magnitudes
-};
+  unsigned largest;  // bits of a magnitude, in whose order infinity and NaN are above all others
+  float sum;         // of the magnitudes
 
-// `shared` holds two numbers for each warp.
-inline __device__ BlockOfCotangents over_block(BlockOfCotangents mine, float* shared) {
-  constexpr int kWarps = kScatterThreads / kWarp;
-  // The bits of magnitudes are in their order, with infinity and NaN above them all.
-  unsigned largest = __float_as_uint(mine.largest);
-  REGKERNELS_UNROLL
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+  __device__ __forceinline__ void add(float cotangent) {
+    const float magnitude = fabsf(cotangent);
+    largest = max(largest, __float_as_uint(magnitude));
+    sum += magnitude;
   }
-  const float sum = warp_sum(mine.sum);
-  if (threadIdx.x % kWarp == 0) {
-    shared[threadIdx.x / kWarp] = __uint_as_float(largest);
-    shared[kWarps + threadIdx.x / kWarp] = sum;
+  // Over all threads; `shared` holds two numbers for each warp.
+  __device__ __forceinline__ BlockOfCotangents over_block(float* shared) const {
+    constexpr int kWarps = kScatterThreads / kWarp;
+    const unsigned of_warp = __reduce_max_sync(0xffffffffu, largest);
+    const float sum_of_warp = warp_sum(sum);
+    if (threadIdx.x % kWarp == 0) {
+      shared[threadIdx.x / kWarp] = __uint_as_float(of_warp);
+      shared[kWarps + threadIdx.x / kWarp] = sum_of_warp;
+    }
+    __syncthreads();
+    BlockOfCotangents result{0, 0};
+    REGKERNELS_UNROLL
+    for (int warp = 0; warp < kWarps; ++warp) {
+      result.largest = max(result.largest, __float_as_uint(shared[warp]));
+      result.sum += shared[kWarps + warp];
+    }
+    return result;
   }
-  __syncthreads();
-  BlockOfCotangents result{0, 0};
-  largest = 0;
-  REGKERNELS_UNROLL
-  for (int warp = 0; warp < kWarps; ++warp) {
-    largest = max(largest, __float_as_uint(shared[warp]));
-    result.sum += shared[kWarps + warp];
-  }
-  result.largest = __uint_as_float(largest);
-  return result;
-}
+};
 
 // The tile of integers, and the numbers of voxels in columns of cells: 2 by 2 in x and y and 1 in
 // z, of which two share a word. The corners of no more than 8 columns meet in a target.
@@ -254,145 +300,166 @@ struct QuantisedTile {
 // The cotangents may be so many times as large as they are on average.
 inline constexpr float kScatterRange = 64;
 
+// What a block of threads works on: one tile of the samples of one batch element. `first_z` and
+// `first_batch` are those of the launch, as a grid has fewer blocks along y and z than there may be
+// tiles and elements.
+struct ScatterLaunch {
+  int tiles_x;
+  int first_z;
+  int64_t first_batch;
+
+  template <class R>
+  __device__ __forceinline__ ScatterTile<R> tile() const {
+    using Shape = typename ScatterTile<R>::Shape;
+    const int tile_y = blockIdx.x / tiles_x, tile_x = blockIdx.x - tile_y * tiles_x;
+    ScatterTile<R> result;
+    result.first = {tile_x * Shape::kBlockX, tile_y * Shape::kBlockY,
+                    first_z + static_cast<int>(blockIdx.y) * Shape::kBlockZ};
+    return result;
+  }
+  __device__ __forceinline__ int64_t batch() const { return first_batch + blockIdx.z; }
+};
+
 template <class R, bool kFixed>
 __global__ void __launch_bounds__(kScatterThreads, ScatterTile<R>::kChannels == 1 ? 5 : 4)
     quantised_scatter_kernel(const __grid_constant__ R resampling,
                              const __grid_constant__ Operand<const typename R::S> grad_output,
                              const __grid_constant__ Operand<typename R::T> grad_input,
                              const __grid_constant__ FixedSums fixed,
-                             const __grid_constant__ VoxelSpace space, int tiles_x) {
+                             const __grid_constant__ VoxelSpace space,
+                             const __grid_constant__ ScatterLaunch launch) {
   using T = typename R::T;
   constexpr int D = R::D;
   using Tile = ScatterTile<R>;
-  using Shape = typename Tile::Shape;
   using Quantised = QuantisedTile<R>;
   constexpr int kChannels = Tile::kChannels;
   __shared__ Quantised shared;
 
-  Tile tile;
-  const int tile_y = blockIdx.x / tiles_x, tile_x = blockIdx.x - tile_y * tiles_x;
-  tile.first[0] = tile_x * Shape::kBlockX;
-  tile.first[1] = tile_y * Shape::kBlockY;
-  const int64_t batch = space.batch();
-  for (int64_t b = blockIdx.z; b < batch; b += gridDim.z) {
-    const int64_t group = space.items == 1 ? b : b / space.items;
-    const int64_t item = space.items == 1 ? 0 : b - group * space.items;
-    const auto source = resampling.element(group, item);
-    const typename R::S* grad = grad_output.at(group, item);
-    const auto target = [&] {
-      T* const sums = source.plane_zero(grad_input.at(group, item));
-      if constexpr (kFixed) {
-        return FixedTarget<T>{source.plane_zero(fixed.sums.at(group, item)), sums,
-                              fixed.quanta(group, item)};
-      } else {
-        return FloatTarget<T>{sums};
-      }
-    }();
-    for (tile.first[2] = blockIdx.y * Shape::kBlockZ; tile.first[2] < space.z;
-         tile.first[2] += gridDim.y * Shape::kBlockZ) {
-      if (threadIdx.x == 0) shared.origin = Tile::find_origin(source, space, tile.first);
-#pragma unroll 1
-      for (int channel = 0; channel < resampling.in_layout.count(); channel += kChannels) {
-        auto load = [&](const Voxel& voxel, T(&g)[kChannels]) {
-          const int64_t here = source.voxel_offset(voxel);
-          REGKERNELS_UNROLL
-          for (int c = 0; c < kChannels; ++c) {
-            g[c] = to_arithmetic(grad[resampling.out_layout.at(here, channel + c)]);
-          }
-        };
-        BlockOfCotangents cotangents{0, 0};
-        tile.for_each(space, [&](const Voxel& voxel) {
-          T g[kChannels];
-          load(voxel, g);
-          REGKERNELS_UNROLL
-          for (int c = 0; c < kChannels; ++c) {
-            const float magnitude = fabsf(g[c]);
-            // NaN has to come through this.
-            cotangents.largest =
-                cotangents.largest < magnitude || isnan(magnitude) ? magnitude : cotangents.largest;
-            cotangents.sum += magnitude;
-          }
-        });
-        cotangents = over_block(cotangents, shared.cotangents);
-        tile.origin = shared.origin;
-        if (cotangents.largest == 0) {
-          __syncthreads();
-          continue;
-        }
-        const float mean = cotangents.sum / (Tile::kBlockVoxels * kChannels);
-        bool fits = cotangents.largest <= kScatterRange * mean && cotangents.largest > 1e-30f &&
-                    cotangents.largest < 1e30f;
-        // The largest cotangent has less than 2^exponent, a target at most 8 times 2^bits of them.
-        const int exponent = (__float_as_int(cotangents.largest) >> 23) - 126;
-        T quantum = 0;
-        bool is_first = true;
-#pragma unroll 1
-        for (int bits = Quantised::kLeastBits; fits; ++bits) {
-          Tile::clear(shared.quanta, Tile::kElements);
-          Tile::clear(shared.counts, Quantised::kCounts);
-          __syncthreads();
-          const int scale_bits = 31 - 3 - bits - exponent;
-          const T scale = __int_as_float((scale_bits + 127) << 23);
-          quantum = __int_as_float((127 - scale_bits) << 23);
-          tile.for_each(space, [&](const Voxel& voxel) {
-            T g[kChannels], weight[1 << D];
-            load(voxel, g);
-            const Vec<int, D> cell =
-                source.corner_weights(source.position(voxel, source.vector(voxel)), weight);
-            Vec<int, D> place;
-            if (tile.find(cell, place)) {
-              int* const corner0 = shared.quanta + Tile::element(place);
-              REGKERNELS_UNROLL
-              for (int c = 0; c < kChannels; ++c) g[c] *= scale;
-              REGKERNELS_UNROLL
-              for (int corner = 0; corner < (1 << D); ++corner) {
-                REGKERNELS_UNROLL
-                for (int c = 0; c < kChannels; ++c) {
-                  atomicAdd(corner0 + Tile::corner_element(corner) + c,
-                            __float2int_rn(weight[corner] * g[c]));
-                }
-              }
-              const int z = D == 3 ? place[D - 1] : 0;
-              const int column = place[0] / 2 + Quantised::kColumnsX *
-                                                    (place[1] / 2 + Quantised::kColumnsY * (z / 2));
-              atomicAdd(shared.counts + column, 1u << 16 * (z & 1));
-            } else if (is_first) {
-              add_directly(resampling, target, cell, channel, weight, g);
-            }
-          });
-          is_first = false;
-          __syncthreads();
-          unsigned most = 0;
-          for (int i = threadIdx.x; i < Quantised::kCounts; i += kScatterThreads) {
-            const unsigned two = shared.counts[i];
-            most = max(most, max(two >> 16, two & 0xffff));
-          }
-          if (!__syncthreads_or(most >> bits)) break;
-          fits = bits < Quantised::kMostBits;
-        }
-        if (!fits) {
-          // What lies outside of the tile may be there already.
-          tile.for_each(space, [&](const Voxel& voxel) {
-            T g[kChannels], weight[1 << D];
-            load(voxel, g);
-            const Vec<int, D> cell =
-                source.corner_weights(source.position(voxel, source.vector(voxel)), weight);
-            Vec<int, D> place;
-            if (is_first || tile.find(cell, place)) {
-              add_directly(resampling, target, cell, channel, weight, g);
-            }
-          });
-          __syncthreads();
-          continue;
-        }
-        tile.for_each_element(resampling, channel, [&](int64_t place, int element) {
-          // What nobody touched may lie outside of the array.
-          const int quanta = shared.quanta[element];
-          if (quanta != 0) target.add_quanta(place, quanta, quantum);
-        });
-        __syncthreads();
-      }
+  Tile tile = launch.tile<R>();
+  const int64_t b = launch.batch();
+  const int64_t group = space.items == 1 ? b : b / space.items;
+  const int64_t item = space.items == 1 ? 0 : b - group * space.items;
+  const auto source = resampling.element(group, item);
+  const typename R::S* const grad = grad_output.at(group, item);
+  const auto target = [&] {
+    T* const sums = source.plane_zero(grad_input.at(group, item));
+    if constexpr (kFixed) {
+      return FixedTarget<T>{source.plane_zero(fixed.sums.at(group, item)), sums,
+                            fixed.quanta(group, item)};
+    } else {
+      return FloatTarget<T>{sums};
     }
+  }();
+#pragma unroll 1
+  for (int channel = 0; channel < resampling.in_layout.count(); channel += kChannels) {
+    const auto load = [&](int64_t offset, T(&g)[kChannels]) {
+      const typename R::S* const here = grad + resampling.out_layout.at(offset, channel);
+      REGKERNELS_UNROLL
+      for (int c = 0; c < kChannels; ++c) g[c] = to_arithmetic(here[c]);
+    };
+    BlockOfCotangents mine{0, 0};
+    // All loads are under way together; what places samples of a field is on its way as well.
+    T g[Tile::kVoxels][kChannels] = {};
+    tile.template for_each<true>(source, space, [&](int number, const Voxel&, int64_t offset) {
+      load(offset, g[number]);
+      if constexpr (kChannels > 1) source.prefetch_vector(offset);
+    });
+    if (channel == 0 && threadIdx.x == 0) {
+      shared.origin = Tile::find_origin(source, space, tile.first);
+    }
+    REGKERNELS_UNROLL
+    for (int number = 0; number < Tile::kVoxels; ++number) {
+      REGKERNELS_UNROLL
+      for (int c = 0; c < kChannels; ++c) mine.add(g[number][c]);
+    }
+    const BlockOfCotangents cotangents = mine.over_block(shared.cotangents);
+    tile.origin = shared.origin;
+    if (cotangents.largest == 0) {
+      __syncthreads();
+      continue;
+    }
+    const float mean = cotangents.sum / (Tile::kBlockVoxels * kChannels);
+    const float largest = __uint_as_float(cotangents.largest);
+    bool fits = largest <= kScatterRange * mean && largest > 1e-30f && largest < 1e30f;
+    // The largest cotangent has less than 2^exponent, a target at most 8 times 2^bits of them.
+    const int exponent = static_cast<int>(cotangents.largest >> 23) - 126;
+    T quantum = 0;
+    bool is_first = true;
+#pragma unroll 1
+    for (int bits = Quantised::kLeastBits; fits; ++bits) {
+      Tile::clear(shared.quanta, Tile::kElements);
+      Tile::clear(shared.counts, Quantised::kCounts);
+      __syncthreads();
+      const int scale_bits = 31 - 3 - bits - exponent;
+      const T scale = __int_as_float((scale_bits + 127) << 23);
+      quantum = __int_as_float((127 - scale_bits) << 23);
+      tile.for_each(source, space, [&](int, const Voxel& voxel, int64_t offset) {
+        T g[kChannels], weight[1 << D];
+        load(offset, g);
+        const Vec<int, D> cell =
+            source.corner_weights(source.position(voxel, source.vector(offset)), weight);
+        Vec<int, D> place;
+        if (tile.find(cell, place)) {
+          int* const corner0 = shared.quanta + Tile::element(place);
+          REGKERNELS_UNROLL
+          for (int c = 0; c < kChannels; ++c) g[c] *= scale;
+          REGKERNELS_UNROLL
+          for (int corner = 0; corner < (1 << D); ++corner) {
+            REGKERNELS_UNROLL
+            for (int c = 0; c < kChannels; ++c) {
+              atomicAdd(corner0 + Tile::corner_element(corner) + c,
+                        __float2int_rn(weight[corner] * g[c]));
+            }
+          }
+          const int z = D == 3 ? place[D - 1] : 0;
+          const int column =
+              place[0] / 2 + Quantised::kColumnsX * (place[1] / 2 + Quantised::kColumnsY * (z / 2));
+          atomicAdd(shared.counts + column, 1u << 16 * (z & 1));
+        } else if (is_first) {
+          add_directly(resampling, target, cell, channel, weight, g);
+        }
+      });
+      is_first = false;
+      __syncthreads();
+      unsigned most = 0;
+      for (int i = threadIdx.x; i < Quantised::kCounts; i += kScatterThreads) {
+        const unsigned two = shared.counts[i];
+        most = max(most, max(two >> 16, two & 0xffff));
+      }
+      if (!__syncthreads_or(most >> bits)) break;
+      fits = bits < Quantised::kMostBits;
+    }
+    if (!fits) {
+      // What lies outside of the tile may be there already.
+      tile.for_each(source, space, [&](int, const Voxel& voxel, int64_t offset) {
+        T g[kChannels], weight[1 << D];
+        load(offset, g);
+        const Vec<int, D> cell =
+            source.corner_weights(source.position(voxel, source.vector(offset)), weight);
+        Vec<int, D> place;
+        if (is_first || tile.find(cell, place)) {
+          add_directly(resampling, target, cell, channel, weight, g);
+        }
+      });
+      __syncthreads();
+      continue;
+    }
+    // What nobody touched may lie outside of the array.
+    const int64_t row_size = resampling.map.in.size[0] * int64_t{kChannels};
+    if (target.adds_four(row_size, resampling.in_layout.channel(channel))) {
+      tile.template for_each_element<4>(resampling, channel, [&](int64_t place, int element) {
+        const int4 quanta = *reinterpret_cast<const int4*>(shared.quanta + element);
+        if ((quanta.x | quanta.y | quanta.z | quanta.w) != 0) {
+          target.add_four_quanta(place, quanta, quantum);
+        }
+      });
+    } else {
+      tile.template for_each_element<1>(resampling, channel, [&](int64_t place, int element) {
+        const int quanta = shared.quanta[element];
+        if (quanta != 0) target.add_quanta(place, quanta, quantum);
+      });
+    }
+    __syncthreads();
   }
 }
 
@@ -402,64 +469,75 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
     scatter_kernel(const __grid_constant__ R resampling,
                    const __grid_constant__ Operand<const typename R::S> grad_output,
                    const __grid_constant__ Operand<typename R::T> grad_input,
-                   const __grid_constant__ VoxelSpace space, int tiles_x) {
+                   const __grid_constant__ VoxelSpace space,
+                   const __grid_constant__ ScatterLaunch launch) {
   using T = typename R::T;
   constexpr int D = R::D;
   using Tile = ScatterTile<R>;
-  using Shape = typename Tile::Shape;
   constexpr int kChannels = Tile::kChannels;
   __shared__ alignas(16) T sums[Tile::kElements];
   __shared__ Vec<int, D> shared_origin;
 
-  Tile tile;
-  const int tile_y = blockIdx.x / tiles_x, tile_x = blockIdx.x - tile_y * tiles_x;
-  tile.first[0] = tile_x * Shape::kBlockX;
-  tile.first[1] = tile_y * Shape::kBlockY;
-  const int64_t batch = space.batch();
-  for (int64_t b = blockIdx.z; b < batch; b += gridDim.z) {
-    const int64_t group = space.items == 1 ? b : b / space.items;
-    const int64_t item = space.items == 1 ? 0 : b - group * space.items;
-    const auto source = resampling.element(group, item);
-    const typename R::S* grad = grad_output.at(group, item);
-    const FloatTarget<T> target{source.plane_zero(grad_input.at(group, item))};
-    for (tile.first[2] = blockIdx.y * Shape::kBlockZ; tile.first[2] < space.z;
-         tile.first[2] += gridDim.y * Shape::kBlockZ) {
-      if (threadIdx.x == 0) shared_origin = Tile::find_origin(source, space, tile.first);
+  Tile tile = launch.tile<R>();
+  const int64_t b = launch.batch();
+  const int64_t group = space.items == 1 ? b : b / space.items;
+  const int64_t item = space.items == 1 ? 0 : b - group * space.items;
+  const auto source = resampling.element(group, item);
+  const typename R::S* const grad = grad_output.at(group, item);
+  const FloatTarget<T> target{source.plane_zero(grad_input.at(group, item))};
+  if (threadIdx.x == 0) shared_origin = Tile::find_origin(source, space, tile.first);
 #pragma unroll 1
-      for (int channel = 0; channel < resampling.in_layout.count(); channel += kChannels) {
-        Tile::clear(sums, Tile::kElements);
-        __syncthreads();
-        tile.origin = shared_origin;
-        tile.for_each(space, [&](const Voxel& voxel) {
-          const int64_t here = source.voxel_offset(voxel);
-          T g[kChannels], weight[1 << D];
-          REGKERNELS_UNROLL
-          for (int c = 0; c < kChannels; ++c) {
-            g[c] = to_arithmetic(grad[resampling.out_layout.at(here, channel + c)]);
-          }
-          const Vec<int, D> cell =
-              source.corner_weights(source.position(voxel, source.vector(voxel)), weight);
-          Vec<int, D> place;
-          if (!tile.find(cell, place)) {
-            return add_directly(resampling, target, cell, channel, weight, g);
-          }
-          T* const corner0 = sums + Tile::element(place);
-          REGKERNELS_UNROLL
-          for (int corner = 0; corner < (1 << D); ++corner) {
-            if (weight[corner] == 0) continue;
-            REGKERNELS_UNROLL
-            for (int c = 0; c < kChannels; ++c) {
-              atomicAdd(corner0 + Tile::corner_element(corner) + c, weight[corner] * g[c]);
-            }
-          }
-        });
-        __syncthreads();
-        tile.for_each_element(resampling, channel, [&](int64_t place, int element) {
-          // What nobody touched may lie outside of the array.
-          if (sums[element] != 0) target.add(place, sums[element]);
-        });
-        __syncthreads();
+  for (int channel = 0; channel < resampling.in_layout.count(); channel += kChannels) {
+    Tile::clear(sums, Tile::kElements);
+    __syncthreads();
+    tile.origin = shared_origin;
+    tile.for_each(source, space, [&](int, const Voxel& voxel, int64_t offset) {
+      T g[kChannels], weight[1 << D];
+      REGKERNELS_UNROLL
+      for (int c = 0; c < kChannels; ++c) {
+        g[c] = to_arithmetic(grad[resampling.out_layout.at(offset, channel + c)]);
       }
+      const Vec<int, D> cell =
+          source.corner_weights(source.position(voxel, source.vector(offset)), weight);
+      Vec<int, D> place;
+      if (!tile.find(cell, place)) {
+        return add_directly(resampling, target, cell, channel, weight, g);
+      }
+      T* const corner0 = sums + Tile::element(place);
+      REGKERNELS_UNROLL
+      for (int corner = 0; corner < (1 << D); ++corner) {
+        if (weight[corner] == 0) continue;
+        REGKERNELS_UNROLL
+        for (int c = 0; c < kChannels; ++c) {
+          atomicAdd(corner0 + Tile::corner_element(corner) + c, weight[corner] * g[c]);
+        }
+      }
+    });
+    __syncthreads();
+    tile.template for_each_element<1>(resampling, channel, [&](int64_t place, int element) {
+      // What nobody touched may lie outside of the array.
+      if (sums[element] != 0) target.add(place, sums[element]);
+    });
+    __syncthreads();
+  }
+}
+
+// Calls launch(grid, ScatterLaunch) until there has been a block for each tile of each batch
+// element.
+template <class Shape, class Launch>
+void for_each_scatter_launch(const VoxelSpace& space, const Launch& launch) {
+  constexpr int64_t kMost = 65535;  // blocks of a grid along y and z
+  const auto tiles = [](int64_t size, int block) { return (size + block - 1) / block; };
+  const int64_t tiles_x = tiles(space.x, Shape::kBlockX), tiles_y = tiles(space.y, Shape::kBlockY),
+                tiles_z = tiles(space.z, Shape::kBlockZ);
+  for (int64_t b = 0; b < space.batch(); b += kMost) {
+    for (int64_t z = 0; z < tiles_z; z += kMost) {
+      const dim3 grid(static_cast<unsigned>(tiles_x * tiles_y),
+                      static_cast<unsigned>(std::min(tiles_z - z, kMost)),
+                      static_cast<unsigned>(std::min(space.batch() - b, kMost)));
+      launch(grid,
+             ScatterLaunch{static_cast<int>(tiles_x), static_cast<int>(z * Shape::kBlockZ), b});
+      check_launch();
     }
   }
 }
@@ -470,29 +548,25 @@ void scatter(const Cuda& device, const VoxelSpace& space, const R& resampling,
              const ScatterWorkspace& workspace) {
   using S = typename R::S;
   using T = typename R::T;
-  using Shape = ScatterShape<T, R::D>;
+  using Shape = typename ScatterTile<R>::Shape;
   clear(device, grad_input);
   if (space.empty()) return;
-  const int64_t tiles_x = (space.x + Shape::kBlockX - 1) / Shape::kBlockX;
-  const int64_t tiles_y = (space.y + Shape::kBlockY - 1) / Shape::kBlockY;
-  const int64_t tiles_z = (space.z + Shape::kBlockZ - 1) / Shape::kBlockZ;
-  const dim3 grid(static_cast<unsigned>(tiles_x * tiles_y),
-                  static_cast<unsigned>(std::min<int64_t>(tiles_z, 65535)),
-                  static_cast<unsigned>(std::min<int64_t>(space.batch(), 65535)));
   const Operand<const S> cotangents(grad_output);
   const Operand<T> sums(grad_input);
   const auto launch = [&](auto is_fixed, const FixedSums& fixed) {
-    if constexpr (sizeof(T) == 4) {
-      quantised_scatter_kernel<R, decltype(is_fixed)::value>
-          <<<grid, kScatterThreads, 0, device.stream>>>(resampling, cotangents, sums, fixed, space,
-                                                        static_cast<int>(tiles_x));
-      check_launch();
-    } else if constexpr (decltype(is_fixed)::value) {
+    if constexpr (sizeof(T) == 8 && decltype(is_fixed)::value) {
       for_each_voxel(device, space, FixedPointScatter<R>{resampling, cotangents, fixed, sums});
     } else {
-      scatter_kernel<<<grid, kScatterThreads, 0, device.stream>>>(resampling, cotangents, sums,
-                                                                  space, static_cast<int>(tiles_x));
-      check_launch();
+      for_each_scatter_launch<Shape>(space, [&](const dim3& grid, const ScatterLaunch& blocks) {
+        if constexpr (sizeof(T) == 4) {
+          quantised_scatter_kernel<R, decltype(is_fixed)::value>
+              <<<grid, kScatterThreads, 0, device.stream>>>(resampling, cotangents, sums, fixed,
+                                                            space, blocks);
+        } else {
+          scatter_kernel<<<grid, kScatterThreads, 0, device.stream>>>(resampling, cotangents, sums,
+                                                                      space, blocks);
+        }
+      });
     }
   };
   if (workspace.fixed_sums->present) {

@@ -54,7 +54,7 @@ def test_compositions_have_the_reference_values_and_gradients(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(6, 77), (3, 4, 77)])
+@pytest.mark.parametrize("shape", [(6, 77), (3, 4, 77), (6, 76), (3, 4, 76)])
 @pytest.mark.parametrize("add", [True, False])
 def test_long_rows_have_the_reference_values_and_gradients(
     backend: Backend, add: bool, shape: tuple[int, ...], dtype: object
