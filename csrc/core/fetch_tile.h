@@ -27,15 +27,24 @@ class TileFetch {
         rows_(rows),
         row_size_(row_size),
         by_four_(row_size % 4 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0) {
-    REGKERNELS_UNROLL
-    for (int turn = 0; turn < kTurns; ++turn) {
-      const int piece = thread + turn * kThreads;
-      const int row = piece / (kCount / 4), e = first + 4 * (piece - row * (kCount / 4));
-      const int y = first_row + row;
-      const bool is_there =
-          piece < kRows * kCount / 4 && y >= 0 && y < rows && e >= 0 && e < row_size;
-      from_[turn] =
-          is_there ? static_cast<int>((static_cast<int64_t>(y) * row_size + e) / 4) : kNothing;
+    if (by_four_) {
+      REGKERNELS_UNROLL
+      for (int turn = 0; turn < kTurns; ++turn) {
+        const int piece = thread + turn * kThreads;
+        const int row = piece / (kCount / 4), e = first + 4 * (piece - row * (kCount / 4));
+        const int y = first_row + row;
+        const bool is_there =
+            piece < kRows * kCount / 4 && y >= 0 && y < rows && e >= 0 && e < row_size;
+        mine_[turn] =
+            is_there ? static_cast<int>((static_cast<int64_t>(y) * row_size + e) / 4) : kNothing;
+      }
+    } else {
+      mine_[0] = 0;
+      REGKERNELS_UNROLL
+      for (int k = 0; k * kWarp < kCount; ++k) {
+        const int column = thread % kWarp + k * kWarp, e = first + column;
+        mine_[0] |= static_cast<int>(column < kCount && e >= 0 && e < row_size) << k;
+      }
     }
   }
 
@@ -44,39 +53,40 @@ class TileFetch {
     if (by_four_) {
       REGKERNELS_UNROLL
       for (int turn = 0; turn < kTurns; ++turn) {
-        if (from_[turn] == kNothing) continue;
+        if (mine_[turn] == kNothing) continue;
         __pipeline_memcpy_async(to + 4 * (thread_ + turn * kThreads),
-                                plane + static_cast<int64_t>(from_[turn]) * 4, 4 * sizeof(float));
+                                plane + static_cast<int64_t>(mine_[turn]) * 4, 4 * sizeof(float));
       }
       return;
     }
-    // The rows do not all begin at a multiple of four numbers. Unrolled, this would take registers
-    // for as many places.
-    int row = thread_ / kCount, column = thread_ - row * kCount;
+    // The rows do not all begin at a multiple of four numbers: a warp takes one after another.
+    // Unrolled, that would take registers from the kernel.
+    const int lane = thread_ % kWarp;
     REGKERNELS_NO_UNROLL
-    for (int i = 0; i < kRows * kCount; i += kThreads) {
-      const int y = first_row_ + row, e = first_ + column;
-      if (row < kRows && y >= 0 && y < rows_ && e >= 0 && e < row_size_) {
-        __pipeline_memcpy_async(to + i + thread_, plane + (static_cast<int64_t>(y) * row_size_ + e),
-                                sizeof(float));
-      }
-      row += kThreads / kCount;
-      column += kThreads % kCount;
-      if (column >= kCount) {
-        column -= kCount;
-        ++row;
+    for (int row = thread_ / kWarp; row < kRows; row += kThreads / kWarp) {
+      const int y = first_row_ + row;
+      if (y < 0 || y >= rows_) continue;
+      const float* const from = plane + (static_cast<int64_t>(y) * row_size_ + first_ + lane);
+      REGKERNELS_NO_UNROLL
+      for (int k = 0; k * kWarp < kCount; ++k) {
+        if (mine_[0] >> k & 1) {
+          __pipeline_memcpy_async(to + row * kCount + lane + k * kWarp, from + k * kWarp,
+                                  sizeof(float));
+        }
       }
     }
   }
 
  private:
-  static_assert(kCount % 4 == 0);
+  static_assert(kCount % 4 == 0 && kThreads % kWarp == 0);
   static constexpr int kTurns = (kRows * kCount / 4 + kThreads - 1) / kThreads;
   static constexpr int kNothing = -1;
 
   int thread_, first_row_, first_, rows_, row_size_;
   bool by_four_;
-  int from_[kTurns];  // four numbers each, within a plane
+  // By four: from where in a plane, counted in fours. Otherwise the first has a bit for each number
+  // that a lane takes of a row, whether it is there.
+  int mine_[kTurns];
 };
 
 }  // namespace regkernels

@@ -2,8 +2,9 @@
 //
 // A block of voxels adds, by way of a warp that does not vary much, to a block of targets of about
 // the same size. It accumulates them in shared memory, in a tile placed about where its central
-// voxel goes, and then adds each touched target to global memory once, in whole rows. What falls
-// outside the tile goes to global memory directly: a wild warp is slower, not wrong.
+// voxel goes, and then adds each touched target to global memory once, in whole rows, four at a
+// time where the GPU does that. What falls outside the tile goes to global memory directly: a wild
+// warp is slower, not wrong.
 //
 // Shared memory adds integers by itself and numbers in floating point not at all: that takes a loop
 // of compare and swap. So the tile of a float32 gradient has integers, multiples of a quantum that

@@ -2,7 +2,7 @@
 #include <type_traits>
 
 #include "core/cuda_runtime.h"
-#include "core/fetch_tile.h"
+#include "core/fetch_row.h"
 #include "core/for_each.h"
 #include "maths/voxel_vectors.h"
 #include "ops/gaussian_smooth/fused.h"
@@ -80,25 +80,30 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, 4)
   const int x = active ? lane_x : space.x - 1;
   const int64_t plane_size = static_cast<int64_t>(space.x) * space.y;
   const int z_begin = blockIdx.y * arguments.depth, z_end = min(z_begin + arguments.depth, space.z);
-  constexpr int kThreads = kWarp * kRowsPerBlock;
-  const int thread = threadIdx.y * kWarp + threadIdx.x;
   for (int64_t b = blockIdx.z; b < space.batch(); b += gridDim.z) {
     const int64_t group = b / space.items;
     const auto item = product.item(group, b - group * space.items);
     T* const output = arguments.output + b * product.volume * 3;
     const auto place = [&](int z) { return memory[static_cast<unsigned>(z + 1) % W::kPlanes]; };
-    const TileFetch<W::kRows, W::kRowSize, kThreads> fetch_displacement(
-        item.displacement, thread, tile_y * kRowsPerBlock - W::kHalo, (tile_x - W::kHaloX) * 3,
-        space.y, 3 * space.x);
-    const TileFetch<kRowsPerBlock, kWarp * 3, kThreads> fetch_pull(
-        item.pull, thread, tile_y * kRowsPerBlock, tile_x * 3, space.y, 3 * space.x);
+    const bool by_four =
+        rows_of_four(item.displacement, 3 * space.x) && rows_of_four(item.pull, 3 * space.x);
     // Of what is not there nothing is fetched or used.
     const auto fetch = [&](int z) {
       if (z >= 0 && z < space.z && z <= z_end) {
-        fetch_displacement(place(z), item.displacement + z * plane_size * 3);
+        const T* const plane = item.displacement + z * plane_size * 3;
+        REGKERNELS_NO_UNROLL
+        for (int row = threadIdx.y; row < W::kRows; row += kRowsPerBlock) {
+          const int from_y = tile_y * kRowsPerBlock + row - W::kHalo;
+          if (from_y < 0 || from_y >= space.y) continue;
+          fetch_row<W::kRowSize>(place(z) + row * W::kRowSize,
+                                 plane + static_cast<int64_t>(from_y) * space.x * 3,
+                                 (tile_x - W::kHaloX) * 3, 3 * space.x, by_four);
+        }
         // What other blocks have of the pull may be overwritten already.
-        if (z >= z_begin && z < z_end) {
-          fetch_pull(place(z) + W::kPull, item.pull + z * plane_size * 3);
+        if (y < space.y && z >= z_begin && z < z_end) {
+          fetch_row<kWarp * 3>(place(z) + W::kPull + threadIdx.y * (kWarp * 3),
+                               item.pull + (z * plane_size + static_cast<int64_t>(y) * space.x) * 3,
+                               tile_x * 3, 3 * space.x, by_four);
         }
       }
       __pipeline_commit();
