@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from jaxreg_cli.libraries import THREAD, begin_to_load
 from jaxreg_cli.telling import aside, logs
+from jaxreg_cli.tracing import begin_early, end_early
 
 if TYPE_CHECKING:
     import typer
@@ -141,7 +142,9 @@ def _run(arguments: Sequence[str] | None) -> NoReturn:
     if missing:
         _fail(f"the command line needs {', '.join(missing)}: pip install 'regkernels[jax,cli]'")
     _ask_for_the_same_bits()
-    if _wants_a_device(list(sys.argv[1:] if arguments is None else arguments)):
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    if _wants_a_device(typed):
+        begin_early(typed)
         begin_to_load()
     try:
         import typer
@@ -169,6 +172,8 @@ def _run(arguments: Sequence[str] | None) -> NoReturn:
         if not error.format_message():  # the help was asked for, by giving no arguments
             raise SystemExit(_BAD_INPUT) from None
         _fail(error.format_message())
+    finally:
+        end_early()
 
 
 def _app(arguments: Sequence[str] | None) -> typer.Typer:

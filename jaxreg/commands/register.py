@@ -61,6 +61,7 @@ from jaxreg.registration.report.page import write_report
 from jaxreg.registration.transforms.resampling import Outside
 from jaxreg.warp import INVERSE_TOLERANCE
 from jaxreg_cli.telling import detail
+from jaxreg_cli.tracing import TracingProcess
 from regkernels import Volume
 from regkernels.files.atomic import atomic_folder
 from regkernels.files.images import check_image_grid
@@ -298,16 +299,16 @@ def register(
         ways = [*given, *(name for name, value in beside.items() if value)]
         if ways:
             raise ValueError(f"--pairs: expected no {ways[0]} beside it")
-        with Compiler(kept) as compiler:
-            return _register_study(pairs, output, asked, jobs, compiler)
+        with TracingProcess.of_command() as tracer, Compiler(kept) as compiler:
+            return _register_study(pairs, output, asked, jobs, compiler, tracer)
     for name in ("FIXED", "MOVING"):
         if name not in given:
             raise ValueError(f"missing argument {name}")
     console = Console(quiet=not devices.is_leader())
     others = also or []
     inputs = _Inputs(given, list(zip(others[::2], others[1::2], strict=True)), initial or [])
-    run = functools.partial(_register_pair, inputs, output, asked, console, stopwatch)
-    with Compiler(kept) as compiler:
+    with TracingProcess.of_command() as tracer, Compiler(kept) as compiler:
+        run = functools.partial(_register_pair, inputs, output, asked, console, stopwatch, tracer)
         try:
             done = compiler.run(run)
         except LostProcessError as error:
@@ -416,7 +417,7 @@ _JUDGING = ("--fixed-labels", "--moving-labels", "--fixed-points", "--moving-poi
 
 
 def _register_study(
-    table: Path, output: Path, asked: _Asked, jobs: int, compiler: Compiler
+    table: Path, output: Path, asked: _Asked, jobs: int, compiler: Compiler, tracer: TracingProcess
 ) -> list[dict[str, Any]]:
     with naming("--pairs"):
         pairs = read_pairs(table)
@@ -430,7 +431,7 @@ def _register_study(
         }
         initial = [str(path) for column, path in pair.files.items() if column == "initial"]
         inputs, console = _Inputs(files, pair.also, initial), Console(quiet=True)
-        run = functools.partial(_register_pair, inputs, folder, asked, console, Stopwatch())
+        run = functools.partial(_register_pair, inputs, folder, asked, console, Stopwatch(), tracer)
         return compiler.run(run).record
 
     asked = asked._replace(wanted=asked.wanted | {RECORD})
@@ -443,6 +444,7 @@ def _register_pair(
     asked: _Asked,
     console: Console,
     stopwatch: Stopwatch,
+    tracer: TracingProcess,
     work: Work,
 ) -> _Done:
     """Register two images, and write what is wanted into a folder."""
@@ -483,6 +485,8 @@ def _register_pair(
         start = Transform.from_parts(fixed.grid, parts, devices=spread)
         work.afterwards = functools.partial(rehearse_images, fixed, moving, asked.wanted)
         work.beside = functools.partial(jax.default_device, target)
+        if target.platform != "cpu":  # for which compilation takes longer than tracing
+            work.tracer = tracer
         with stopwatch.phase("stages"):
             result = register_watched(
                 fixed,

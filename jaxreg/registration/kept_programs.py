@@ -30,7 +30,17 @@ import jaxreg
 import regkernels
 from regkernels.files.atomic import atomic_path
 
-__all__ = ["SUFFIX", "Entry", "Executable", "Key", "digest", "processor", "read", "write"]
+__all__ = [
+    "SUFFIX",
+    "Entry",
+    "Executable",
+    "Key",
+    "digest",
+    "pickled",
+    "processor",
+    "read",
+    "write",
+]
 
 Executable = Callable[..., Any]
 
@@ -69,7 +79,7 @@ class Entry(NamedTuple):
         """Return a program as it is kept; `None` if it cannot be."""
         try:
             entry = cls(key, *serialize_executable.serialize(compiled))
-            _pickled(entry)
+            pickled(entry)
         except Exception:  # there is no list of what a backend raises that has no bytes of it
             return None
         return entry
@@ -107,7 +117,7 @@ def digest(about: Any, device: jax.Device) -> str | None:
     """
     where = device.platform, device.device_kind, device.id, device.client.platform_version
     try:
-        text = _pickled((about, where, _surroundings(device)))
+        text = pickled((about, where, _surroundings(device)))
     except (pickle.PicklingError, AttributeError, TypeError):
         return None
     return hashlib.sha256(text).hexdigest()
@@ -146,7 +156,7 @@ def read(path: Path) -> dict[Key, Entry]:
 
 def write(path: Path, entries: Mapping[Key, Entry]) -> None:
     """Write programs into a file; do without where there is no writing."""
-    text = _pickled([tuple(entry) for entry in entries.values()])
+    text = pickled([tuple(entry) for entry in entries.values()])
     with contextlib.suppress(OSError), atomic_path(path) as beside:
         beside.write_bytes(_HEAD + hashlib.sha256(text).digest() + text)
 
@@ -162,7 +172,8 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def _pickled(value: Any) -> bytes:
+def pickled(value: Any) -> bytes:
+    """Return a pickle that refers to nothing whose sources are not ours, or raise an error."""
     with io.BytesIO() as file:
         _Pickler(file).dump(value)
         return file.getvalue()

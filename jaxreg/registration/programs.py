@@ -6,7 +6,8 @@ a registration runs once with shapes in place of arrays, and what it calls is co
 
 To trace a program and to lower it takes Python longer than XLA takes to load it. So what a command
 has compiled for a registration is kept in one file, and the next registration that is like it
-traces nothing; see `jaxreg.registration.kept_programs`.
+traces nothing; see `jaxreg.registration.kept_programs`. And where there is a process for it, that
+traces some of the programs; see `jaxreg.registration.elsewhere`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextvars
 import dataclasses
 import functools
 import gc
+import inspect
 import os
 import threading
 import time
@@ -23,14 +25,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, ParamSpec, Self, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, Self, TypeVar
 
 import jax
 import jax.monitoring
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxreg.registration import kept_programs
+from jaxreg.registration import elsewhere, kept_programs
 from jaxreg.registration.kept_programs import Entry, Executable, Key
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "Compiler",
     "Fixed",
     "Program",
+    "Tracer",
     "Work",
     "changed_fields",
     "compiling",
@@ -104,6 +107,10 @@ class Program(Generic[_P, _R]):
     ) -> None:
         functools.update_wrapper(self, function)
         self.name = f"{function.__module__}.{function.__qualname__}"
+        self.function = function
+        places = list(inspect.signature(function).parameters)
+        self.donated = tuple(places.index(name) for name in donated)
+        """The places of these arguments."""
         self._like = like
         self._within = jax.jit(function, static_argnames=static)
         self.jitted = self._within
@@ -119,7 +126,9 @@ class Program(Generic[_P, _R]):
                 if work is not None and work.is_over:
                     raise _OverError
                 if work is not None and self._like is not None:
-                    work.put_off(_Call(self, shapes_of(args), static))
+                    call = _Call(self, shapes_of(args), static)
+                    if not work.hand_over(call):
+                        work.put_off(call)
                     return self._like(*args, **static)
                 result: _R = self.jitted(*args, **static)
                 # At once, as the next one takes long to be traced, too.
@@ -201,10 +210,12 @@ class _Call(NamedTuple):
 
     def lowered(self) -> jax.stages.Lowered:
         """Return the program in the form that XLA compiles."""
-        lowered: jax.stages.Lowered = self.program.jitted.lower(
-            *shapes_of(self.args), **self.static
-        )
-        return lowered
+        return _lowered(self.program.jitted, self.args, **self.static)
+
+
+def _lowered(jitted: Any, args: Sequence[Any], **static: Any) -> jax.stages.Lowered:
+    lowered: jax.stages.Lowered = jitted.lower(*shapes_of(args), **static)
+    return lowered
 
 
 def _kind(array: Any) -> jax.ShapeDtypeStruct:
@@ -322,6 +333,24 @@ class _Compiled:
         return self._executable
 
 
+class Tracer(Protocol):
+    """Has programs traced by another process."""
+
+    def submit(self, request: bytes, done: Callable[[bytes | None], None]) -> bool:
+        """Have a request answered; return whether anybody will try.
+
+        Parameters
+        ----------
+        request
+            That of `jaxreg.registration.elsewhere`.
+        done
+            Takes the answer, `None` if there is none; called by any thread.
+        """
+
+    def help(self) -> None:
+        """Take back, and give no answer to, what no process has begun."""
+
+
 class Compiler:
     """Compiles programs, or loads them from a folder, in threads of its own.
 
@@ -406,6 +435,57 @@ class Compiler:
         with self.has_news:
             self.has_news.notify_all()
 
+    def hand_over(
+        self,
+        tracer: Tracer,
+        request: bytes,
+        key: Key,
+        lower: Callable[[bytes | None], jax.stages.Lowered],
+        *,
+        keep: bool,
+        gives_bytes_once: bool,
+    ) -> bool:
+        """Begin to compile a program that another process traces, unless that is done.
+
+        Parameters
+        ----------
+        tracer, request
+            What asks it, for what.
+        key
+            That of the call.
+        lower
+            Of the answer, or of none; called by any thread.
+        keep, gives_bytes_once
+            As for `begin`.
+
+        Returns
+        -------
+        bool
+            Whether it will be compiled.
+        """
+        future: Future[_Compiled] = Future()
+
+        def done(answer: bytes | None) -> None:
+            try:
+                lowered = lower(answer)
+                compiling = self._pool.submit(
+                    self._compiled, key if keep else None, lowered, gives_bytes_once
+                )
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                compiling.add_done_callback(functools.partial(_pass_on, to=future))
+
+        with self._lock:
+            if key in self._programs:
+                return True
+            if not tracer.submit(request, done):
+                return False
+            self._programs[key] = future
+        with self.has_news:
+            self.has_news.notify_all()
+        return True
+
     def _compiled(
         self, key: Key | None, lowered: jax.stages.Lowered, gives_bytes_once: bool
     ) -> _Compiled:
@@ -487,6 +567,16 @@ class Compiler:
                 kept_programs.write(path, entries)
 
 
+def _pass_on(future: Future[_R], to: Future[_R]) -> None:
+    """Give the outcome of a future to another one."""
+    if future.cancelled():
+        to.cancel()
+    elif (error := future.exception()) is not None:
+        to.set_exception(error)
+    else:
+        to.set_result(future.result())
+
+
 def _entry(future: Future[_Compiled] | None) -> Entry | None:
     is_there = future is not None and future.done() and not future.cancelled()
     if future is None or not is_there or future.exception() is not None:
@@ -510,6 +600,10 @@ class Work:
         """Enters, in a thread that rehearses, what this one has entered that JAX keeps for each
         thread: then stages run beside their rehearsal. `None`: it comes before them, in the same
         thread, since nobody else knows what a user has entered."""
+        self.tracer: Tracer | None = None
+        """Has traced what a rehearsal puts off, if stages run beside it."""
+        self._platform: str | None = None
+        """What is lowered for, where another process may do it."""
         self._rehearsal: threading.Thread | None = None
         self._is_rehearsed = True
         self.is_over = False
@@ -549,12 +643,18 @@ class Work:
 
         def call() -> None:
             with without_collections(), self._compiler.tracing():
-                function()
+                try:
+                    function()
+                finally:
+                    if self.tracer is not None:
+                        self.tracer.help()
 
         if self.beside is None:
             call()
             return
         enter = self.beside
+        if self.tracer is not None:
+            self._platform = elsewhere.platform_of(_device())
 
         def call_in_thread() -> None:
             try:
@@ -585,6 +685,36 @@ class Work:
         with self._compiler.has_news:
             self._compiler.has_news.wait_for(is_known)
         jax.monitoring.record_event_duration_secs(WAITED, time.perf_counter() - began)
+
+    def hand_over(self, call: _Call) -> bool:
+        """Have a program traced by another process; return whether one will try."""
+        key, enter = call.key(), self.beside
+        if self.tracer is None or enter is None or key is None or self._platform is None:
+            return False
+        request = elsewhere.request(call.program, key, self._platform)
+        if request is None:
+            return False
+
+        def lower(answer: bytes | None) -> jax.stages.Lowered:
+            if self.is_over:
+                raise _OverError
+            with enter():
+                if answer is not None:
+                    with contextlib.suppress(Exception):
+                        return _lowered(elsewhere.jitted(call.program, answer), call.args)
+                return call.lowered()
+
+        is_begun = self._compiler.hand_over(
+            self.tracer,
+            request,
+            key,
+            lower,
+            keep=self._path is not None,
+            gives_bytes_once=self._gives_bytes_once,
+        )
+        if is_begun:
+            self._used[key] = None
+        return is_begun
 
     def put_off(self, call: _Call) -> None:
         """Have a program compiled when a rehearsal ends."""
