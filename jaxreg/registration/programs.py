@@ -194,10 +194,12 @@ class _Call(NamedTuple):
     def key(self) -> Key | None:
         """Return what tells the compiled program from all others.
 
-        There is none for what is on devices that somebody has chosen.
+        There is none for what is bound to other devices than the one that programs run on. To that
+        one JAX binds the results of programs that another process has traced.
         """
         leaves, tree = jax.tree.flatten(self.args)
-        if any(not hasattr(x, "dtype") or getattr(x, "committed", False) for x in leaves):
+        bound = [x.sharding.device_set for x in leaves if getattr(x, "committed", False)]
+        if any(not hasattr(x, "dtype") for x in leaves) or any(x != {_device()} for x in bound):
             return None
         kinds = tuple((x.shape, x.dtype.name, x.weak_type) for x in map(_kind, leaves))
         is_wide = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]

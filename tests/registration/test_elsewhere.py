@@ -141,6 +141,28 @@ def test_what_another_process_has_traced_is_kept(
     assert_same(again, first)
 
 
+def test_what_follows_a_program_of_another_process_is_not_compiled_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """JAX binds its results to their device, as if somebody had chosen that."""
+    find, missed = programs.Work.find, []
+
+    def found(work: programs.Work, call: programs._Call) -> Any:
+        program = find(work, call)
+        if program is None:
+            missed.append(call.program.name)
+        return program
+
+    monkeypatch.setattr(programs.Work, "find", found)
+    plain()
+    jax.clear_caches()
+    missed.clear()
+    registered(None)
+    expected = list(missed)
+    registered(OfThread(elsewhere.answer))
+    assert missed == 2 * expected
+
+
 def test_a_process_that_is_killed_or_late_changes_nothing() -> None:
     for seconds in (0.0, 1.5, 3.0):
         begun = start()
