@@ -181,15 +181,33 @@ def _rehearse_all(
     watched: bool,
 ) -> None:
     problem = rehearse(_make, shapes, Fixed(options))
-    for number, stage in enumerate(stages, start=1):
+    *others, last = stages
+    ended, expected, ahead = start, start, None
+    if others and work.tracer is not None:
+        # What is waited for is the last stage, whose programs take longest to be compiled. Stages
+        # before it may leave the alignment one of other arrays, and then it is rehearsed again.
+        ahead = _rehearse_last(last, problem, expected, watched)
+    for stage in others:
         if problem is None:
             return
-        if number == len(stages):
-            problem.begin_last_stage()
-        problem, start = rehearse(_stage, stage, problem, start, Fixed(watched)) or (None, None)
+        problem, ended = rehearse(_stage, stage, problem, ended, Fixed(watched)) or (None, None)
+    if ahead is None or jax.tree.flatten(ended) != jax.tree.flatten(expected):
+        ahead = _rehearse_last(last, problem, ended, watched)
+    if ahead is None:
+        return
+    problem, start = ahead
     rehearse(_overlap_of, problem, start)
     if work.afterwards is not None and start is not None:
         work.afterwards(start.displacement, start.inverse_displacement)
+
+
+def _rehearse_last(stage: Stage, problem: Any, start: Any, watched: bool) -> Any:
+    """Return the shapes of what there is after the last stage, `None` if it cannot be rehearsed."""
+    if problem is None:
+        return None
+    problem = jax.tree.map(lambda shape: shape, problem)  # others may be rehearsed with this one
+    problem.begin_last_stage()
+    return rehearse(_stage, stage, problem, start, Fixed(watched))
 
 
 def _make(arrays: dict[str, Any], options: Fixed) -> Problem:

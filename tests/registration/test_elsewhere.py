@@ -26,6 +26,7 @@ from jaxreg.registration import (
     elsewhere,
     programs,
     register,
+    running,
 )
 from jaxreg.registration.programs import Compiler, Program, Tracer, shapes_of
 from jaxreg_cli.tracing import TracingProcess, start
@@ -161,6 +162,30 @@ def test_what_follows_a_program_of_another_process_is_not_compiled_again(
     expected = list(missed)
     registered(OfThread(elsewhere.answer))
     assert missed == 2 * expected
+
+
+@pytest.mark.parametrize(
+    ("stages", "rehearsed"),
+    [
+        (STAGES, ["Greedy", "Moments", "Affine"]),
+        ((Greedy((2,), (4,)), Greedy((2,), (3,))), ["Greedy", "Greedy", "Greedy"]),
+        (STAGES[:1], ["Moments"]),
+    ],
+)
+def test_the_last_stage_is_rehearsed_first_and_again_if_the_alignment_is_another(
+    monkeypatch: pytest.MonkeyPatch, stages: tuple[Stage, ...], rehearsed: list[str]
+) -> None:
+    rehearse, found = running.rehearse, []
+
+    def noted(function: Any, *args: Any) -> Any:
+        if function is running._stage:
+            found.append(type(args[0]).__name__)
+        return rehearse(function, *args)
+
+    monkeypatch.setattr(running, "rehearse", noted)
+    result = registered(OfThread(elsewhere.answer), stages=stages)
+    assert found == rehearsed
+    assert_same(result, registered(None, stages=stages))
 
 
 def test_a_process_that_is_killed_or_late_changes_nothing() -> None:
