@@ -24,7 +24,7 @@ SUFFIX = "-registration"
 """Of the names of files with the programs of a registration."""
 
 _THREAD = "compiler_tracer"
-"""The name of threads that ask: the end of a process does not wait for one that compiles."""
+"""The name of threads that ask: who is interrupted waits for none whose name says it compiles."""
 
 _CODE = "import sys; sys.path[:] = sys.argv[1:]; from jaxreg_cli.tracing import serve; serve()"
 
@@ -148,7 +148,7 @@ class TracingProcess:
     Parameters
     ----------
     begun
-        A process of `start`. Without it one is started when something is asked first, if that pays.
+        A process of `start`. Without it one is started if that pays.
     """
 
     def __init__(self, begun: _Process | None = None) -> None:
@@ -178,6 +178,19 @@ class TracingProcess:
                 _end(self._process)
             self._process.kill()  # the thread, which reads what it writes, does the rest
 
+    def begin(self) -> None:
+        """Begin to ask the process; start one, if none was given and that pays."""
+        with self._changed:
+            if self._thread is not None or self._has_ended:
+                return
+            if self._process is None and _pays():
+                self._process = start()
+            if self._process is not None:
+                self._thread = threading.Thread(
+                    target=self._ask, args=(self._process,), name=_THREAD
+                )
+                self._thread.start()
+
     def submit(self, request: bytes, done: Done) -> bool:
         """Have something answered; return whether anybody will try.
 
@@ -189,9 +202,7 @@ class TracingProcess:
             Called by the thread that asks, or by one that helps.
         """
         with self._changed:
-            if self._thread is None and not self._has_ended:
-                self._begin()
-            if self._has_ended:
+            if self._thread is None or self._has_ended:
                 return False
             self._tasks.append(_Task(request, done))
             self._changed.notify_all()
@@ -205,16 +216,6 @@ class TracingProcess:
                     return
                 task = self._tasks.pop()
             task.done(None)
-
-    def _begin(self) -> None:
-        if self._process is None and _pays():
-            self._process = start()
-        if self._process is None:
-            self._has_ended = True
-            return
-        # As those that compile are called: a process that is interrupted does not wait for it.
-        self._thread = threading.Thread(target=self._ask, args=(self._process,), name=_THREAD)
-        self._thread.start()
 
     def _next(self) -> _Task | None:
         with self._changed:

@@ -93,8 +93,8 @@ class Program(Generic[_P, _R]):
         ``vmap`` the first fields are those of all pairs.
     like
         Returns, of the same arguments, arrays shaped like the results: a rehearsal then goes on
-        without tracing the program, which it does in the end. What comes after it may take longer
-        to be compiled.
+        without tracing the program, which another process does, or this one in the end. What comes
+        after it may take longer to be compiled.
     """
 
     def __init__(
@@ -337,6 +337,9 @@ class _Compiled:
 
 class Tracer(Protocol):
     """Has programs traced by another process."""
+
+    def begin(self) -> None:
+        """Begin to start the process, if nobody has."""
 
     def submit(self, request: bytes, done: Callable[[bytes | None], None]) -> bool:
         """Have a request answered; return whether anybody will try.
@@ -656,6 +659,7 @@ class Work:
             return
         enter = self.beside
         if self.tracer is not None:
+            self.tracer.begin()
             self._platform = elsewhere.platform_of(_device())
 
         def call_in_thread() -> None:

@@ -112,6 +112,7 @@ def test_it_is_begun_neither_for_a_cpu_nor_with_few_cores(
     begin_early(REGISTER)
     assert begun == []
     with TracingProcess() as tracer:  # nor when something is asked
+        tracer.begin()
         assert not tracer.submit(b"", lambda _: None)
     assert begun == []
 
@@ -153,6 +154,7 @@ def test_a_process_that_ends_or_is_silent_gives_no_answer(
         there.set()
 
     with TracingProcess(process) as tracer:
+        tracer.begin()
         assert tracer.submit(b"?", note)
         assert there.wait(30)
         assert answers == [None]
@@ -171,6 +173,7 @@ def test_who_helps_takes_the_last_first() -> None:
     )
     taken: list[int] = []
     with TracingProcess(process) as tracer:
+        tracer.begin()
         for number in range(3):
             assert tracer.submit(b"?", lambda _, number=number: taken.append(number))
         tracer.help()
@@ -213,6 +216,7 @@ def test_it_finds_packages_where_its_starter_does(
     process, there = start(), threading.Event()
     assert process is not None
     with TracingProcess(process) as tracer:
+        tracer.begin()
         assert tracer.submit(b"nonsense", lambda _: there.set())
         assert there.wait(60)
         assert process.poll() is None

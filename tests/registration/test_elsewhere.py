@@ -98,6 +98,9 @@ class OfThread:
         threading.Thread(target=lambda: done(self._answer(request))).start()
         return True
 
+    def begin(self) -> None:
+        pass
+
     def help(self) -> None:
         pass
 
@@ -114,6 +117,7 @@ def process_of(kind: type[TracingProcess]) -> Iterator[TracingProcess]:
     begun = start()
     assert begun is not None
     with kind(begun) as tracer:
+        tracer.begin()
         yield tracer
     begun.wait(timeout=10)
 
