@@ -17,7 +17,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from jaxreg.commands import devices
-from jaxreg.commands.compilation import Cache, NoCache, keep_compiled
+from jaxreg.commands.compilation import Cache, NoCache, keep_registrations
 from jaxreg.commands.devices import Device
 from jaxreg.commands.inputs import naming, parse_clip, read_image, refuse_overwriting
 from jaxreg.commands.progress_bars import for_bars
@@ -25,6 +25,7 @@ from jaxreg.commands.schedules import StageTexts, read_schedule
 from jaxreg.commands.timing import Stopwatch, fact_table
 from jaxreg.registration import Motion, Stage, align_frames
 from jaxreg.registration.motion import DEFAULT_STAGES, HEAD_RADIUS
+from jaxreg.registration.programs import Compiler, Work
 from jaxreg.registration.stages.metrics import MetricName
 from jaxreg_cli.telling import detail
 from regkernels import read_series, write_affine, write_series, write_volume
@@ -137,7 +138,7 @@ def motion(
         raise ValueError(f"--radius: expected a positive number, got {radius}")
     reads = [("SERIES", series)] + ([] if mask is None else [("--mask", mask)])
     refuse_overwriting([output / name for name in _FILES], reads)
-    keep_compiled(cache, no_cache)
+    kept = keep_registrations(cache, no_cache)
     with stopwatch.phase("reading"):
         with naming("SERIES"):
             frames = read_series(series)
@@ -155,21 +156,27 @@ def motion(
         with naming("--output"):
             folder = stack.enter_context(atomic_folder(output, owned=_FILES))
         stack.enter_context(jax.default_device(target))
-        with stopwatch.phase("stages"), _watched(console) as callback:
-            found = align_frames(
-                frames,
-                chosen,
-                reference=to,
-                mask=weights,
-                clip=clipping,
-                block=block,
-                callback=callback,
-            )
-        with stopwatch.phase("results"):
-            aligned, mean = found.aligned, found.mean
+
+        def align(work: Work) -> Motion:
+            with stopwatch.phase("stages"), _watched(console) as callback:
+                found = align_frames(
+                    frames,
+                    chosen,
+                    reference=to,
+                    mask=weights,
+                    clip=clipping,
+                    block=block,
+                    callback=callback,
+                )
+            with stopwatch.phase("results"):
+                found.aligned  # noqa: B018 - the mean follows from the same
+            return found
+
+        with Compiler(kept) as compiler:
+            found = compiler.run(align)
         with stopwatch.phase("writing"):
-            write_series(aligned, folder / _ALIGNED)
-            write_volume(mean, folder / _MEAN)
+            write_series(found.aligned, folder / _ALIGNED)
+            write_volume(found.mean, folder / _MEAN)
             _write_table(found, radius, folder / _TABLE)
             if transforms:
                 _write_transforms(found, output / _TRANSFORMS)

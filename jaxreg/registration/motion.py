@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from jaxreg import interpolate
 from jaxreg.registration.intensities import Clip, check_clip
+from jaxreg.registration.programs import Program, compiling, on_device
 from jaxreg.registration.register_images import check_stages, register_images
 from jaxreg.registration.stages.base import Stage
 from jaxreg.registration.stages.linear import Linear, Rigid
@@ -175,7 +176,16 @@ def align_frames(
     constant = np.flatnonzero(flat.min(axis=1) == flat.max(axis=1))
     if constant.size:
         raise ValueError(f"series: frame {constant[0]}: expected different intensities, got one")
-    passes = _Passes(series, chosen, _weights(mask, series.grid), check_clip(clip), block, callback)
+    weights = _weights(mask, series.grid)
+    passes = _Passes(series, chosen, weights, check_clip(clip), block, callback)
+    with compiling() as work:
+        work.is_kept(align_frames.__name__, passes.shape, weights is not None, chosen, clip)
+        return _in_passes(passes, series, reference)
+
+
+def _in_passes(passes: _Passes, series: Series, reference: int | Literal["mean"]) -> Motion:
+    """Align to the reference, or to the frame in the middle and then to the mean of that."""
+    count = len(series.frames)
     if reference != "mean":
         target = series.volume(int(reference))
         matrices, losses = passes.align(target, np.tile(np.eye(4), (count, 1, 1)), 1)
@@ -203,6 +213,11 @@ class _Passes:
         self._block = min(block or _block(series), len(series.frames))
         self._callback, self._done = callback, 0
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the frames that are aligned at the same time."""
+        return (self._block, *self._series.grid.shape)
+
     def align(
         self, reference: Volume, starts: NDArray[np.float64], passes: int
     ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
@@ -213,7 +228,8 @@ class _Passes:
         centre = np.eye(4)
         centre[:-1, -1] = grid.centre()
         to_physical = np.linalg.solve(centre, grid.normalised_to_physical()).astype(np.float32)
-        fixed = np.asarray(reference.batched()[0])
+        fixed = on_device(np.asarray(reference.batched()[0]))
+        mask = None if self._mask is None else on_device(self._mask)
         shifted = (np.linalg.inv(centre) @ starts @ centre).astype(np.float32)
         found, losses = np.zeros((count, 4, 4)), np.zeros(count, np.float32)
         for first in range(0, count, length):
@@ -221,13 +237,13 @@ class _Passes:
             which = np.minimum(np.arange(first, first + length), count - 1)
             there = which[: min(length, count - first)]
             matrices, ended = _aligned(
-                self._stages,
-                self._clip,
                 fixed,
-                self._mask,
-                to_physical,
-                frames[which].astype(np.float32, copy=False),
-                shifted[which],
+                mask,
+                on_device(to_physical),
+                on_device(frames[which].astype(np.float32, copy=False)),
+                on_device(shifted[which]),
+                stages=self._stages,
+                clip=self._clip,
             )
             found[there] = np.asarray(matrices, np.float64)[: len(there)]
             losses[there] = np.asarray(ended)[: len(there)]
@@ -243,15 +259,16 @@ class _Passes:
         return centre @ found @ np.linalg.inv(centre), losses
 
 
-@functools.partial(jax.jit, static_argnames=("stages", "clip"))
+@functools.partial(Program, static=("stages", "clip"))
 def _aligned(
-    stages: tuple[Stage, ...],
-    clip: Clip,
     fixed: jax.Array,
     mask: jax.Array | None,
     to_physical: jax.Array,
     frames: jax.Array,
     starts: jax.Array,
+    *,
+    stages: tuple[Stage, ...],
+    clip: Clip,
 ) -> tuple[jax.Array, jax.Array]:
     """Align frames ``(N, Z, Y, X)`` to a fixed image ``(1, Z, Y, X)``, from matrices."""
 
@@ -289,7 +306,8 @@ def _moved(
         there = min(length, count - first)
         frames = series.frames[which].astype(np.float32)
         shown, covered = (
-            np.asarray(x)[:there] for x in _sampled(frames, np.float32(affines[which]))
+            np.asarray(x)[:there]
+            for x in _sampled(on_device(frames), on_device(np.float32(affines[which])))
         )
         moved[first : first + there] = shown + (1 - covered) * around
         total += shown.sum(axis=0)
@@ -300,7 +318,7 @@ def _moved(
     return moved, Volume.on_grid(grid, mean)
 
 
-@jax.jit
+@Program
 def _sampled(frames: jax.Array, affines: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return frames ``(N, Z, Y, X)`` elsewhere, 0 where they show nothing, and what they cover."""
 

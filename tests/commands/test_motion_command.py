@@ -6,11 +6,13 @@ import csv
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from command import run
 from scenes import header, physical_grid, scene
 
+from jaxreg.registration import programs
 from regkernels import (
     AffineMap,
     Series,
@@ -96,6 +98,24 @@ def test_known_motions_are_told_and_undone(folder: Path, tmp_path: Path, capsys:
     assert record["framewise displacement (mm)"]["maximum"] == pytest.approx(
         found["framewise_displacement_mm"].max(), abs=1e-5
     )
+
+
+def test_a_second_run_finds_its_programs_without_tracing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["motion", folder / "bold.nii.gz", "--cache", tmp_path / "cache", "-o"]
+    assert run(*command, tmp_path / "first") == 0
+    (kept,) = (tmp_path / "cache").glob("*-registration")
+    written = kept.read_bytes()
+    jax.clear_caches()
+    monkeypatch.setattr(programs._Call, "lowered", lambda _: pytest.fail("traced again"))
+    assert run(*command, tmp_path / "second") == 0
+    assert kept.read_bytes() == written
+    names = ("aligned.nii.gz", "mean.nii.gz", "motion.tsv")
+    first, second = (
+        [(tmp_path / out / n).read_bytes() for n in names] for out in ("first", "second")
+    )
+    assert first == second
 
 
 def test_a_still_series_is_told_to_be_still(folder: Path, tmp_path: Path, capsys: Captured) -> None:
