@@ -25,6 +25,7 @@ Function = Callable[..., Any]
 TWICE = [name for name in OPS if name != "mind_ssc"]
 SAME_AGAIN = 1e-12
 """How far gradients may differ from run to run: those of images add up in any order on a GPU."""
+CUBIC = ["cubic", "b-spline"]
 MAIN = ["interpolate", "compose", "affine_warp", "gaussian_smooth", *LOSSES]
 
 
@@ -139,6 +140,59 @@ def test_of_samples_of_the_nearest_voxel() -> None:
 def test_of_samples_of_an_image_with_an_axis_of_one_voxel() -> None:
     function, image, affine, grid = sampling()
     check(function, image[:, :, :1], affine, grid)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("padding_mode", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize("name", ["interpolate", "compose"])
+@pytest.mark.parametrize("mode", CUBIC)
+def test_of_cubic_samples(mode: str, name: str, padding_mode: str, align_corners: bool) -> None:
+    case = example(
+        name, shape=(4, 5), mode=mode, padding_mode=padding_mode, align_corners=align_corners
+    )
+    check(bound(case), *case.operands)
+
+
+@pytest.mark.parametrize("mode", CUBIC)
+@pytest.mark.parametrize("name", ["interpolate", "compose"])
+def test_of_cubic_samples_in_space(name: str, mode: str) -> None:
+    case = example(name, mode=mode)
+    check(bound(case), *case.operands)
+
+
+@pytest.mark.parametrize("mode", CUBIC)
+def test_of_cubic_samples_of_an_image_with_an_axis_of_one_voxel(mode: str) -> None:
+    function, image, affine, grid = sampling(mode=mode)
+    check(function, image[:, :, :1], affine, grid)
+
+
+@pytest.mark.parametrize("mode", CUBIC)
+def test_of_cubic_samples_where_the_affine_comes_last(mode: str) -> None:
+    check(*sampling(mode=mode, affine_last=True))
+
+
+def test_of_samples_of_coefficients() -> None:
+    check(*sampling(mode="b-spline", prefilter=False))
+
+
+@pytest.mark.parametrize("mode", CUBIC)
+def test_hessians_of_a_sample_are_the_differences_of_its_slopes(mode: Any) -> None:
+    """By all routes."""
+    (image,) = tensors(random_array(0, 1, 1, 9, 9))
+    position, step = torch.tensor([0.25, -0.6], dtype=torch.float64), 1e-5
+
+    def value(position: Tensor) -> Tensor:
+        return torchreg.interpolate(
+            image, grid=(position / 4)[None, None, None], is_displacement=False, mode=mode
+        ).sum()
+
+    slope = grad(value)
+    steps = step * torch.eye(2, dtype=torch.float64)
+    moved = [(slope(position + d) - slope(position - d)) / (2 * step) for d in steps]
+    expected = torch.stack(moved).numpy(force=True)
+    for name, route in ROUTES.items():
+        actual = route(value)(position).numpy(force=True)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-8, err_msg=name)
 
 
 LOSS_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
