@@ -20,6 +20,7 @@ Array = np.ndarray
 Function = Callable[..., Any]
 
 TWICE = [name for name in OPS if name != "mind_ssc"]
+CUBIC = ["cubic", "b-spline"]
 OF_IMAGES = ["interpolate", "gaussian_smooth", *LOSSES]
 
 
@@ -144,7 +145,7 @@ def test_of_samples_of_the_nearest_voxel() -> None:
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("padding_mode", ["zeros", "border", "reflection"])
 @pytest.mark.parametrize("name", ["interpolate", "compose"])
-@pytest.mark.parametrize("mode", ["cubic", "b-spline"])
+@pytest.mark.parametrize("mode", CUBIC)
 def test_of_cubic_samples(mode: str, name: str, padding_mode: str, align_corners: bool) -> None:
     case = example(
         name, shape=(4, 5), mode=mode, padding_mode=padding_mode, align_corners=align_corners
@@ -152,7 +153,7 @@ def test_of_cubic_samples(mode: str, name: str, padding_mode: str, align_corners
     check(bound(case), *case.operands)
 
 
-@pytest.mark.parametrize("mode", ["cubic", "b-spline"])
+@pytest.mark.parametrize("mode", CUBIC)
 def test_of_cubic_samples_in_space(mode: str) -> None:
     case = example("interpolate", mode=mode)
     check(bound(case), *case.operands)
@@ -164,7 +165,7 @@ def test_of_cubic_samples_of_an_image_with_an_axis_of_one_voxel() -> None:
         check(function, image[:, :, :1], affine, grid)
 
 
-@pytest.mark.parametrize("mode", ["cubic", "b-spline"])
+@pytest.mark.parametrize("mode", CUBIC)
 def test_hessians_of_a_sample_are_the_differences_of_its_slopes(mode: str) -> None:
     image = random_array(0, 1, 1, 9, 9)
     position, step = np.array([0.25, -0.6]), 1e-5
@@ -220,10 +221,20 @@ def test_of_losses(key: str) -> None:
         check(bound(case), pred[:1], target)
 
 
-@pytest.mark.parametrize("name", TWICE)
-def test_vmap_of_derivatives_and_derivatives_of_vmap(name: str) -> None:
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        *(pytest.param(name, {}, id=name) for name in TWICE),
+        *(
+            pytest.param(name, {"mode": mode}, id=f"{name}-{mode}")
+            for name in ("interpolate", "compose")
+            for mode in CUBIC
+        ),
+    ],
+)
+def test_vmap_of_derivatives_and_derivatives_of_vmap(name: str, options: dict[str, Any]) -> None:
     """With operands that are not mapped."""
-    case = gentle(name)
+    case = gentle(name, **options)
     function = bound(case)
     first, *others = (operand[:1] for operand in case.operands)
     scales = np.array([0.5, 0.75, 1.0])
