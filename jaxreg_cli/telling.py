@@ -25,6 +25,7 @@ __all__ = [
     "unlogged",
     "wants_details",
     "warn",
+    "warnings_told",
 ]
 
 _BEGAN = time.perf_counter()
@@ -97,6 +98,7 @@ class _Run:
         self.arguments = arguments
         self.verbose = False
         self.log: _Log | None = None
+        self.warnings: list[str] = []
 
 
 _run = _Run()
@@ -195,7 +197,13 @@ def unlogged(stream: Any) -> Any:
 
 def warn(text: str) -> None:
     """Say on stderr what one should know of a result."""
+    _run.warnings.append(text)
     _say(f"jaxreg: warning: {text}")
+
+
+def warnings_told() -> list[str]:
+    """Return what `warn` has said since the command began, for a record."""
+    return list(_run.warnings)
 
 
 def detail(text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from jaxreg.commands.inputs import (
 )
 from jaxreg.registration import outside_values, resample
 from jaxreg.registration.transforms import resampling
+from jaxreg_cli.telling import warnings_told
 from regkernels import write_volume
 from regkernels.files.images import check_image_grid, check_image_name, read_grid
 
@@ -83,7 +84,7 @@ def apply(
     ] = None,
     device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,
     no_cache: NoCache = False,
-) -> None:
+) -> dict[str, Any]:
     r"""Resample IMAGE onto the grid of a reference, through any number of transforms.
 
     Labels and nearest neighbours keep the type of the voxels, all other interpolation writes
@@ -141,3 +142,10 @@ def apply(
         write_volume(moved, output)
     if beyond.any():
         print(f"Outside of IMAGE is {format_values(beyond)}.")
+    return {
+        "inputs": {"IMAGE": str(image), "--reference": str(reference), "--transform": texts},
+        "interpolation": kind,
+        "outside": {"IMAGE": beyond.tolist()},
+        "warnings": warnings_told(),
+        "written": [str(output)],
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from jaxreg.commands import devices
 from jaxreg.commands.devices import Device
 from jaxreg.commands.doubts import listed
 from jaxreg.commands.inputs import naming, read_chain, refuse_overwriting
-from jaxreg_cli.telling import warn
+from jaxreg_cli.telling import warn, warnings_told
 from regkernels import DisplacementField, move_points, read_points, write_points
 from regkernels.files.points import check_points_name
 
@@ -49,7 +49,7 @@ def apply_points(
     device: Annotated[
         Device, typer.Option(help="Where inverses are computed. auto: a GPU if JAX sees one.")
     ] = Device.AUTO,
-) -> None:
+) -> dict[str, Any]:
     r"""Send points through any number of transforms.
 
     Points go the other way than images: the transforms that bring the moving image to the fixed
@@ -81,7 +81,7 @@ def apply_points(
     with naming("--output"):
         check_points_name(given, output)
     moved = given.positions
-    beyond = []
+    beyond: dict[str, list[str]] = {}
     for text, chain in chains:
         covered = np.ones(len(moved), np.bool_)
         for part in chain:
@@ -90,8 +90,15 @@ def apply_points(
             moved = move_points(moved, [part])
         names = [name for name, inside in zip(given.names, covered, strict=True) if not inside]
         if names:
-            beyond.append(f"{text} moves nothing beyond its grid: {listed('point', names)}")
+            beyond[text] = names
     with naming("--output"):
         write_points(given.with_positions(moved), output)
-    for line in beyond:
-        warn(line)
+    for text, names in beyond.items():
+        warn(f"{text} moves nothing beyond its grid: {listed('point', names)}")
+    return {
+        "inputs": {"POINTS": str(points), "--transform": transform},
+        "points": len(moved),
+        "beyond the grid": beyond,
+        "warnings": warnings_told(),
+        "written": [str(output)],
+    }

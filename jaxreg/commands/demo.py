@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,6 +28,7 @@ from jaxreg.registration.report.page import write_report
 from regkernels import Volume, read_volume, rigid_motion, write_displacement, write_volume
 from regkernels.data import load_pair_paths
 from regkernels.files.atomic import atomic_folder
+from regkernels.info import describe
 from regkernels.maps import Part
 
 __all__ = ["demo", "load"]
@@ -81,7 +82,7 @@ def demo(
         ),
     ] = False,
     no_cache: NoCache = False,
-) -> None:
+) -> dict[str, Any]:
     """Register Colin27 to the ICBM152 template: affine, then diffeomorphic.
 
     Writes moved.nii.gz, displacement.nii.gz (an ITK displacement image, mm) and report.png; with
@@ -112,18 +113,25 @@ def demo(
             folder = stack.enter_context(atomic_folder(output_dir))
         stack.enter_context(jax.default_device(target))
         if multimodal:
-            scores, facts = compare_metrics(folder, console, quick)
+            scores, facts, found = compare_metrics(folder, console, quick)
         else:
             fixed, moving = load(
                 _ROTATION if rotation is None else rotation, _SHIFT if shift is None else shift
             )
-            scores, facts = _register(fixed, moving, folder, console, target, quick)
+            scores, facts, found = _register(fixed, moving, folder, console, target, quick)
         written = sorted(path.name for path in folder.iterdir())
     stopwatch.add_rows(facts, devices.describe(target))
     console.print(scores)
     console.print(facts)
     for name in written:
         console.print(output_dir / name, highlight=False, soft_wrap=True, markup=False)
+    return {
+        **found,
+        "seconds": stopwatch.seconds(),
+        "peak memory (MB)": devices.peak_memory(),
+        "versions": {**describe(["jax"]), "device": devices.describe(target)},
+        "written": [str(output_dir / name) for name in written],
+    }
 
 
 def load(rotation: float, shift: float) -> tuple[Volume, Volume]:
@@ -153,8 +161,8 @@ def _register(
     console: Console,
     target: jax.Device,
     quick: bool,
-) -> tuple[Table, Table]:
-    """Register the pair and fill a folder; return the scores, and what else there is to tell."""
+) -> tuple[Table, Table, dict[str, Any]]:
+    """Register the pair and fill a folder; return scores, what else there is to tell, and both."""
     result = register_watched(fixed, moving, _stages(quick), console)
     tell_doubts(result.doubts)
     parts = result.transform.parts
@@ -172,7 +180,13 @@ def _register(
     for name, record in zip(("Moments", "Affine", "Deformable"), result.stages, strict=True):
         facts.add_row(f"{name} stage", f"{record.seconds:.1f} s")
     facts.add_row("Files and report", f"{now - written:.1f} s")
-    return _score_table(scores), facts
+    found: dict[str, Any] = {
+        "scores": {stage: score._asdict() for stage, score in scores.items()},
+        "jacobian": result.folds._asdict(),
+        "doubts": [doubt._asdict() for doubt in result.doubts],
+        "stages": [{"name": stage.name, "seconds": stage.seconds} for stage in result.stages],
+    }
+    return _score_table(scores), facts, found
 
 
 def _stages(quick: bool) -> tuple[Moments, Affine, Greedy]:

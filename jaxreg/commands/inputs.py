@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxreg.registration import invert_part
+from jaxreg.registration import InverseResidual, invert_part
 from jaxreg.registration.intensities import Clip, check_clip
 from jaxreg.registration.transforms.resampling import Outside
 from jaxreg.warp import INVERSE_TOLERANCE
@@ -87,7 +87,7 @@ def read_chain(
                 raise ValueError(
                     f"{option}: {text}: expected a {ndim}-D transform, got {part.ndim}-D"
                 )
-        chain += inverted(parts, text) if text.endswith(_INVERSE) else parts
+        chain += inverted(parts, text)[0] if text.endswith(_INVERSE) else parts
     return tuple(chain)
 
 
@@ -97,9 +97,25 @@ def _kind(part: Part) -> str:
     return f"a displacement field of {' x '.join(map(str, part.grid.shape[::-1]))} voxels"
 
 
-def inverted(parts: Sequence[Part], name: str) -> tuple[Part, ...]:
-    """Invert a chain; say on stderr where a displacement field has no inverse."""
+def inverted(
+    parts: Sequence[Part], name: str
+) -> tuple[tuple[Part, ...], tuple[InverseResidual, ...]]:
+    """Invert a chain; say on stderr where a displacement field has no inverse.
+
+    Parameters
+    ----------
+    parts
+        As a point goes through them.
+    name
+        What they are called in the warning.
+
+    Returns
+    -------
+    parts, residuals
+        The inverses, in the order in which a point goes through them, and how exact each is.
+    """
     result: list[Part] = []
+    residuals: list[InverseResidual] = []
     for part in reversed(parts):
         inverse, residual = invert_part(part, tolerance=INVERSE_TOLERANCE)
         share = float(np.mean(residual > INVERSE_TOLERANCE))
@@ -110,7 +126,8 @@ def inverted(parts: Sequence[Part], name: str) -> tuple[Part, ...]:
                 f"{residual.max():.3g} voxels"
             )
         result.append(inverse)
-    return tuple(result)
+        residuals.append(InverseResidual(share, float(residual.mean()), float(residual.max())))
+    return tuple(result), tuple(residuals)
 
 
 def read_image(path: Path) -> Volume:

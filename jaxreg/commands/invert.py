@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import typer
@@ -12,6 +12,7 @@ from jaxreg.commands import devices
 from jaxreg.commands.compilation import NoCache, keep_compiled
 from jaxreg.commands.devices import Device
 from jaxreg.commands.inputs import inverted, naming, refuse_overwriting
+from jaxreg_cli.telling import warnings_told
 from regkernels import read_transform, write_transform
 from regkernels.files.transforms import check_transform_name
 from regkernels.maps import affine_product
@@ -35,7 +36,7 @@ def invert(
     ],
     device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,
     no_cache: NoCache = False,
-) -> None:
+) -> dict[str, Any]:
     """Invert an affine, or a displacement field on its own grid.
 
     Where a field folds, or sends points beyond its grid, its inverse may be inexact; a warning
@@ -64,6 +65,12 @@ def invert(
         check_transform_name(parts[0], output)
     keep_compiled(None, no_cache)
     with jax.default_device(devices.find(device)):
-        (inverse,) = inverted(parts, str(transform))
+        (inverse,), (residual,) = inverted(parts, str(transform))
     with naming("--output"):
         write_transform(inverse, output)
+    return {
+        "inputs": {"TRANSFORM": str(transform)},
+        "inverse residual (voxels)": residual._asdict(),
+        "warnings": warnings_told(),
+        "written": [str(output)],
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,7 +115,9 @@ def load() -> Scene:
     return Scene(fixed, moving, reference, surface, landmarks)
 
 
-def compare_metrics(folder: Path, console: Console, quick: bool) -> tuple[Table, Table]:
+def compare_metrics(
+    folder: Path, console: Console, quick: bool
+) -> tuple[Table, Table, dict[str, Any]]:
     """Register the shipped CT to the shipped MR by several metrics.
 
     Writes moved.nii.gz, the CT where mutual information brings it from the last start, in
@@ -132,8 +134,9 @@ def compare_metrics(folder: Path, console: Console, quick: bool) -> tuple[Table,
 
     Returns
     -------
-    tuple of Table
-        How far from the reference each start and each metric is, and how long it took.
+    errors, seconds, record
+        How far from the reference each start and each metric is, how long it took, and both for
+        JSON.
     """
     scene = load()
     outcomes: dict[_Metric, list[_Outcome]] = {}
@@ -146,7 +149,13 @@ def compare_metrics(folder: Path, console: Console, quick: bool) -> tuple[Table,
     for metric, each in outcomes.items():
         seconds = sum(outcome.seconds for outcome in each)
         facts.add_row(f"{len(each)} registrations by {_NAMES[metric].lower()}", f"{seconds:.1f} s")
-    return _error_table(scene, outcomes), facts
+    distances: dict[str, list[float]] = {"start": [scene.error(s) for s in scene.starts()]}
+    times: dict[str, float] = {}
+    for metric, each in outcomes.items():
+        distances[metric] = [outcome.error for outcome in each]
+        times[metric] = sum(outcome.seconds for outcome in each)
+    record = {"distance from the reference (mm)": distances, "registrations (s)": times}
+    return _error_table(scene, outcomes), facts, record
 
 
 def _bright(volume: Volume) -> float:

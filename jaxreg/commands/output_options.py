@@ -59,28 +59,24 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
 
 
 def with_output_options(function: Callable[..., Any]) -> Callable[..., None]:
-    """Add these options to a subcommand, ``--json`` if it returns what can be printed so."""
+    """Add these options to a subcommand, which returns what ``--json`` prints."""
     signature = inspect.signature(function, eval_str=True)
-    names = [*_OPTIONS]
-    if signature.return_annotation is None:
-        names.remove("as_json")
 
     @functools.wraps(function)
     def told(*arguments: Any, **options: Any) -> None:
-        asked = {name: options.pop(name) for name in names}
+        asked = {name: options.pop(name) for name in _OPTIONS}
         start_telling(asked["verbose"], asked["log"])
-        with silence() if asked["quiet"] or asked.get("as_json") else nullcontext():
+        with silence() if asked["quiet"] or asked["as_json"] else nullcontext():
             found = function(*arguments, **options)
         if wants_details():
             used = ", ".join(f"{most:.0f} MB of the {name}" for name, most in peak_memory().items())
             detail(f"programs took {compile_seconds():.3f} s; at most {used} were used")
-        if asked.get("as_json"):
+        if asked["as_json"]:
             print(json.dumps(found, indent=2))
 
     more = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
         for name, (kind, default) in _OPTIONS.items()
-        if name in names
     ]
     parameters = [*signature.parameters.values(), *more]
     told.__signature__ = signature.replace(  # type: ignore[attr-defined]

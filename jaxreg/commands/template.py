@@ -165,15 +165,15 @@ def template(
     device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,
     cache: Cache = None,
     no_cache: NoCache = False,
-) -> None:
+) -> dict[str, Any]:
     r"""Build the template of several images: their mean shape and their mean intensity.
 
     Writes template.nii.gz; coverage.nii.gz, the share of the images that has data at each voxel;
-    labels.nii.gz, if there are label maps; template.json, with settings, versions and how far each
-    round has gone; and for each image a folder with its transform (affine.tfm, warp.nii.gz,
-    inverse_warp.nii.gz, from the template to the image) and the image in the template's space,
-    moved.nii.gz. While it runs OUT_DIR/unfinished keeps what is done: after an interruption the
-    same command goes on from there.
+    labels.nii.gz, if there are label maps; template.json, with settings, versions, memory and how
+    far each round has gone; and for each image a folder with its transform (affine.tfm,
+    warp.nii.gz, inverse_warp.nii.gz, from the template to the image) and the image in the
+    template's space, moved.nii.gz. While it runs OUT_DIR/unfinished keeps what is done: after an
+    interruption the same command goes on from there.
 
     Examples
     --------
@@ -251,7 +251,11 @@ def template(
                     "clip": clipping,
                 }
                 facts = {**describe(["jax"]), "device": devices.describe(target)}
-                record = _record(result, settings, chosen, folders, labels, facts)
+                record = {
+                    **_record(result, settings, chosen, folders, labels, facts),
+                    "seconds": stopwatch.seconds(),
+                    "peak memory (MB)": devices.peak_memory(),
+                }
                 (beside / _RECORD).write_text(f"{json.dumps(record, indent=2)}\n")
                 written = sorted(path.name for path in beside.iterdir())
     store.clear()
@@ -260,6 +264,7 @@ def template(
         tell_doubts(doubts, name)
     for path in [*(output / name for name in written), *folders]:
         console.print(path, highlight=False, soft_wrap=True, markup=False)
+    return record
 
 
 class _Files(Sequence[Volume]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import pickle
@@ -16,7 +15,7 @@ import jax.monitoring
 import numpy as np
 import pytest
 from command import run
-from jax.experimental.compilation_cache import compilation_cache
+from programs import compiled_programs, forgetting_programs
 from scipy.ndimage import gaussian_filter
 
 from jaxreg.commands import compilation
@@ -121,38 +120,10 @@ def test_of_a_folder_that_is_too_large_what_was_used_last_is_left(tmp_path: Path
     assert [path.name for path in kept(tmp_path)] == [f"{age}-cache" for age in range(4)]
 
 
-@contextlib.contextmanager
-def compiled_programs() -> Iterator[list[str]]:
-    """The names of the programs that JAX traces, compiles or loads meanwhile, in any thread."""
-    names: list[str] = []
-
-    def listen(event: str, seconds: float, **about: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(str(about.get("fun_name")))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
 @pytest.fixture
 def forgetful() -> Iterator[None]:
-    """JAX without what it has compiled, before and after, and with the options that it had."""
-    names = (
-        "jax_enable_compilation_cache",
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    options = {name: getattr(jax.config, name) for name in names}
-    jax.clear_caches()
-    compilation_cache.reset_cache()
-    yield
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    with forgetting_programs():
+        yield
 
 
 def test_a_registration_finds_what_was_compiled_in_the_folder_that_it_is_told(

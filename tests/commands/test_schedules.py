@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import run
@@ -161,3 +162,32 @@ def test_a_registration_is_repeated_from_its_record(tmp_path: Path) -> None:
     assert run("register", *paths, "--like", record, "-o", again) == 0
     for name in ("affine.tfm", "warp.nii.gz", "moved.nii.gz"):
         assert (first / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_steps_and_smoothing_that_are_typed_are_those_of_the_record_and_are_taken(
+    tmp_path: Path,
+) -> None:
+    paths = write_shifted_pair(tmp_path)
+    schedule = {"scales": [2], "iterations": [5]}
+    linear, typed = {"learning_rate": 0.02}, {"learning_rate": 0.3, "field_sigma": 1.5}
+    typed["gradient_sigma"] = 2.5
+
+    def registered(name: str, *more: dict[str, float]) -> tuple[list[dict[str, Any]], bytes]:
+        stages = []
+        for stage, settings in zip(("affine", "greedy"), more, strict=True):
+            words = [f"{key}={value}" for key, value in settings.items()]
+            stages += ["--stage", " ".join([stage, "scales=2 iterations=5", *words])]
+        out = tmp_path / name
+        assert run("register", *paths, *stages, "--device", "cpu", "-o", out) == 0
+        record = json.loads((out / "registration.json").read_text())
+        return [x["settings"] for x in record["stages"]], (out / "warp.nii.gz").read_bytes()
+
+    affine, greedy = registered("typed", linear, typed)[0]
+    assert schedule.items() <= affine.items() and linear.items() <= affine.items()
+    assert schedule.items() <= greedy.items() and typed.items() <= greedy.items()
+    warps = [registered("typed again", linear, typed)[1], registered("default", {}, {})[1]]
+    for name, value in typed.items():
+        settings, warp = registered(name, linear, {name: value})
+        assert settings[1][name] == value
+        warps.append(warp)
+    assert len(set(warps)) == len(warps)  # each of them counts

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from command import run
+from programs import compiled_programs, forgetting_programs
 from scenes import header, physical_grid, scene
 
 from regkernels import write_volume
@@ -59,6 +61,44 @@ def test_each_pair_is_registered_as_it_would_be_alone(folder: Path, capsys: Capt
     rows = table(folder)
     assert [(row["name"], row["status"]) for row in rows] == [("one", "done"), ("two", "done")]
     assert all(float(row["seconds"]) > 0 and float(row["greedy loss"]) < 0 for row in rows)
+
+
+def write_round(folder: Path, count: int) -> None:
+    """Write a table of the first pairs among the three images, all of one shape."""
+    pairs = [("atlas", "one"), ("atlas", "two"), ("one", "two"), ("two", "atlas")][:count]
+    rows = [f"{a}_{b},{a}.nii.gz,{b}.nii.gz" for a, b in pairs]
+    write_pairs(folder, "\n".join(["name,fixed,moving", *rows, ""]))
+
+
+def test_pairs_of_one_shape_are_compiled_once(folder: Path) -> None:
+    compiled = []
+    for count in (1, 4):
+        write_round(folder, count)
+        with forgetting_programs(), compiled_programs() as programs:
+            assert study(folder, "--jobs", 2, "--no-cache") == 0
+        compiled.append(sorted(programs))
+        assert [row["status"] for row in table(folder)] == ["done"] * count
+        shutil.rmtree(folder / "out")
+    alone, several = compiled
+    assert len(alone) > 5 and several == alone
+
+
+def test_two_jobs_write_the_same_bytes_as_one(folder: Path) -> None:
+    write_round(folder, 4)
+    found = []
+    for jobs in (1, 2):
+        assert study(folder, "--jobs", jobs) == 0
+        out = folder / "out"
+        found.append(
+            {
+                str(path.relative_to(out)): path.read_bytes()
+                for path in sorted(out.rglob("*"))
+                if path.suffix in (".gz", ".tfm")
+            }
+        )
+        shutil.rmtree(out)
+    assert len(found[0]) == 4 * 5
+    assert found[0] == found[1]
 
 
 def test_the_same_command_goes_on_where_it_was_stopped(folder: Path) -> None:

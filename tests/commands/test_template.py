@@ -96,6 +96,8 @@ def test_the_record_tells_rounds_settings_and_versions(built: Path) -> None:
     assert record["settings"]["start"] == "centres"
     assert [stage["name"] for stage in record["stages"]] == ["translation", "greedy"]
     assert "regkernels" in record["versions"]
+    assert 50 < record["peak memory (MB)"]["host"] < 1e6
+    assert 0 < record["seconds"]["compilation"] < record["seconds"]["total"]
     assert all(isinstance(image["doubts"], list) for image in record["images"])
 
 
