@@ -471,7 +471,10 @@ def test_one_tensor_may_be_passed_twice() -> None:
     check(lambda u: torchreg.compose(u, u), field.numpy(force=True))
 
 
-REFUSED = "torchreg: {}(: forward mode is not supported| can be differentiated once, not twice)"
+REFUSED = (
+    "torchreg: {}(: forward mode is not supported| can be differentiated once, not twice) "
+    r"within torch\.compile"
+)
 
 
 @pytest.mark.parametrize("name", MAIN)

@@ -231,6 +231,9 @@ def _each_once(arguments: Sequence[torch.Tensor | None]) -> list[torch.Tensor | 
     return seen
 
 
+_COMPILED = " within torch.compile"
+
+
 def _dispatch(
     name: str, operands: Sequence[torch.Tensor | None], attributes: dict[str, Any]
 ) -> torch.Tensor:
@@ -252,10 +255,10 @@ def _dispatch(
             # and cannot with autograd functions.
             return result(op, call(name, arguments, attributes, op.wanted(()), False))
     elif transforms()[2]:
-        raise no_forward_mode(name)
+        raise no_forward_mode(name, _COMPILED)
     elif transforms()[1] > 1:
         # A compiler traces a backward pass without its tie to the second derivative.
-        raise not_twice(name)
+        raise not_twice(name, _COMPILED)
     elif True not in needs or torch.compiler.is_exporting():
         # With autograd functions a strict export would detach the result without a word.
         return result(op, call(name, arguments, attributes, op.wanted(()), False))

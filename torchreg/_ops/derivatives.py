@@ -20,17 +20,17 @@ from torchreg._ops.torch_internals import may_enter_forward_mode
 Function = Callable[..., Any]
 
 
-def no_forward_mode(op: str) -> NotImplementedError:
-    """Return the error that refuses forward mode."""
+def no_forward_mode(op: str, where: str = "") -> NotImplementedError:
+    """Return the error that refuses forward mode, if only somewhere."""
     return NotImplementedError(
-        f"torchreg: {op}: forward mode is not supported; derivatives come in reverse mode, by "
-        "backward(), torch.autograd.grad, torch.func.grad or torch.func.vjp"
+        f"torchreg: {op}: forward mode is not supported{where}; derivatives come in reverse mode, "
+        "by backward(), torch.autograd.grad, torch.func.grad or torch.func.vjp"
     )
 
 
-def not_twice(op: str) -> RuntimeError:
-    """Return the error that refuses a second derivative."""
-    return RuntimeError(f"torchreg: {op} can be differentiated once, not twice")
+def not_twice(op: str, where: str = "") -> RuntimeError:
+    """Return the error that refuses a second derivative, if only somewhere."""
+    return RuntimeError(f"torchreg: {op} can be differentiated once, not twice{where}")
 
 
 # Its type allows for a third result, which nothing here asks for.
