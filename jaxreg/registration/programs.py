@@ -199,7 +199,8 @@ class _Call(NamedTuple):
         """
         leaves, tree = jax.tree.flatten(self.args)
         bound = [x.sharding.device_set for x in leaves if getattr(x, "committed", False)]
-        if any(not hasattr(x, "dtype") for x in leaves) or any(x != {_device()} for x in bound):
+        devices = frozenset().union(*bound)
+        if any(not hasattr(x, "dtype") for x in leaves) or (devices and devices != {_device()}):
             return None
         kinds = tuple((x.shape, x.dtype.name, x.weak_type) for x in map(_kind, leaves))
         is_wide = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
