@@ -181,6 +181,19 @@ def _rehearse_all(
     watched: bool,
 ) -> None:
     problem = rehearse(_make, shapes, Fixed(options))
+    if stages:
+        problem, start = _rehearse_stages(work, problem, start, stages, watched) or (None, None)
+    if problem is None:
+        return
+    rehearse(_overlap_of, problem, start)
+    if work.afterwards is not None and start is not None:
+        work.afterwards(start.displacement, start.inverse_displacement)
+
+
+def _rehearse_stages(
+    work: Work, problem: Any, start: Any, stages: Sequence[Stage], watched: bool
+) -> Any:
+    """Return the shapes of what there is after the stages, `None` if one cannot be rehearsed."""
     *others, last = stages
     ended, expected, ahead = start, start, None
     if others and work.tracer is not None:
@@ -189,16 +202,11 @@ def _rehearse_all(
         ahead = _rehearse_last(last, problem, expected, watched)
     for stage in others:
         if problem is None:
-            return
+            return None
         problem, ended = rehearse(_stage, stage, problem, ended, Fixed(watched)) or (None, None)
     if ahead is None or jax.tree.flatten(ended) != jax.tree.flatten(expected):
         ahead = _rehearse_last(last, problem, ended, watched)
-    if ahead is None:
-        return
-    problem, start = ahead
-    rehearse(_overlap_of, problem, start)
-    if work.afterwards is not None and start is not None:
-        work.afterwards(start.displacement, start.inverse_displacement)
+    return ahead
 
 
 def _rehearse_last(stage: Stage, problem: Any, start: Any, watched: bool) -> Any:
