@@ -74,7 +74,7 @@ class Diffeomorphic(Deformable):
                 f"moments_dtype: expected float32 or bfloat16, got {self.moments_dtype!r}"
             )
 
-    def begin(self, level: Level, resolution: Resolution) -> State:
+    def begin(self, level: Level, resolution: Resolution, measured: None) -> State:
         """Return fields of zero, ``(fields, [Z,] Y, X, D)``."""
         zero = spread(jnp.zeros((self.fields, *level.shape, level.ndim), jnp.float32), 1)
         return State(zero, no_moments(zero.astype(self.moments_dtype)))

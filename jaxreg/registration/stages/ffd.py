@@ -114,7 +114,7 @@ class FFD(Deformable):
             )
         return found
 
-    def begin(self, level: Level, resolution: Resolution) -> State:
+    def begin(self, level: Level, resolution: Resolution, measured: None) -> State:
         """Return control points that do not move anything."""
         spacing = tuple(map(float, self._steps(level.ndim)))
         lattice = Lattice(resolution.whole, spacing, self._doublings(resolution.scale))

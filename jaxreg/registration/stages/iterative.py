@@ -171,8 +171,12 @@ class Iterative(Stage):
         """Return a level with what the stage needs to know of it before its iterations."""
         return level
 
+    def measured(self, level: Level) -> Any:
+        """Return what `begin` asks of the images, by programs that other stages call as well."""
+        return None
+
     @abc.abstractmethod
-    def begin(self, level: Level, resolution: Resolution) -> State:
+    def begin(self, level: Level, resolution: Resolution, measured: Any) -> State:
         """Return what the iterations change, before the first of them."""
 
     @abc.abstractmethod
@@ -274,7 +278,10 @@ class Iterative(Stage):
     ) -> tuple[Level, State]:
         """Return a level as the iterations take it, and what they change."""
         resolution = Resolution(shape, scale)
-        added, state = _begun(self, level, state, resolution=resolution, is_prepared=is_prepared)
+        measured = self.measured(level) if state is None else None
+        added, state = _begun(
+            *(self, level, state, measured), resolution=resolution, is_prepared=is_prepared
+        )
         return level._replace(**added), state
 
     def _iterated(
@@ -404,6 +411,7 @@ def _begun(
     stage: Iterative,
     level: Level,
     state: State | None,
+    measured: Any,
     *,
     resolution: Resolution,
     is_prepared: bool = False,
@@ -411,7 +419,7 @@ def _begun(
     """Return what a stage adds to a level before its iterations, and their state."""
     prepared = level if is_prepared else stage.prepared(level)
     if state is None:
-        begun = stage.begin(prepared, resolution)
+        begun = stage.begin(prepared, resolution, measured)
     else:
         begun = stage.resized(state, level.shape, resolution)
     return changed_fields(level, prepared), begun

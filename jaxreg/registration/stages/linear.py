@@ -41,7 +41,7 @@ from jaxreg.registration.stages.levenberg_marquardt import (
 )
 from jaxreg.registration.stages.matrices import matmul
 from jaxreg.registration.stages.metrics import NCC, Metric, MetricField
-from jaxreg.registration.stages.moments import centre_of_mass
+from jaxreg.registration.stages.moments import centre_of_mass, moments_of_mass
 from jaxreg.registration.stages.problem import Alignment, Level, Probe, Weighted, charged
 from jaxreg.registration.stages.pyramid import level_shape, resize_field, resize_image
 
@@ -163,11 +163,15 @@ class Linear(Iterative):
     def _parameters(self, ndim: int) -> _Parameters:
         """Return the parameters of no motion."""
 
-    def begin(self, level: Level, resolution: Resolution) -> State:
+    def measured(self, level: Level) -> jax.Array:
+        """Return the mean place of the fixed image's mass, in normalised coordinates."""
+        return moments_of_mass(level.fixed, level.fixed_mask).mean
+
+    def begin(self, level: Level, resolution: Resolution, measured: jax.Array) -> State:
         """Return the parameters of no motion, about the fixed image's centre of mass."""
         plane = level.plane()
         parameters = self._parameters(level.ndim if plane is None else 2)
-        centre = centre_of_mass(level.fixed, level.fixed_mask, level.to_physical)
+        centre = centre_of_mass(measured, level.to_physical)
         length = jnp.linalg.norm(level.to_physical[:-1, :-1])
         motion = _Motion(parameters, centre, length, plane, _copy(parameters))
         return State(motion, self._nothing_known(parameters))

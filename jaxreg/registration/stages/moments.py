@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jaxreg.registration.stages.metrics import NCC, MetricField
 from jaxreg.registration.stages.problem import Alignment, Level, Problem, charged
 from jaxreg.registration.stages.pyramid import FEW_CHANNELS
 
-__all__ = ["Moments", "centre_and_covariance", "centre_of_mass"]
+__all__ = ["Moments", "centre_and_covariance", "centre_of_mass", "moments_of_mass"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,11 @@ class Moments(Stage):
     ) -> tuple[Alignment, tuple[Trace, ...]]:
         """Return the best alignment; its trace has the losses at the start and at the end."""
         stage = self.for_scale(self.scale)
-        matrix, losses = _best(stage, problem.level(self.scale, alignment, stage.metric))
+        level = problem.level(self.scale, alignment, stage.metric)
+        # One program for both images where they have one shape, and for a linear stage after this.
+        of_fixed = moments_of_mass(level.fixed, level.fixed_mask)
+        of_moving = moments_of_mass(level.moving, level.moving_mask)
+        matrix, losses = _best(stage, level, of_fixed, of_moving)
         if callback is not None:
             callback(Progress(self.name, self.scale, 1, 1, losses))
         trace = Trace(losses, on_device(np.int32(2)), on_device(np.bool_(True)))
@@ -84,9 +88,11 @@ class Moments(Stage):
 
 
 @Program
-def _best(stage: Moments, level: Level) -> tuple[jax.Array, jax.Array]:
-    fixed = centre_and_covariance(level.fixed, level.fixed_mask, level.to_physical)
-    moving = centre_and_covariance(level.moving, level.moving_mask, inverse(level.to_moving))
+def _best(
+    stage: Moments, level: Level, of_fixed: MassMoments, of_moving: MassMoments
+) -> tuple[jax.Array, jax.Array]:
+    fixed = of_fixed.in_space(level.to_physical)
+    moving = of_moving.in_space(inverse(level.to_moving))
     plane = level.plane()
     linear = level.matrix[:-1, :-1]
     if plane is None:
@@ -135,7 +141,7 @@ def _about(turn: jax.Array, fixed: jax.Array, moving: jax.Array) -> jax.Array:
 
 def _rotations(fixed: jax.Array, moving: jax.Array) -> list[jax.Array]:
     """Return the rotations that turn the principal axes of one covariance onto the other's."""
-    source, target = principal_axes(fixed), principal_axes(moving)
+    source, target = jax.vmap(principal_axes)(jnp.stack([fixed, moving]))
     signs = (s for s in itertools.product((1, -1), repeat=len(fixed)) if math.prod(s) == 1)
     return [matmul(target * jnp.asarray(s, target.dtype), source.T) for s in signs]
 
@@ -174,22 +180,37 @@ def centre_and_covariance(
     centre, covariance
         ``(D,)`` and ``(D, D)``. An image without mass has its centre in the middle.
     """
+    return moments_of_mass(image, mask).in_space(to_physical)
+
+
+def centre_of_mass(mean: jax.Array, to_physical: jax.Array) -> jax.Array:
+    """Return where normalised coordinates ``(D,)``, such as a mean, are in physical space."""
+    centre: jax.Array = (to_physical[:-1, :-1] * mean).sum(axis=1) + to_physical[:-1, -1]
+    return centre
+
+
+class MassMoments(NamedTuple):
+    """What the mass of an image has about it, in normalised coordinates."""
+
+    mean: jax.Array
+    """``(D,)``."""
+    covariance: jax.Array
+    """``(D, D)``."""
+
+    def in_space(self, to_physical: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the centre of mass and the covariance in physical space."""
+        linear = to_physical[:-1, :-1]
+        covariance = matmul(linear, matmul(self.covariance, linear.T))
+        return centre_of_mass(self.mean, to_physical), covariance
+
+
+@Program
+def moments_of_mass(image: jax.Array, mask: jax.Array | None) -> MassMoments:
+    """Return the mean and the covariance of the mass of an image; see `centre_and_covariance`."""
     mass, coordinates, mean = _distribution(image, mask)
     centred = [c - m for c, m in zip(coordinates, mean, strict=True)]
     rows = [jnp.stack([(mass * a * b).sum() for b in centred]) for a in centred]
-    linear = to_physical[:-1, :-1]
-    covariance = matmul(linear, matmul(jnp.stack(rows), linear.T))
-    return _in_space(mean, to_physical), covariance
-
-
-def centre_of_mass(image: jax.Array, mask: jax.Array | None, to_physical: jax.Array) -> jax.Array:
-    """Return the first of what `centre_and_covariance` returns, and compute nothing else."""
-    return _in_space(_distribution(image, mask)[2], to_physical)
-
-
-def _in_space(mean: jax.Array, to_physical: jax.Array) -> jax.Array:
-    centre: jax.Array = (to_physical[:-1, :-1] * mean).sum(axis=1) + to_physical[:-1, -1]
-    return centre
+    return MassMoments(mean, jnp.stack(rows))
 
 
 def _distribution(
