@@ -7,10 +7,11 @@ resolution; no test of convergence. The moving image is a turned and bent copy o
 first run compiles; the others are timed, with both images on the device when they begin.
 
 For every stage: seconds, and milliseconds per iteration. For every level of it: milliseconds per
-iteration, with the level alone, less what the stage takes without iterations. Peak memory is what
-XLA's allocator has handed out at once, images included, in the timed runs and the first one (CUDA
-only). Then the same in one compiled program, `register_images` under ``jax.jit``: seconds, and the
-memory that XLA plans for it. The correlation with the fixed image tells that work was done.
+iteration, with the level alone, less what the stage takes without iterations; the same for a volume
+of 64x64x64. Peak memory is what XLA's allocator has handed out at once, images included, in the
+timed runs and the first one (CUDA only). Then the same in one compiled program, `register_images`
+under ``jax.jit``: seconds, and the memory that XLA plans for it. The correlation with the fixed
+image tells that work was done.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ from jaxreg.registration import (
 from regkernels import Volume
 
 SCALES = (4.0, 2.0, 1.0)
-PARTS = ("register", "levels", "program")
+PARTS = ("register", "levels", "small", "program")
+SMALL = (64, 64, 64)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -131,9 +133,13 @@ def measure_register(
 
 
 def measure_levels(
-    record: Record, pair: tuple[Volume, Volume], stages: Sequence[Iterative], repeats: int
+    record: Record,
+    pair: tuple[Volume, Volume],
+    stages: Sequence[Iterative],
+    repeats: int,
+    of: str = "",
 ) -> None:
-    """Measure an iteration of each level of each stage."""
+    """Measure an iteration of each level of each stage; name what of, if not the scale."""
     for stage in stages:
         for scale, iterations in zip(stage.scales, stage.iterations, strict=True):
             with_and_without = []
@@ -144,7 +150,7 @@ def measure_levels(
                     min(register(*pair, [level]).stages[0].seconds for _ in range(repeats))
                 )
             ms = (with_and_without[0] - with_and_without[1]) / iterations * 1e3
-            name = f"{stage.name} 1/{scale:g}"
+            name = f"{stage.name} {of or f'1/{scale:g}'}"
             record.add(f"iteration of {name}", "jaxreg", ms=ms)
             print(f"{name:<18} {'':8}    {ms:8.3f} ms/iteration", flush=True)
 
@@ -208,6 +214,14 @@ def main() -> None:
             del result
         if "levels" in arguments.only:
             measure_levels(record, pair, stages, arguments.repeats)
+        if "small" in arguments.only:
+            # What is launched, and not the voxels, takes the time of a volume as small as this.
+            full = [
+                dataclasses.replace(stage, scales=(1.0,), iterations=(arguments.iterations[0],))
+                for stage in stages
+            ]
+            of = "at " + "x".join(map(str, SMALL))
+            measure_levels(record, make_pair(SMALL), full, arguments.repeats, of)
         if "program" in arguments.only:
             measure_program(record, pair, stages, arguments.repeats)
     record.write()
