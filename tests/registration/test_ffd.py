@@ -182,7 +182,7 @@ def lattices(stage: FFD, shape: tuple[int, ...]) -> list[Lattice]:
     for scale in stage.scales:
         level, resolution = problem.level(scale, problem.start()), Resolution(shape, scale)
         state = (
-            stage.begin(level, resolution)
+            stage.begin(level, resolution, None)
             if state is None
             else stage.resized(state, level.shape, resolution)
         )
@@ -229,7 +229,7 @@ def test_the_gradient_of_the_loss_is_exact(dim: int, before: bool) -> None:
         start = start._replace(displacement=earlier)
     stage = FFD((1,), (1,), metric=MSE(), spacing=6.0, beta1=0.0, regularisation=Bending(0.3))
     level = stage.prepared(problem.level(1, start, stage.metric))
-    state = stage.begin(level, Resolution(shape, 1))
+    state = stage.begin(level, Resolution(shape, 1), None)
     points_found = state.found
     coefficients = 0.05 * jnp.asarray(coefficients_of(points_found.lattice, 3, 1))
 

@@ -456,6 +456,6 @@ def test_only_a_metric_that_follows_what_is_covered_is_differentiated_through_th
     image = np.random.default_rng(0).random((20, 24)).astype(np.float32)
     stage = Affine((1,), (1,), metric=metric)
     level = level_of(problem(image, image), 1)
-    state = stage.begin(level, Resolution((20, 24), 1))
+    state = stage.begin(level, Resolution((20, 24), 1), stage.measured(level))
     jax.make_jaxpr(lambda state: stage.step(level, state, jnp.zeros(())))(state)
     assert bool(differentiated) == follows

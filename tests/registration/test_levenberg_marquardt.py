@@ -310,7 +310,7 @@ def test_the_matrix_is_that_of_gauss_and_newton(kind: type[Linear]) -> None:
         clip=None,
     )
     level = stage.prepared(problem.level(1, problem.start(), stage.metric))
-    state = stage.begin(level, Resolution(problem.shape, 1))
+    state = stage.begin(level, Resolution(problem.shape, 1), stage.measured(level))
     flat, unravel = ravel_pytree(state.found.parameters)
     place = flat + 0.01
 

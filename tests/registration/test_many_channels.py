@@ -64,7 +64,9 @@ def level_of(metric: Metric, channels: int, shape: tuple[int, ...] = SHAPE) -> L
 
 
 def iterate(stage: Iterative, level: Level) -> tuple[State, jax.Array]:
-    return stage.step(level, stage.begin(level, Resolution(SHAPE, 1)), jnp.zeros(()))
+    return stage.step(
+        level, stage.begin(level, Resolution(SHAPE, 1), stage.measured(level)), jnp.zeros(())
+    )
 
 
 def step(stage: Iterative, level: Level) -> tuple[Any, jax.Array]:
