@@ -585,7 +585,7 @@ class Scripted(Iterative):
 
     losses: tuple[float, ...] = ()
 
-    def begin(self, level: Level, resolution: Resolution) -> State:
+    def begin(self, level: Level, resolution: Resolution, measured: None) -> State:
         return State(jnp.zeros(()), no_moments(jnp.zeros(())))
 
     def resized(self, state: State, shape: tuple[int, ...], resolution: Resolution) -> State:
