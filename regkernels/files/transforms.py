@@ -7,6 +7,7 @@ millimetres, LPS, which NIfTI marks with the intent code 1007.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -240,10 +241,14 @@ def _itk_transform(part: Part) -> Any:
     return transform
 
 
+_WRITING = threading.Lock()
+"""Held by whoever writes a transform, since the HDF5 of SimpleITK is for one thread at a time."""
+
+
 def _write(transform: Any, path: str | os.PathLike[str]) -> None:
     sitk = import_simpleitk()
 
-    with atomic_path(path) as beside, telling_warnings(path):
+    with _WRITING, atomic_path(path) as beside, telling_warnings(path):
         try:
             sitk.WriteTransform(transform, str(beside))
         except RuntimeError as error:

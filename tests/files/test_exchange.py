@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.resources
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +222,23 @@ def test_a_chain_is_one_transform_for_itk(tmp_path: Path, name: str, parts: Any)
     again = read_transform(tmp_path / name)
     assert [type(part) for part in again] == [type(part) for part in parts]
     np.testing.assert_allclose(move_points(points, again), expected, atol=1e-4)
+
+
+def test_threads_write_transforms_at_once(tmp_path: Path) -> None:
+    # HDF5 ended the process, or refused a file now and then.
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np
+from regkernels import read_transform, write_composite
+files = {f"{scale}.h5": np.diag([1.0, 1.0, scale, 1.0]) for scale in range(1, 65)}
+with ThreadPoolExecutor(8) as pool:
+    list(pool.map(lambda name: write_composite([files[name]], name), files))
+print(all(np.array_equal(read_transform(name)[0].matrix, files[name]) for name in files))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 def test_a_composite_that_cannot_be_is_refused(tmp_path: Path) -> None:
