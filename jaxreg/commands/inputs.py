@@ -61,7 +61,7 @@ def read_chain(
     texts
         Files, in the order in which a point goes through them; ``:inverse`` after a name inverts.
     fixed, moving
-        Grids of the images that affines of FSL are between.
+        Grids of the images that affines of FSL and AFNI are between.
     ndim
         What they have to be; by default what `fixed` is, or else the first one.
 
@@ -78,8 +78,12 @@ def read_chain(
     chain: list[Part] = []
     ndim = fixed.ndim if fixed is not None else ndim
     for text in texts:
+        # What is inverted was found between the same images the other way round.
+        is_inverted = text.endswith(_INVERSE)
+        grids = (moving, fixed) if is_inverted else (fixed, moving)
         with naming(option):
-            parts = read_transform(Path(text.removesuffix(_INVERSE)), fixed=fixed, moving=moving)
+            path = Path(text.removesuffix(_INVERSE))
+            parts = read_transform(path, fixed=grids[0], moving=grids[1])
         detail(f"read {text}: {', then '.join(map(_kind, parts))}")
         for part in parts:
             ndim = ndim or part.ndim
@@ -87,7 +91,7 @@ def read_chain(
                 raise ValueError(
                     f"{option}: {text}: expected a {ndim}-D transform, got {part.ndim}-D"
                 )
-        chain += inverted(parts, text)[0] if text.endswith(_INVERSE) else parts
+        chain += inverted(parts, text)[0] if is_inverted else parts
     return tuple(chain)
 
 

@@ -25,7 +25,13 @@ from regkernels.files.formats.dicom import (
 )
 from regkernels.files.formats.hdf5 import check_hdf5
 from regkernels.files.formats.minc import minc_to_lps
-from regkernels.files.formats.nifti import Intent, is_nifti2, read_nifti_header, read_values
+from regkernels.files.formats.nifti import (
+    Intent,
+    check_field,
+    is_nifti2,
+    read_nifti_header,
+    read_values,
+)
 from regkernels.files.formats.reading import FileWarning, Header, telling_of_damage
 from regkernels.files.integrity import check_voxels, read_header
 from regkernels.files.itk_warnings import collected_output, tell_of_output, telling_warnings
@@ -150,8 +156,8 @@ def read_image(path: str | os.PathLike[str], *, vectors: bool = False) -> Image:
     path
         The file.
     vectors
-        Whether there are to be as many values per voxel as dimensions: of three in one slice NIfTI
-        does not say whether the image is 2-D.
+        Whether there are to be displacements, as many values per voxel as dimensions: of three in
+        one slice NIfTI does not say whether the image is 2-D.
 
     Returns
     -------
@@ -163,8 +169,9 @@ def read_image(path: str | os.PathLike[str], *, vectors: bool = False) -> Image:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is of a format that is not read, is not 2-D or 3-D, is cut short or damaged, or is a
-        NIfTI image with voxels that are not finite.
+        If it is of a format that is not read, is not 2-D or 3-D, is cut short or damaged, is a
+        NIfTI image with voxels that are not finite, or is to be displacements and is a warp of
+        another program.
     """
     if Path(path).is_dir():
         return _read_series(Path(path))
@@ -172,6 +179,8 @@ def read_image(path: str | os.PathLike[str], *, vectors: bool = False) -> Image:
     if kind == _NIFTI:
         with telling_of_damage(path):
             nifti = read_nifti_header(Path(path))
+            if vectors:
+                check_field(Path(path), nifti)
             flat = vectors and nifti.ndim == 2 and nifti.components == 3
             ndim = 3 if flat else nifti.ndim
             _check_kind(path, ndim, real=nifti.dtype.kind != "c")

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from regkernels.files.atomic import atomic_path
 from regkernels.files.formats.exchange import (
     is_fsl_affine,
+    read_afni_affine,
     read_freesurfer_affine,
     read_fsl_affine,
 )
@@ -54,7 +55,9 @@ __all__ = [
 TRANSFORM_SUFFIXES = (".tfm", ".txt", ".mat", ".h5", ".hdf5", ".xfm")
 """Endings of ITK transform files; what ends otherwise is an image of displacements."""
 
-READ_SUFFIXES = (*TRANSFORM_SUFFIXES, ".lta", ".fsl")
+_AFNI_SUFFIXES = (".1d", ".afni", ".afni-array")
+
+READ_SUFFIXES = (*TRANSFORM_SUFFIXES, ".lta", ".fsl", *_AFNI_SUFFIXES)
 """With those of affines that are read and not written."""
 
 
@@ -64,7 +67,7 @@ def read_transform(
     fixed: Volume | Grid | None = None,
     moving: Volume | Grid | None = None,
 ) -> tuple[Part, ...]:
-    """Read a transform that ITK, ANTs, 3D Slicer, FreeSurfer, FSL or `write_transform` wrote.
+    """Read a transform of ITK, ANTs, 3D Slicer, FreeSurfer, FSL, AFNI or `write_transform`.
 
     Parameters
     ----------
@@ -74,10 +77,11 @@ def read_transform(
         displacements in millimetres, LPS. Of the positions in millimetres, RAS, that SPM
         (``y_*.nii``) and NiftyReg write, displacements are made. FreeSurfer's ``.lta`` and what
         FSL's FLIRT writes (four rows of text, in ``.mat`` or ``.fsl``) are read by nitransforms:
-        ``pip install 'regkernels[exchange]'``.
+        ``pip install 'regkernels[exchange]'``. AFNI's matrices (``.aff12.1D``, ``.1D`` or
+        ``.afni``) are those of images along the axes of the scanner.
     fixed, moving
-        The images that an affine of FSL is between, of which nothing but the grid counts; for
-        others they do not matter.
+        The images that an affine of FSL or AFNI is between, of which nothing but the grid counts;
+        for others they do not matter.
 
     Returns
     -------
@@ -91,8 +95,9 @@ def read_transform(
         If there is no such file.
     ValueError
         If it is not a transform, is one of another kind (a B-spline, say), is cut short or damaged,
-        cannot be inverted or holds values that are not finite; or if it is an affine of FSL and
-        nobody says between which images.
+        cannot be inverted or holds values that are not finite; if it is an affine of FSL and
+        nobody says between which images, or one of AFNI between oblique images; or if it is a warp
+        field of FSL.
     ImportError
         If nitransforms is missing for one that it reads.
     """
@@ -109,14 +114,16 @@ def read_transform(
         raise FileNotFoundError(f"{path}: no such file")
     if Path(path).suffix.lower() == ".lta":
         return (AffineMap(read_freesurfer_affine(Path(path))),)
+    still, moved = (x.grid if isinstance(x, Volume) else x for x in (fixed, moving))
+    if Path(path).suffix.lower() in _AFNI_SUFFIXES:
+        return (AffineMap(read_afni_affine(Path(path), still, moved)),)
     if Path(path).suffix.lower() in (".mat", ".fsl") and is_fsl_affine(Path(path)):
-        if fixed is None or moving is None:
+        if still is None or moved is None:
             raise ValueError(
                 f"{path}: expected the images that this affine of FSL is between, without which it "
                 "tells nothing, as fixed and moving"
             )
-        grids = [x.grid if isinstance(x, Volume) else x for x in (fixed, moving)]
-        return (AffineMap(read_fsl_affine(Path(path), *grids)),)
+        return (AffineMap(read_fsl_affine(Path(path), still, moved)),)
     if Path(path).suffix.lower() == ".fsl":
         raise ValueError(f"{path}: expected four rows of four numbers, as FLIRT writes them")
     check_transform(path)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 from command import run
@@ -103,3 +105,111 @@ def test_an_affine_of_freesurfer_moves_an_image_as_that_of_itk(tmp_path: Path, e
         moved.append(read_volume(out).array)
     assert np.ptp(moved[0]) > 0.5
     np.testing.assert_allclose(*moved, atol=1e-5)
+
+
+@pytest.fixture
+def upright(tmp_path: Path) -> tuple[Path, NDArray[np.float64]]:
+    """Two images along the axes, on grids that differ in all else, and an affine between them."""
+    rng = np.random.default_rng(0)
+    for name, shape, spacing, origin in (
+        ("fixed", (10, 12, 14), (2.0, 2.0, 3.0), (-9.0, -8.0, -12.0)),
+        ("moving", (11, 9, 10), (2.5, 2.0, 3.0), (-14.0, -3.0, -20.0)),
+    ):
+        image = rng.random(shape, np.float32)
+        write_volume(Volume.create(image, spacing, origin), tmp_path / f"{name}.nii.gz")
+    matrix = rigid_motion(9, (1, 2, -2), (3, -2, 1), (4, 0, -3))
+    matrix[:3, :3] *= 1.1
+    write_affine(matrix, tmp_path / "affine.tfm")
+    return tmp_path, matrix
+
+
+def fsl_affine(matrix: NDArray[np.float64], fixed: Volume, moving: Volume) -> str:
+    """A map of the moving image's scaled voxels to the fixed one's, as FLIRT writes it.
+
+    FSL turns x of an image round whose axes are not mirrored, which these in RAS are.
+    """
+
+    def scaled(volume: Volume) -> NDArray[np.float64]:
+        to_ras = TO_RAS @ volume.grid.voxel_to_physical()
+        scale = np.diag([*np.asarray(volume.grid.spacing), 1.0])
+        if np.linalg.det(to_ras) > 0:
+            flip = np.diag([-1.0, 1, 1, 1])
+            flip[0, 3] = volume.shape[-1] - 1
+            scale = scale @ flip
+        return scale @ np.linalg.inv(volume.grid.voxel_to_physical())
+
+    rows = scaled(fixed) @ np.linalg.inv(matrix) @ np.linalg.inv(scaled(moving))
+    return "\n".join(" ".join(f"{x:.12f}" for x in row) for row in rows)
+
+
+def afni_affine(matrix: NDArray[np.float64], fixed: Volume, moving: Volume) -> str:
+    numbers = " ".join(f"{x:.12f}" for x in matrix[:3].ravel())
+    return f"# 3dAllineate matrices (DICOM-to-DICOM, row-by-row):\n{numbers}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "write"), [("flirt.mat", fsl_affine), ("affine.aff12.1D", afni_affine)]
+)
+@pytest.mark.parametrize("ending", ["", ":inverse"])
+def test_affines_of_fsl_and_afni_move_images_both_ways_as_that_of_itk(
+    upright: tuple[Path, NDArray[np.float64]], name: str, write: Any, ending: str
+) -> None:
+    folder, matrix = upright
+    fixed, moving = (read_volume(folder / f"{name}.nii.gz") for name in ("fixed", "moving"))
+    (folder / name).write_text(write(matrix, fixed, moving))
+    image, reference = ("fixed", "moving") if ending else ("moving", "fixed")
+    moved = []
+    for file in (name, "affine.tfm"):
+        out = folder / f"{file}.nii.gz"
+        options = ["-r", folder / f"{reference}.nii.gz", "-t", f"{folder / file}{ending}"]
+        options += ["--device", "cpu", "-o", out]
+        assert run("apply", folder / f"{image}.nii.gz", *options) == 0
+        moved.append(np.asarray(read_volume(out).array))
+    assert np.ptp(moved[0]) > 0.5
+    np.testing.assert_allclose(*moved, atol=1e-4)
+
+
+def test_a_registration_starts_from_an_affine_of_afni(
+    upright: tuple[Path, NDArray[np.float64]],
+) -> None:
+    folder, matrix = upright
+    images = folder / "fixed.nii.gz", folder / "moving.nii.gz"
+    (folder / "a.aff12.1D").write_text(afni_affine(matrix, *map(read_volume, images)))
+    for name in ("a.aff12.1D", "affine.tfm"):
+        options = ["--initial", folder / name, "-o", folder / f"{name} out", "--device", "cpu"]
+        options += ["--stage", "translation scales=1 iterations=1"]
+        assert run("register", *images, *options) == 0
+    of_afni, of_itk = (
+        np.asarray(read_transform(folder / f"{name} out" / "affine.tfm")[0].matrix)
+        for name in ("a.aff12.1D", "affine.tfm")
+    )
+    np.testing.assert_allclose(of_afni, of_itk, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "apply moving.nii.gz -r fixed.nii.gz -t warp.nii.gz -o out.nii.gz",
+        "apply-points points.csv -t warp.nii.gz -o out.csv",
+        "invert warp.nii.gz -o out.nii.gz",
+        "register fixed.nii.gz moving.nii.gz --initial warp.nii.gz -o out",
+    ],
+)
+def test_a_warp_of_fsl_is_refused_in_one_line_that_says_what_converts_it(
+    upright: tuple[Path, NDArray[np.float64]],
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, _ = upright
+    monkeypatch.chdir(folder)
+    warp = nibabel.Nifti1Image(np.zeros((14, 12, 10, 3), np.float32), np.diag([2, 2, 3, 1]))
+    warp.header["intent_code"] = 2006
+    nibabel.save(warp, "warp.nii.gz")
+    Path("points.csv").write_text("x,y,z\n1,2,3\n")
+    assert run(*command.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    option = next((x for x in ("--initial", "--transform") if x in line), "TRANSFORM")
+    assert line.startswith(f"jaxreg: error: {option}: warp.nii.gz: ")
+    assert "got a warp field of FSL" in line
+    assert "wb_command -convert-warpfield -from-fnirt" in line

@@ -1,4 +1,4 @@
-"""Images and transforms of other programs: SimpleITK's and nibabel's, FreeSurfer's and FSL's."""
+"""Images and transforms of other programs: SimpleITK, nibabel, FreeSurfer, FSL and AFNI."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import nibabel
+import nitransforms.linear
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
@@ -30,6 +31,7 @@ from regkernels import (
     write_composite,
     write_volume,
 )
+from regkernels.files.formats.reading import FileWarning
 
 DATA = Path(str(importlib.resources.files("nitransforms"))) / "tests" / "data"
 TURN = np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, -1.0]])
@@ -174,6 +176,112 @@ def test_what_is_no_affine_is_refused(tmp_path: Path, name: str, text: str | Non
     grid = volume().grid
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         read_transform(tmp_path / name, fixed=grid, moving=grid)
+
+
+# Of AFNI, whose coordinates are LPS unless an image is turned from the axes of the scanner.
+
+UPRIGHT = Grid((6, 5, 4), (2.0, 2.0, 3.0), (5.0, -3.0, 8.0), np.diag([-1.0, 1, 1])[[0, 2, 1]])
+AFNI = {"fixed": UPRIGHT, "moving": UPRIGHT}
+
+
+@pytest.mark.parametrize("name", ["affine-LAS", "affine-LPS", "affine-RAS"])
+def test_affines_of_afni_are_those_that_itk_has(name: str) -> None:
+    found = matrix(DATA / f"{name}.afni", **AFNI)
+    np.testing.assert_allclose(found, matrix(DATA / f"{name}.itk.tfm"), atol=1e-6)
+
+
+def test_an_affine_that_nitransforms_writes_for_afni_is_what_it_writes_for_itk(
+    tmp_path: Path,
+) -> None:
+    given = np.eye(4)
+    given[:3] += 0.2 * np.random.default_rng(0).normal(size=(3, 4)) * [1, 1, 1, 30]
+    image = nibabel.Nifti1Image(np.zeros((5, 6, 7), np.uint8), np.diag([-2, 2, 3, 1]))
+    affine = nitransforms.linear.Affine(given, reference=image)
+    affine.to_filename(str(tmp_path / "a.aff12.1D"), fmt="afni", moving=image)
+    affine.to_filename(str(tmp_path / "a.tfm"), fmt="itk")
+    found = matrix(tmp_path / "a.aff12.1D", **AFNI)
+    np.testing.assert_allclose(found, matrix(tmp_path / "a.tfm"), atol=1e-4)
+    rows = [" ".join(map(str, row)) for row in found[:3]]
+    (tmp_path / "cat_matvec.1D").write_text("\n".join(rows))
+    np.testing.assert_array_equal(matrix(tmp_path / "cat_matvec.1D", **AFNI), found)
+
+
+def test_between_oblique_images_an_affine_of_afni_is_refused() -> None:
+    path = DATA / "affine-oblique.afni"
+    oblique = volume().grid
+    for name in ("fixed", "moving"):
+        with pytest.raises(ValueError, match=f"affine-oblique.*the {name} image is oblique"):
+            read_transform(path, **{**AFNI, name: oblique})
+    flat = Volume.create(np.zeros((3, 4), np.float32))
+    with pytest.raises(ValueError, match="moving: expected 3 dimensions for an affine of AFNI"):
+        read_transform(path, fixed=UPRIGHT, moving=flat)
+    with pytest.warns(FileWarning, match="for oblique ones AFNI has other places"):
+        read_transform(path)
+
+
+ROW = " ".join(map(str, np.eye(4)[:3].ravel()))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.1D", ROW, "got rows of .12."),  # of a regressor, say
+        ("a.aff12.1D", "1 0 0 0", "got rows of .4."),
+        ("a.1D", "", "got rows of .."),
+        ("a.aff12.1D", "one", "expected a matrix of AFNI as text"),
+        ("a.aff12.1D", ROW.replace("1.0", "0.0"), "expected a transform with an inverse"),
+        ("a.param.1D", ROW, "got parameters"),
+        ("a.aff12.1D", f"# 3dAllineate parameters:\n#  x-shift  y-shift\n{ROW}", "got parameters"),
+        ("a.aff12.1D", f"{ROW}\n{ROW}", "expected one affine, got 2"),
+        ("a.1D", f"# 3dvolreg matrices (DICOM-to-DICOM, row-by-row):\n{ROW}\n{ROW}", "got 2"),
+    ],
+)
+def test_what_is_no_affine_of_afni_is_refused(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_transform(tmp_path / name, **AFNI)
+    assert str(error.value).startswith(str(tmp_path / name))
+
+
+def test_several_affines_of_afni_are_refused() -> None:
+    for path in sorted(DATA.glob("*.afni-array")):
+        with pytest.raises(ValueError, match="expected one affine, got 2"):
+            read_transform(path, **AFNI)
+
+
+# --- Warps ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (2006, "got a warp field of FSL.*wb_command -convert-warpfield -from-fnirt"),
+        *((code, "got spline coefficients of FSL.*convertwarp") for code in (2007, 2008, 2009)),
+        *((code, "got a field of FSL's topup") for code in (2016, 2017, 2018)),
+        (0, r"expected displacements along the fifth axis.*got three images one after the other"),
+    ],
+)
+@pytest.mark.parametrize("shape", [(4, 5, 6, 3), (4, 5, 6, 1, 3)])
+def test_warps_of_fsl_and_afni_are_refused_with_a_word_what_converts_them(
+    tmp_path: Path, code: int, message: str, shape: tuple[int, ...]
+) -> None:
+    if code == 0 and len(shape) == 5:
+        message = "expected a 2-D or 3-D image, got 5-D"
+    image = nibabel.Nifti1Image(np.ones(shape, np.float32), np.diag([2, 2, 2, 1]))
+    image.header["intent_code"] = code
+    nibabel.save(image, tmp_path / "warp.nii.gz")
+    with pytest.raises(ValueError, match=f"warp.nii.gz: .*{message}"):
+        read_transform(tmp_path / "warp.nii.gz")
+
+
+def test_a_warp_of_fsl_in_the_tests_of_nitransforms_is_refused() -> None:
+    with pytest.raises(ValueError, match="got a warp field of FSL"):
+        read_transform(DATA / "ds-005_sub-01_from-OASIS_to-T1_warp_fsl.nii.gz")
+
+
+# --- ITK ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,14 @@ from regkernels.files.formats.reading import (
 )
 from regkernels.grid import Grid, Matrix
 
-__all__ = ["Intent", "NiftiHeader", "is_nifti2", "read_nifti_header", "read_values"]
+__all__ = [
+    "Intent",
+    "NiftiHeader",
+    "check_field",
+    "is_nifti2",
+    "read_nifti_header",
+    "read_values",
+]
 
 
 class Intent(NamedTuple):
@@ -268,6 +275,55 @@ def read_nifti_header(path: Path) -> NiftiHeader:
         intent,
         _time_step(fields),
     )
+
+
+def check_field(path: Path, header: NiftiHeader) -> None:
+    """Refuse by name what other programs keep of a transform and what is no displacement in mm.
+
+    Parameters
+    ----------
+    path
+        The file.
+    header
+        Its header.
+
+    Raises
+    ------
+    ValueError
+        If it is a warp of FSL's, or has its components along the fourth axis, as AFNI's.
+    """
+    got, instead = _OF_FSL.get(header.intent.code, ("", ""))
+    if got:
+        raise ValueError(
+            f"{path}: expected displacements in millimetres, LPS, got {got}; {instead}"
+        )
+    if header.ndim == 4 and header.sizes[3] == 3:
+        raise ValueError(
+            f"{path}: expected displacements along the fifth axis (x, y, z, 1, 3), as ITK and ANTs "
+            "write them, got three images one after the other, as AFNI's 3dQwarp and others do; "
+            "convert them with a program that knows their convention, such as nitransforms"
+        )
+
+
+_CONVERTING = "`wb_command -convert-warpfield -from-fnirt FIELD MOVING -to-itk WARP.nii.gz`"
+_OF_SPLINES = (
+    "spline coefficients of FSL's FNIRT",
+    "`convertwarp --ref=FIXED --warp1=COEFFICIENTS --out=FIELD` makes a field of them, and "
+    f"{_CONVERTING} converts that",
+)
+_OF_TOPUP = (
+    "a field of FSL's topup, which says how far voxels are moved only with how they were acquired",
+    "`applytopup` unwarps the image itself",
+)
+_OF_FSL = {
+    2006: (
+        "a warp field of FSL (FNIRT, convertwarp), whose coordinates depend on both images",
+        f"{_CONVERTING} converts it",
+    ),
+    **dict.fromkeys((2007, 2008, 2009), _OF_SPLINES),
+    **dict.fromkeys((2016, 2017, 2018), _OF_TOPUP),
+}
+"""By the intent that FSL gives to what it writes."""
 
 
 def read_values(path: Path, header: NiftiHeader, ndim: int | None = None) -> NDArray[Any]:
