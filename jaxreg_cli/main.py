@@ -16,6 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from jaxreg_cli.libraries import THREAD, begin_to_load
+from jaxreg_cli.memory import is_lack_of_memory
 from jaxreg_cli.telling import aside, logs
 from jaxreg_cli.tracing import begin_early, end_early
 
@@ -164,7 +165,7 @@ def _run(arguments: Sequence[str] | None) -> NoReturn:
     except (OSError, ValueError) as error:
         _fail(str(error))
     except Exception as error:
-        if _is_lack_of_memory(error):
+        if is_lack_of_memory(error):
             _fail(f"out of memory: {error}", _FAILED)
         # The parser's own errors have this method; their class moved between typer's versions.
         if not hasattr(error, "format_message"):
@@ -302,14 +303,6 @@ def _ask_for_the_same_bits() -> None:
     if (flags and not flags.startswith("-")) or "xla_gpu_deterministic_ops" in flags:
         return
     os.environ["XLA_FLAGS"] = f"--xla_gpu_deterministic_ops=true {flags}".strip()
-
-
-def _is_lack_of_memory(error: Exception) -> bool:
-    import jax
-
-    return isinstance(error, MemoryError) or (
-        isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-    )
 
 
 def _fail(message: str, status: int = _BAD_INPUT) -> NoReturn:

@@ -1,8 +1,9 @@
-"""Many pairs of images, registered one after the other by one process."""
+"""Many pairs of images, registered by one process, several at once where memory holds them."""
 
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +15,16 @@ import typer
 
 from jaxreg.commands.inputs import naming
 from jaxreg.commands.outputs import RECORD
+from jaxreg_cli.memory import is_lack_of_memory
 from regkernels.files.atomic import atomic_path
 
 __all__ = ["ALSO", "Jobs", "Pair", "Pairs", "read_pairs", "register_pairs"]
 
 _TABLE = "pairs.csv"
 _SETTINGS = "pairs.json"
+_LACKED = "lacked memory"
+"""The status of a pair for which memory did not suffice, until it has run alone."""
+
 _IMAGES = ("fixed", "moving")
 _BESIDE = (
     *("fixed_mask", "moving_mask", "fixed_labels", "moving_labels"),
@@ -45,7 +50,7 @@ Jobs = Annotated[
         min=1,
         metavar="N",
         help="How many pairs at once, so that files are read and written while "
-        "others are registered; if memory lacks, 1.",
+        "others are registered. Those for which memory lacks then are tried again alone.",
     ),
 ]
 
@@ -166,7 +171,8 @@ def register_pairs(
         All that results depend on beside the pairs, for JSON: what is there already must have been
         made with the same.
     jobs
-        How many at once. The first runs alone, so that the others find its programs.
+        How many at once. The first runs alone, so that the others find its programs. Those for
+        which memory did not suffice beside others run again in the end, alone.
 
     Returns
     -------
@@ -188,10 +194,19 @@ def register_pairs(
         print(f"{len(rows)} of {len(pairs)}  {pair.name}: {row.get('error') or row['status']}")
 
     def run(pair: Pair) -> dict[str, Any]:
+        # Of an error nothing is kept but its text: it holds on to all that the pair had.
         try:
             return _row("done", register(pair, folder / pair.name))
         except (OSError, ValueError) as error:
             return {"status": "failed", "error": " ".join(str(error).split())}
+        except Exception as error:
+            if not is_lack_of_memory(error):
+                raise
+            return {"status": _LACKED, "error": f"out of memory: {' '.join(str(error).split())}"}
+
+    def run_alone(pair: Pair) -> dict[str, Any]:
+        row = run(pair)
+        return {**row, "status": "failed"} if row["status"] == _LACKED else row
 
     left = []
     for pair in pairs:
@@ -201,15 +216,26 @@ def register_pairs(
         else:
             tell(pair, _row("kept", record))
     for pair in left[:1]:
-        tell(pair, run(pair))
+        tell(pair, run_alone(pair))
+    lacked = []
     with ThreadPoolExecutor(jobs) as pool:
         running = {pool.submit(run, pair): pair for pair in left[1:]}
         try:
             for done in as_completed(running):
-                tell(running[done], done.result())
+                pair, row = running[done], done.result()
+                if row["status"] != _LACKED:
+                    tell(pair, row)
+                elif jobs == 1:
+                    tell(pair, {**row, "status": "failed"})
+                else:
+                    lacked.append(pair)
+                    print(f"{pair.name}: {row['error']}; it is tried again alone after the others")
         except BaseException:  # after an interrupt no other pair begins
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    for pair in lacked:
+        gc.collect()  # what errors held in cycles, of this pair and of the one before
+        tell(pair, run_alone(pair))
     found = [rows[pair.name] for pair in pairs]
     failed = [row["name"] for row in found if row["status"] == "failed"]
     if failed:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import re
 import shutil
+import weakref
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from command import run
 from programs import compiled_programs, forgetting_programs
 from scenes import header, physical_grid, scene
 
-from regkernels import write_volume
+import jaxreg_cli
+from regkernels import Volume, read_volume, write_volume
+
+# The package's attribute of this name is the function in it.
+register_command = importlib.import_module("jaxreg.commands.register")
 
 Captured = pytest.CaptureFixture[str]
 
@@ -129,6 +137,113 @@ def test_one_that_fails_does_not_stop_the_others(folder: Path, capsys: Captured)
     assert bad["status"] == "failed" and "two.nii.gz: not an image" in bad["error"]
     assert good["status"] == "done"
     assert not (folder / "out" / "bad").exists()
+
+
+LACKS = {
+    "device": jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9 bytes."),
+    "host": MemoryError("Unable to allocate 2 TiB"),
+}
+
+
+def lacking(monkeypatch: pytest.MonkeyPatch, error: Exception, times: dict[str, int]) -> list[str]:
+    """Have memory lack for pairs, by their names, as often as said; return which are begun."""
+    begun: list[str] = []
+    watched = register_command.register_watched
+
+    def register_watched(fixed: Any, moving: Any, *more: Any, **options: Any) -> Any:
+        (name,) = (x for x in NAMES if np.array_equal(moving.array, NAMES[x]))
+        begun.append(name)
+        if begun.count(name) <= times.get(name, 0):
+            raise error
+        return watched(fixed, moving, *more, **options)
+
+    monkeypatch.setattr(register_command, "register_watched", register_watched)
+    return begun
+
+
+NAMES: dict[str, Any] = {}
+"""The images of the pairs that are counted."""
+
+
+@pytest.fixture
+def four(folder: Path) -> Path:
+    """A folder with four pairs, each with a moving image of its own."""
+    image = read_volume(folder / "one.nii.gz")
+    NAMES.clear()
+    for number in range(4):
+        name = f"m{number}"
+        NAMES[name] = np.asarray(image.array) + number
+        write_volume(image.with_array(NAMES[name]), folder / f"{name}.nii.gz")
+    rows = [f"atlas.nii.gz,{name}.nii.gz" for name in NAMES]
+    write_pairs(folder, "\n".join(["fixed,moving", *rows, ""]))
+    return folder
+
+
+@pytest.mark.parametrize("where", LACKS)
+def test_a_pair_for_which_memory_lacks_is_tried_again_alone_after_the_others(
+    four: Path, where: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    begun = lacking(monkeypatch, LACKS[where], {"m1": 1, "m2": 1})
+    assert study(four, "--jobs", 3, "--log", four / "log") == 0
+    assert sorted(begun[:4]) == sorted(NAMES)
+    assert sorted(begun[4:]) == ["m1", "m2"]
+    assert [row["status"] for row in table(four)] == ["done"] * 4
+    told, logged = capsys.readouterr().out, (four / "log").read_text()
+    text = " ".join(str(LACKS[where]).split())
+    for name in ("m1", "m2"):
+        line = f"{name}: out of memory: {text}; it is tried again alone after the others"
+        assert line in told
+        assert line in logged
+
+
+def test_a_pair_for_which_memory_lacks_alone_has_failed_and_stops_no_other(
+    four: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    begun = lacking(monkeypatch, LACKS["device"], {"m0": 9, "m2": 9})
+    assert study(four, "--jobs", 2) == 2
+    assert begun.count("m0") == 1  # the first one is alone
+    assert begun.count("m2") == 2
+    assert [row["status"] for row in table(four)] == ["failed", "done", "failed", "done"]
+    assert table(four)[2]["error"].startswith("out of memory: RESOURCE_EXHAUSTED: Out of memory ")
+    assert "2 of 4 pairs failed: m0, m2; " in capsys.readouterr().err
+
+    monkeypatch.undo()
+    begun = lacking(monkeypatch, LACKS["device"], {"m2": 9})  # one after the other
+    assert study(four, "--jobs", 1) == 2
+    assert begun == ["m0", "m2"]
+    assert [row["status"] for row in table(four)] == ["done", "kept", "failed", "kept"]
+
+
+def test_what_a_pair_without_memory_had_is_let_go_before_it_is_tried_again(
+    four: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[weakref.ref[Volume]] = []
+    watched = register_command.register_watched
+
+    def register_watched(fixed: Volume, moving: Volume, *more: Any, **options: Any) -> Any:
+        if np.array_equal(moving.array, NAMES["m3"]):
+            assert [reference() for reference in left] == [None] * len(left)
+            left.append(weakref.ref(moving))
+            if len(left) == 1:
+                raise MemoryError("Unable to allocate 2 TiB")
+        return watched(fixed, moving, *more, **options)
+
+    monkeypatch.setattr(register_command, "register_watched", register_watched)
+    assert study(four, "--jobs", 2) == 0
+    assert len(left) == 2
+
+
+def test_a_bug_in_a_pair_is_not_taken_for_a_lack_of_memory(
+    four: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking(monkeypatch, RuntimeError("INTERNAL: a bug"), {"m1": 1})
+    with pytest.raises(RuntimeError, match="INTERNAL: a bug"):
+        jaxreg_cli.main(
+            [
+                *("register", "--pairs", str(four / "pairs.csv")),
+                *("-o", str(four / "out"), *OPTIONS),
+            ]
+        )
 
 
 def test_the_table_tells_how_labels_fit(folder: Path, capsys: Captured) -> None:
