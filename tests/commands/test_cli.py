@@ -801,6 +801,42 @@ def test_signals_that_end_a_run_leave_no_file(
 
 
 @pytest.mark.parametrize(
+    ("number", "status", "told"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated"),
+        (signal.SIGHUP, 129, "hangup"),
+    ],
+)
+@pytest.mark.parametrize("error", [ValueError("not an image"), SystemError("no exception set")])
+def test_what_a_library_makes_of_a_signal_is_taken_for_the_end(
+    number: signal.Signals,
+    status: int,
+    told: str,
+    error: Exception,
+    pair: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    default_signals: None,
+) -> None:
+    """An extension that is imported, say, or one that calls Python."""
+
+    def signalled(*_: object, **__: object) -> None:
+        try:
+            signal.raise_signal(number)
+        except BaseException:
+            raise error from None
+
+    monkeypatch.setattr(register_command, "register_watched", signalled)
+    before = signal.getsignal(number)
+    assert run(*registration(pair), "-o", tmp_path / "out") == status
+    assert capfd.readouterr().err == f"jaxreg: error: {told}\n"
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
 )
 def test_a_signal_that_comes_during_garbage_collection_ends_the_run_all_the_same(
@@ -858,7 +894,7 @@ def test_an_interrupted_process_does_not_wait_for_programs_that_are_compiled(
 ) -> None:
     code = """
 import importlib, signal, sys, threading, time
-main = importlib.import_module("jaxreg_cli.main")
+main = importlib.import_module("jaxreg_cli.running")
 
 # What a shell runs in the background ignores this signal, and so would this process.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -24,7 +24,7 @@ PROGRAM = textwrap.dedent(
     import jax
     from jaxreg.registration import running
     from jaxreg.registration.stages import spread
-    from jaxreg_cli.main import main
+    from jaxreg_cli.running import main
 
     spread.LEAST_VOXELS = 1000  # such small volumes are spread, too
     lost, how, *arguments = sys.argv[1:]

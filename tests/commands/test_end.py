@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from regkernels import Volume, write_volume
 
 AROUND = """
 import atexit, importlib, logging, sys, threading, time
-main = importlib.import_module("jaxreg_cli.main")
+main = importlib.import_module("jaxreg_cli.running")
 sys.argv = ["jaxreg", "apply"]
 {before}
 
@@ -74,6 +75,13 @@ def test_the_end_waits_for_what_another_thread_does(tmp_path: Path) -> None:
     assert told.startswith("done\nleft to Python\nanother is done\n")
 
 
+def test_the_end_does_not_wait_for_a_thread_that_an_interrupt_kept_from_starting(
+    tmp_path: Path,
+) -> None:
+    during = "thread = threading.Thread(target=print); threading._limbo[thread] = thread"
+    assert run(tmp_path, during=during) == (0, "done\ncalled at the end\n")
+
+
 COMPILING = "threading.Thread(target=time.sleep, args=(300,), name='compiler_0').start()"
 
 
@@ -106,3 +114,78 @@ def test_all_that_is_printed_into_a_pipe_or_a_file_arrives(tmp_path: Path, modul
     assert failed.returncode == 2
     assert failed.stderr.startswith("jaxreg: error: ")
     assert failed.stderr.count("\n") == 1
+
+
+# --- By signals while it imports ------------------------------------------------------------------
+
+IMPORTING = """
+import signal, sys
+number, module, handler = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+
+# What a shell runs in the background ignores some of them, and so would this process.
+for each, usual in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGTERM, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    signal.signal(each, signal.SIG_IGN if handler == "ignored" else usual)
+
+class Finder:
+    is_waiting = True
+
+    def find_spec(self, name, path=None, target=None):
+        if name == module and self.is_waiting:
+            self.is_waiting = False
+            try:
+                signal.raise_signal(number)
+            except BaseException:  # what an extension may make of it
+                if handler == "another error":
+                    raise ImportError("initialization failed") from None
+
+sys.meta_path.insert(0, Finder())
+sys.argv[1:] = ["apply", "image.nii.gz", "-r", "image.nii.gz", "-o", "out.nii.gz"]
+sys.argv += ["--device", "cpu", "--no-cache"]
+from jaxreg_cli import run_as_process
+run_as_process()
+"""
+
+
+def signalled(tmp_path: Path, number: int, module: str, handler: str) -> tuple[int, str]:
+    """Run a command that gets a signal when it imports a module; return its status and stderr."""
+    image = np.random.default_rng(0).normal(size=(8, 9)).astype(np.float32)
+    write_volume(Volume.create(image), tmp_path / "image.nii.gz")
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTING, str(int(number)), module, handler],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("module", ["jaxreg_cli.tracing", "typer", "jaxlib", "jax._src.lib"])
+@pytest.mark.parametrize("handler", ["swallowed", "another error"])
+def test_an_interrupt_during_imports_ends_the_process_at_once_in_one_line(
+    tmp_path: Path, module: str, handler: str
+) -> None:
+    told = signalled(tmp_path, signal.SIGINT, module, handler)
+    assert told == (130, "jaxreg: error: interrupted\n")
+    assert not (tmp_path / "out.nii.gz").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "told"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "hangup")],
+)
+def test_other_signals_during_imports_do_so_too(
+    tmp_path: Path, number: signal.Signals, status: int, told: str
+) -> None:
+    found = signalled(tmp_path, number, "jax._src.lib", "another error")
+    assert found == (status, f"jaxreg: error: {told}\n")
+
+
+def test_a_signal_that_is_ignored_stays_so_during_imports(tmp_path: Path) -> None:
+    assert signalled(tmp_path, signal.SIGINT, "jax._src.lib", "ignored") == (0, "")
+    assert (tmp_path / "out.nii.gz").exists()

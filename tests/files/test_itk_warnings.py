@@ -197,7 +197,7 @@ def test_a_process_without_standard_error_reads_too(tmp_path: Path) -> None:
 def test_what_a_command_prints_is_not_taken_for_a_warning_of_a_file(tmp_path: Path) -> None:
     code = """
 import os, sys
-import jaxreg_cli
+import jaxreg_cli.running
 from regkernels.files.formats.reading import FileWarning
 from regkernels.files.itk_warnings import collected_output
 def run(arguments):
@@ -206,7 +206,7 @@ def run(arguments):
         os.write(2, b"of a library")
     print(said)
     raise SystemExit(0)
-sys.modules["jaxreg_cli.main"]._run = run
+jaxreg_cli.running._run = run
 jaxreg_cli.main([])
 """
     done = subprocess.run(

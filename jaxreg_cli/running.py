@@ -13,10 +13,11 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxreg_cli.libraries import THREAD, begin_to_load
 from jaxreg_cli.memory import is_lack_of_memory
+from jaxreg_cli.signals import ENDING, end_at_once, reason
 from jaxreg_cli.telling import aside, logs
 from jaxreg_cli.tracing import begin_early, end_early
 
@@ -44,7 +45,7 @@ _MOMENT = 0.05
 
 _OF_THE_COMMAND_ITSELF = ("--help", "--version", "--install-completion", "--show-completion")
 
-_BAD_INPUT, _FAILED, _INTERRUPTED = 2, 1, 130
+_BAD_INPUT, _FAILED = 2, 1
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -63,10 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         with aside(), logs(sys.argv[1:] if arguments is None else arguments):
             try:
-                with _ended_by_signals():
-                    _run(arguments)
+                _run(arguments)
             except _Ended as ended:
-                _fail(ended.reason, ended.status)
+                _fail(reason(ended.number), 128 + ended.number)
     except SystemExit as end:
         if arguments is None:
             _leave(int(end.code or 0))
@@ -122,7 +122,8 @@ def _works(thread: threading.Thread) -> bool:
         return bool(config.jax_enable_compilation_cache and config.jax_compilation_cache_dir)
     if thread.name in (_DEVICES, THREAD):
         return False
-    thread.join(_MOMENT)  # JAX has a timer that warns of a slow start, and has been stopped
+    with contextlib.suppress(RuntimeError):  # an interrupt has kept it from being started
+        thread.join(_MOMENT)  # JAX has a timer that warns of a slow start, and has been stopped
     return thread.is_alive()
 
 
@@ -150,14 +151,16 @@ def _run(arguments: Sequence[str] | None) -> NoReturn:
     try:
         import typer
 
+        command = _app(arguments)
         try:
-            status = _app(arguments)(args=arguments, prog_name="jaxreg", standalone_mode=False)
-            sys.stdout.flush()
+            with _ended_by_signals():
+                status = command(args=arguments, prog_name="jaxreg", standalone_mode=False)
+                sys.stdout.flush()
             raise SystemExit(status)
         except typer.Abort:
             raise KeyboardInterrupt from None
     except KeyboardInterrupt:
-        _fail("interrupted", _INTERRUPTED)
+        raise _Ended(signal.SIGINT) from None
     except BrokenPipeError:  # whoever reads has seen enough, as `head` does
         # Python would try to write the rest when it ends, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -235,31 +238,49 @@ class _Ended(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
-        self.reason = (signal.strsignal(number) or f"signal {number}").lower()
-        self.status = 128 + number
 
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a run as Ctrl-C does, which leaves no temporary files behind."""
+    """Let SIGTERM and SIGHUP end a run as Ctrl-C does, which leaves no temporary files behind.
+
+    Whatever comes out of the run after a signal is taken for its end: what libraries make of an
+    exception in the midst of them, or an extension that is being imported, may be any other one.
+    """
+    asked: list[int] = []
 
     def end(number: int, _: FrameType | None) -> NoReturn:
+        asked.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         raise _Ended(number)
 
-    # Only the main thread may set handlers, and what is ignored stays so: nohup has asked for it.
-    numbers = [
-        number
-        for number in (signal.SIGTERM, signal.SIGHUP)
-        if threading.current_thread() is threading.main_thread()
-        and signal.getsignal(number) is not signal.SIG_IGN
-    ]
-    before = [signal.signal(number, end) for number in numbers]
     try:
-        with _swallowed_ends_return():
+        with contextlib.ExitStack() as stack:
+            for number in ENDING:
+                handler = signal.getsignal(number)
+                if _is_replaced(number, handler):
+                    stack.callback(signal.signal, number, handler)
+                    signal.signal(number, end)
+            stack.enter_context(_swallowed_ends_return())
             yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+    except Exception:
+        if not asked:
+            raise
+        raise _Ended(asked[0]) from None
+
+
+def _is_replaced(number: int, handler: Any) -> bool:
+    """Whether a command handles a signal: only the main thread may, and what is ignored stays so.
+
+    By ignoring one nohup has asked for that. A handler of the program for Ctrl-C is its own way to
+    end what it runs.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    if number == signal.SIGINT:
+        return handler in (signal.default_int_handler, end_at_once)
+    return handler not in (signal.SIG_IGN, None)
 
 
 @contextlib.contextmanager
