@@ -24,7 +24,7 @@ from jaxreg_cli.tracing import begin_early, end_early
 if TYPE_CHECKING:
     import typer
 
-__all__ = ["main", "run_as_process"]
+__all__ = ["BAD_INPUT", "FAILED", "main", "run_as_process"]
 
 _NEEDED = ("jax", "optax", "SimpleITK", "typer", "rich", "matplotlib")
 
@@ -45,7 +45,7 @@ _MOMENT = 0.05
 
 _OF_THE_COMMAND_ITSELF = ("--help", "--version", "--install-completion", "--show-completion")
 
-_BAD_INPUT, _FAILED = 2, 1
+BAD_INPUT, FAILED = 2, 1
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -164,17 +164,19 @@ def _run(arguments: Sequence[str] | None) -> NoReturn:
     except BrokenPipeError:  # whoever reads has seen enough, as `head` does
         # Python would try to write the rest when it ends, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(_FAILED) from None
+        raise SystemExit(FAILED) from None
     except (OSError, ValueError) as error:
         _fail(str(error))
     except Exception as error:
         if is_lack_of_memory(error):
-            _fail(f"out of memory: {error}", _FAILED)
+            _fail(f"out of memory: {error}", FAILED)
         # The parser's own errors have this method; their class moved between typer's versions.
         if not hasattr(error, "format_message"):
             raise
-        if not error.format_message():  # the help was asked for, by giving no arguments
-            raise SystemExit(_BAD_INPUT) from None
+        # The help was asked for, by giving no arguments; what rich draws of it is told by now.
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            raise SystemExit(BAD_INPUT) from None
         _fail(error.format_message())
     finally:
         end_early()
@@ -326,7 +328,7 @@ def _ask_for_the_same_bits() -> None:
     os.environ["XLA_FLAGS"] = f"--xla_gpu_deterministic_ops=true {flags}".strip()
 
 
-def _fail(message: str, status: int = _BAD_INPUT) -> NoReturn:
+def _fail(message: str, status: int = BAD_INPUT) -> NoReturn:
     with contextlib.suppress(OSError):  # the terminal may be gone
         print(f"jaxreg: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(status)

@@ -43,6 +43,20 @@ def test_each_help_ends_with_examples_that_can_be_typed(
         assert context.params
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in COMMAND.commands if name not in ("info", "demo")]
+)
+def test_without_arguments_a_subcommand_tells_its_help_and_no_error(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(name, "--help") == 0
+    asked = capsys.readouterr().out
+    assert run(name) == 2
+    told = capsys.readouterr()
+    assert told.err == ""
+    assert told.out.split() == asked.split()
+
+
 def test_the_help_is_the_same_where_rich_does_not_draw_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
