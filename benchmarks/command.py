@@ -80,6 +80,7 @@ def main() -> None:
             if any(part in work for part in arguments.work)
         }
         if any(words[0] == "motion" for words in wanted.values()):
+            record.about["frames"] = arguments.frames
             write_frames(folder / "series.nii", arguments.frames)
         if any(words[0] == "apply" for words in wanted.values()):
             # What there is to apply need not be found with much effort.

@@ -251,6 +251,27 @@ def command_table(result: Result) -> str:
     return table(["seconds", "cache", "whole", "of all cores", *parts], lines)
 
 
+def motion_table(result: Result) -> str:
+    """Seconds of the alignment of a series, and milliseconds of each of its frames."""
+    frames = result["about"].get("frames", FRAMES)
+    lines = [
+        [
+            row["who"],
+            str(frames),
+            *(f"{seconds:.2f}" for seconds in (row["ms"] / 1e3, row["stages"])),
+            number(1e3 * row["stages"] / frames),
+        ]
+        for row in result["rows"]
+        if row["work"] == "jaxreg motion"
+    ]
+    heads = ["cache", "frames", "seconds of the command", "of these to align them"]
+    return table([*heads, "milliseconds a frame"], lines)
+
+
+FRAMES = 200
+"""How many a series had as long as `command.py` did not keep that."""
+
+
 def scaling_table(result: Result) -> str:
     """Milliseconds of an iteration and peak memory, by how many devices share a volume."""
     rows, lines = result["rows"], []
@@ -328,7 +349,10 @@ def simulation_table(result: Result) -> str:
 
 
 # Tables that are made from the results of another benchmark.
-MADE_FROM = {"simulation": "scaling"}
+MADE_FROM = {"simulation": "scaling", "motion": "command"}
+
+# Voxels of what a table is about, where most of the results are about something else.
+SHAPES = {"motion": (36, 64, 64)}
 
 TABLES: Mapping[str, Callable[[Result], str]] = {
     "warp": peers_table(WARP),
@@ -338,6 +362,7 @@ TABLES: Mapping[str, Callable[[Result], str]] = {
     "quality": quality_table,
     "training": training_table,
     "command": command_table,
+    "motion": motion_table,
     "scaling": scaling_table,
     "large": large_table,
     "simulation": simulation_table,
@@ -350,14 +375,17 @@ def rewrite(text: str, results: Path = RESULTS) -> tuple[str, list[str]]:
 
     def replace(found: re.Match[str]) -> str:
         start, name, _, end = found.groups()
-        make = TABLES.get(name.partition("-")[0])
+        kind = name.partition("-")[0]
+        make = TABLES.get(kind)
         if make is None:
             raise ValueError(f"{name}: expected a table of {', '.join(TABLES)}")
         result = find_result(name, results)
         if result is None:
             without.append(name)
             return found[0]
-        return f"{start}\n{make(result)}\n\n{about(result)}\n\n{end}"
+        facts = {**result["about"], **({"shape": SHAPES[kind]} if kind in SHAPES else {})}
+        told = about({**result, "about": facts})
+        return f"{start}\n{make(result)}\n\n{told}\n\n{end}"
 
     if len(MARKED.findall(text)) != text.count("<!-- table:"):
         raise ValueError("expected a <!-- /table --> behind every <!-- table: NAME -->")

@@ -394,3 +394,11 @@ def test_the_command_is_measured_as_processes_and_makes_a_table(
     tables = script("tables", monkeypatch)
     made, _ = tables.rewrite("<!-- table: command-cpu -->\n<!-- /table -->", tmp_path)
     assert "| jaxreg --help | empty |" in made
+
+    assert result["about"]["frames"] == 3
+    row = rows["jaxreg motion", "filled"]
+    page = "<!-- table: motion-cpu -->\n<!-- /table -->"
+    made, _ = tables.rewrite(page, tmp_path)
+    each = tables.number(1e3 * row["stages"] / 3)
+    assert f"| filled | 3 | {row['ms'] / 1e3:.2f} | {row['stages']:.2f} | {each} |" in made
+    assert "int16, 36\N{MULTIPLICATION SIGN}64\N{MULTIPLICATION SIGN}64, " in made
