@@ -10,6 +10,7 @@ import numpy as np
 import typer
 
 from jaxreg.commands import devices
+from jaxreg.commands.compilation import NoCache, keep_compiled
 from jaxreg.commands.devices import Device
 from jaxreg.commands.doubts import listed
 from jaxreg.commands.inputs import naming, read_chain, refuse_overwriting
@@ -49,6 +50,7 @@ def apply_points(
     device: Annotated[
         Device, typer.Option(help="Where inverses are computed. auto: a GPU if JAX sees one.")
     ] = Device.AUTO,
+    no_cache: NoCache = False,
 ) -> dict[str, Any]:
     r"""Send points through any number of transforms.
 
@@ -70,6 +72,7 @@ def apply_points(
     jaxreg apply-points fixed.mrk.json -t out/affine.tfm -o in_moving.mrk.json
     """
     refuse_overwriting([output], [("POINTS", points), *(("--transform", t) for t in transform)])
+    keep_compiled(None, no_cache)
     with jax.default_device(devices.find(device)):
         chains, ndim = [], None
         for text in transform:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxreg.commands import devices
+from jaxreg.commands.compilation import NoCache, keep_compiled
 from jaxreg.commands.devices import Device
 from jaxreg.commands.doubts import listed
 from jaxreg.commands.inputs import naming, read_chain, read_image, refuse_overwriting
@@ -74,6 +75,7 @@ def compare(
         ),
     ] = False,
     device: Annotated[Device, typer.Option(help="auto: a GPU if JAX sees one.")] = Device.AUTO,
+    no_cache: NoCache = False,
 ) -> dict[str, Any]:
     """Compare two images, or two label maps, whose grids may differ.
 
@@ -111,6 +113,7 @@ def compare(
             raise ValueError(f"{b}: expected a {one.ndim}-D image as A, got {other.ndim}-D")
         if other.channels != one.channels:
             raise ValueError(f"{b}: expected {one.channels} channels as A, got {other.channels}")
+    keep_compiled(None, no_cache)
     inputs = {"A": str(a), "B": str(b), "--transform": texts}
     with contextlib.ExitStack() as stack:
         folder = None

@@ -20,7 +20,7 @@ from scipy.ndimage import gaussian_filter
 
 from jaxreg.commands import compilation
 from jaxreg.registration import kept_programs
-from regkernels import Volume, read_volume, write_volume
+from regkernels import Volume, read_volume, write_displacement, write_volume
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,41 @@ def test_a_second_process_compiles_nothing_and_writes_the_same(image: Path, tmp_
     assert applied(image, tmp_path) == first
     assert kept(tmp_path) == programs
     assert [path.stat().st_mtime_ns for path in programs] == times
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "compare image.nii.gz image.nii.gz",
+        "apply-points points.csv -t warp.nrrd:inverse -o moved.csv",
+    ],
+)
+def test_other_commands_keep_what_they_compile_too_unless_they_are_told_not_to(
+    image: Path, tmp_path: Path, command: str
+) -> None:
+    volume = read_volume(image)
+    write_volume(volume, tmp_path / "image.nii.gz")
+    write_displacement(np.zeros((*volume.shape, 2)), volume, tmp_path / "warp.nrrd")
+    (tmp_path / "points.csv").write_text("x,y\n1,2\n")
+
+    def run_in_a_process(*options: str) -> list[Path]:
+        subprocess.run(
+            [sys.executable, "-m", "jaxreg_cli", *command.split(), "--device", "cpu", *options],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "JAX_ENABLE_COMPILATION_CACHE": "true",
+                "XDG_CACHE_HOME": str(tmp_path / "cache"),
+            },
+            capture_output=True,
+            check=True,
+        )
+        return kept(tmp_path)
+
+    assert run_in_a_process("--no-cache") == []
+    programs = run_in_a_process()
+    assert programs != []
+    assert run_in_a_process() == programs
 
 
 def test_nothing_is_kept_if_the_user_says_so_and_where_there_is_no_writing(
