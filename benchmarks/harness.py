@@ -237,13 +237,13 @@ class Bench:
         stand_in = dict(instead or {})
         names, wrt = ([stand_in.get(n, n) for n in of] for of in (row.operands, row.wrt))
         names += extra
-        call = (forward, sets, names, wrt, row.result)
+        call = (forward, sets, names, wrt, row.result, row.derivative, row.along)
         try:
             if self.wanted(work, who):
                 ms, memory = framework.measure(*call)
                 latency = float("nan")
                 if name == "torch" and self.device == "cuda":
-                    pure = framework.call(forward, names, wrt, row.result)
+                    pure = framework.call(forward, names, wrt, *call[4:])
                     latency = framework.latency(pure, sets)
                 self.add(work, who, ms, memory, latency)
             if loop and name == "jax" and self.wanted(work, f"{who} in a loop"):

@@ -2,7 +2,8 @@
 
     python benchmarks/similarity.py [--device cuda|cpu] [--size [N C] [Z] Y X] [--json FILE]
 
-The value, and with the gradient for the first image or for both, beside what can be imported.
+The value, with the gradient for the first image or for both, and for two losses forward mode and
+second derivatives, beside what can be imported.
 
 LNCC with box windows and a Gaussian one: MONAI's loss as it is and compiled (3-D and 2-D),
 `fused_lncc` (3-D, CUDA, box), and separable sums in jnp under `jax.jit`, by `reduce_window` and by
@@ -36,6 +37,7 @@ from harness import Bench, parse_arguments
 
 from regkernels.bench.works import (
     BACKGROUNDS,
+    DERIVATIVES,
     DESCRIPTORS,
     HISTOGRAMS,
     SMOOTH_DR,
@@ -276,12 +278,13 @@ def measure(
     different: tuple[str, ...],
     rtol: float = 1e-3,
 ) -> None:
-    """Measure a loss of two images: the value, and with the gradient of one or of both.
+    """Measure a loss of two images: the value, and with derivatives for one or for both.
 
     Values are to agree to within ``rtol``, but for those of peers that compute a ``different``
     function.
     """
-    works = [f"{title}{ending}" for ending in ("", " + grad pred", " + grad both")]
+    endings = ["", " + grad pred", " + grad both", *(f" + {kind} pred" for kind in DERIVATIVES)]
+    works = [f"{title}{ending}" for ending in endings if f"{title}{ending}" in WORKS]
     works = [work for work in works if any(part in work for part in bench.arguments.work)]
     if not works:
         return
@@ -304,7 +307,8 @@ def measure(
         bench.ours(work, loop=True)
         for name, losses in peers.items():
             for who, loss in losses.items():
-                if not (who == "fused_lncc" and work.endswith("both")):
+                once = who == "fused_lncc"  # and by the first image alone
+                if not (once and (WORKS[work].derivative != "grad" or work.endswith("both"))):
                     bench.measure(name, work, who, loss, loop=True)
 
 

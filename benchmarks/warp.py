@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -24,14 +25,15 @@ from regkernels.bench.works import LABELS, PENALTIES, make_warp
 ITERATIONS = 20
 
 
-def jnp_interpolate(image: jax.Array, u: jax.Array) -> jax.Array:
+def jnp_interpolate(image: jax.Array, u: jax.Array, padding: str = "constant") -> jax.Array:
     """What a JAX user has: map_coordinates."""
     size = image.shape[2:]
     index = jnp.meshgrid(*(jnp.arange(n, dtype=jnp.float32) for n in size), indexing="ij")
     points = [
         i + u[0, ..., 2 - k] * (n - 1) / 2 for k, (i, n) in enumerate(zip(index, size, strict=True))
     ]
-    return jax.scipy.ndimage.map_coordinates(image[0, 0], points, order=1)[None, None]
+    found = jax.scipy.ndimage.map_coordinates(image[0, 0], points, order=1, mode=padding)
+    return found[None, None]
 
 
 def jnp_interpolate_labels(labels: jax.Array, u: jax.Array) -> jax.Array:
@@ -45,6 +47,11 @@ def jnp_interpolate_labels(labels: jax.Array, u: jax.Array) -> jax.Array:
     # Outside of the map all is 0.
     background = 1 - jnp_interpolate((labels != 0).astype(u.dtype), u)
     return jax.lax.fori_loop(1, LABELS, compare, (background, jnp.zeros_like(labels)))[1]
+
+
+def jnp_compose(u: jax.Array, v: jax.Array) -> jax.Array:
+    parts = [jnp_interpolate(u[None, ..., k], v, "nearest")[0] for k in range(3)]
+    return v + jnp.stack(parts, -1)
 
 
 def jnp_invert(u: jax.Array) -> jax.Array:
@@ -66,14 +73,20 @@ def jnp_invert(u: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, ITERATIONS, step, jnp.zeros_like(u))
 
 
-def scipy_interpolate(image: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+def scipy_interpolate(image: torch.Tensor, u: torch.Tensor, prefilter: bool = True) -> torch.Tensor:
     """What a user of NumPy has for cubic splines, on one core."""
     size = image.shape[2:]
     points = np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in size), indexing="ij"))
     for k, n in enumerate(size):
         points[k] += u[0, ..., 2 - k].numpy() * ((n - 1) / 2)
-    found = scipy.ndimage.map_coordinates(image[0, 0].numpy(), points, order=3, mode="mirror")
+    found = scipy.ndimage.map_coordinates(
+        image[0, 0].numpy(), points, order=3, mode="mirror", prefilter=prefilter
+    )
     return torch.from_numpy(found)[None, None]
+
+
+scipy_interpolate_coefficients = functools.partial(scipy_interpolate, prefilter=False)
+"""The second half of that."""
 
 
 def scipy_coefficients(image: torch.Tensor) -> torch.Tensor:
@@ -146,7 +159,7 @@ def bending(u: Any) -> Any:
 def run(bench: Bench) -> None:
     full_u = {"u": "full_u"}
     for work in WORKS:
-        if not work.startswith("interpolate u"):
+        if not work.startswith("interpolate u") or WORKS[work].derivative != "grad":
             continue
         if "deterministic" not in work:
             bench.measure("torch", work, "torch grid_sample", sample, full_u)
@@ -159,6 +172,10 @@ def run(bench: Bench) -> None:
             bench.measure("torch", work, "scipy map_coordinates", scipy_interpolate)
         for gradients in ("", " + grad u", " + grad image, u"):
             bench.ours(work + gradients)
+    work = "interpolate coefficients u"
+    if bench.device == "cpu":
+        bench.measure("torch", work, "scipy map_coordinates", scipy_interpolate_coefficients)
+    bench.ours(work)
     work = "spline_coefficients image"
     if bench.device == "cpu":
         bench.measure("torch", work, "scipy spline_filter", scipy_coefficients)
@@ -176,6 +193,20 @@ def run(bench: Bench) -> None:
     instead = {"u": "u_first", "v": "full_v"}
     for work in ("compose", "compose + grad u, v"):
         bench.measure("torch", work, "torch grid_sample + v", torch_compose, instead, ("v",))
+        bench.ours(work)
+
+    for work, row in WORKS.items():
+        if row.make is not make_warp or row.derivative == "grad":
+            continue
+        if work.startswith("interpolate u"):
+            # PyTorch has no rule for the forward mode of grid_sample.
+            if row.derivative == "double backward":
+                bench.measure("torch", work, "torch grid_sample", sample, full_u)
+            bench.measure("jax", work, "jnp map_coordinates", jnp_interpolate)
+        elif work.startswith("interpolate affine") and row.derivative == "double backward":
+            bench.measure("torch", work, "torch affine_grid+sample", affine_sample)
+        elif work.startswith("compose"):
+            bench.measure("jax", work, "jnp map_coordinates", jnp_compose)
         bench.ours(work)
 
     work = "invert_displacement u"

@@ -78,9 +78,19 @@ def test_every_row_can_be_called(shape: tuple[int, ...]) -> None:
     for name, work in WORKS.items():
         operands = {n: torch.put(x) for n, x in work.make(np.random.default_rng(0), shape).items()}
         forward = torch.call(
-            lambda *o, work=work: work.call(reg, *o), work.operands, work.wrt, work.result
+            lambda *o, work=work: work.call(reg, *o),
+            work.operands,
+            work.wrt,
+            work.result,
+            work.derivative,
+            work.along,
         )
         result = forward(operands)
+        if work.derivative in ("Hessian product", "double backward"):
+            for of_leaves in result:
+                for name_of, found in zip(work.wrt, of_leaves, strict=True):
+                    assert found.shape == operands[name_of].shape, name
+            continue
         value = result[0] if work.wrt else result
         if work.result:
             assert (value.shape, value.dtype) == (

@@ -98,6 +98,8 @@ def _row(
         work.operands,
         work.wrt,
         work.result,
+        work.derivative,
+        work.along,
     )
     moved = work.bytes_to_move({n: x.nbytes for n, x in sets[0].items()})
     floor = moved / rate * 1e3

@@ -85,6 +85,8 @@ class Framework(abc.ABC):
         names: Sequence[str],
         wrt: Sequence[str] = (),
         cotangent: str | None = None,
+        derivative: str = "grad",
+        along: Sequence[str] = (),
     ) -> Measured:
         """Measure a function and, if asked for, its gradients.
 
@@ -100,6 +102,8 @@ class Framework(abc.ABC):
             Those whose gradients are taken as well.
         cotangent : str, optional
             The operand that the gradients are of; without one, it is 1.
+        derivative, along
+            What is taken in place of gradients, as in `Work`.
         """
 
     def fastest(self, call: Callable[[int], Any]) -> float:
@@ -146,8 +150,38 @@ class TorchFramework(Framework):
         names: Sequence[str],
         wrt: Sequence[str] = (),
         cotangent: str | None = None,
+        derivative: str = "grad",
+        along: Sequence[str] = (),
     ) -> Callable[[Set], Any]:
-        """Return a function of a set: the value, with the gradients that are asked for."""
+        """Return a function of a set: the value, with the gradients that are asked for.
+
+        In place of these it may return the value and its tangent, or the gradients and theirs.
+        """
+        torch = self.torch
+
+        def differentiate(s: Set) -> Any:
+            leaves, vectors = (tuple(s[n].detach() for n in of) for of in (wrt, along))
+
+            def value(*leaves: Any) -> Any:
+                now = dict(zip(wrt, leaves, strict=True))
+                return forward(*(now.get(n, s[n]) for n in names))
+
+            def product(*leaves: Any) -> Any:
+                result = value(*leaves)
+                return result if cotangent is None else (result * s[cotangent]).sum()
+
+            if derivative == "jvp":
+                return torch.func.jvp(value, leaves, vectors)
+            if derivative == "Hessian product":
+                gradient = torch.func.grad(product, tuple(range(len(wrt))))
+                return torch.func.jvp(gradient, leaves, vectors)
+            for leaf in leaves:
+                leaf.requires_grad_()
+            gradients = torch.autograd.grad(product(*leaves), leaves, create_graph=True)
+            return gradients, torch.autograd.grad(gradients, leaves, vectors)
+
+        if derivative != "grad":
+            return differentiate
 
         def call(s: Set) -> Any:
             if not wrt:
@@ -167,8 +201,11 @@ class TorchFramework(Framework):
         names: Sequence[str],
         wrt: Sequence[str] = (),
         cotangent: str | None = None,
+        derivative: str = "grad",
+        along: Sequence[str] = (),
     ) -> Measured:
-        return self.time(self.call(forward, names, wrt, cotangent), sets)
+        call = self.call(forward, names, wrt, cotangent, derivative, along)
+        return self.time(call, sets)
 
     def time(self, call: Callable[[Set], Any], sets: Sequence[Set]) -> Measured:
         """Measure a function of a set."""
@@ -250,10 +287,14 @@ class JaxFramework(Framework):
         names: Sequence[str],
         wrt: Sequence[str] = (),
         cotangent: str | None = None,
+        derivative: str = "grad",
+        along: Sequence[str] = (),
     ) -> tuple[Callable[..., Any], tuple[str, ...]]:
         """Return a function, and the names of its operands: of the value, with the gradients."""
         if not wrt:
             return forward, tuple(names)
+        if derivative != "grad":
+            return self._differentiated(forward, names, wrt, cotangent, derivative, along)
 
         def both(*operands: Any) -> Any:
             given = dict(zip(names, operands, strict=False))
@@ -268,6 +309,41 @@ class JaxFramework(Framework):
 
         return both, tuple(names) if cotangent is None else (*names, cotangent)
 
+    def _differentiated(
+        self,
+        forward: Callable[..., Any],
+        names: Sequence[str],
+        wrt: Sequence[str],
+        cotangent: str | None,
+        derivative: str,
+        along: Sequence[str],
+    ) -> tuple[Callable[..., Any], tuple[str, ...]]:
+        """As `call`, of the value and its tangent, or of the gradients and theirs."""
+        jax = self.jax
+        inputs = tuple(dict.fromkeys((*names, *wrt, *along, *([cotangent] if cotangent else []))))
+
+        def all_of_it(*operands: Any) -> Any:
+            given = dict(zip(inputs, operands, strict=True))
+            leaves, vectors = (tuple(given[n] for n in of) for of in (wrt, along))
+
+            def value(*leaves: Any) -> Any:
+                now = given | dict(zip(wrt, leaves, strict=True))
+                return forward(*(now[n] for n in names))
+
+            def product(*leaves: Any) -> Any:
+                result = value(*leaves)
+                return result if cotangent is None else (result * given[cotangent]).sum()
+
+            if derivative == "jvp":
+                return jax.jvp(value, leaves, vectors)
+            gradient = jax.grad(product, tuple(range(len(wrt))))
+            if derivative == "Hessian product":
+                return jax.jvp(gradient, leaves, vectors)
+            gradients, pull = jax.vjp(gradient, *leaves)
+            return gradients, pull(vectors)
+
+        return all_of_it, inputs
+
     def measure(
         self,
         forward: Callable[..., Any],
@@ -275,8 +351,10 @@ class JaxFramework(Framework):
         names: Sequence[str],
         wrt: Sequence[str] = (),
         cotangent: str | None = None,
+        derivative: str = "grad",
+        along: Sequence[str] = (),
     ) -> Measured:
-        function, inputs = self.call(forward, names, wrt, cotangent)
+        function, inputs = self.call(forward, names, wrt, cotangent, derivative, along)
         operands = [[s[n] for n in inputs] for s in sets]
         compiled = self.jax.jit(function).lower(*operands[0]).compile()
         plan = compiled.memory_analysis()
@@ -302,6 +380,8 @@ class JaxFramework(Framework):
         names: Sequence[str],
         wrt: Sequence[str] = (),
         cotangent: str | None = None,
+        derivative: str = "grad",
+        along: Sequence[str] = (),
     ) -> float:
         """Return the milliseconds a call where a compiled loop makes many, on every set in turn.
 
@@ -310,7 +390,7 @@ class JaxFramework(Framework):
         that none is dropped.
         """
         jax, jnp = self.jax, self.jax.numpy
-        function, inputs = self.call(forward, names, wrt, cotangent)
+        function, inputs = self.call(forward, names, wrt, cotangent, derivative, along)
         calls = [[s[n] for n in inputs] for s in sets]
         turns = -(-self.repeats // len(sets))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 
 __all__ = [
     "BACKGROUNDS",
+    "DERIVATIVES",
     "DESCRIPTORS",
     "HISTOGRAMS",
     "LABELS",
@@ -34,6 +36,13 @@ PENALTIES = ("diffusion", "bending_energy", "curvature", "elasticity", "divergen
 """Of a displacement: the losses whose names they begin."""
 
 SMOOTH_DR = 1e-5
+
+DERIVATIVES = {
+    "jvp": "forward mode",
+    "Hessian product": "forward mode over reverse mode",
+    "double backward": "reverse mode over reverse mode",
+}
+"""Derivatives that rows take beside gradients, as they are called there, and how they are taken."""
 
 WINDOWS = {f"lncc {k}": (k, "rectangular") for k in (7, 3, 5, 9, 11, 15)}
 WINDOWS["lncc gaussian 7"] = (7, "gaussian")
@@ -69,6 +78,12 @@ class Work:
         cotangent; None if the result is a number.
     reads
         How often every operand has to be read for the value, and once more for the gradients.
+    derivative
+        ``"grad"``: the gradients. Otherwise one of `DERIVATIVES`: the value and its tangent, the
+        gradients and their tangents (products of the Hessian and a vector), or the gradients and
+        those of their product with a vector, by the operands of ``wrt``.
+    along
+        Names of operands that serve as tangents, or as that vector, for those of ``wrt``.
     """
 
     call: Callable[..., Any]
@@ -77,11 +92,13 @@ class Work:
     wrt: tuple[str, ...] = ()
     result: str | None = None
     reads: tuple[int, int] = (1, 1)
+    derivative: str = "grad"
+    along: tuple[str, ...] = ()
 
     @property
     def needed(self) -> tuple[str, ...]:
         """The names of all operands that have to be on the device."""
-        names = (*self.operands, *([self.result] if self.result else []))
+        names = (*self.operands, *([self.result] if self.result else []), *self.along)
         return tuple(dict.fromkeys(names))
 
     def bytes_to_move(self, sizes: Mapping[str, int]) -> int:
@@ -94,9 +111,16 @@ class Work:
         """
         operands = sum(sizes[name] for name in self.operands)
         result = sizes[self.result] if self.result else 0
+        leaves = sum(sizes[name] for name in self.wrt)
+        if self.derivative == "jvp":
+            # The tangents are read; the value and its tangent are written.
+            return sum(self.reads) * operands + leaves + 2 * result
+        if self.derivative != "grad":
+            # The cotangent and the vector are read; the gradients and their own are written.
+            return sum(self.reads) * operands + result + 3 * leaves
         total = self.reads[0] * operands + result
         if self.wrt:
-            total += self.reads[1] * operands + result + sum(sizes[name] for name in self.wrt)
+            total += self.reads[1] * operands + result + leaves
         return total
 
 
@@ -229,6 +253,13 @@ def _make_works() -> dict[str, Work]:
         warp(f"interpolate {mode} u + grad u", "image u", "u", "g", call)
         warp(f"interpolate {mode} u + grad image, u", "image u", "image u", "g", call)
     warp(
+        "interpolate coefficients u",
+        "image u",
+        "",
+        "g",
+        functools.partial(by_field, mode="b-spline", prefilter=False),
+    )
+    warp(
         "spline_coefficients image",
         "image",
         "",
@@ -240,6 +271,27 @@ def _make_works() -> dict[str, Work]:
     warp(f"{by_affine} + grad affine", "image affine", "affine", "g", works[by_affine].call)
     warp("compose", "u v", "", "gf", lambda reg, *o: reg.compose(*o))
     warp("compose + grad u, v", "u v", "u v", "gf", works["compose"].call)
+
+    def derivatives(
+        name: str, wrt: str, along: str, result: str | None, reads: tuple[int, int]
+    ) -> None:
+        first = works[name]
+        for kind in DERIVATIVES:
+            works[f"{name} + {kind} {', '.join(wrt.split())}"] = dataclasses.replace(
+                first,
+                wrt=tuple(wrt.split()),
+                result=result,
+                reads=reads,
+                derivative=kind,
+                along=tuple(along.split()),
+            )
+
+    # One pass could serve the value and all derivatives.
+    derivatives("interpolate u", "image u", "g gf", "g", (1, 0))
+    for mode in ("cubic", "b-spline"):
+        derivatives(f"interpolate {mode} u", "u", "gf", "g", (1, 0))
+    derivatives(by_affine, "affine", "affine", "g", (1, 0))
+    derivatives("compose", "u v", "v u", "gf", (1, 0))
     warp(
         f"interpolate {LABELS} labels u",
         "labels u",
@@ -297,6 +349,8 @@ def _make_works() -> dict[str, Work]:
                 ),
                 background,
             )
+    derivatives("lncc 7", "pred", "target", None, (1, 0))
+    derivatives("mi 32", "pred", "target", None, (2, 1))
     for title, (radius, dilation) in DESCRIPTORS.items():
         # A loss would not have to write descriptors, if it were one kernel.
         similarity(
