@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from derivative_cases import OTHERS, SAMPLES_TO_COMPILE, DerivativeCase
 from examples import LOSSES, OPS, Example, example
 from inputs import assert_close, random_array, small_displacement
 from jax.sharding import PartitionSpec as P
@@ -104,6 +105,12 @@ def test_of_samples_in_the_plane(name: str, padding_mode: str, align_corners: bo
         name, shape=(4, 5), padding_mode=padding_mode, align_corners=align_corners, seed=1
     )
     check(bound(case), *case.operands)
+
+
+@pytest.mark.parametrize("case", [*OTHERS, *SAMPLES_TO_COMPILE], ids=str)
+def test_of_calls_with_few_operands_in_space_and_with_masks(case: DerivativeCase) -> None:
+    function = case.bind(getattr(jaxreg, case.name), jnp.asarray)
+    check(function, *case.operands().values())
 
 
 def sampling(**options: Any) -> tuple[Function, Array, Array, Array]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,6 +97,18 @@ SAMPLES = [
     *_samples("compose", {("u", "v"): (2, 3), ("u", "v", "affine"): (3,)}),
 ]
 """Beside the calls with all operands in the plane, which have tests of their own."""
+
+CUBIC_IN_SPACE = {("interpolate", ("image", "grid"), "cubic"), ("compose", ("u", "v"), "b-spline")}
+
+SAMPLES_TO_COMPILE = [
+    case
+    for case in SAMPLES
+    if case.options["mode"] == "bilinear"
+    or (case.dim == 3 and (case.name, case.by, case.options["mode"]) in CUBIC_IN_SPACE)
+]
+"""Those that JAX checks, too. It takes five to ten seconds to compile cubic ones, each of which is
+of the maths that PyTorch goes by as well (`regkernels.definitions`).
+"""
 
 OTHERS = [
     DerivativeCase("affine_warp", 2, single="affine", options={"align_corners": False}),

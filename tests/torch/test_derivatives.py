@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from derivative_cases import OTHERS, SAMPLES, DerivativeCase
 from examples import LOSSES, OPS, Example, example
 from inputs import assert_close, random_array, small_displacement
 from torch.autograd import forward_ad
@@ -109,6 +110,12 @@ def test_of_samples_in_space(padding_mode: str, align_corners: bool) -> None:
     case = example("interpolate", shape=(2, 3, 3), affine_last=True, seed=3, **options)
     image, affine, grid = case.operands
     check(bound(case), image[:1], affine, grid)
+
+
+@pytest.mark.parametrize("case", [*OTHERS, *SAMPLES], ids=str)
+def test_of_calls_with_few_operands_in_space_and_with_masks(case: DerivativeCase) -> None:
+    function = case.bind(getattr(torchreg, case.name), torch.tensor)
+    check(function, *case.operands().values())
 
 
 def sampling(**options: Any) -> tuple[Function, Array, Array, Array]:
