@@ -29,7 +29,7 @@ __all__ = ["DEFAULT_STAGES", "HEAD_RADIUS", "Motion", "align_frames"]
 HEAD_RADIUS = 50.0
 """Millimetres: so far from the centre a head's surface is taken to be, to tell how far it moves."""
 
-DEFAULT_STAGES = (Rigid((4, 2), (40, 60), tolerance=1e-6),)
+DEFAULT_STAGES = (Rigid((4, 2), (24, 16), optimiser="levenberg-marquardt"),)
 """Of frames that are nearly aligned the correlation is so near to 1 that it tells of a tenth of a
 voxel in the fifth digit. At full resolution noise decides: between voxels interpolation smooths it,
 which makes a frame more like a mean than where it is in place."""
@@ -133,7 +133,7 @@ def align_frames(
         Two frames or more.
     stages
         Linear stages, or moments; by default
-        ``Rigid((4, 2), (40, 60), tolerance=1e-6)``.
+        ``Rigid((4, 2), (24, 16), optimiser="levenberg-marquardt")``.
     reference
         The number of a frame, counted from 0. ``"mean"``: all are aligned to the one in the middle
         first, and then to the mean of what that gives; the place is that of the one in the middle.

@@ -14,6 +14,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from scenes import grainy, header, physical_grid, placed, scene
 
+from jaxreg.commands.multimodal import load
 from jaxreg.commands.schedules import read_schedule
 from jaxreg.registration import (
     LNCC,
@@ -36,8 +37,15 @@ from jaxreg.registration import (
 )
 from jaxreg.registration.register_images import make_problem
 from jaxreg.registration.stages.iterative import Resolution
-from jaxreg.registration.stages.levenberg_marquardt import solved
+from jaxreg.registration.stages.levenberg_marquardt import (
+    Evaluation,
+    judged,
+    nothing_known,
+    proposed,
+    solved,
+)
 from jaxreg.registration.stages.linear import Linear
+from jaxreg.registration.transforms.transform import Transform
 from regkernels import Series, Volume, read_volume, rigid_motion
 from regkernels.data import load_pair_paths
 
@@ -119,6 +127,36 @@ def test_two_brains_are_as_alike_after_a_fifth_of_the_iterations() -> None:
         )
         assert other.size <= 16
         assert other[-1] <= adam[-1] + 1e-3 * abs(adam[-1])
+
+
+def test_a_ct_is_registered_to_an_mr_image_at_least_as_exactly() -> None:
+    """Whichever of the known starts it comes from: there is one minimum, and all of them end there.
+
+    It is 2 mm from the alignment that is known, because the two show other heads.
+    """
+    two = load()
+    adam = Rigid((4, 2), (80, 40), metric="mi", tolerance=0)
+    short = Rigid((4, 2), (16, 8), metric="mi", tolerance=0, **SECOND_ORDER)
+    ends: dict[Rigid, list[tuple[np.ndarray, float]]] = {adam: [], short: []}
+    for start in two.starts()[::2]:
+        for stage, found in ends.items():
+            one = register(two.fixed, two.moving, [stage], initial=start)
+            matrix = np.asarray(one.transform.matrix)
+            found.append((matrix, float(one.stages[0].levels[-1].losses[-1])))
+    aligned = Transform(two.fixed.grid, two.reference).transform_points(two.landmarks)
+
+    def spread(found: list[tuple[np.ndarray, float]]) -> float:
+        """How far apart they bring the landmarks, the largest distance in millimetres."""
+        images = np.stack(
+            [Transform(two.fixed.grid, m).transform_points(two.landmarks) for m, _ in found]
+        )
+        return float(np.linalg.norm(images - images.mean(0), axis=-1).max())
+
+    for (matrix, loss), (_, least) in zip(ends[short], ends[adam], strict=True):
+        assert loss <= least
+        images = Transform(two.fixed.grid, matrix).transform_points(two.landmarks)
+        assert np.linalg.norm(images - aligned, axis=1).mean() < 2.1
+    assert spread(ends[short]) < min(spread(ends[adam]), 0.1)
 
 
 def test_the_minimum_is_that_of_adam() -> None:
@@ -349,6 +387,26 @@ def test_a_level_ends_when_little_is_to_be_gained() -> None:
     assert heard[-1].done == heard[-1].total == 60
     alone = register(fixed, moving, [stage])
     np.testing.assert_allclose(alone.transform.matrix, found.transform.matrix, atol=1e-5)
+
+
+def test_steps_that_a_loss_is_too_coarse_to_judge_are_judged_by_the_gradient() -> None:
+    """A parabola whose loss is rounded as if it were beside a large number."""
+    hessian = np.diag([4.0, 1.0]).astype(np.float32)
+
+    def seen(place: np.ndarray) -> Evaluation:
+        gradient = hessian @ place
+        loss = np.float32(-100) + np.float32(place @ gradient / 2)
+        return Evaluation(*map(jnp.asarray, (loss, gradient, hessian)))
+
+    start = np.array([5e-4, -1e-3], np.float32)  # 1e-6 above the minimum
+    assert seen(start).loss == -100
+    memory = nothing_known(jnp.asarray(start))
+    near, scalars = jnp.asarray(True), {"longest": 1.0, "first": 0.1, "least": 0.0}
+    for _ in range(8):
+        memory = judged(memory, seen(np.asarray(memory.trial)), is_near=near)
+        options = {name: jnp.asarray(x, jnp.float32) for name, x in scalars.items()}
+        memory = proposed(memory, is_scaled=jnp.asarray(True), **options)
+    assert np.abs(memory.best).max() < 1e-6
 
 
 def test_frames_of_a_batch_are_aligned_as_each_alone() -> None:

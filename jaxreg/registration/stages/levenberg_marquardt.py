@@ -8,7 +8,9 @@ with its gradient :math:`g`, and :math:`B` the Gauss-Newton matrix, corrected so
 the gradient changed along the last steps (BFGS, in Powell's damped form, which keeps it positive).
 A step solves :math:`(B + \lambda\,\mathrm{diag} B)\, p = -g`. If the loss falls it is taken and the
 damping :math:`\lambda` becomes smaller; if it does not, the damping becomes larger, and what was
-seen there corrects the matrix all the same.
+seen there corrects the matrix all the same. Near a minimum a loss is flat: long before the place is
+known as well as float32 can tell it, two losses differ by less than what they are rounded by. Then
+the gradient, which is small there and not flat, says by its work whether the step leads down.
 
 It has converged when little is left to be gained, and the matrix that says so has just been right:
 the trial before was foretold to gain little, too, and did not gain much more than that. Where the
@@ -42,6 +44,10 @@ _SHORTEST = 0.2
 _FLATTEST = 1e-3
 """A parameter along which the loss is hardly curved is damped as if it were by this share of the
 most."""
+
+
+_ROUNDING = 2e-6
+"""Losses that differ by less than this share of the largest may differ by rounding alone."""
 
 
 class Evaluation(NamedTuple):
@@ -104,7 +110,9 @@ def nothing_known(start: jax.Array) -> Memory:
     )
 
 
-def judged(memory: Memory, found: Evaluation, *, or_by_work: jax.Array) -> Memory:
+def judged(
+    memory: Memory, found: Evaluation, *, is_near: jax.Array, or_by_work: bool = False
+) -> Memory:
     r"""Return what is known after the evaluation of the trial.
 
     Where the loss falls the trial is the best from now on. If nothing is finite where a level
@@ -116,16 +124,23 @@ def judged(memory: Memory, found: Evaluation, *, or_by_work: jax.Array) -> Memor
         With the trial.
     found
         What was found there.
+    is_near
+        Whether the trial is so near, a scalar, that the gradients at both ends tell how the loss
+        changes between: by the work along the step :math:`p`, by the trapezoidal rule
+        :math:`-(g_0 + g_1) \cdot p / 2`. Where the losses differ by no more than rounding, that
+        decides.
     or_by_work
-        Whether it is enough, a scalar, that the loss falls by what the gradient says: by its work
-        along the step :math:`p`, by the trapezoidal rule :math:`-(g_0 + g_1) \cdot p / 2`. That
-        leaves out what the gradient leaves out.
+        Whether it is enough in any case that the loss falls by the work, which leaves out what the
+        gradient leaves out.
     """
     first = memory.evaluations == 0
     step, change = memory.trial - memory.best, found.gradient - memory.at_best.gradient
     work = -((memory.at_best.gradient + found.gradient) * step).sum() / 2
     fall = memory.at_best.loss - found.loss
-    fall = jnp.where(or_by_work, jnp.maximum(fall, work), fall)
+    alike = is_near & (jnp.abs(fall) <= _ROUNDING * memory.largest)
+    if or_by_work:
+        fall = jnp.where(is_near, jnp.maximum(fall, work), fall)
+    fall = jnp.where(alike, work, fall)
     finite = jnp.isfinite(found.loss) & jnp.isfinite(found.gradient).all()
     better = first | (finite & (fall > 0))
     # The damping after Nielsen, "Damping parameter in Marquardt's method", IMM-REP-1999-05.
@@ -136,13 +151,15 @@ def judged(memory: Memory, found: Evaluation, *, or_by_work: jax.Array) -> Memor
     damping = jnp.where(first, memory.damping, damping)
     growth = jnp.where(better, 2.0, 2 * memory.growth)
     known = finite & ~first
+    # Of two losses that cannot be told apart either will do, and the trace does not rise.
+    loss = jnp.where(known & alike, jnp.minimum(found.loss, memory.at_best.loss), found.loss)
 
     def pushed(rows: jax.Array, row: jax.Array) -> jax.Array:
         return jnp.where(known, jnp.concatenate([rows[1:], row[None]]), rows)
 
     best, at_best = jax.tree.map(
         lambda new, old: jnp.where(better, new, old),
-        (memory.trial, found),
+        (memory.trial, found._replace(loss=loss)),
         (memory.best, memory.at_best),
     )
     return memory._replace(

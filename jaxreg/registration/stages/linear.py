@@ -265,7 +265,8 @@ class Linear(Iterative):
         memory = judged(
             memory,
             Evaluation(loss, ravel_pytree(gradient)[0], normal),
-            or_by_work=is_near & (not self.metric.has_gradient_of_mask),
+            is_near=is_near,
+            or_by_work=not self.metric.has_gradient_of_mask,
         )
         rate = self.learning_rate * voxel
         memory = proposed(
