@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import itertools
 import math
 import os
@@ -61,6 +62,8 @@ from jaxreg.registration import (
     target_registration_error,
 )
 from jaxreg.registration import dice as dice_of_labels
+from jaxreg.registration.stages.linear import OptimiserName
+from jaxreg.registration.stages.presets import PresetName
 from regkernels import (
     Volume,
     move_points,
@@ -78,10 +81,12 @@ SETTINGS: dict[str, Callable[[int], Sequence[Stage]]] = {
     "headers": lambda ndim: (),
     "rigid": lambda ndim: (Moments(), Rigid()),
     "affine": lambda ndim: preset("affine", ndim=ndim, device=DEVICE),
-    "affine, second order": lambda ndim: (Moments(), of_second_order(ndim)),
+    "affine, second order": lambda ndim: of_second_order("affine", ndim),
     "affine, NCC": lambda ndim: (Moments(), Affine()),
     "fast": lambda ndim: preset("fast", ndim=ndim, device=DEVICE),
+    "fast, second order": lambda ndim: of_second_order("fast", ndim),
     "default": lambda ndim: preset("default", ndim=ndim, device=DEVICE),
+    "default, second order": lambda ndim: of_second_order("default", ndim),
     "accurate": lambda ndim: preset("accurate", ndim=ndim, device=DEVICE),
     "greedy": lambda ndim: deforming(ndim, Greedy),
     "free": lambda ndim: deforming(ndim, SyN, regularisation=None),
@@ -99,12 +104,14 @@ ANTS = {"ANTs affine": "Affine", "ANTs SyN": "SyN", "ANTs SyNCC": "antsRegistrat
 FIREANTS = {"FireANTs greedy": "greedy", "FireANTs SyN": "syn"}
 
 
-def of_second_order(ndim: int) -> Affine:
-    """Return the affine stage of the presets by Levenberg and Marquardt's method."""
-    _, stage = preset("affine", ndim=ndim, device=DEVICE)
-    iterations = (16, 12, 6)[: len(stage.scales)]
-    optimiser: Any = "levenberg-marquardt"
-    return Affine(stage.scales, iterations, metric=stage.metric, optimiser=optimiser)
+def of_second_order(name: PresetName, ndim: int) -> Sequence[Stage]:
+    """Return a preset with its affine stage by Levenberg and Marquardt's method."""
+    moments, affine, *others = preset(name, ndim=ndim, device=DEVICE)
+    assert isinstance(affine, Affine)
+    iterations = (16, 12, 6)[: len(affine.scales)]
+    optimiser: OptimiserName = "levenberg-marquardt"
+    affine = dataclasses.replace(affine, iterations=iterations, optimiser=optimiser)
+    return moments, affine, *others
 
 
 def deforming(ndim: int, kind: type[Stage], **settings: Any) -> Sequence[Stage]:
