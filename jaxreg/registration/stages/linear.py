@@ -135,10 +135,11 @@ class Linear(Iterative):
         moving image at 65,536 points of the level at most, and from how the gradient changed along
         the last steps; a metric may know its own, see `Metric.curvature`. Iterations are
         evaluations of the loss, and a trace has that of the best parameters so far. Only steps that
-        make the loss smaller are taken. Where it changes with what the images cover, and the
-        gradient does not (see `Metric.has_gradient_of_mask`), it is enough for a step of up to half
-        a voxel if the gradient says so. A level ends when less than ``tolerance / window`` times
-        its largest loss is left to be gained, and the step before has shown that this is true.
+        make the loss smaller are taken; where it falls or rises by no more than rounding, the
+        gradient tells. Where it changes with what the images cover, and the gradient does not (see
+        `Metric.has_gradient_of_mask`), it is enough for a step of up to half a voxel if the
+        gradient says so. A level ends when less than ``tolerance / window`` times its largest loss
+        is left to be gained, and the step before has shown that this is true.
 
     Raises
     ------
