@@ -133,7 +133,7 @@ def find_work(name: str) -> Work:
         If there is no such row.
     """
     if name not in WORKS:
-        similar = difflib.get_close_matches(name, WORKS, n=3, cutoff=0.5)
+        similar = difflib.get_close_matches(name, WORKS)
         hint = f"; did you mean {' or '.join(map(repr, similar))}?" if similar else ""
         raise ValueError(f"row: expected one of those that --list shows, got {name!r}{hint}")
     return WORKS[name]
